@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11+ and a C++ compiler; everything else they fetch.
+PYTHON ?= python3
+VENV ?= .venv
+# Without a card the pinned release is enough; with one, the newest that pip finds.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
+	$(BIN)/rankpo-fast demo --output_dir outputs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)  ## speed, memory and error of the losses beside their peers
+	$(BIN)/python -m bench
+
+gpu:  ## on a machine with a card and no internet: tests, sanitizer, bench, one result file
+	PYTHON="$(PYTHON)" bash bench/gpu.sh
+
+$(READY): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/native/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info kernels/rankpo_kernels/*.so

@@ -1,0 +1,83 @@
+// Picks the best instruction set of this machine once, and shares the rows among threads.
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+struct RowFunctions {
+    const char* name;
+    decltype(&baseline::info_nce_rows) info_nce_rows;
+    decltype(&baseline::inverse_norms) inverse_norms;
+    decltype(&baseline::tangent) tangent;
+    decltype(&baseline::pair_forward) pair_forward;
+    decltype(&baseline::pair_backward) pair_backward;
+};
+
+#define RANKPO_TABLE(ISA) \
+    {#ISA, ISA::info_nce_rows, ISA::inverse_norms, ISA::tangent, ISA::pair_forward, ISA::pair_backward}
+
+RowFunctions choose() {
+#ifdef RANKPO_HAS_avx512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+        return RANKPO_TABLE(avx512);
+#endif
+#ifdef RANKPO_HAS_avx2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RANKPO_TABLE(avx2);
+#endif
+    return RANKPO_TABLE(baseline);
+}
+
+const RowFunctions& chosen() {
+    static const RowFunctions functions = choose();
+    return functions;
+}
+
+// Runs work(begin, end) over [0, rows) on up to `threads` threads, this one included.
+template <typename Work>
+void share(int64_t rows, int32_t threads, const Work& work) {
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
+    std::vector<std::thread> helpers;
+    for (int64_t part = 1; part < parts; ++part)
+        helpers.emplace_back(work, rows * part / parts, rows * (part + 1) / parts);
+    work(0, rows / parts);
+    for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+int32_t rankpo_abi_version() { return 1; }
+
+const char* rankpo_instruction_set() { return chosen().name; }
+
+void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
+    share(chunk->rows, threads, [=](int64_t begin, int64_t end) { chosen().info_nce_rows(*chunk, begin, end); });
+}
+
+void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads) {
+    share(x->rows, threads, [=](int64_t begin, int64_t end) { chosen().inverse_norms(*x, inverse_norms, begin, end); });
+}
+
+void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads) {
+    share(x->rows, threads, [=](int64_t begin, int64_t end) {
+        chosen().tangent(*x, inverse_norms, factor, grad, begin, end);
+    });
+}
+
+void rankpo_pair_forward(const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads) {
+    share(in->pairs, threads, [=](int64_t begin, int64_t end) {
+        chosen().pair_forward(*in, similarities, inverse_norms, begin, end);
+    });
+}
+
+void rankpo_pair_backward(
+    const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
+    float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads) {
+    share(in->pairs, threads, [=](int64_t begin, int64_t end) {
+        chosen().pair_backward(
+            *in, similarities, inverse_norms, similarity_grads, query_grad, chosen_grad, rejected_grad, begin, end);
+    });
+}

@@ -1,0 +1,57 @@
+// The plain C face of the native library. All tensors are fp32 and row-major; strides count elements; pointers marked
+// "or null" may be null. Letters: R rows of a chunk, N passages, B pairs, D dims.
+#pragma once
+
+#include <cstdint>
+
+#if defined(_WIN32)
+#define RANKPO_API extern "C" __declspec(dllexport)
+#else
+#define RANKPO_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// One chunk of InfoNCE rows. `scores` [R, N] holds dot products; times column_scale they are similarities. Overwritten:
+// with row_weights by d(sum_i w_i loss_i)/d(dot_ij), without by values of no meaning.
+struct InfoNCERows {
+    float* scores;                    // [R, N]
+    const float* column_scale;        // [N] or null: 1 / |p_j|
+    const int64_t* labels;            // [R] column of each row's positive
+    const int64_t* excluded_offsets;  // [R + 1] or null: row i leaves out excluded_columns[offsets[i]:offsets[i + 1]]
+    const int64_t* excluded_columns;  // [nnz]
+    const float* row_weights;         // [R] or null
+    float* loss;                      // [R] softplus(logsumexp of the negatives - positive logit), unweighted
+    float* positive;                  // [R] similarity of the positive
+    float* hardest;                   // [R] similarity of the hardest negative, -inf if there is none
+    int64_t rows, columns;
+    float scale;  // 1 / temperature, > 0
+};
+
+// B triples (query, chosen, rejected) of [B, D] each, rows `*_stride` apart, dims contiguous.
+struct PairTensors {
+    const float *query, *chosen, *rejected;
+    int64_t query_stride, chosen_stride, rejected_stride;
+    int64_t pairs, dims;
+    int32_t normalize;
+};
+
+// Rows [R, D] with dims contiguous: the embeddings of one side.
+struct Rows {
+    const float* values;
+    int64_t stride, rows, dims;
+};
+
+RANKPO_API int32_t rankpo_abi_version();
+RANKPO_API const char* rankpo_instruction_set();
+RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
+// 1 / |x_i| [R]; 0 for a zero vector.
+RANKPO_API void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads);
+// In place: grad_i := factor_i (grad_i - <grad_i, u_i> u_i), u = x / |x|; grad [R, D] contiguous, factor [R] or null.
+RANKPO_API void rankpo_tangent(
+    const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads);
+// similarities [2, B] (chosen, rejected); inverse_norms [3, B] (query, chosen, rejected), ones without normalize.
+RANKPO_API void rankpo_pair_forward(
+    const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads);
+// similarity_grads [2, B] -> gradients [B, D], contiguous.
+RANKPO_API void rankpo_pair_backward(
+    const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
+    float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads);

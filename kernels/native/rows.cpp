@@ -1,0 +1,218 @@
+// The row work of the losses: everything here is independent per row, so threads cannot change a result.
+// Compiled once per instruction set into namespace RANKPO_ISA; nothing from the standard library may be instantiated
+// here, or the linker could hand an AVX-512 copy of it to a machine without AVX-512.
+#include "rows.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace RANKPO_ISA {
+namespace {
+
+// A finite stand-in for -inf, so that a row with nothing left has no inf - inf.
+constexpr float kMasked = -3.4e38f;
+
+// exp(x) for x <= 0 within 2 ulp, 0 below the smallest normal number; NaN stays NaN.
+inline float exp_nonpositive(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    float poly = 1.9875691500e-4f;                                // the minimax polynomial of Cephes' expf
+    poly = poly * r + 1.3981999507e-3f;
+    poly = poly * r + 8.3334519073e-3f;
+    poly = poly * r + 4.1665795894e-2f;
+    poly = poly * r + 1.6666665459e-1f;
+    poly = poly * r + 5.0000001201e-1f;
+    poly = poly * r * r + r + 1.0f;
+    int32_t exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    const int32_t bits = static_cast<int32_t>(static_cast<uint32_t>(exponent) + 127u) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -87.3f ? 0.0f : poly * power;
+}
+
+// softplus(x) = log(1 + exp(x)) without overflow, and with full relative accuracy where it is tiny.
+inline float softplus(float x) { return std::fmax(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
+
+inline float sigmoid(float x) {
+    const float e = std::exp(-std::fabs(x));
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
+}
+
+void info_nce_row(const InfoNCERows& in, int64_t i) {
+    float* s = in.scores + i * in.columns;  // [N] dots, then logits, then exponentials, then gradients
+    const int64_t n = in.columns, label = in.labels[i];
+    const float* column_scale = in.column_scale;
+
+    if (column_scale) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale * column_scale[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale;
+    }
+    const float positive = s[label];
+    s[label] = kMasked;
+    if (in.excluded_offsets)
+        for (int64_t k = in.excluded_offsets[i]; k < in.excluded_offsets[i + 1]; ++k)
+            s[in.excluded_columns[k]] = kMasked;
+
+    float top = kMasked;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
+    const bool alone = !(top > kMasked);  // no negative is left (or all of them are NaN)
+
+    double sum = 0;
+    constexpr int64_t kBlock = 1024;  // fp32 sums within a block, fp64 across blocks
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t stop = start + kBlock < n ? start + kBlock : n;
+        float block_sum = 0;
+#pragma omp simd reduction(+ : block_sum)
+        for (int64_t j = start; j < stop; ++j) {
+            const float e = exp_nonpositive(s[j] - top);
+            block_sum += e;
+            s[j] = e;
+        }
+        sum += block_sum;
+    }
+
+    in.positive[i] = positive / in.scale;
+    const bool poisoned = sum != sum || positive != positive;  // a NaN logit makes the row's loss NaN
+    if (alone && !poisoned) {
+        in.hardest[i] = -INFINITY;
+        in.loss[i] = 0.0f;
+        if (in.row_weights) std::memset(s, 0, n * sizeof(float));
+        return;
+    }
+    const float gap = poisoned ? NAN : top + std::log(static_cast<float>(sum)) - positive;
+    in.hardest[i] = top / in.scale;
+    in.loss[i] = softplus(gap);
+    if (!in.row_weights) return;
+
+    const float pull = in.row_weights[i] * sigmoid(gap);  // = -d loss / d positive logit
+    const float factor = pull * in.scale / static_cast<float>(sum);
+    if (column_scale) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= factor * column_scale[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= factor;
+    }
+    s[label] = -pull * in.scale * (column_scale ? column_scale[label] : 1.0f);
+}
+
+// Squares within these bounds neither overflow fp32 nor lose digits to its subnormal numbers.
+inline bool safe(float square) { return square > 1e-30f && square < 1e37f; }
+
+// A vector too short for its norm to be inverted in fp32 counts as zero: similarity 0, gradient 0.
+inline double inverse_norm(double square) { return square < 1.4e-76 ? 0.0 : 1.0 / std::sqrt(square); }
+
+struct Dots {
+    double qq, cc, rr, qc, qr;
+};
+
+Dots pair_dots(const float* q, const float* c, const float* r, int64_t dims) {
+    float qq = 0, cc = 0, rr = 0, qc = 0, qr = 0;
+#pragma omp simd reduction(+ : qq, cc, rr, qc, qr)
+    for (int64_t d = 0; d < dims; ++d) {
+        qq += q[d] * q[d];
+        cc += c[d] * c[d];
+        rr += r[d] * r[d];
+        qc += q[d] * c[d];
+        qr += q[d] * r[d];
+    }
+    if (safe(qq) && safe(cc) && safe(rr)) return {qq, cc, rr, qc, qr};
+    Dots dots{};  // squares that leave fp32's range: once more in fp64
+    for (int64_t d = 0; d < dims; ++d) {
+        const double x = q[d], y = c[d], z = r[d];
+        dots.qq += x * x;
+        dots.cc += y * y;
+        dots.rr += z * z;
+        dots.qc += x * y;
+        dots.qr += x * z;
+    }
+    return dots;
+}
+
+}  // namespace
+
+void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) info_nce_row(chunk, i);
+}
+
+void inverse_norms(const Rows& x, float* inverse_norms, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const float* row = x.values + i * x.stride;
+        float square = 0;
+#pragma omp simd reduction(+ : square)
+        for (int64_t d = 0; d < x.dims; ++d) square += row[d] * row[d];
+        double exact = square;
+        if (!safe(square)) {
+            exact = 0;
+            for (int64_t d = 0; d < x.dims; ++d) exact += static_cast<double>(row[d]) * row[d];
+        }
+        inverse_norms[i] = static_cast<float>(inverse_norm(exact));
+    }
+}
+
+void tangent(
+    const Rows& x, const float* inverse_norms, const float* factor, float* grad, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const float* row = x.values + i * x.stride;
+        float* g = grad + i * x.dims;
+        const float inverse = inverse_norms[i], scale = factor ? factor[i] : 1.0f;
+        float along = 0;
+#pragma omp simd reduction(+ : along)
+        for (int64_t d = 0; d < x.dims; ++d) along += g[d] * (row[d] * inverse);
+#pragma omp simd
+        for (int64_t d = 0; d < x.dims; ++d) g[d] = scale * (g[d] - along * (row[d] * inverse));
+    }
+}
+
+void pair_forward(const PairTensors& in, float* similarities, float* inverse_norms, int64_t begin, int64_t end) {
+    const int64_t pairs = in.pairs;
+    for (int64_t b = begin; b < end; ++b) {
+        const Dots dots = pair_dots(
+            in.query + b * in.query_stride, in.chosen + b * in.chosen_stride, in.rejected + b * in.rejected_stride,
+            in.dims);
+        const double iq = in.normalize ? inverse_norm(dots.qq) : 1.0;
+        const double ic = in.normalize ? inverse_norm(dots.cc) : 1.0;
+        const double ir = in.normalize ? inverse_norm(dots.rr) : 1.0;
+        similarities[b] = static_cast<float>(dots.qc * iq * ic);
+        similarities[pairs + b] = static_cast<float>(dots.qr * iq * ir);
+        inverse_norms[b] = static_cast<float>(iq);
+        inverse_norms[pairs + b] = static_cast<float>(ic);
+        inverse_norms[2 * pairs + b] = static_cast<float>(ir);
+    }
+}
+
+// d cos(q, c)/dq = (c / |c| - cos q / |q|) / |q|: each gradient is a sum of the three rows with one factor per row.
+void pair_backward(
+    const PairTensors& in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
+    float* query_grad, float* chosen_grad, float* rejected_grad, int64_t begin, int64_t end) {
+    const int64_t pairs = in.pairs, dims = in.dims;
+    for (int64_t b = begin; b < end; ++b) {
+        const float* q = in.query + b * in.query_stride;
+        const float* c = in.chosen + b * in.chosen_stride;
+        const float* r = in.rejected + b * in.rejected_stride;
+        const float iq = inverse_norms[b], ic = inverse_norms[pairs + b], ir = inverse_norms[2 * pairs + b];
+        const float grad_c = similarity_grads[b], grad_r = similarity_grads[pairs + b];
+        const float along_c = in.normalize ? grad_c * similarities[b] : 0.0f;
+        const float along_r = in.normalize ? grad_r * similarities[pairs + b] : 0.0f;
+        const float qc = grad_c * ic, qr = grad_r * ir, qq = (along_c + along_r) * iq;
+        const float cq = grad_c * iq, cc = along_c * ic;
+        const float rq = grad_r * iq, rr = along_r * ir;
+        float* dq = query_grad + b * dims;
+        float* dc = chosen_grad + b * dims;
+        float* dr = rejected_grad + b * dims;
+#pragma omp simd
+        for (int64_t d = 0; d < dims; ++d) {
+            dq[d] = iq * (qc * c[d] + qr * r[d] - qq * q[d]);
+            dc[d] = ic * (cq * q[d] - cc * c[d]);
+            dr[d] = ir * (rq * q[d] - rr * r[d]);
+        }
+    }
+}
+
+}  // namespace RANKPO_ISA

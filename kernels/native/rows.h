@@ -1,0 +1,21 @@
+// The row functions that every instruction set provides, over rows [begin, end).
+#pragma once
+
+#include "rankpo_native.h"
+
+#define RANKPO_ROW_FUNCTIONS(ISA)                                                                                   \
+    namespace ISA {                                                                                                 \
+    void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end);                                       \
+    void inverse_norms(const Rows& x, float* inverse_norms, int64_t begin, int64_t end);                            \
+    void tangent(                                                                                                   \
+        const Rows& x, const float* inverse_norms, const float* factor, float* grad, int64_t begin, int64_t end);   \
+    void pair_forward(const PairTensors& in, float* similarities, float* inverse_norms, int64_t begin, int64_t end); \
+    void pair_backward(                                                                                             \
+        const PairTensors& in, const float* similarities, const float* inverse_norms,                               \
+        const float* similarity_grads, float* query_grad, float* chosen_grad, float* rejected_grad, int64_t begin,  \
+        int64_t end);                                                                                               \
+    }
+
+RANKPO_ROW_FUNCTIONS(baseline)
+RANKPO_ROW_FUNCTIONS(avx2)
+RANKPO_ROW_FUNCTIONS(avx512)

@@ -1,0 +1,177 @@
+"""The native CPU library through ctypes: row work in one pass over memory, for fp32 tensors.
+
+Where the library was not built, or does not match this file, `library()` says so once and the
+callers use torch.
+Pointers are taken from named, contiguous tensors only: that of a temporary would be freed before C
+reads it.
+"""
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+
+
+class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_native.h
+    _fields_ = [
+        ("scores", ctypes.c_void_p),
+        ("column_scale", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("excluded_offsets", ctypes.c_void_p),
+        ("excluded_columns", ctypes.c_void_p),
+        ("row_weights", ctypes.c_void_p),
+        ("loss", ctypes.c_void_p),
+        ("positive", ctypes.c_void_p),
+        ("hardest", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Rows(ctypes.Structure):  # Rows of kernels/native/rankpo_native.h
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+    ]
+
+
+class _PairTensors(ctypes.Structure):  # PairTensors of kernels/native/rankpo_native.h
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
+        ("rejected", ctypes.c_void_p),
+        ("query_stride", ctypes.c_int64),
+        ("chosen_stride", ctypes.c_int64),
+        ("rejected_stride", ctypes.c_int64),
+        ("pairs", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("normalize", ctypes.c_int32),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None (with one warning) where it is missing or of another version."""
+    paths = sorted(Path(__file__).parent.glob("librankpo_native*"))
+    if not paths:
+        warnings.warn(
+            "rankpo-fast's native CPU library is not built (no C++ compiler at install time?): "
+            "losses on the CPU take the slower torch path. `pip install --force-reinstall "
+            "--no-deps rankpo-fast` builds it.",
+            stacklevel=2,
+        )
+        return None
+    lib = ctypes.CDLL(str(paths[-1]))
+    lib.rankpo_instruction_set.restype = ctypes.c_char_p
+    if (found := lib.rankpo_abi_version()) != ABI_VERSION:
+        warnings.warn(
+            f"{paths[-1]} has ABI version {found}, this release needs {ABI_VERSION}: losses on "
+            "the CPU take the slower torch path. Reinstall rankpo-fast.",
+            stacklevel=2,
+        )
+        return None
+    threads, pointer = ctypes.c_int32, ctypes.c_void_p
+    lib.rankpo_info_nce_rows.argtypes = [ctypes.POINTER(_InfoNCERows), threads]
+    lib.rankpo_inverse_norms.argtypes = [ctypes.POINTER(_Rows), pointer, threads]
+    lib.rankpo_tangent.argtypes = [ctypes.POINTER(_Rows), pointer, pointer, pointer, threads]
+    lib.rankpo_pair_forward.argtypes = [ctypes.POINTER(_PairTensors), pointer, pointer, threads]
+    backward = [ctypes.POINTER(_PairTensors), *[pointer] * 6, threads]
+    lib.rankpo_pair_backward.argtypes = backward
+    for function in (
+        lib.rankpo_info_nce_rows, lib.rankpo_inverse_norms, lib.rankpo_tangent,
+        lib.rankpo_pair_forward, lib.rankpo_pair_backward,
+    ):  # fmt: skip
+        function.restype = None
+    return lib
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the library can take these tensors: fp32 on the CPU, last dimension contiguous."""
+    fits = all(
+        t.dtype == torch.float32
+        and t.device.type == "cpu"
+        and (t.stride(-1) == 1 or t.shape[-1] == 1)
+        for t in tensors
+    )
+    return fits and library() is not None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def info_nce_rows(
+    scores_RN: Tensor, column_scale: Tensor | None, scale: float,
+    labels: Tensor, excluded: tuple[Tensor, Tensor] | None, row_weights: Tensor | None,
+    loss: Tensor, positive: Tensor, hardest: Tensor,
+) -> None:  # fmt: skip
+    """One chunk of rows, in place; the arguments are the fields of `InfoNCERows`."""
+    offsets, columns = excluded if excluded is not None else (None, None)
+    tensors = (
+        scores_RN,
+        column_scale,
+        labels,
+        offsets,
+        columns,
+        row_weights,
+        loss,
+        positive,
+        hardest,
+    )
+    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, scale)
+    library().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+
+
+def inverse_norms(x_ND: Tensor, inverse_N: Tensor) -> None:
+    """Fill 1 / |x_n|; 0 for a zero vector."""
+    rows = _Rows(x_ND.data_ptr(), x_ND.stride(0), *x_ND.shape)
+    library().rankpo_inverse_norms(ctypes.byref(rows), _pointer(inverse_N), torch.get_num_threads())
+
+
+def tangent_(grad_ND: Tensor, x_ND: Tensor, inverse_N: Tensor, factor_N: Tensor | None) -> None:
+    """In place: grad_n := factor_n (grad_n - <grad_n, u_n> u_n), u_n = x_n / |x_n|."""
+    rows = _Rows(x_ND.data_ptr(), x_ND.stride(0), *x_ND.shape)
+    library().rankpo_tangent(
+        ctypes.byref(rows), *map(_pointer, (inverse_N, factor_N, grad_ND)), torch.get_num_threads()
+    )
+
+
+def _pair_tensors(q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool) -> _PairTensors:
+    pointers = [t.data_ptr() for t in (q_BD, c_BD, r_BD)]
+    return _PairTensors(
+        *pointers, *[t.stride(0) for t in (q_BD, c_BD, r_BD)], *q_BD.shape, normalize
+    )
+
+
+def pair_forward(
+    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool,
+    similarities_2B: Tensor, inverse_norms_3B: Tensor,
+) -> None:  # fmt: skip
+    """Fill the similarities (chosen, rejected) and inverse norms (query, chosen, rejected)."""
+    tensors = _pair_tensors(q_BD, c_BD, r_BD, normalize)
+    library().rankpo_pair_forward(
+        ctypes.byref(tensors), _pointer(similarities_2B), _pointer(inverse_norms_3B),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def pair_backward(
+    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool,
+    similarities_2B: Tensor, inverse_norms_3B: Tensor, similarity_grads_2B: Tensor,
+    dq_BD: Tensor, dc_BD: Tensor, dr_BD: Tensor,
+) -> None:  # fmt: skip
+    """Fill the gradients from those of the similarities."""
+    tensors = _pair_tensors(q_BD, c_BD, r_BD, normalize)
+    rest = (similarities_2B, inverse_norms_3B, similarity_grads_2B, dq_BD, dc_BD, dr_BD)
+    library().rankpo_pair_backward(
+        ctypes.byref(tensors), *map(_pointer, rest), torch.get_num_threads()
+    )

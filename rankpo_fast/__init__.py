@@ -1,0 +1,8 @@
+"""Train embedding models to rank: fused contrastive and RankPO losses, and a lean two-stage trainer."""
+
+from rankpo_fast.losses import InfoNCELoss, RankPOLoss
+from rankpo_fast.ops.info_nce import info_nce_loss, info_nce_loss_and_grads
+from rankpo_fast.ops.rankpo import rankpo_loss
+
+__version__ = "0.1.0"
+__all__ = ["InfoNCELoss", "RankPOLoss", "info_nce_loss", "info_nce_loss_and_grads", "rankpo_loss"]

@@ -1,0 +1,1 @@
+"""One file per loss: definition, op, fake, gradient, public function."""

@@ -1,0 +1,42 @@
+"""What every loss shares: unit vectors for the definitions, and how per-row losses become one
+number.
+
+mean is sum_i w_i loss_i / sum_i w_i (0 without rows or weight), sum is sum_i w_i loss_i, none is
+w_i loss_i.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def unit_rows(x_ND: Tensor) -> Tensor:
+    """x / |x| per row; 0 with gradient 0 for a row of zeros, where F.normalize has a gradient of
+    1e12."""
+    norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
+    return x_ND / norm_N1.masked_fill(norm_N1 == 0, torch.inf)
+
+
+def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Reduction) -> Tensor:
+    """[rows] factors whose weighted sum of losses is the reduction; computed in fp32 (fp64)."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if weights is None:
+        return torch.full(
+            (rows,),
+            1 / max(rows, 1) if reduction == "mean" else 1.0,
+            dtype=dtype,
+            device=like.device,
+        )
+    if weights.shape != (rows,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({rows},)")
+    if weights.requires_grad:
+        raise ValueError("weights require a gradient, which the losses do not give: detach them")
+    weights = weights.to(like.device, dtype)
+    if reduction == "mean":
+        weights = weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
+    return weights

@@ -1,0 +1,39 @@
+"""The accuracy gates of the losses: relative Frobenius error against fp64 on the same rounded
+inputs."""
+
+import torch
+from torch import Tensor
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """|ours - exact| / |exact|, and the plain norm where exact is 0."""
+    ours, exact = ours.double(), exact.double()
+    return ((ours - exact).norm() / (exact.norm() or torch.tensor(1.0))).item()
+
+
+def gates(dtype: torch.dtype, temperature: float) -> tuple[float, float]:
+    """(loss, gradient) bounds: rounding of the logits, eps / temperature, rules fp32; storage rules
+    the rest."""
+    fp32 = 2e-6 + 8 * 2**-24 / temperature
+    return {
+        torch.float64: (1e-12, 1e-12),
+        torch.float32: (fp32, 2 * fp32),
+        torch.bfloat16: (fp32, 8e-3),
+        torch.float16: (fp32, 2e-3),
+    }[dtype]
+
+
+def draw(M: int, N: int, D: int, dtype: torch.dtype, converged: bool, seed: int = 0):
+    """queries, passages, labels: random directions, or (converged) positives at a similarity of
+    about 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(M, D, generator=generator, dtype=torch.float64)
+    p = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    labels = (
+        torch.randperm(N, generator=generator)[:M]
+        if N >= M
+        else torch.randint(N, (M,), generator=generator)
+    )
+    if converged:
+        p[labels] = q + 0.45 * torch.randn(M, D, generator=generator, dtype=torch.float64)
+    return q.to(dtype), p.to(dtype), labels

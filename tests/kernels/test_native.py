@@ -1,0 +1,74 @@
+"""The native library and its face: found, of the right version, and missed once, loudly."""
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankpo_kernels
+from rankpo_kernels import native, norms
+
+
+@pytest.fixture
+def fresh_search(monkeypatch):
+    """Let `library()` search again in this test, and forget what it found there."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_library_is_built_and_uses_the_machine():
+    assert native.library() is not None
+    name = native.library().rankpo_instruction_set().decode()
+    assert name in ("baseline", "avx2", "avx512")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512bw" in flags:
+        assert name == "avx512"
+
+
+def test_without_the_library_torch_takes_over_and_says_so_once(fresh_search, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    x = torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="not built"):
+        norms.inverse_norms(x, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = norms.inverse_norms(x, torch.float32)
+    torch.testing.assert_close(got, 1 / x.norm(dim=1))
+
+
+def test_library_of_another_version_is_not_used(fresh_search, monkeypatch):
+    monkeypatch.setattr(native, "ABI_VERSION", -1)
+    with pytest.warns(UserWarning, match="ABI version"):
+        assert native.library() is None
+
+
+def test_nothing_is_importable_as_kernels():
+    root = Path(rankpo_kernels.__file__).parent.parent
+    assert root.name == "kernels" and not (root / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("usable", [True, False], ids=["native", "torch"])
+def test_inverse_norms_over_the_whole_range_of_fp32(usable, monkeypatch):
+    if not usable:
+        monkeypatch.setattr(native, "usable", lambda *tensors: False)
+    sizes = torch.tensor([1.0, 1e30, 1e-30, 3e37, 1e-37, 0.0, math.nan])
+    x = sizes[:, None] * torch.tensor([[0.6, 0.0, -0.8]])
+    got = norms.inverse_norms(x, torch.float32)
+    want = torch.where(sizes == 0, 0, 1 / sizes.double()).float()
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("usable", [True, False], ids=["native", "torch"])
+def test_tangent_is_across_the_unit_vector(usable, monkeypatch):
+    if not usable:
+        monkeypatch.setattr(native, "usable", lambda *tensors: False)
+    x, grad = torch.randn(2, 5000, 7, dtype=torch.float32)
+    inverse = norms.inverse_norms(x, torch.float32)
+    unit = x * inverse[:, None]
+    want = (grad - (grad * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
+    norms.tangent_(grad, x, inverse, inverse)
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+    assert ((grad * unit).sum(1) * x.norm(dim=1)).abs().max() < 1e-4
