@@ -1,0 +1,1 @@
+"""From JSONL files to what a training step needs: rows -> token tables -> batches."""

@@ -1,0 +1,119 @@
+"""Bytes -> JSON objects -> checked values. A `where` is "path:line" and opens every message."""
+
+import codecs
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rankpo_fast.errors import InputError
+
+JSON_TYPES = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield (where, text) for every line that is not blank, of which there must be one."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - as bytes, so that a bad one is known by its line
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    empty = True
+    with file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
+                ) from None
+            if text.strip():
+                empty = False
+                yield where, text
+    if empty:
+        raise InputError(f"{path}: the file is empty")
+
+
+def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield (where, object) for every line that is not blank; each must be one JSON object."""
+    for where, line in lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{where}: malformed JSON: {error.msg} at column {error.colno} "
+                f"(every line must be one JSON object)"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limit
+            raise InputError(f"{where}: unusable JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a row must be an object, got {JSON_TYPES[type(row)]}")
+        yield where, row
+
+
+def value(row: dict, keys: tuple[str, ...], where: str, parent: str = "") -> tuple[str, Any]:
+    """Full name and value of the first of `keys` that `row` has; `parent` is "name." if nested."""
+    for key in keys:
+        if key in row:
+            return parent + key, row[key]
+    wanted = " or ".join(f'"{parent}{key}"' for key in keys)
+    there = ", ".join(shown(parent + key) for key in row) or "none"
+    raise InputError(f"{where}: missing key {wanted} (keys here: {there})")
+
+
+def expect(kind: type, name: str, value: Any, where: str) -> Any:
+    """`value`, if it is of the JSON type `kind`."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = "an integer" if kind is int else JSON_TYPES[kind]
+        raise InputError(
+            f'{where}: "{name}" must be {expected}, got {JSON_TYPES[type(value)]}: {shown(value)}'
+        )
+    return value
+
+
+def text(name: str, value: Any, where: str) -> str:
+    """`value`, if it is a string with something in it."""
+    expect(str, name, value, where)
+    if not value.strip():
+        raise InputError(f'{where}: "{name}" is {"blank" if value else "empty"}')
+    try:
+        value.encode("utf-8")  # JSON may spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f'{where}: "{name}" holds half a surrogate pair, \\u{ord(value[error.start]):04x}'
+        ) from None
+    return sys.intern(value)  # passages recur as negatives of many rows: keep each once
+
+
+def text_at(row: dict, key: str, where: str) -> str:
+    """The text under `key`, plain or as {"text": ...}."""
+    name, found = value(row, (key,), where)
+    if isinstance(found, dict):
+        name, found = value(found, ("text",), where, f"{name}.")
+    return text(name, found, where)
+
+
+def texts_at(row: dict, keys: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The list of texts under the first of `keys`, plain or as {"text": [...]}."""
+    name, found = value(row, keys, where)
+    if isinstance(found, dict):
+        name, found = value(found, ("text",), where, f"{name}.")
+    expect(list, name, found, where)
+    return tuple(text(f"{name}[{i}]", item, where) for i, item in enumerate(found))
+
+
+def shown(value: Any) -> str:
+    """The value as JSON, cut where it would fill the screen."""
+    full = json.dumps(value)
+    return full if len(full) <= 60 else full[:57] + "..."

@@ -1,0 +1,234 @@
+"""Texts -> a table of token ids -> padded micro-batches that fit a token budget.
+
+n texts are tokenised once, their T ids packed end to end in one tensor, so that all lengths are
+known before training. S sequences of a micro-batch, L the length they are padded to.
+"""
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from rankpo_fast.data.files import whole_file
+from rankpo_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SLICE = 1024  # texts given to the tokenizer at once: enough for its threads, little to hold
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """The token ids of n texts; text i is ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: Tensor  # [T] int32
+    offsets: Tensor  # [n + 1] int64
+    truncated: int  # how many of the texts were cut
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The ids [length] of one text."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each text, [n] int64."""
+        return self.offsets.diff()
+
+
+def tokenize(
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    prefix: str = "",
+    cache_dir: str | Path | None = None,
+) -> TokenTable:
+    """Give `prefix + text` to the tokenizer, cut to `max_length` tokens as it does that itself.
+
+    So special tokens at the end survive, and other libraries see the same ids. With `cache_dir`
+    the table is kept there and found again for the same texts, tokenizer, length and prefix; a
+    damaged cache file is made anew, with a warning.
+
+    Raises:
+        InputError: no room for text beside the special tokens, or a text without any token.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise InputError(
+            f"a maximum length of {max_length} tokens leaves no room for text: the tokenizer adds "
+            f"{special} special tokens"
+        )
+    if cache_dir is None:
+        return _tokenize(texts, tokenizer, max_length, prefix)
+    key = _cache_key(texts, tokenizer, max_length, prefix)
+    path = Path(cache_dir) / f"tokens-{key[:32]}.safetensors"
+    table = _read_cache(path, key)
+    if table is None:
+        table = _tokenize(texts, tokenizer, max_length, prefix)
+        _write_cache(path, key, table)
+    return table
+
+
+def _tokenize(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, prefix: str
+) -> TokenTable:
+    ids, lengths, truncated = [np.empty(0, np.int32)], [], 0
+    with tqdm(total=len(texts), desc="tokenising", unit="text", delay=2) as progress:
+        for start in range(0, len(texts), SLICE):
+            part = [prefix + text for text in texts[start : start + SLICE]]
+            part_ids, part_truncated = _encode(part, tokenizer, max_length)
+            for number, tokens in enumerate(part_ids, start):
+                if not tokens:
+                    raise InputError(f"the tokenizer makes no token of the text {texts[number]!r}")
+            lengths += map(len, part_ids)
+            ids.append(np.fromiter(chain.from_iterable(part_ids), np.int32))
+            truncated += part_truncated
+            progress.update(len(part))
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    return TokenTable(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets), truncated)
+
+
+def _encode(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> tuple[list[list[int]], int]:
+    """The ids of each text, and how many texts were cut."""
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, **options)
+    ids = encoded["input_ids"]
+    if encoded.encodings is not None:
+        return ids, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    # A tokenizer written in Python keeps nothing of what it cut: ask it again for the full ones.
+    full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) == max_length]
+    whole = tokenizer(full, truncation=False, **options)["input_ids"] if full else []
+    return ids, sum(len(tokens) > max_length for tokens in whole)
+
+
+# --- the cache ---
+
+
+def _cache_key(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, prefix: str
+) -> str:
+    digest = hashlib.sha256(f"{max_length} {len(texts)} ".encode())
+    _add_tokenizer(digest, tokenizer)
+    for text in chain([prefix], texts):
+        _add(digest, text.encode())
+    return digest.hexdigest()
+
+
+def _add_tokenizer(digest: "hashlib._Hash", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Hash all that the tokenizer would save, and the versions that read it."""
+    import tokenizers
+    import transformers
+
+    _add(digest, f"{transformers.__version__} {tokenizers.__version__}".encode())
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        for path in sorted(Path(directory).rglob("*")):
+            if path.name == "tokenizer.json":  # holds what the last call asked for: not its nature
+                saved = json.loads(path.read_bytes())
+                saved["truncation"] = saved["padding"] = None
+                _add(digest, json.dumps(saved).encode())
+            elif path.is_file():
+                _add(digest, path.read_bytes())
+
+
+def _add(digest: "hashlib._Hash", data: bytes) -> None:
+    """Length first, so that no two sequences of parts hash alike."""
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def _content_hash(key: str, table: TokenTable) -> str:
+    digest = hashlib.sha256(f"{key} {table.truncated} {len(table)} ".encode())
+    digest.update(table.offsets.numpy())
+    digest.update(table.ids.numpy())
+    return digest.hexdigest()
+
+
+def _write_cache(path: Path, key: str, table: TokenTable) -> None:
+    metadata = {"truncated": str(table.truncated), "sha256": _content_hash(key, table)}
+    with whole_file(path) as temporary:
+        save_file({"ids": table.ids, "offsets": table.offsets}, temporary, metadata)
+
+
+def _read_cache(path: Path, key: str) -> TokenTable | None:
+    """The table kept at `path`; None if there is none, or with a warning if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            table = TokenTable(
+                file.get_tensor("ids"), file.get_tensor("offsets"), int(metadata["truncated"])
+            )
+        if metadata["sha256"] == _content_hash(key, table):
+            return table
+        damage = "its checksum does not match"
+    except (SafetensorError, KeyError, ValueError) as error:
+        damage = str(error)
+    warnings.warn(f"{path}: damaged cache file, tokenising anew ({damage})", stacklevel=3)
+    return None
+
+
+# --- micro-batches ---
+
+
+def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """Split texts of `lengths` [n] into index tensors [S] with S * L <= max_tokens.
+
+    Texts of like length go together. The longest come first: if memory runs out, it does at once.
+
+    Raises:
+        InputError: a text alone is longer than max_tokens.
+    """
+    longest_first = lengths.argsort(descending=True, stable=True)
+    batches = []
+    start = 0
+    while start < len(lengths):
+        longest = int(lengths[longest_first[start]])
+        assert longest > 0, "a text without tokens"
+        if longest > max_tokens:
+            raise InputError(
+                f"--max_tokens_per_micro_batch is {max_tokens}, but the longest text has "
+                f"{longest} tokens: raise it, or shorten the texts by a smaller maximum length"
+            )
+        stop = start + max_tokens // longest
+        batches.append(longest_first[start:stop])
+        start = stop
+    return batches
+
+
+def pad(
+    table: TokenTable, text_ids: Tensor, pad_token_id: int, padding_side: str
+) -> tuple[Tensor, Tensor]:
+    """Input ids and attention mask, [S, L] int64 both, of the texts `text_ids` [S].
+
+    L is the longest of them; padding_side "left" or "right" says where the pad tokens go.
+    """
+    assert padding_side in ("left", "right"), padding_side
+    starts = table.offsets[text_ids]  # [S]
+    lengths = table.offsets[text_ids + 1] - starts  # [S]
+    longest = int(lengths.max())
+    first = longest - lengths if padding_side == "left" else torch.zeros_like(lengths)
+    place = torch.arange(longest) - first[:, None]  # [S, L] of each column in its own text
+    mask = (place >= 0) & (place < lengths[:, None])
+    input_ids = torch.full(mask.shape, pad_token_id)
+    input_ids[mask] = table.ids[(starts[:, None] + place)[mask]].to(torch.int64)
+    return input_ids, mask.to(torch.int64)

@@ -1,0 +1,244 @@
+"""Token tables hold what the tokenizer gives; the cache is exact; micro-batches keep the budget."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rankpo_fast.data import tokens
+from rankpo_fast.data.tokens import TokenTable, micro_batches, pad, tokenize
+from rankpo_fast.errors import InputError
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
+TEXTS = ["a b c", "a", "b c d e f g h i j", "a b c d", "a b c d e"]
+
+
+def make_tokenizer(words=WORDS, special=True, **options):
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if special:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", **options
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def rows_of(table):
+    return [table[i].tolist() for i in range(len(table))]
+
+
+def same(one, other):
+    return rows_of(one) == rows_of(other) and one.truncated == other.truncated
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("prefix", ["", "j: "])
+@pytest.mark.parametrize("max_length", [3, 6, 11, 50])
+def test_ids_are_what_the_tokenizer_gives(tiny_tokenizer, prefix, max_length):
+    table = tokenize(TEXTS, tiny_tokenizer, max_length, prefix=prefix)
+    texts = [prefix + text for text in TEXTS]
+    expected = tiny_tokenizer(texts, truncation=True, max_length=max_length)
+    assert rows_of(table) == expected["input_ids"]
+    full = tiny_tokenizer(texts)["input_ids"]
+    assert table.truncated == sum(len(ids) > max_length for ids in full)
+    assert table.lengths.tolist() == [min(len(ids), max_length) for ids in full]
+    assert (table.ids.dtype, table.offsets.dtype) == (torch.int32, torch.int64)
+
+
+def test_truncation_keeps_the_special_tokens(tokenizer):
+    table = tokenize(TEXTS, tokenizer, 4)
+    assert {(ids[0], ids[-1]) for ids in rows_of(table)} == {(1, 2)}
+
+
+def test_text_of_just_the_maximum_length_is_not_truncated(tokenizer):
+    assert tokenize(["a b c"], tokenizer, 5).truncated == 0
+    assert tokenize(["a b c"], tokenizer, 4).truncated == 1
+
+
+def test_tokenizer_that_cuts_on_the_left_may():
+    table = tokenize(["a b c d"], make_tokenizer(truncation_side="left"), 4)
+    assert rows_of(table) == [[1, WORDS.index("c"), WORDS.index("d"), 2]]
+
+
+class WordTokenizer:
+    """Stands for a tokenizer written in Python: its encodings keep nothing of what was cut."""
+
+    def __init__(self, fast):
+        self.fast = fast
+
+    def num_special_tokens_to_add(self):
+        return 2
+
+    def __call__(self, texts, **options):
+        encoded = self.fast(texts, **options)
+        encoded._encodings = None
+        return encoded
+
+
+def test_tokenizer_written_in_python_gives_the_same_table(tokenizer):
+    for max_length in (5, 6, 50):
+        table = tokenize(TEXTS, WordTokenizer(tokenizer), max_length)
+        assert same(table, tokenize(TEXTS, tokenizer, max_length))
+
+
+def test_slices_are_joined_in_order(tokenizer, monkeypatch):
+    whole = tokenize(TEXTS, tokenizer, 6)
+    monkeypatch.setattr(tokens, "SLICE", 2)
+    assert same(tokenize(TEXTS, tokenizer, 6), whole)
+
+
+def test_no_texts_give_an_empty_table(tokenizer):
+    table = tokenize([], tokenizer, 6)
+    assert (len(table), table.truncated, table.lengths.tolist()) == (0, 0, [])
+
+
+def test_no_room_beside_the_special_tokens_is_refused(tokenizer):
+    with pytest.raises(InputError, match="maximum length of 2 .* adds 2 special"):
+        tokenize(TEXTS, tokenizer, 2)
+
+
+def test_text_without_tokens_is_refused():
+    with pytest.raises(InputError, match="no token of the text '\\\\u2003'"):
+        tokenize(["a", "\u2003"], make_tokenizer(special=False), 5)
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    calls = []
+    real = tokens._tokenize
+    monkeypatch.setattr(tokens, "_tokenize", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+def test_cache_gives_the_same_table_without_tokenising(tokenizer, tmp_path, count_calls):
+    first = tokenize(TEXTS, tokenizer, 6, prefix="j ", cache_dir=tmp_path)
+    tokenizer(TEXTS, truncation=True, max_length=3, padding=True)  # leaves its mark in the backend
+    again = tokenize(TEXTS, tokenizer, 6, prefix="j ", cache_dir=tmp_path)
+    assert same(first, again) and len(count_calls) == 1
+    assert again.ids.dtype == torch.int32
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"texts": TEXTS[:-1]}, id="texts"),
+        pytest.param({"texts": TEXTS[::-1]}, id="their-order"),
+        pytest.param({"texts": ["a b ", "ca", *TEXTS[2:]]}, id="where-one-ends"),
+        pytest.param({"max_length": 7}, id="length"),
+        pytest.param({"prefix": "j"}, id="prefix"),
+        pytest.param({"tokenizer": make_tokenizer(WORDS[::-1])}, id="vocabulary"),
+        pytest.param({"tokenizer": make_tokenizer(special=False)}, id="special-tokens"),
+        pytest.param({"tokenizer": make_tokenizer(truncation_side="left")}, id="truncation-side"),
+    ],
+)
+def test_another_input_is_another_cache_entry(tokenizer, tmp_path, change):
+    arguments = {"texts": TEXTS, "tokenizer": tokenizer, "max_length": 6, "prefix": ""}
+    tokenize(**arguments, cache_dir=tmp_path)
+    table = tokenize(**arguments | change, cache_dir=tmp_path)
+    assert same(table, tokenize(**arguments | change))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def damage_a_bit(data):
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def damage_the_count(data):
+    return data.replace(b'"truncated":"2"', b'"truncated":"3"')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage_a_bit, id="flipped-bit"),
+        pytest.param(damage_the_count, id="other-count"),
+        pytest.param(lambda data: data[:-7], id="cut-off"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: b"\xff" * 64, id="noise"),
+        pytest.param(lambda data: data.replace(b"sha256", b"sha999"), id="no-checksum"),
+    ],
+)
+def test_damaged_cache_is_made_anew_with_a_warning(tokenizer, tmp_path, count_calls, damage):
+    first = tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    assert damage(whole) != whole
+    path.write_bytes(damage(whole))
+    with pytest.warns(UserWarning, match=f"{path.name}: damaged cache file"):
+        assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
+    assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
+    assert len(count_calls) == 2
+
+
+# --- micro-batches ---
+
+
+@pytest.mark.parametrize(
+    ("n", "max_tokens"),
+    [
+        pytest.param(1, 512, id="one-text"),
+        pytest.param(1000, 512, id="budget-of-the-longest"),
+        pytest.param(1000, 4096, id="many-to-a-batch"),
+        pytest.param(1000, 10**9, id="all-in-one"),
+        pytest.param(0, 512, id="none"),
+    ],
+)
+def test_micro_batches_hold_every_text_once_within_the_budget(n, max_tokens):
+    lengths = torch.randint(1, 513, (n,), generator=torch.Generator().manual_seed(0))
+    batches = micro_batches(lengths, max_tokens)
+    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(n))
+    assert all(len(batch) * int(lengths[batch].max()) <= max_tokens for batch in batches)
+
+
+def test_micro_batches_come_longest_first_and_full():
+    lengths = torch.tensor([3, 10, 4, 9, 3])
+    batches = micro_batches(lengths, 20)
+    assert [batch.tolist() for batch in batches] == [[1, 3], [2, 0, 4]]
+
+
+def test_micro_batches_pad_little():
+    lengths = torch.randint(1, 513, (2000,), generator=torch.Generator().manual_seed(0))
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in micro_batches(lengths, 8192))
+    assert padded < 1.03 * int(lengths.sum())
+
+
+def test_text_longer_than_the_budget_is_refused():
+    with pytest.raises(InputError, match="--max_tokens_per_micro_batch is 9, .* 10 tokens"):
+        micro_batches(torch.tensor([3, 10]), 9)
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_what_the_tokenizer_gives(side):
+    tokenizer = make_tokenizer(padding_side=side)
+    table = tokenize(TEXTS, tokenizer, 6)
+    chosen = torch.tensor([3, 1, 2])
+    input_ids, mask = pad(table, chosen, tokenizer.pad_token_id, side)
+    expected = tokenizer(
+        [TEXTS[i] for i in chosen], truncation=True, max_length=6, padding=True, return_tensors="pt"
+    )
+    assert torch.equal(input_ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
+    assert input_ids.dtype == mask.dtype == torch.int64
+
+
+def test_pad_token_may_be_any_id_and_texts_may_recur():
+    table = TokenTable(torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([0, 1, 3]), 0)
+    input_ids, mask = pad(table, torch.tensor([0, 1, 0]), 9, "right")
+    assert input_ids.tolist() == [[5, 9], [6, 7], [5, 9]]
+    assert mask.tolist() == [[1, 0], [1, 1], [1, 0]]
