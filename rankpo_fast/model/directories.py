@@ -1,0 +1,82 @@
+"""Model names -> directories on this disk that are safe to load from."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankpo_fast.errors import InputError
+
+SMALL_FILES = ["*.json", "*.txt", "*.model"]
+WEIGHT_FILES = ["model*.safetensors", "*/model*.safetensors"]
+OTHER_FORMATS = ["onnx/*", "openvino/*"]
+
+
+def find_directory(name: str, flag: str, *, weights: bool) -> Path:
+    """The directory `name`, or the local copy of the hub repository of that name.
+
+    Args:
+        name: directory or hub name.
+        flag: command-line flag it was given by, for messages.
+        weights: whether to fetch the weights too, which are safetensors or nothing.
+
+    Raises:
+        InputError: neither is there.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    with blaming(f"{flag} {name}: no such directory, and the Hugging Face hub did not give it"):
+        copy = snapshot_download(
+            name,
+            allow_patterns=SMALL_FILES + (WEIGHT_FILES if weights else []),
+            ignore_patterns=OTHER_FORMATS,
+        )
+    return Path(copy)
+
+
+def check_config(folder: Path, flag: str) -> None:
+    """Raise InputError unless there is a config.json."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag} {folder}: no config.json there, so this is no model directory")
+
+
+def check_weights(folder: Path, flag: str) -> None:
+    """Raise InputError unless the weights are safetensors, complete, and inside the folder.
+
+    transformers opens whatever path an index names, `../` included.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return
+    if not index.is_file():
+        raise InputError(
+            f"{flag} {folder}: neither model.safetensors nor {index.name} there "
+            f"(other formats can run code and are not read)"
+        )
+    with blaming(f"{flag} {index}"):
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    for shard in sorted(shards):
+        if Path(shard).name != shard:
+            raise InputError(f"{flag} {index}: the shard {shard!r} lies outside the directory")
+        if not (folder / shard).is_file():
+            raise InputError(f"{flag} {index}: the shard {shard!r} is missing")
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn what libraries raise over unusable files into an InputError `what: reason`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        OSError, ValueError, KeyError, AttributeError, TypeError, ImportError,
+        SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        raise InputError(f"{what}: {' '.join(str(error).split())}") from error

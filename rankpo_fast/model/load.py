@@ -1,0 +1,269 @@
+"""A model name and settings -> an Encoder on a device.
+
+What can be wrong is found before weights load: the backbone is first built without storage, which
+costs milliseconds and tells which attention works, how many positions there are, and whether tokens
+see only those before them. That is the skeleton.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankpo_fast.config import EncoderConfig, ModelConfig
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.directories import blaming, check_config, check_weights, find_directory
+from rankpo_fast.model.encoder import Encoder, position_padding
+from rankpo_fast.model.settings import EncoderSettings, backbone_folder, read_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_FLAG, TOKENIZER_FLAG = "--model_name_or_path", "--tokenizer_name"
+PAD_TOKENS = ["<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"]
+
+
+def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) -> Encoder:
+    """Load the encoder that `config` describes, in eval mode, weights in fp32.
+
+    Args:
+        config: what to load; a ModelConfig also says how it is to be trained.
+        device: where the weights go.
+        seed: of weights that no file gives: new tokens, or all of them from scratch.
+
+    Raises:
+        InputError: no such model or tokenizer, unsafe or incomplete files, or settings that this
+            model cannot be used with; the message names the flag.
+    """
+    training = config if isinstance(config, ModelConfig) else None
+    from_scratch = training is not None and training.from_scratch
+    directory = find_directory(config.model_name_or_path, MODEL_FLAG, weights=not from_scratch)
+    folder = backbone_folder(directory)
+    check_config(folder, MODEL_FLAG)
+    if not from_scratch:
+        check_weights(folder, MODEL_FLAG)
+    backbone_config = _load_config(folder)
+    if training is not None and training.disable_dropout:
+        _drop_nothing(backbone_config)
+    skeleton = _skeleton(backbone_config, config, device)
+    settings = _settings(config, directory, skeleton)
+    tokenizer = _load_tokenizer(config, folder, backbone_config)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        attention = skeleton.config._attn_implementation
+        if from_scratch:
+            backbone = _new_backbone(backbone_config, attention)
+        else:
+            backbone = _load_backbone(folder, backbone_config, attention)
+            _check_vocabulary(tokenizer, backbone)
+        if training is not None:
+            _add_special_tokens(tokenizer, training.special_tokens)
+        _fit_embedding(backbone, tokenizer)
+    for name, parameter in backbone.named_parameters():
+        if name.startswith("pooler."):  # reads the first token for a task that we do not have
+            parameter.requires_grad_(False)
+    if training is not None:
+        _prepare_training(backbone, training)
+    encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16)
+    return encoder.to(device).eval()
+
+
+# --- the backbone ---
+
+
+def _load_config(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    with blaming(f"{MODEL_FLAG} {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise InputError(f"{MODEL_FLAG} {folder}: an encoder-decoder ({config.model_type}) has no "
+                         f"single sequence of states; give an encoder or a decoder")  # fmt: skip
+    # Caches of keys and values serve generation alone; left on, packed texts can see each other.
+    config.get_text_config().use_cache = False
+    return config
+
+
+def _drop_nothing(config: "PreTrainedConfig") -> None:
+    """Set every dropout of the config to 0, before anything is built from it."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if "drop" in name and type(value) in (int, float):
+                setattr(part, name, 0.0)
+
+
+def _skeleton(
+    backbone_config: "PreTrainedConfig", config: EncoderConfig, device: torch.device
+) -> "PreTrainedModel":
+    """The backbone on the meta device, with the attention it is going to have."""
+    with blaming(f"{MODEL_FLAG} {config.model_name_or_path}"):
+        skeleton = _new_backbone(backbone_config, None, "meta")
+    default = skeleton.config._attn_implementation  # sdpa where the backbone has it, else eager
+    asked = config.attn_implementation
+    if asked != "auto":
+        if "flash" in asked and (device.type == "cpu" or not config.bf16):
+            raise InputError(f"--attn_implementation {asked} needs a GPU and --bf16 true; "
+                             f"{default} works here")  # fmt: skip
+        with blaming(f"--attn_implementation {asked} cannot be used ({default} can)"):
+            return _new_backbone(backbone_config, asked, "meta")
+    if device.type == "cuda" and config.bf16:
+        for flash in _installed_flash_attention():
+            try:
+                return _new_backbone(backbone_config, flash, "meta")
+            except (ImportError, ValueError):  # not for this card, or not for this backbone
+                continue
+    return skeleton
+
+
+def _installed_flash_attention() -> list[str]:
+    """Versions in transformers' names, the one to prefer first; 4 is not yet released."""
+    from transformers import utils
+
+    checks = {v: getattr(utils, f"is_flash_attn_{v}_available", None) for v in (3, 2, 4)}
+    return [f"flash_attention_{v}" for v, installed in checks.items() if installed and installed()]
+
+
+def _new_backbone(
+    config: "PreTrainedConfig", attention: str | None, device: str = "cpu"
+) -> "PreTrainedModel":
+    from transformers import AutoModel
+
+    with torch.device(device):
+        return AutoModel.from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+
+
+def _load_backbone(folder: Path, config: "PreTrainedConfig", attention: str) -> "PreTrainedModel":
+    from transformers import AutoModel
+
+    with blaming(f"{MODEL_FLAG} {folder}"):
+        backbone, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    # What does not fit transformers leaves random; only a pooler, which we do not use, may be so.
+    unfit = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    unfit = sorted(key for key in unfit if not key.startswith("pooler."))
+    if unfit:
+        raise InputError(f"{MODEL_FLAG} {folder}: {len(unfit)} tensors that config.json asks for "
+                         f"are not there in that shape: {unfit[0]} ...")  # fmt: skip
+    return backbone
+
+
+def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
+    if config.gradient_checkpointing:
+        if not backbone.supports_gradient_checkpointing:
+            raise InputError(f"--gradient_checkpointing true: {backbone.config.model_type} does "
+                             f"not have it; give --gradient_checkpointing false")  # fmt: skip
+        older = backbone.gradient_checkpointing_enable  # its name in the first versions of 5
+        getattr(backbone, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
+# --- how text is read ---
+
+
+def _settings(
+    config: EncoderConfig, directory: Path, skeleton: "PreTrainedModel"
+) -> EncoderSettings:
+    """What the flags say, else the model directory, else the paper."""
+    settings = {"pooling": "last" if _is_causal(skeleton) else "mean"}
+    settings |= read_settings(directory, any_pooling=config.pooling != "auto")
+    flags = {name: getattr(config, name) for name in settings}
+    if config.pooling == "auto":
+        flags["pooling"] = None
+    settings |= {name: flag for name, flag in flags.items() if flag is not None}
+    limit = _positions(skeleton)
+    for name in ("max_query_length", "max_passage_length"):
+        if flags[name] is not None and flags[name] > limit:
+            raise InputError(f"--{name} {flags[name]} is more than the {limit} positions of "
+                             f"{config.model_name_or_path}")  # fmt: skip
+        settings[name] = min(settings[name], limit)
+    return EncoderSettings(**settings)
+
+
+def _is_causal(backbone: "PreTrainedModel") -> bool:
+    """Whether tokens see only those before them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if getattr(backbone.config, "is_causal", None) is False:  # switches a decoder to both sides
+        return False
+    flags = {getattr(module, "is_causal", None) for module in backbone.modules()} - {None}
+    if flags:
+        return True in flags
+    kind = type(backbone.config)  # older architectures carry no flag
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _positions(backbone: "PreTrainedModel") -> float:
+    """How many tokens a text may have; infinity where the config names no number."""
+    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return float("inf")
+    padding = position_padding(backbone)
+    return positions if padding is None else positions - padding - 1
+
+
+# --- the tokenizer ---
+
+
+def _load_tokenizer(
+    config: EncoderConfig, folder: Path, backbone_config: "PreTrainedConfig"
+) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    if config.tokenizer_name is not None:
+        directory = find_directory(config.tokenizer_name, TOKENIZER_FLAG, weights=False)
+        folder = backbone_folder(directory)
+    with blaming(f"{TOKENIZER_FLAG} {folder}: no tokenizer can be loaded from there"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # Positions then start at 0 in every library and for every backbone that loads what we save.
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _pad_token(tokenizer, backbone_config, folder)
+    return tokenizer
+
+
+def _pad_token(
+    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", folder: Path
+) -> str:
+    """A token kept for padding if there is one, else the end of text; the mask hides it anyway."""
+    vocabulary = tokenizer.get_vocab()
+    by_id = {index: token for token, index in vocabulary.items()}
+    from_config = by_id.get(getattr(config.get_text_config(), "pad_token_id", None))
+    candidates = [from_config, *PAD_TOKENS, tokenizer.eos_token, tokenizer.unk_token]
+    for token in candidates:
+        if token in vocabulary:
+            return token
+    raise InputError(f"{TOKENIZER_FLAG} {folder}: no token to pad with (no pad, end or unknown)")
+
+
+def _add_special_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> None:
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": tokens}, replace_extra_special_tokens=False
+    )
+
+
+def _vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", backbone: "PreTrainedModel") -> None:
+    size, rows = _vocabulary_size(tokenizer), backbone.get_input_embeddings().num_embeddings
+    if size > rows:
+        raise InputError(f"{TOKENIZER_FLAG} {tokenizer.name_or_path}: {size} tokens, but the model "
+                         f"has embeddings for {rows}")  # fmt: skip
+
+
+def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Add rows for new tokens, drawn as the backbone draws its own initial weights."""
+    size = _vocabulary_size(tokenizer)
+    if size > backbone.get_input_embeddings().num_embeddings:
+        backbone.resize_token_embeddings(size, mean_resizing=False)

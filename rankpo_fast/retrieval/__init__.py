@@ -1,0 +1,1 @@
+"""Search with an encoder: vectors, exact nearest neighbours, metrics, hard negatives."""
