@@ -1,0 +1,369 @@
+"""Settings: one frozen dataclass per room, each the flags of that room on the command line.
+
+Field names are the flags (`learning_rate` is `--learning_rate` and `--learning-rate`), defaults are
+those of the paper's scripts, and help texts say in brackets what holds where a default is None.
+Every class checks its own values: what cannot be used is an InputError naming flag and value.
+"""
+
+import math
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from rankpo_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PAPER_SPECIAL_TOKENS = [
+    "<keyword>", "</keyword>", "<title>", "</title>", "<abstract>", "</abstract>", "<sep>",
+]  # fmt: skip
+PAPER_MAX_QUERY_LENGTH = 1280  # tokens
+PAPER_MAX_PASSAGE_LENGTH = 4096
+
+
+def _flag(help: str, default: Any = MISSING, **argparse_settings: Any) -> Any:
+    """One flag: its help text, its default (none: required), and what else argparse should know."""
+    metadata = {"help": help, **argparse_settings}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _require(config: Any, name: str, rule: str, holds: bool) -> None:
+    if not holds:
+        raise InputError(f"--{name} must be {rule}, got {getattr(config, name)!r}")
+
+
+def _check_choices(config: Any) -> None:
+    """argparse checks these on the command line; this serves those who build a config in Python."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            _require(config, name, f"one of {', '.join(choices)}", getattr(config, name) in choices)
+
+
+def _check_above(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(config, name, "finite", math.isfinite(value))
+        _require(config, name, f"> {low}", value > low)
+
+
+def _check_at_least(config: Any, low: float, *names: str) -> None:
+    """None stands for "not given" and passes."""
+    for name in names:
+        value = getattr(config, name)
+        _require(config, name, "finite", value is None or math.isfinite(value))
+        _require(config, name, f">= {low}", value is None or value >= low)
+
+
+def _check_names(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        for item in value if isinstance(value, list) else [value]:
+            _require(config, name, "a name, not empty", item is None or bool(str(item).strip()))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder, and how it reads text; enough to evaluate, encode or mine with it."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = _flag("Hub name or directory of the model.")
+    tokenizer_name: str | None = _flag("Tokenizer, if not the model's.", None)
+    pooling: Literal["auto", "last", "mean", "cls"] = _flag(
+        "auto: as the model directory says, else last (causal models) or mean.", "auto"
+    )
+    attn_implementation: str = _flag("As transformers names it.", "auto")
+    query_prefix: str | None = _flag("Goes before every query. [as the model says]", None)
+    passage_prefix: str | None = _flag("Goes before every passage. [as the model says]", None)
+    max_query_length: int | None = _flag(
+        "Tokens kept of a query. [as the model says, else 1280]", None
+    )
+    max_passage_length: int | None = _flag("Tokens kept of a passage. [..., else 4096]", None)
+    bf16: bool = _flag("Autocast: faster, vectors good to two digits.", False)
+
+    def __post_init__(self) -> None:
+        _check_names(self, "model_name_or_path", "tokenizer_name", "attn_implementation")
+        _check_choices(self)
+        _check_at_least(self, 1, "max_query_length", "max_passage_length")
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """The encoder to train. `special_tokens=["paper"]` becomes the paper's list."""
+
+    bf16: bool = _flag("Autocast; weights and losses stay fp32.", True)
+    from_scratch: bool = _flag("Random weights: only config and tokenizer are read.", False)
+    special_tokens: list[str] = _flag("Added to the tokenizer; paper: the paper's own.", [])
+    gradient_checkpointing: bool = _flag("Less memory for a third more compute.", True)
+    disable_dropout: bool = _flag("Every dropout at 0.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_names(self, "special_tokens")
+        given = self.special_tokens
+        tokens = [t for g in given for t in (PAPER_SPECIAL_TOKENS if g == "paper" else [g])]
+        object.__setattr__(self, "special_tokens", list(dict.fromkeys(tokens)))
+
+
+@dataclass(frozen=True)
+class ContrastiveDataConfig:
+    """Rows of stage 1."""
+
+    _argument_group_name = "data"
+
+    train_data: list[str] = _flag(
+        'JSONL files of {"query": str, "positives": [str], "negatives": [str]}.'
+    )
+    num_negatives: int = _flag(
+        "Sampled per query and epoch, besides the batch's other passages.", 5
+    )
+
+    def __post_init__(self) -> None:
+        _check_names(self, "train_data")
+        _check_at_least(self, 0, "num_negatives")
+
+
+@dataclass(frozen=True)
+class RankPODataConfig:
+    """Rows of stage 2."""
+
+    _argument_group_name = "data"
+
+    train_data: list[str] = _flag(
+        'JSONL files of {"query", "passage1", "passage2", "preferred": "A" or "B"}.'
+    )
+    use_confidence: bool = _flag("Weight pairs by confidence_score / 100.", False)
+
+    def __post_init__(self) -> None:
+        _check_names(self, "train_data")
+
+
+@dataclass(frozen=True)
+class ContrastiveLossConfig:
+    """InfoNCE."""
+
+    _argument_group_name = "loss"
+
+    temperature: float = _flag("Cosine similarities are divided by it.", 0.02)
+
+    def __post_init__(self) -> None:
+        _check_above(self, 0, "temperature")
+
+
+@dataclass(frozen=True)
+class RankPOLossConfig:
+    """RankPO, or SimRankPO without a reference, or SFT with `--sft_weight 1 --rankpo_weight 0`."""
+
+    _argument_group_name = "loss"
+
+    beta: float = _flag("Sharpness of the preference margin.", 2.0)
+    temperature: float = _flag("Cosine similarities are divided by it.", 0.1)
+    gamma_beta_ratio: float = _flag("Margin asked for, in units of cosine / temperature.", 0.0)
+    loss_type: Literal["sigmoid", "hinge"] = _flag("Shape of the preference loss.", "sigmoid")
+    label_smoothing: float = _flag("Share of wrong preferences to assume.", 0.0)
+    sft_weight: float = _flag("Of the cross entropy over chosen and rejected.", 0.0)
+    rankpo_weight: float = _flag("Of the preference loss.", 1.0)
+    reference_free: bool = _flag("False: margins count relative to a frozen model's.", True)
+    reference_model_name_or_path: str | None = _flag(
+        "The frozen model. [the trained one, as it starts]", None
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_above(self, 0, "beta", "temperature")
+        _check_at_least(self, 0, "sft_weight", "rankpo_weight")
+        _require(self, "gamma_beta_ratio", "finite", math.isfinite(self.gamma_beta_ratio))
+        _require(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
+        _check_names(self, "reference_model_name_or_path")
+        if self.sft_weight == 0 and self.rankpo_weight == 0:
+            raise InputError("--sft_weight and --rankpo_weight are both 0: nothing to train on")
+        if self.loss_type == "hinge" and self.label_smoothing > 0:
+            raise InputError("--label_smoothing needs --loss_type sigmoid, got hinge")
+        if self.reference_free and self.reference_model_name_or_path is not None:
+            raise InputError("--reference_model_name_or_path needs --reference_free false")
+
+    @property
+    def uses_reference(self) -> bool:
+        return not self.reference_free and self.rankpo_weight > 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The run: its length, its optimizer, and what it leaves on disk."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = _flag("Where the model, metrics.jsonl and checkpoints go.")
+    num_train_epochs: float = _flag("Passes over the rows.", 3.0)
+    max_steps: int | None = _flag("Optimizer steps; overrides --num_train_epochs.", None)
+    per_device_train_batch_size: int = _flag("Rows per batch.", 8)
+    gradient_accumulation_steps: int = _flag("Batches per optimizer step.", 4)
+    learning_rate: float = _flag("Peak learning rate.", 1e-5)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _flag(
+        "Course after the warm-up.", "cosine"
+    )
+    warmup_ratio: float = _flag("Share of the steps during which it rises.", 0.1)
+    weight_decay: float = _flag("Of AdamW; biases and norms are spared.", 0.0)
+    adam_beta1: float = _flag("Of AdamW.", 0.9)
+    adam_beta2: float = _flag("Of AdamW.", 0.999)
+    adam_epsilon: float = _flag("Of AdamW.", 1e-8)
+    max_grad_norm: float = _flag("Gradients are scaled down to this norm; 0: never.", 1.0)
+    seed: int = _flag("Of row order, sampled negatives, dropout, random weights.", 42)
+    logging_steps: int = _flag("Steps between two lines of metrics.jsonl.", 10)
+    eval_steps: int | None = _flag("Steps between two evaluations. [only at the end]", None)
+    save_steps: int | None = _flag("Steps between two checkpoints. [only on SIGTERM]", None)
+    save_total_limit: int | None = _flag("Checkpoints kept, the newest. [all]", None)
+    resume: str | None = _flag(
+        "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
+        None, nargs="?", const="newest", metavar="CHECKPOINT",
+    )  # fmt: skip
+    overwrite_output_dir: bool = _flag("Delete the earlier run that is there.", False)
+    report_to: Literal["none", "tensorboard", "wandb"] = _flag(
+        "Also send the metrics there.", "none"
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_names(self, "output_dir", "resume")
+        _check_above(self, 0, "num_train_epochs", "learning_rate", "adam_epsilon")
+        _check_at_least(
+            self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
+        )
+        _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        _check_at_least(self, 0, "weight_decay", "max_grad_norm", "seed")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
+        if self.resume is not None and self.overwrite_output_dir:
+            raise InputError("--resume and --overwrite_output_dir contradict each other: give one")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What an encoder is measured on: retrieval, preference pairs, or both."""
+
+    _argument_group_name = "evaluation"
+
+    query_data: str | None = _flag("JSONL of queries, or a BEIR directory.", None)
+    corpus_data: str | None = _flag("JSONL that --query_data refers to by row number.", None)
+    preference_data: list[str] | None = _flag("Rows of stage 2, for the alignment.", None)
+    cutoffs: list[int] = _flag("Ranks at which to measure.", [1, 5, 10, 20, 100])
+    legacy_metrics: bool = _flag("The original code's; they read higher.", False)
+
+    def __post_init__(self) -> None:
+        _check_names(self, "query_data", "corpus_data", "preference_data")
+        _require(self, "cutoffs", "whole numbers >= 1", min(self.cutoffs, default=0) >= 1)
+        if self.corpus_data is not None and self.query_data is None:
+            raise InputError("--corpus_data needs --query_data")
+        is_file = self.query_data is not None and not Path(self.query_data).is_dir()
+        if is_file and self.corpus_data is None:
+            raise InputError("--query_data needs --corpus_data, unless it is a BEIR directory")
+
+    @property
+    def asked(self) -> bool:
+        return self.query_data is not None or self.preference_data is not None
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where to compute, how much at once, where to keep what need not be computed twice."""
+
+    _argument_group_name = "compute"
+
+    device: str = _flag("auto, cpu, cuda or cuda:N.", "auto")
+    max_tokens_per_micro_batch: int = _flag("Tokens, padding included, at once.", 16384)
+    cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
+
+    def __post_init__(self) -> None:
+        _check_names(self, "device", "cache_dir")
+        _check_at_least(self, 1, "max_tokens_per_micro_batch")
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
+    def torch_device(self) -> "torch.device":
+        """The device to compute on; InputError where there is no such device."""
+        import torch
+
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        kind, _, number = name.partition(":")
+        known = name == "cpu" or (kind == "cuda" and (number.isdigit() or name == "cuda"))
+        _require(self, "device", "auto, cpu, cuda or cuda:N", known)
+        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        return torch.device(name)
+
+
+@dataclass(frozen=True)
+class EvaluateOutputConfig:
+    """What `evaluate` leaves on disk."""
+
+    _argument_group_name = "output"
+
+    output: str | None = _flag("Also write the figures to this JSON file.", None)
+
+    def __post_init__(self) -> None:
+        _check_names(self, "output")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Texts to vectors."""
+
+    _argument_group_name = "encode"
+
+    input: str = _flag("JSONL file.")
+    output: str = _flag("The vectors [rows, dims], fp32, length 1: a .npy file.")
+    text_key: str = _flag("Key of the text in a row.", "text")
+    role: Literal["query", "passage"] = _flag(
+        "Decides prefix and limit.", "passage", aliases=["--as"]
+    )
+    max_length: int | None = _flag("Tokens kept of a text. [the limit of its role]", None)
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_names(self, "input", "output", "text_key")
+        _check_at_least(self, 1, "max_length")
+        _require(self, "output", "a name that ends in .npy", self.output.endswith(".npy"))
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """Hard negatives: passages the model ranks high that are no known positives of the query."""
+
+    _argument_group_name = "mining"
+
+    train_data: list[str] = _flag("Rows of stage 1; their positives are kept.")
+    output_file: str = _flag("The rows with mined negatives, as JSONL.")
+    corpus_data: str | None = _flag("JSONL of passages to search. [those of --train_data]", None)
+    method: Literal["topk", "sample"] = _flag(
+        "The best ranked of the range, or drawn from it.", "sample"
+    )
+    search_range: str = _flag("Ranks to take from, first and one past the last.", "0-100")
+    num_negatives: int = _flag("Negatives per query.", 10)
+    combine: bool = _flag("Keep the negatives a row has, before the mined ones.", False)
+    seed: int = _flag("Of --method sample.", 42)
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_names(self, "train_data", "output_file", "corpus_data")
+        _check_at_least(self, 1, "num_negatives")
+        _check_at_least(self, 0, "seed")
+        first, last = self.ranks
+        _require(self, "search_range", "FIRST-LAST with FIRST < LAST", first < last)
+        if last - first < self.num_negatives:
+            wanted = f"--num_negatives {self.num_negatives}"
+            raise InputError(f"--search_range {self.search_range} is narrower than {wanted}")
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        first, dash, last = self.search_range.partition("-")
+        numbers = bool(dash) and first.isdigit() and last.isdigit()
+        _require(self, "search_range", "FIRST-LAST, for instance 0-100", numbers)
+        return int(first), int(last)

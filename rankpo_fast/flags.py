@@ -1,0 +1,109 @@
+"""Flags and `--config` files -> settings. What does not fit is an InputError that names it."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankpo_fast.errors import InputError
+
+
+def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) -> tuple[Any, ...]:
+    """One object of each of `classes` from the flags of command `name`; --help prints and exits."""
+    parser = _parser(name, summary, classes)
+    _check_flags(flags, list(parser._option_string_actions))
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(flags)[0].config
+    if path is not None:
+        known = [field.name for cls in classes for field in dataclasses.fields(cls)]
+        flags = [*_flags_of_file(Path(path), known), *flags]  # the last one given wins
+    *settings, _, rest = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise InputError(f"what is {rest[0]!r}? See rankpo-fast {name} --help")
+    return tuple(settings)
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """A suggestion to put behind an unknown name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _parser(name: str, summary: str, classes: Sequence[type]) -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Parser(_Parser, HfArgumentParser):
+        pass
+
+    parser = Parser(
+        classes,
+        prog=f"rankpo-fast {name}",
+        usage="%(prog)s [--config FILE.yaml] --flag value ...",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of flags and values; those given here win.")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(re.sub(r"/--[a-z0-9-]+", "", message))  # one spelling of a flag is enough
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each flag, and no default where there is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [option for option in action.option_strings if "-" not in option.strip("-")]
+        [*_, option] = spellings
+        if action.nargs == 0:
+            return option
+        if action.const is True:
+            return f"{option} [true|false]"
+        default = self._get_default_metavar_for_optional(action).upper()
+        return f"{option} {self._format_args(action, default.rpartition('_')[2])}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        unset = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
+        return action.help if unset else super()._get_help_string(action)
+
+
+def _check_flags(flags: list[str], known: list[str]) -> None:
+    for flag in flags:
+        option = flag.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise InputError(f"unknown flag {option}{closest(option, known)}")
+
+
+def _flags_of_file(path: Path, known: list[str]) -> list[str]:
+    """The file's settings as command-line arguments."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected lines of the form flag: value")
+    flags = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"--config {path}: unknown key {key}{closest(name, known)}")
+        if isinstance(value, dict):
+            raise InputError(f"--config {path}: {key} holds keys itself; settings are not nested")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif value is True:
+            flags.append(f"--{name}")
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags

@@ -1,0 +1,1 @@
+"""Training: the loop, its two stages, and what a run leaves on disk."""

@@ -1,0 +1,183 @@
+"""Checkpoints that are either complete or not there; training goes on from them bit by bit.
+
+`checkpoints/step-00000100/` holds the weights, the optimizer's state, the random states and the
+counters as safetensors and JSON, and a manifest with the sha256 of each file. It is written under
+another name, flushed to disk, and renamed. The learning rate and the order of the rows follow from
+the step, so nothing of them need be kept.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankpo_fast.errors import InputError
+
+WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
+    "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
+    "manifest.json",
+)  # fmt: skip
+FILES = (WEIGHTS, OPTIMIZER, RANDOM, STATE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int  # optimizer steps done
+    settings: dict[str, Any]  # of the run that wrote it
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    *,
+    keep: int | None = None,
+) -> Path:
+    """Write `directory/step-XXXXXXXX`, then drop all but the newest `keep`; raises OSError."""
+    target = directory / f"step-{step:08d}"
+    temporary = directory / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
+    temporary.mkdir(parents=True)
+    try:
+        save_file(_weights(model), temporary / WEIGHTS)
+        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        tensors, numbers = _random_state()
+        save_file(tensors, temporary / RANDOM)
+        _write_json(temporary / STATE, {"step": step, "settings": settings, "random": numbers})
+        _write_json(temporary / MANIFEST, {name: _sha256(temporary / name) for name in FILES})
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)  # a broken one of the same step
+        temporary.rename(target)
+        flush_to_disk(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _steps(directory)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+    return target
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; InputError says what is wrong with one that is not complete."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        changed = [name for name in FILES if _sha256(path / name) != manifest[name]]
+        state = json.loads((path / STATE).read_text())
+        checkpoint = Checkpoint(path, state["step"], state["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a complete checkpoint ({error})") from error
+    if changed:
+        raise InputError(f"{path}: {', '.join(changed)} damaged since written (sha256 differs)")
+    return checkpoint
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `directory`; broken ones are passed over with a warning."""
+    for path in reversed(_steps(directory)):
+        try:
+            return read(path)
+        except InputError as error:
+            warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put model, optimizer and random generators where they were when it was written."""
+    weights = load_file(checkpoint.path / WEIGHTS)
+    own = _weights(model)
+    assert weights.keys() == own.keys(), "the settings agree, so the parameters must"
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    _restore_optimizer(model, optimizer, load_file(checkpoint.path / OPTIMIZER))
+    numbers = json.loads((checkpoint.path / STATE).read_text())["random"]
+    _restore_random(load_file(checkpoint.path / RANDOM), numbers)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that are part of the model's state."""
+    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
+    buffers = {name: t for name, t in state.items() if not isinstance(t, nn.Parameter)}
+    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, what = key.rpartition("/")
+        state.setdefault(name, {})[what] = tensor
+    numbered = {i: state[names[p]] for i, p in enumerate(ordered) if names[p] in state}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # moves to the devices
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys)}
+    if torch.cuda.is_available():
+        for device, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda:{device}"] = state
+    return tensors, {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+
+
+def _restore_random(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, *rest = numbers["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy(), *rest))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            if f"cuda:{device}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda:{device}"], device)
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Checkpoints by step, complete or not."""
+    return sorted(directory.glob("step-" + "[0-9]" * 8))
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))

@@ -1,0 +1,97 @@
+"""Stage 1: InfoNCE of each query against all passages of its batch.
+
+M rows, N distinct passages, U distinct queries of a batch, D dims.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankpo_fast.config import (
+    ComputeConfig,
+    ContrastiveDataConfig,
+    ContrastiveLossConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
+from rankpo_fast.data.rows import read_contrastive
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
+from rankpo_fast.train.loop import train
+from rankpo_fast.train.run import Run
+from rankpo_fast.train.texts import Texts
+
+
+def train_contrastive(
+    model: ModelConfig,
+    data: ContrastiveDataConfig,
+    loss: ContrastiveLossConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
+    compute: ComputeConfig,
+) -> Path:
+    """Run stage 1; returns the output directory, which holds the model.
+
+    Raises InputError for what the user can put right, most of it before the model is loaded.
+    """
+    rows = read_contrastive(data.train_data)
+    batches = ContrastiveData(
+        rows,
+        batch_size=training.per_device_train_batch_size,
+        num_negatives=data.num_negatives,
+        seed=training.seed,
+    )
+    run = Run.prepare("contrastive", model, data, loss, training, evaluation, compute)
+    if run.finished:
+        return run.path
+    encoder = run.load_encoder()
+    texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
+    short = f"{batches.short_rows:,} of them have fewer than {data.num_negatives} negatives"
+    about = {
+        "rows": f"{len(rows):,}" + (f", {short}: those are used" if batches.short_rows else ""),
+        "loss": f"InfoNCE, temperature {loss.temperature}",
+    }
+    train(run, encoder, ContrastiveStage(batches, texts, loss), about)
+    return run.path
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveStage:
+    data: ContrastiveData
+    texts: Texts
+    loss: ContrastiveLossConfig
+
+    def step_loss(
+        self, encoder: Encoder, batch: ContrastiveBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        queries, passages = self.texts.embed(encoder, batch)  # [U, D], [N, D]
+        device = queries.device
+        queries = queries[batch.query_rows.to(device)]  # [M, D]
+        # Excluded columns: further positives of the same query text, in whatever row they stand.
+        loss, d_queries, d_passages, _, stats = info_nce_loss_and_grads(
+            queries.detach(),
+            passages.detach(),
+            batch.labels.to(device),
+            temperature=self.loss.temperature,
+            excluded=(batch.excluded_offsets.to(device), batch.excluded_columns.to(device)),
+        )
+        loss = _KnownGradients.apply(loss, queries, passages, d_queries, d_passages)
+        return loss, stats._asdict()
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients came with it (as the statistics did, from the same pass)."""
+
+    @staticmethod
+    def forward(ctx, loss, queries, passages, d_queries, d_passages):
+        ctx.save_for_backward(d_queries, d_passages)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        d_queries, d_passages = ctx.saved_tensors
+        return None, grad_loss * d_queries, grad_loss * d_passages, None, None

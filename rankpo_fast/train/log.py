@@ -1,0 +1,172 @@
+"""What a run says while it goes: metrics.jsonl, the progress bar, tensorboard or wandb.
+
+Stage metrics stay tensors on their device until a line is written: no host sync per step.
+"""
+
+import importlib.util
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.files import whole_file
+from rankpo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step."""
+
+    epoch: float  # epochs done with it
+    loss: float  # mean over its batches
+    learning_rate: float
+    grad_norm: float  # before clipping
+    metrics: list[dict[str, Tensor]]  # 0-dim, of each batch
+    tokens: int
+    queries: int
+    seconds: float
+
+
+class MetricsLog:
+    """A context manager; `step` after each optimizer step, `write` for anything else."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: TrainingConfig,
+        settings: dict[str, Any],
+        first_step: int,
+        total_steps: int,
+    ):
+        self._path = directory / "metrics.jsonl"
+        self._every, self._total_steps = config.logging_steps, total_steps
+        self._first_step = first_step
+        kind = REPORTERS.get(config.report_to)
+        self._reporter = None if kind is None else kind(directory, settings)
+        self._records: list[StepRecord] = []  # since the last line
+
+    def __enter__(self) -> "MetricsLog":
+        _drop_lines_after(self._path, self._first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=self._total_steps, initial=self._first_step, desc="training", unit="step",
+            dynamic_ncols=True,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._reporter is not None:
+            self._reporter.close()
+
+    def step(self, step: int, record: StepRecord) -> None:
+        self._records.append(record)
+        memory, speed = peak_memory(), record.tokens / record.seconds
+        self._bar.set_postfix_str(
+            f"loss {record.loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB"
+        )
+        self._bar.update()
+        if step % self._every == 0 or step == self._total_steps:
+            self.write(step, {**_line(self._records), "peak_memory_bytes": memory})
+            self._records = []
+
+    def write(self, step: int, line: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        if self._reporter is not None:
+            self._reporter.write(step, line)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        self.write(step, {f"eval/{name}": value for name, value in figures.items()})
+        self.say(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in figures.items()))
+
+    def say(self, text: str) -> None:
+        """A line to the user that leaves the bar whole."""
+        self._bar.write(text, file=sys.stderr)
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where there is one in use, else the process's."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _line(records: list[StepRecord]) -> dict[str, float]:
+    """Means and rates over some steps; the learning rate and gradient norm are the last step's."""
+    seconds = sum(record.seconds for record in records)
+    return {
+        "epoch": records[-1].epoch,
+        "loss": sum(record.loss for record in records) / len(records),
+        "learning_rate": records[-1].learning_rate,
+        "grad_norm": records[-1].grad_norm,
+        **_mean([batch for record in records for batch in record.metrics]),
+        "tokens_per_second": sum(record.tokens for record in records) / seconds,
+        "queries_per_second": sum(record.queries for record in records) / seconds,
+    }
+
+
+def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Over batches, in one transfer from the device."""
+    names = list(metrics[0])
+    if not names:
+        return {}
+    values = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
+    return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A run that goes on from `step` writes the later lines again; a line cut in half goes too."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def check_report_to(report_to: str) -> None:
+    """InputError unless what --report_to asks for is installed."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to}: it is not installed (pip install {report_to})")
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, settings: dict[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, step: int, line: Mapping[str, float]) -> None:
+        for name, value in line.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, directory: Path, settings: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(project="rankpo-fast", dir=str(directory), config=settings)
+
+    def write(self, step: int, line: Mapping[str, float]) -> None:
+        self._run.log(dict(line), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}

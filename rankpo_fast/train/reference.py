@@ -1,0 +1,120 @@
+"""What the frozen reference model thinks of each pair: two similarities, computed once and kept.
+
+They depend on the token ids of the texts (hence on data, tokenizer, prefixes and length limits), on
+the weights and on pooling and precision; a sha256 of all that names the file in the cache.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankpo_fast.config import ComputeConfig, EncoderConfig, ModelConfig
+from rankpo_fast.data.batches import PreferenceData
+from rankpo_fast.data.files import whole_file
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.ops.rankpo import pair_similarities
+from rankpo_fast.retrieval.encode import encode_texts
+from rankpo_fast.train.texts import Texts
+
+PAIRS_AT_ONCE = 4096
+
+
+def other_model_similarities(
+    name: str,
+    model: ModelConfig,
+    data: PreferenceData,
+    device: torch.device,
+    compute: ComputeConfig,
+) -> Tensor:
+    """`reference_similarities` of the model `name`, which is loaded for it and gone afterwards."""
+    own = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
+    config = EncoderConfig(**{**own, "model_name_or_path": name, "tokenizer_name": None})
+    encoder = load_encoder(config, device=device)
+    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+    similarities = reference_similarities(encoder, texts, data, compute.cache_path)
+    del encoder
+    gc.collect()  # modules refer to themselves in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return similarities
+
+
+def reference_similarities(
+    encoder: Encoder, texts: Texts, data: PreferenceData, cache_dir: Path
+) -> Tensor:
+    """Similarities [2, rows] fp32 on the CPU: of chosen and of rejected, without dropout."""
+    key = _key(encoder, texts, data)
+    path = cache_dir / f"reference-{key[:32]}.safetensors"
+    similarities = _read(path, key)
+    if similarities is None:
+        similarities = _similarities(encoder, texts, data)
+        metadata = {"sha256": _content_hash(key, similarities)}
+        with whole_file(path) as temporary:
+            save_file({"similarities": similarities}, temporary, metadata)
+    return similarities
+
+
+def _similarities(encoder: Encoder, texts: Texts, data: PreferenceData) -> Tensor:
+    tables = {"reference queries": texts.queries, "reference passages": texts.passages}
+    queries, passages = (
+        encode_texts(encoder, table, max_tokens=texts.max_tokens, progress=name)
+        for name, table in tables.items()
+    )  # [U, D], [N, D]
+    parts = []
+    for rows in torch.arange(len(data.query_ids)).split(PAIRS_AT_ONCE):
+        query, chosen, rejected = (
+            queries[data.query_ids[rows]],
+            passages[data.chosen_ids[rows]],
+            passages[data.rejected_ids[rows]],
+        )
+        parts.append(torch.stack(pair_similarities(query, chosen, rejected)))
+    return torch.cat(parts, dim=1)
+
+
+def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:
+    tensors = {
+        "query ids": texts.queries.ids,
+        "query offsets": texts.queries.offsets,
+        "passage ids": texts.passages.ids,
+        "passage offsets": texts.passages.offsets,
+        "pairs": torch.stack([data.query_ids, data.chosen_ids, data.rejected_ids]),
+        **encoder.backbone.state_dict(),
+    }
+    digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _content_hash(key: str, similarities: Tensor) -> str:
+    return hashlib.sha256(key.encode() + _bytes(similarities).tobytes()).hexdigest()
+
+
+def _read(path: Path, key: str) -> Tensor | None:
+    """What is kept at `path`; None if there is nothing, or with a warning if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            similarities = file.get_tensor("similarities")
+            if (file.metadata() or {}).get("sha256") == _content_hash(key, similarities):
+                return similarities
+        damage = "its checksum does not match"
+    except SafetensorError as error:
+        damage = str(error)
+    warnings.warn(f"{path}: damaged cache file, computing anew ({damage})", stacklevel=3)
+    return None

@@ -1,0 +1,307 @@
+"""What a user gets wrong is named with file, line or flag: exit code 2, nothing half-written."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rankpo_fast.cli import main
+from rankpo_fast.config import PAPER_SPECIAL_TOKENS
+
+CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
+PREFERENCE_ROW = {"query": "a nurse", "passage1": "nurse", "passage2": "cook", "preferred": "A"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def lines(*rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def changed(row, **values) -> bytes:
+    """A good row, then the row with other values; None leaves the key out."""
+    return lines(row, {k: v for k, v in {**row, **values}.items() if v is not None})
+
+
+@pytest.fixture
+def command(tmp_path, tiny_llama_dir):
+    """command("contrastive", data, *flags) -> argv of a short run on data (bytes, or a path)."""
+
+    def make(name, data, *flags):
+        path = data
+        if isinstance(data, bytes):
+            path = tmp_path / "rows.jsonl"
+            path.write_bytes(data)
+        given = {
+            "--model_name_or_path": tiny_llama_dir, "--train_data": path,
+            "--output_dir": tmp_path / "out", "--cache_dir": tmp_path / "cache",
+            "--max_steps": 2, "--per_device_train_batch_size": 2, "--bf16": "false",
+            "--device": "cpu", "--learning_rate": 0.001, "--gradient_accumulation_steps": 1,
+        }  # fmt: skip
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        return [name, *(str(part) for pair in given.items() for part in pair)]
+
+    return make
+
+
+def refused(argv, capsys) -> str:
+    """The message of a refusal."""
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.err.count("rankpo-fast: error: ") == 1 and "Traceback" not in said.err
+    assert "Loading" not in said.err  # no model before the complaint
+    return said.err
+
+
+BAD_DATA = [
+    ("contrastive", b'{"query": "a", \n', ["rows.jsonl:1", "JSON"]),
+    ("contrastive", lines(CONTRASTIVE_ROW) + b'{"query": "caf\xe9"}\n', ["rows.jsonl:2", "UTF-8"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, query=None), ["rows.jsonl:2", "query"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, positives=None), ["rows.jsonl:2", "positives"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, positives=[]), ["rows.jsonl:2", "positives"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, query=3), ["rows.jsonl:2", "query"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, negatives=[None]), ["rows.jsonl:2", "negatives"]),
+    ("contrastive", changed(CONTRASTIVE_ROW, query="  "), ["rows.jsonl:2", "query"]),
+    ("contrastive", b"", ["rows.jsonl", "empty"]),
+    ("contrastive", b"[1]\n", ["rows.jsonl:1"]),
+    ("rankpo", changed(PREFERENCE_ROW, preferred="C"), ["rows.jsonl:2", "preferred", "C"]),
+    ("rankpo", changed(PREFERENCE_ROW, passage1=""), ["rows.jsonl:2", "passage1"]),
+    ("rankpo", changed(PREFERENCE_ROW, passage2=None), ["rows.jsonl:2", "passage2"]),
+    ("rankpo", lines(CONTRASTIVE_ROW), ["rows.jsonl:1", "passage1"]),
+    ("contrastive", "no/such-file.jsonl", ["no/such-file.jsonl"]),
+    ("contrastive", "/", ["/"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, data, named", BAD_DATA, ids=lambda x: str(x)[:40])
+def test_bad_rows_are_named(name, data, named, command, capsys, tmp_path):
+    message = refused(command(name, data), capsys)
+    assert all(part in message for part in named), message
+    assert not (tmp_path / "out").exists()
+
+
+BAD_FLAGS = [
+    ("contrastive", ["--temperature", -1.0], "--temperature must be > 0, got -1.0"),
+    ("contrastive", ["--temperature", "nan"], "--temperature must be finite, got nan"),
+    ("contrastive", ["--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+    ("contrastive", ["--per_device_train_batch_size", 0], "must be >= 1, got 0"),
+    ("contrastive", ["--num_negatives", -1], "--num_negatives must be >= 0, got -1"),
+    ("contrastive", ["--max_query_length", 0], "--max_query_length must be >= 1, got 0"),
+    ("contrastive", ["--warmup_ratio", 1.5], "--warmup_ratio must be in [0, 1), got 1.5"),
+    ("contrastive", ["--learning_rate", 0], "--learning_rate must be > 0, got 0.0"),
+    ("contrastive", ["--pooling", "max"], "--pooling"),
+    ("contrastive", ["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ("contrastive", ["--device", "cuda:99"], "--device cuda:99: there are"),
+    ("contrastive", ["--lerning_rate", 1], "--lerning_rate (did you mean --learning_rate?)"),
+    ("contrastive", ["--beta", 1], "unknown flag --beta"),
+    ("contrastive", ["--query_data", "q.jsonl"], "--query_data needs --corpus_data"),
+    ("contrastive", ["--preference_data", "none.jsonl"], "none.jsonl"),
+    ("contrastive", ["--resume", "no/checkpoint"], "no/checkpoint: not a complete checkpoint"),
+    ("contrastive", ["--model_name_or_path", "no-such/dir/here"], "no-such/dir/here"),
+    ("contrastive", ["--max_passage_length", 100_000], "--max_passage_length 100000"),
+    ("rankpo", ["--beta", 0], "--beta must be > 0, got 0.0"),
+    ("rankpo", ["--label_smoothing", 0.5], "--label_smoothing must be in [0, 0.5), got 0.5"),
+    ("rankpo", ["--sft_weight", -1], "--sft_weight must be >= 0, got -1.0"),
+    ("rankpo", ["--rankpo_weight", 0], "--sft_weight and --rankpo_weight are both 0"),
+    ("rankpo", ["--loss_type", "square"], "--loss_type"),
+    ("rankpo", ["--reference_model_name_or_path", "x"], "needs --reference_free false"),
+    ("rankpo", ["--use_confidence", "true"], "confidence_score"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, flags, named", BAD_FLAGS, ids=lambda x: str(x)[:40])
+def test_bad_flags_are_named(name, flags, named, command, capsys, tmp_path):
+    good = {"contrastive": CONTRASTIVE_ROW, "rankpo": PREFERENCE_ROW}[name]
+    assert named in refused(command(name, lines(good), *flags), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_is_read_before_the_model(command, capsys):
+    message = refused(command("rankpo", b"{}\n", "--model_name_or_path", "no/such/model"), capsys)
+    assert "rows.jsonl:1" in message
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["contrastve"], "unknown command contrastve (did you mean contrastive?)"),
+        (["contrastive"], "required: --model_name_or_path, --train_data, --output_dir"),
+        (["evaluate", "--model_name_or_path", "m"], "nothing to measure"),
+        (["mine", "x"], "required"),
+    ],
+)
+def test_incomplete_commands_are_explained(argv, named, capsys):
+    assert named in refused(argv, capsys)
+
+
+def test_foreign_output_directory_is_refused(command, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert "thesis.tex" in refused(command("contrastive", lines(CONTRASTIVE_ROW)), capsys)
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["mine", "--train_data", "r.jsonl", "--output_file", "./r.jsonl"], "is also read"),
+        (["encode", "--input", "r.jsonl", "--output", "x.npy"], "x.npy is a directory"),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_at_once(
+    argv, named, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.npy").mkdir()
+    assert named in refused([*argv, "--model_name_or_path", "no/such/model"], capsys)
+
+
+# --- the config file ---
+
+
+def test_command_line_wins_over_config_file(command, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("max-steps: 1\nlogging_steps: 1\nlearning_rate: 1e-4\nbf16: false\n")
+    argv = command("contrastive", lines(CONTRASTIVE_ROW), "--config", settings)
+    assert main(argv) == 0
+    written = [
+        json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert [line["step"] for line in written] == [1, 2]
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert record["settings"]["--learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ("temprature: 0.1\n", "unknown key temprature (did you mean temperature?)"),
+        ("temperature: -2\n", "--temperature must be > 0, got -2.0"),
+        ("training:\n  max_steps: 3\n", "unknown key training"),
+        ("temperature: {a: 1}\n", "not nested"),
+        ("- 1\n", "flag: value"),
+        ("a: [\n", "line 2"),
+        (None, "no-such.yaml"),
+    ],
+)
+def test_bad_config_file_is_explained(content, named, command, capsys, tmp_path):
+    path = tmp_path / ("no-such.yaml" if content is None else "settings.yaml")
+    if content is not None:
+        path.write_text(content)
+    argv = command("contrastive", lines(CONTRASTIVE_ROW), "--config", path)
+    assert named in refused(argv, capsys)
+
+
+# --- the commands ---
+
+
+def test_help_names_every_command_and_flag(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in ("contrastive", "rankpo", "evaluate", "mine", "encode", "demo"):
+        assert name in overview
+    with pytest.raises(SystemExit) as stop:
+        main(["rankpo", "--help"])
+    assert stop.value.code == 0
+    assert "--gamma_beta_ratio" in capsys.readouterr().out
+
+
+def test_dashes_do_as_well_as_underscores(command, capsys, tmp_path):
+    argv = command("contrastive", lines(CONTRASTIVE_ROW))
+    assert main([arg.replace("_", "-") if arg.startswith("--") else arg for arg in argv]) == 0
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_special_tokens_of_the_paper_are_added(command, tmp_path):
+    assert main(command("rankpo", lines(PREFERENCE_ROW), "--special_tokens", "paper")) == 0
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [
+        len(tokenizer(t, add_special_tokens=False).input_ids) for t in PAPER_SPECIAL_TOKENS
+    ] == [1] * 7
+
+
+@pytest.fixture
+def trained(command, tmp_path):
+    assert main(command("contrastive", lines(CONTRASTIVE_ROW, CONTRASTIVE_ROW))) == 0
+    return tmp_path / "out"
+
+
+def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path, capsys):
+    (tmp_path / "corpus.jsonl").write_bytes(lines({"text": "nurse"}, {"text": "cook"}))
+    row = {"query": {"text": "a nurse"}, "positives": {"index": [0]}}
+    (tmp_path / "queries.jsonl").write_bytes(lines(row))
+    (tmp_path / "pairs.jsonl").write_bytes(lines(PREFERENCE_ROW))
+    capsys.readouterr()
+    argv = ["evaluate", "--model_name_or_path", trained, "--query_data", tmp_path / "queries.jsonl",
+            "--corpus_data", tmp_path / "corpus.jsonl", "--cutoffs", 1, 2,
+            "--preference_data", tmp_path / "pairs.jsonl", "--cache_dir", tmp_path / "cache",
+            "--output", tmp_path / "figures.json"]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["recall@2"] == 1
+    assert figures.keys() == {"alignment"} | {
+        f"{m}@{k}" for m in ("ndcg", "mrr", "recall") for k in (1, 2)
+    }
+    header, ndcg, *_, alignment = capsys.readouterr().out.splitlines()
+    assert header.split() == ["@1", "@2"]
+    assert ndcg.split() == ["nDCG", f"{figures['ndcg@1']:.4f}", f"{figures['ndcg@2']:.4f}"]
+    assert alignment.split() == ["alignment", f"{figures['alignment']:.4f}"]
+
+
+@pytest.mark.parametrize("role", ["query", "passage"])
+def test_encode_gives_what_sentence_transformers_gives(role, trained, tmp_path, capsys):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = ["a nurse in Lyon", "a cook", "a pilot with very many years of experience"]
+    (tmp_path / "rows.jsonl").write_bytes(lines(*({"q": text} for text in texts)))
+    argv = ["encode", "--model_name_or_path", trained, "--input", tmp_path / "rows.jsonl",
+            "--text_key", "q", "--output", tmp_path / "q.npy", "--as", role,
+            "--cache_dir", tmp_path / "cache"]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    vectors = np.load(tmp_path / "q.npy")
+    model = sentence_transformers.SentenceTransformer(str(trained), device="cpu")
+    expected = model.encode(texts, prompt_name="query" if role == "query" else "document")
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_encode_cuts_to_max_length(trained, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_bytes(lines({"text": "nurse " * 50}, {"text": "nurse " * 60}))
+    argv = ["encode", "--model_name_or_path", trained, "--input", tmp_path / "rows.jsonl",
+            "--output", tmp_path / "p.npy", "--max_length", 8, "--cache_dir", tmp_path]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    first, second = np.load(tmp_path / "p.npy")
+    assert np.array_equal(first, second)
+    assert "2 texts truncated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("combine", [False, True])
+def test_mine_writes_rows_that_stage_1_reads(combine, trained, command, tmp_path):
+    argv = ["mine", "--model_name_or_path", trained, "--train_data", tmp_path / "rows.jsonl",
+            "--output_file", tmp_path / "mined.jsonl", "--method", "topk", "--num_negatives", 1,
+            "--combine", combine, "--cache_dir", tmp_path / "cache"]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert len(mined) == 2
+    for row in mined:
+        assert row["positives"] == ["nurse"]
+        assert set(row["negatives"]) < {"cook", "pilot"} or combine
+    flags = ("--output_dir", tmp_path / "again")
+    assert main(command("contrastive", tmp_path / "mined.jsonl", *flags)) == 0
+
+
+def test_a_run_that_fails_says_so_without_a_traceback(command, capsys, monkeypatch):
+    def step_loss(stage, encoder, batch):
+        return stage.texts.embed(encoder, batch)[0].sum() * float("nan"), {}
+
+    monkeypatch.setattr("rankpo_fast.train.contrastive.ContrastiveStage.step_loss", step_loss)
+    assert main(command("contrastive", lines(CONTRASTIVE_ROW))) == 1
+    assert "error: step 1: loss nan" in capsys.readouterr().err

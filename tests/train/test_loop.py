@@ -1,0 +1,239 @@
+"""The loop's own arithmetic and refusals, the output directory, and what is logged."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.train.log import MetricsLog
+from rankpo_fast.train.loop import Plan, train_step
+from rankpo_fast.train.optim import adamw, learning_rate
+
+
+def config(**flags):
+    return TrainingConfig(**{"output_dir": "unused", **flags})
+
+
+# --- steps and rates ---
+
+
+def test_every_batch_of_every_epoch_is_used_once():
+    plan = Plan.of(config(num_train_epochs=3, gradient_accumulation_steps=4), 5)
+    batches = [batch for step in range(plan.total_steps) for batch in plan.batches(step)]
+    assert batches == [(epoch, index) for epoch in range(3) for index in range(5)]
+    assert plan.total_steps == 4
+    assert plan.epochs(plan.total_steps) == 3
+
+
+def test_max_steps_overrides_epochs():
+    plan = Plan.of(config(max_steps=7, gradient_accumulation_steps=2), 5)
+    assert plan.total_steps == 7
+    assert len(plan.batches(6)) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, halfway", [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)], ids=lambda x: str(x)
+)
+def test_rate_rises_then_follows_its_course(kind, halfway):
+    settings = config(learning_rate=2.0, lr_scheduler_type=kind, warmup_ratio=0.2)
+    rates = [learning_rate(step, 10, settings) for step in range(10)]
+    assert rates[:2] == [1.0, 2.0]
+    assert rates[6] == pytest.approx(2.0 * halfway)
+    assert all(rate > 0 for rate in rates)
+
+
+def test_biases_and_norms_are_not_decayed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    groups = adamw(model, config(weight_decay=0.1)).param_groups
+    decayed = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
+    assert decayed == {0.1: [2], 0.0: [1, 1, 1]}
+
+
+# --- a loop over a toy ---
+
+
+def toy_run(directory, step_loss, **flags):
+    """Three steps of a linear map; batch k has the 4 rows from 4 k on."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    batches = SimpleNamespace(
+        batch=lambda epoch, index: SimpleNamespace(rows=torch.arange(4) + 4 * index, index=index)
+    )
+    texts = SimpleNamespace(tokens=lambda batch: 1)
+    stage = SimpleNamespace(data=batches, texts=texts, step_loss=step_loss)
+    settings = config(**{"max_steps": 3, "logging_steps": 1, **flags})
+    plan = Plan.of(settings, batches_per_epoch=100)
+    optimizer = adamw(model, settings)
+    with MetricsLog(directory, settings, {}, 0, plan.total_steps) as log:
+        for step in range(plan.total_steps):
+            log.step(step + 1, train_step(model, stage, optimizer, plan, settings, step))
+
+
+def test_weights_are_untouched_by_a_loss_that_is_not_finite(tmp_path):
+    seen = []
+
+    def step_loss(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        seen.append(list(model.parameters()))
+        factor = torch.tensor(math.nan if batch.index == 5 else 1.0)
+        return model(torch.ones(1)).sum() * factor, {}
+
+    with pytest.raises(FloatingPointError, match=r"step 2: .* 21, 22, 23, 24$"):
+        toy_run(tmp_path, step_loss)
+    *_, before, parameters = seen
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_gradient_that_is_not_finite_stops_too(tmp_path):
+    def step_loss(model, batch):
+        return (model.weight.sum() * 0).sqrt(), {}
+
+    with pytest.raises(FloatingPointError, match="step 1: loss 0.0, gradient norm nan"):
+        toy_run(tmp_path, step_loss)
+
+
+def test_metrics_are_means_over_steps_and_batches(tmp_path):
+    def step_loss(model, batch):
+        number = torch.tensor(float(batch.index))
+        return model.weight.sum() * 0 + number, {"number": number}
+
+    toy_run(tmp_path, step_loss, logging_steps=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert [line["number"] for line in lines] == [3.5, 9.5]
+    assert [line["loss"] for line in lines] == [3.5, 9.5]
+
+
+# --- the output directory ---
+
+
+def test_foreign_directory_is_refused_before_the_model_loads(run_stage, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for flags in ({}, {"overwrite_output_dir": True}, {"resume": "newest"}):
+        with pytest.raises(InputError, match="holds something else .thesis.tex."):
+            run_stage("contrastive", "no/such-model", "out", **flags)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_record_of_another_program_makes_no_directory_ours(run_stage, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.json").write_text('{"epochs": 3}')
+    with pytest.raises(InputError, match="holds something else"):
+        run_stage("contrastive", "no/such-model", "out", overwrite_output_dir=True)
+
+
+def test_finished_run_is_replaced_only_when_asked(tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out", save_steps=2)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds a finished run"):
+        run_stage("contrastive", "no/such-model", "out")
+    run_stage("rankpo", tiny_llama_dir, "out", overwrite_output_dir=True)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not (output / "checkpoints").exists()
+    assert json.loads((output / "training.json").read_text())["stage"] == "rankpo"
+
+
+def test_output_directory_cannot_be_the_model_it_starts_from(tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out")
+    with pytest.raises(InputError, match="is also the model to start from"):
+        run_stage("rankpo", output, "out", overwrite_output_dir=True)
+
+
+def test_crash_while_saving_leaves_no_half_model(tiny_llama_dir, run_stage, monkeypatch, tmp_path):
+    save = Encoder.save
+
+    def save_then_fail(self, directory):
+        save(self, directory)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Encoder, "save", save_then_fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage("contrastive", tiny_llama_dir, "out", save_steps=6)
+    output = tmp_path / "out"
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["checkpoints", "metrics.jsonl", "training.json"]
+    monkeypatch.undo()
+    run_stage("contrastive", tiny_llama_dir, "out", save_steps=6, resume="newest")
+    assert (output / "config.json").exists()
+
+
+def test_crash_between_two_files_leaves_a_directory_that_is_no_model(
+    tiny_llama_dir, run_stage, monkeypatch, tmp_path
+):
+    replace = os.replace
+
+    def fail_at_tokenizer(source, target):
+        if Path(target).name == "tokenizer.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("rankpo_fast.train.output.os.replace", fail_at_tokenizer)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage("contrastive", tiny_llama_dir, "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(InputError, match="holds an unfinished"):
+        run_stage("contrastive", tiny_llama_dir, "out")
+
+
+def test_model_that_cannot_be_loaded_leaves_nothing_behind(run_stage, tmp_path):
+    with pytest.raises(InputError):
+        run_stage("contrastive", tmp_path / "nothing-there", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(tiny_llama_dir, run_stage, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE"):
+        run_stage("contrastive", tiny_llama_dir, "out")
+
+
+# --- evaluation and reports ---
+
+
+def test_evaluation_is_logged_when_due_and_changes_nothing(
+    tiny_bert_dir, run_stage, read_metrics, preference_file
+):
+    flags = {"max_steps": 5, "preference_data": [preference_file]}
+    watched = run_stage("rankpo", tiny_bert_dir, "watched", eval_steps=2, **flags)
+    alone = run_stage("rankpo", tiny_bert_dir, "alone", max_steps=5)
+    lines = read_metrics(watched)
+    assert [line["step"] for line in lines if "eval/alignment" in line] == [2, 4, 5]
+    losses = [
+        [line["loss"] for line in read_metrics(o) if "loss" in line] for o in (watched, alone)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_tensorboard_gets_the_metrics(tiny_llama_dir, run_stage):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    output = run_stage("contrastive", tiny_llama_dir, "out", report_to="tensorboard")
+    events = event_accumulator.EventAccumulator(str(output / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_going_to_happen_is_said(tiny_llama_dir, run_stage, capsys):
+    run_stage("contrastive", tiny_llama_dir, "out", max_passage_length=12, num_negatives=40)
+    said = capsys.readouterr().err
+    for part in ("24 of them have fewer than 40 negatives", "24 were truncated", "6 of 2 x 4 rows",
+                 "InfoNCE, temperature 0.02", "cpu", "fp32"):  # fmt: skip
+        assert part in said, part
+
+
+def test_text_that_fits_no_micro_batch_is_named_before_training(
+    tiny_llama_dir, run_stage, tmp_path
+):
+    with pytest.raises(InputError, match="--max_tokens_per_micro_batch"):
+        run_stage("contrastive", tiny_llama_dir, "out", max_tokens_per_micro_batch=8)
+    assert not (tmp_path / "out").exists()

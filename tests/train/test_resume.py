@@ -1,0 +1,254 @@
+"""A run can stop anywhere and go on as if it had not; what cannot go on is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rankpo_fast.errors import InputError
+from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.log import MetricsLog
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """SIGTERM during the given step, as a scheduler would send it."""
+
+    def arm(step):
+        original = MetricsLog.step
+
+        def step_then_signal(self, done, *args, **kwargs):
+            original(self, done, *args, **kwargs)
+            if done == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(MetricsLog, "step", step_then_signal)
+
+    yield arm
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "stage, flags",
+    [
+        pytest.param("contrastive", {}, id="contrastive"),
+        pytest.param("rankpo", {"reference_free": False}, id="rankpo-with-reference"),
+    ],
+)
+def test_resumed_run_gives_the_same_weights_bit_by_bit(
+    stage, flags, tiny_bert_dir, run_stage, stop_after, read_metrics, monkeypatch
+):
+    """Three steps are an epoch; the run stops in the second one, with dropout on."""
+    flags = {**flags, "max_steps": 7}
+    straight = run_stage(stage, tiny_bert_dir, "straight", **flags)
+
+    stop_after(4)
+    with pytest.raises(SystemExit) as stop:
+        run_stage(stage, tiny_bert_dir, "stopped", **flags)
+    assert stop.value.code == 143
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # another process has other random states
+    stopped = run_stage(stage, tiny_bert_dir, "stopped", resume="newest", **flags)
+
+    expected, got = (load_file(path / "model.safetensors") for path in (straight, stopped))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    lines = [read_metrics(path) for path in (straight, stopped)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 8))
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+@pytest.fixture
+def stopped(tiny_llama_dir, run_stage, stop_after, monkeypatch):
+    """An output directory with checkpoints of steps 2 and 3."""
+
+    def make(**flags):
+        stop_after(3)
+        with pytest.raises(SystemExit):
+            run_stage("contrastive", tiny_llama_dir, "out", save_steps=2, **flags)
+        monkeypatch.undo()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        pytest.param({"learning_rate": 1.0}, "--learning_rate was 0.003, is 1.0", id="rate"),
+        pytest.param({"temperature": 0.5}, "--temperature was 0.02, is 0.5", id="loss"),
+        pytest.param({"max_steps": 60}, "--max_steps was 6, is 60", id="length"),
+    ],
+)
+def test_changed_settings_are_refused(flags, named, stopped, tiny_llama_dir, run_stage):
+    stopped()
+    with pytest.raises(InputError, match=named):
+        run_stage("contrastive", tiny_llama_dir, "out", resume="newest", **flags)
+
+
+def test_changed_data_is_refused(stopped, tiny_llama_dir, run_stage, contrastive_file, tmp_path):
+    stopped()
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(Path(contrastive_file).read_text().split("\n", 1)[1])
+    with pytest.raises(InputError, match="content of --train_data"):
+        run_stage("contrastive", tiny_llama_dir, "out", resume="newest", train_data=[str(changed)])
+
+
+def test_logging_may_change(stopped, tiny_llama_dir, run_stage, read_metrics):
+    stopped()
+    output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest", logging_steps=3)
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 6]
+
+
+def test_resume_without_checkpoint_starts_from_the_beginning(tiny_llama_dir, run_stage, capsys):
+    output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
+    assert (output / "config.json").exists()
+    assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_finished_run_is_left_as_it_is(tiny_llama_dir, run_stage, capsys):
+    output = run_stage("contrastive", tiny_llama_dir, "out")
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    assert run_stage("contrastive", tiny_llama_dir, "out", resume="newest") == output
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    assert "finished" in capsys.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_llama_dir, run_stage):
+    output = run_stage(
+        "contrastive", tiny_llama_dir, "out", save_steps=1, save_total_limit=2, max_steps=4
+    )
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+
+
+# --- the files themselves ---
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """Checkpoints of steps 1 and 2 of a tiny model with tied weights and a buffer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        checkpoints.save(tmp_path, step, model, optimizer, {"--seed": 0})
+    return tmp_path, model, optimizer
+
+
+def test_everything_comes_back(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = {p: s["exp_avg"].clone() for p, s in optimizer.state.items()}
+    drawn = torch.rand(3)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.zero_()
+    newest = checkpoints.newest(directory)
+    checkpoints.restore(newest, model, torch.optim.AdamW(model.parameters()))
+    fresh = torch.optim.AdamW(model.parameters())
+    checkpoints.restore(newest, model, fresh)
+    assert (newest.step, newest.settings) == (2, {"--seed": 0})
+    assert all(torch.equal(expected[n], value) for n, value in model.state_dict().items())
+    assert all(torch.equal(moments[p], fresh.state[p]["exp_avg"]) for p in moments)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def flip_a_bit(path):
+    content = bytearray((path / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(content)
+
+
+def truncate(path):
+    with (path / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(10)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        truncate,
+        lambda path: (path / "random.safetensors").unlink(),
+        lambda path: (path / "manifest.json").unlink(),
+        lambda path: (path / "manifest.json").write_text("[]"),
+        lambda path: (path / "manifest.json").write_text('{"weights.safetensors": '),
+    ],
+    ids=["flipped-bit", "truncated", "file-gone", "manifest-gone", "no-manifest", "half-manifest"],
+)
+def test_broken_checkpoint_is_passed_over_and_refused_by_name(damage, two_checkpoints):
+    directory, *_ = two_checkpoints
+    broken = directory / "step-00000002"
+    damage(broken)
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint: .*step-00000002"):
+        assert checkpoints.newest(directory).step == 1
+    with pytest.raises(InputError, match="step-00000002"):
+        checkpoints.read(broken)
+
+
+def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    flip_a_bit(directory / "step-00000002")
+    checkpoints.save(directory, 2, model, optimizer, {})
+    assert checkpoints.newest(directory).step == 2
+
+
+def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch):
+    directory, model, optimizer = two_checkpoints
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_optimizer_tensors", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(directory, 3, model, optimizer, {})
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+
+
+def test_what_a_killed_run_left_is_cleared(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    shutil.copytree(directory / "step-00000002", directory / ".step-00000003.tmp")
+    assert checkpoints.newest(directory).step == 2
+    checkpoints.save(directory, 3, model, optimizer, {})
+    assert not list(directory.glob(".*"))
+
+
+def test_no_checkpoint_file_can_run_code(two_checkpoints):
+    directory, *_ = two_checkpoints
+    kinds = {path.suffix for path in (directory / "step-00000002").iterdir()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_dir, contrastive_file, tmp_path):
+    output = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "rankpo_fast.cli", "contrastive"),
+        *("--model_name_or_path", str(tiny_llama_dir), "--train_data", contrastive_file),
+        *("--output_dir", str(output), "--cache_dir", str(tmp_path / "cache")),
+        *("--max_steps", "1000000", "--logging_steps", "1", "--no_bf16", "--device", "cpu"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        metrics = output / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM after step" in said
+    checkpoint = checkpoints.newest(output / "checkpoints")
+    assert checkpoint.step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert not (output / "config.json").exists()

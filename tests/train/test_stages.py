@@ -1,0 +1,262 @@
+"""Both stages learn, and what they compute is what the paper and the flags say."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from rankpo_fast.config import (
+    ComputeConfig,
+    ContrastiveLossConfig,
+    EncoderConfig,
+    RankPOLossConfig,
+)
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
+from rankpo_fast.data.rows import ContrastiveRow, read_preferences
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.train.contrastive import ContrastiveStage
+from rankpo_fast.train.rankpo import RankPOStage
+from rankpo_fast.train.reference import reference_similarities
+from rankpo_fast.train.texts import Texts
+
+
+def weights(output):
+    return load_file(output / "model.safetensors")
+
+
+def largest_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_bert_dir"])
+def test_contrastive_loss_falls(model, request, run_stage, read_metrics):
+    lines = read_metrics(
+        run_stage("contrastive", request.getfixturevalue(model), "out", max_steps=12)
+    )
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert lines[-1]["accuracy"] > lines[0]["accuracy"]
+    assert lines[-1]["positive_similarity"] > lines[-1]["hardest_negative_similarity"]
+    said = {"grad_norm", "learning_rate", "epoch", "tokens_per_second", "queries_per_second"}
+    assert said | {"peak_memory_bytes"} <= lines[-1].keys()
+
+
+def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
+    """Loss and gradient against a dense softmax whose mask is made from the texts themselves."""
+    rows = [
+        ContrastiveRow("a nurse", ("nurse", "midwife"), ("cook",)),
+        ContrastiveRow("a nurse", ("carer",), ("pilot",)),
+        ContrastiveRow("a cook", ("cook",), ("midwife", "nurse")),
+    ]
+    encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
+    data = ContrastiveData(rows, batch_size=3, num_negatives=2, seed=0)
+    compute = ComputeConfig(cache_dir=str(tmp_path))
+    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+    batch = data.batch(0, 0)
+    loss, metrics = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05)).step_loss(
+        encoder, batch
+    )
+    loss.backward()
+    gradient = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+
+    queries, passages = (F.normalize(x, dim=1) for x in texts.embed(encoder, batch))
+    scores = queries[batch.query_rows] @ passages.T / 0.05
+    columns = [data.passage_texts[i] for i in batch.passage_texts]
+    for i, row in enumerate(batch.rows.tolist()):
+        known = {t for other in rows if other.query == rows[row].query for t in other.positives}
+        for j, text in enumerate(columns):
+            if text in known and j != batch.labels[i]:
+                scores[i, j] = -torch.inf
+    assert scores.isinf().any()
+    expected = F.cross_entropy(scores, batch.labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for got, parameter in zip(gradient, encoder.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-5)
+    right = (scores.argmax(dim=1) == batch.labels).float().mean()
+    torch.testing.assert_close(metrics["accuracy"], right)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({}, id="simrankpo"),
+        pytest.param({"reference_free": False}, id="rankpo"),
+        pytest.param({"loss_type": "hinge"}, id="hinge"),
+        pytest.param({"label_smoothing": 0.1, "gamma_beta_ratio": 0.2}, id="smoothed"),
+        pytest.param({"sft_weight": 1.0, "rankpo_weight": 0.0}, id="sft"),
+        pytest.param({"use_confidence": True}, id="confidence"),
+    ],
+)
+def test_preferences_are_learnt(flags, tiny_llama_dir, run_stage, read_metrics):
+    lines = read_metrics(run_stage("rankpo", tiny_llama_dir, "out", max_steps=10, **flags))
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert lines[-1]["rewards/accuracies"] > 0.9
+    margin = lines[-1]["scores/chosen"] - lines[-1]["scores/rejected"]
+    assert lines[-1]["scores/margins"] == pytest.approx(margin, abs=1e-6)
+
+
+def test_with_itself_as_reference_the_first_loss_is_log_2(tiny_llama_dir, run_stage, read_metrics):
+    output = run_stage("rankpo", tiny_llama_dir, "out", reference_free=False, max_steps=1)
+    [line] = read_metrics(output)
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert line["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert abs(line["scores/margins"]) > 1e-5
+
+
+@pytest.fixture
+def stage(tiny_llama_dir, preference_file, tmp_path):
+    """A function of loss flags giving the stage and the encoder, on all 24 pairs at once."""
+
+    def make(reference=None, **flags):
+        encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
+        data = PreferenceData(read_preferences([preference_file]), batch_size=24, seed=0)
+        compute = ComputeConfig(cache_dir=str(tmp_path))
+        texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+        if reference is not None:
+            data = data.with_reference(reference[0] - reference[1])
+        return encoder, RankPOStage(data, texts, RankPOLossConfig(**flags), reference)
+
+    return make
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
+    torch.manual_seed(0)
+    reference = torch.rand(2, 24) - 0.5
+    encoder, rankpo = stage(
+        reference, loss_type=loss_type, gamma_beta_ratio=0.3, beta=1.5, sft_weight=0.5
+    )
+    batch = rankpo.data.batch(0, 0)
+    loss, metrics = rankpo.step_loss(encoder, batch)
+
+    queries, passages = (F.normalize(x, dim=1) for x in rankpo.texts.embed(encoder, batch))
+    queries = queries[batch.query_rows]
+    scores = torch.stack(
+        [(queries * passages[rows]).sum(1) for rows in (batch.chosen_rows, batch.rejected_rows)]
+    )
+    over = scores[0] - scores[1] - (reference[0] - reference[1])[batch.rows]
+    logits = 1.5 * (over / 0.1 - 0.3)
+    losses = -F.logsigmoid(logits) if loss_type == "sigmoid" else torch.relu(1 - logits)
+    sft = F.cross_entropy(scores.T / 0.1, torch.zeros(24, dtype=torch.long))
+    torch.testing.assert_close(loss, losses.mean() + 0.5 * sft)
+    rewards = 1.5 * (scores - reference[:, batch.rows])
+    torch.testing.assert_close(metrics["rewards/chosen"], rewards[0].mean())
+    torch.testing.assert_close(metrics["rewards/rejected"], rewards[1].mean())
+
+
+def test_reference_is_computed_once_and_kept(stage, tmp_path, monkeypatch):
+    encoder, rankpo = stage()
+    texts, data = rankpo.texts, rankpo.data
+    first = reference_similarities(encoder, texts, data, tmp_path)
+    monkeypatch.setattr("rankpo_fast.train.reference._similarities", None)  # must not be called
+    assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+
+
+def test_reference_is_that_of_the_model_as_it_is(stage, tmp_path):
+    encoder, rankpo = stage()
+    texts, data = rankpo.texts, rankpo.data
+    first = reference_similarities(encoder, texts, data, tmp_path)
+    with torch.no_grad():
+        encoder.backbone.get_input_embeddings().weight.mul_(-1)
+    assert not torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+
+
+def test_damaged_reference_is_computed_anew(stage, tmp_path):
+    encoder, rankpo = stage()
+    texts, data = rankpo.texts, rankpo.data
+    first = reference_similarities(encoder, texts, data, tmp_path)
+    [path] = tmp_path.glob("reference-*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged cache file"):
+        assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+
+
+def test_another_model_can_be_the_reference(tiny_llama_dir, tiny_bert_dir, run_stage, read_metrics):
+    output = run_stage(
+        "rankpo",
+        tiny_llama_dir,
+        "out",
+        reference_free=False,
+        reference_model_name_or_path=str(tiny_bert_dir),
+        max_steps=1,
+    )
+    [line] = read_metrics(output)
+    assert abs(line["rewards/margins"] / 2 - line["scores/margins"]) > 1e-4
+
+
+def test_accumulated_batches_give_the_mean_of_their_gradients(
+    tiny_llama_dir, run_stage, read_metrics
+):
+    """One step over 8 pairs: as one batch, or as 4 of 2."""
+    one, many = (
+        run_stage(
+            "rankpo",
+            tiny_llama_dir,
+            name,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=24 // size,
+            max_steps=1,
+        )
+        for name, size in (("one", 24), ("many", 6))
+    )
+    assert read_metrics(one)[0]["grad_norm"] == pytest.approx(
+        read_metrics(many)[0]["grad_norm"], rel=1e-4
+    )
+    assert read_metrics(one)[0]["loss"] == pytest.approx(read_metrics(many)[0]["loss"], rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_result(tiny_llama_dir, run_stage):
+    whole, split = (
+        run_stage("contrastive", tiny_llama_dir, name, max_steps=1, max_tokens_per_micro_batch=size)
+        for name, size in (("whole", 16384), ("split", 64))
+    )
+    assert largest_difference(weights(whole), weights(split)) < 1e-4
+
+
+def test_gradient_checkpointing_does_not_change_the_result(tiny_bert_dir, run_stage):
+    """With dropout on: the layers drawn again in the backward pass are the same ones."""
+    plain, again = (
+        run_stage("contrastive", tiny_bert_dir, name, max_steps=2, gradient_checkpointing=on)
+        for name, on in (("plain", False), ("again", True))
+    )
+    assert largest_difference(weights(plain), weights(again)) < 1e-5
+
+
+def test_dropout_can_be_disabled(tiny_bert_dir, run_stage, read_metrics):
+    dropped, disabled, fresh = (
+        read_metrics(run_stage("rankpo", tiny_bert_dir, name, max_steps=1, **flags))[0]["loss"]
+        for name, flags in (
+            ("dropped", {}),
+            ("disabled", {"disable_dropout": True}),
+            ("fresh", {"disable_dropout": True}),
+        )
+    )
+    assert disabled == fresh != dropped
+
+
+def test_from_scratch_depends_on_the_seed(tiny_llama_dir, run_stage):
+    first, same, other = (
+        weights(
+            run_stage("rankpo", tiny_llama_dir, name, max_steps=1, from_scratch=True, seed=seed)
+        )
+        for name, seed in (("first", 1), ("same", 1), ("other", 2))
+    )
+    assert largest_difference(first, same) == 0
+    assert largest_difference(first, other) > 0
+
+
+def test_bf16_trains_fp32_weights(tiny_llama_dir, run_stage, read_metrics):
+    output = run_stage("contrastive", tiny_llama_dir, "out", bf16=True)
+    assert {tensor.dtype for tensor in weights(output).values()} == {torch.float32}
+    lines = read_metrics(output)
+    assert lines[-1]["loss"] < lines[0]["loss"]
