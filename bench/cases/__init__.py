@@ -1,0 +1,2 @@
+"""The questions. Each module has `cases(device, quick) -> Iterator[Case]`, inputs made when the
+case is asked."""
