@@ -69,12 +69,18 @@ def _info_nce_grads(
             normalize=normalize, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     loss_M, positive_M, hardest_M, *grads = result
-    dtypes = [chunked.gradient_dtype(q.dtype)] * 2 + [loss_M.dtype]
     grads = [
-        q.new_empty(0, dtype=dtype) if grad is None else grad
-        for grad, dtype in zip(grads, dtypes, strict=True)
+        empty if grad is None else grad.to(empty.device)
+        for grad, empty in zip(grads, _no_grads(q, scale), strict=True)
     ]
     return (weights * loss_M).sum(), loss_M, positive_M, hardest_M, *grads
+
+
+def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
+    """Empty tensors of the gradients' dtypes and devices; a scale may live on the CPU."""
+    dtype = chunked.gradient_dtype(q.dtype)
+    d_scale = scale.new_empty(0, dtype=chunked.compute_dtype(q.dtype))
+    return [q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype), d_scale]
 
 
 @_info_nce.register_fake
@@ -85,11 +91,8 @@ def _(q, p, labels, scale, *rest):
 @_info_nce_grads.register_fake
 def _(q, p, labels, scale, *rest):
     row_M = q.new_empty(q.shape[0], dtype=chunked.compute_dtype(q.dtype))
-    dtypes = [chunked.gradient_dtype(q.dtype)] * 2 + [row_M.dtype]
-    grads = [
-        q.new_empty(shape if need else 0, dtype=dtype)
-        for shape, dtype, need in zip((q.shape, p.shape, ()), dtypes, rest[-1], strict=True)
-    ]
+    shapes = zip(_no_grads(q, scale), (q.shape, p.shape, ()), rest[-1], strict=True)
+    grads = [empty.new_empty(shape) if need else empty for empty, shape, need in shapes]
     return row_M.new_empty(()), row_M, torch.empty_like(row_M), torch.empty_like(row_M), *grads
 
 
