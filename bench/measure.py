@@ -4,6 +4,7 @@ Times are compared within a round, so that a slow minute of a shared machine hit
 alike.
 """
 
+import ctypes
 import gc
 import statistics
 import time
@@ -109,6 +110,8 @@ def _peak_bytes(run: Run, device: str) -> int:
     end."""
     run()  # libraries and kernels allocate once
     gc.collect()
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # or freed buffers would count as in use before
     if device == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Train embedding models to rank: fused contrastive and RankPO losses, and a lean two-stage trainer."""
+"""Train embedding models to rank: fused contrastive and RankPO losses, a two-stage trainer."""
 
 from rankpo_fast.losses import InfoNCELoss, RankPOLoss
 from rankpo_fast.ops.info_nce import info_nce_loss, info_nce_loss_and_grads

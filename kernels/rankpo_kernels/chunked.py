@@ -23,9 +23,10 @@ from torch import Tensor
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms, tangent_
 
-# Rows per chunk decide the speed: bench/cases/info_nce.py has 0.95 to 1.05 of the unchunked GEMMs
-# from 512 rows on.
-DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Fewer rows make the GEMMs slower, more buy nothing on a CPU: at 4096 x 24576 x 384 the three take
+# 1.03 of the unchunked ones with 586 rows and 1.00 with 1024 (bench/cases/info_nce.py).
+CPU_ROWS = 1024
+DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
 
 
 class Excluded(NamedTuple):
@@ -72,15 +73,15 @@ def info_nce(
     loss_M, positive_M, hardest_M = (torch.empty(M, dtype=dtype, device=device) for _ in range(3))
     dq_MD = torch.empty(M, D, dtype=dtype, device=device) if need_q else None
     # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
-    dp_ND = (
-        (torch.empty if M else torch.zeros)(N, D, dtype=dtype, device=device) if need_p else None
-    )
+    dp_ND = torch.empty(N, D, dtype=dtype, device=device) if need_p else None
+    if need_p and not M:
+        dp_ND.zero_()
     d_scale = torch.zeros((), dtype=dtype, device=device) if need_scale else None
 
     scale = scale.to(device, dtype)
     excluded = _excluded(labels_M, query_ids_M, passage_ids_N, excluded_offsets, excluded_columns)
     workspace = None
-    for rows in _chunks(M, N, dtype, workspace_bytes):
+    for rows in _chunks(M, N, loss_M, workspace_bytes):
         unit_RD = q_MD[rows].to(dtype)
         if normalize:
             inverse_q_R = inverse_norms(unit_RD, dtype)
@@ -125,15 +126,16 @@ def gradient_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored == torch.float16 else stored
 
 
-def _chunks(M: int, N: int, dtype: torch.dtype, workspace_bytes: int) -> Iterator[slice]:
-    """Chunks of about equally many rows whose scores fit the workspace; none is longer than the
-    first."""
-    row_bytes = max(1, N * dtype.itemsize)
+def _chunks(M: int, N: int, like: Tensor, workspace_bytes: int) -> Iterator[slice]:
+    """Chunks of rows, about equal, whose scores fit the workspace; the first is the longest."""
+    row_bytes = max(1, N * like.element_size())
     if (most := workspace_bytes // row_bytes) < 1:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} is too small for one row of {N} passages: "
             f"it takes {row_bytes}"
         )
+    if like.device.type == "cpu":
+        most = min(most, CPU_ROWS)
     rows = -(-M // max(1, -(-M // most)))
     for start in range(0, M, max(1, rows)):
         yield slice(start, min(start + rows, M))

@@ -64,8 +64,7 @@ def library() -> ctypes.CDLL | None:
     if not paths:
         warnings.warn(
             "rankpo-fast's native CPU library is not built (no C++ compiler at install time?): "
-            "losses on the CPU take the slower torch path. `pip install --force-reinstall "
-            "--no-deps rankpo-fast` builds it.",
+            "losses on the CPU take the slower torch path. Install a C++ compiler and reinstall.",
             stacklevel=2,
         )
         return None

@@ -9,7 +9,7 @@ M queries, N passages, D dims. The M x N scores are never stored: `rankpo_kernel
 chunks of rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,26 +157,30 @@ def info_nce_loss(
 ) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
-    queries [M, D] and passages [N, D] of one dtype (fp64, fp32, bf16, fp16) and device; other
-    dtypes are promoted.
-    labels [M] int64: the passage that is each query's positive. None: passages come in groups of N
-    // M, positive first.
-    temperature (default 0.02) or scale = 1 / temperature, not both; a scalar tensor as scale
-    receives a gradient.
-    normalize: similarities are cosines; otherwise dot products. A zero vector has similarity and
-    gradient 0.
-    reduction: "mean" (weighted by weights), "sum" or "none" ([M]).  weights [M] >= 0: importance of
-    each row.
-    query_ids [M], passage_ids [N] int64, equal ids being the same text: passages equal to a query's
-    positive, and positives of an equal query, are no negatives of it. They cost O(M + N) integers,
-    no M x N mask.
-    excluded: (offsets [M + 1], columns) int64; columns[offsets[i]:offsets[i + 1]] are no negatives
-    of query i either, such as its further positives.
-    workspace_bytes: what may be used beside inputs and gradients (default 64 MiB on the CPU, 256
-    MiB on CUDA).
+    Args:
+        queries: [M, D] of fp64, fp32, bf16 or fp16, on the CPU or CUDA.
+        passages: [N, D], same device; where dtypes differ, the wider one is taken.
+        labels: [M] int64, the passage that is each query's positive. None: passages come in groups
+            of N // M per query, positive first.
+        temperature: similarities are divided by it; default 0.02.
+        scale: 1 / temperature, instead of it. As a tensor of one number it receives a gradient.
+        normalize: similarities are cosines, else dot products. A zero vector has similarity and
+            gradient 0.
+        reduction: "mean" (weighted by `weights`), "sum", or "none" for [M].
+        weights: [M] >= 0, the importance of each query.
+        query_ids, passage_ids: [M] and [N] int64, equal ids being the same text. A passage equal to
+            the positive, and the positive of an equal query, are no negatives. No M x N mask is
+            made of them.
+        excluded: (offsets [M + 1], columns) int64. Passages columns[offsets[i] : offsets[i + 1]]
+            are no negatives of query i either, such as its further positives.
+        workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
+            256 MiB on CUDA.
 
-    Returns the loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0. Raises
-    ValueError on shapes, dtypes, labels or options that do not fit.
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit.
     """
     arguments = _arguments(
         queries, passages, labels, temperature, scale, normalize, query_ids, passage_ids, excluded,
@@ -205,27 +209,23 @@ def info_nce_loss_and_grads(
     passages: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float | None = None,
-    scale: float | Tensor | None = None,
-    normalize: bool = True,
     reduction: Reduction = "mean",
     weights: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None,
-    excluded: tuple[Tensor, Tensor] | None = None,
-    workspace_bytes: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats]:
     """`info_nce_loss` and its gradients without autograd, for gradient caching and logging.
 
-    Arguments as for `info_nce_loss`, with reduction "mean" or "sum". Returns (loss, d_queries [M,
-    D], d_passages [N, D], d_scale, stats).
+    Args:
+        reduction: "mean" or "sum".
+        options: all others are those of `info_nce_loss`.
+
+    Returns:
+        (loss, d_queries [M, D], d_passages [N, D], d_scale, stats), gradients in the dtypes of
+        their inputs.
     """
     if reduction == "none":
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    arguments = _arguments(
-        queries, passages, labels, temperature, scale, normalize, query_ids, passage_ids, excluded,
-        workspace_bytes,
-    )  # fmt: skip
+    arguments = _arguments(queries, passages, labels, **options)
     weights = row_weights(queries, weights, queries.shape[0], reduction)
     loss, _, positive_M, hardest_M, dq, dp, d_scale = _info_nce_grads(
         *arguments, weights, [True, True, True]
@@ -241,8 +241,8 @@ def info_nce_loss_and_grads(
 
 
 def _arguments(
-    queries, passages, labels, temperature, scale, normalize, query_ids, passage_ids, excluded,
-    workspace_bytes,
+    queries, passages, labels, temperature=None, scale=None, normalize=True, query_ids=None,
+    passage_ids=None, excluded=None, workspace_bytes=None,
 ):  # fmt: skip
     """The ops' arguments, checked; everything that can be told without looking at values on a
     device."""
@@ -256,6 +256,8 @@ def _arguments(
         raise ValueError(f"queries have D={D} but passages have D={passages.shape[1]}")
     if passages.device != device:
         raise ValueError(f"queries are on {device} but passages are on {passages.device}")
+    if device.type not in chunked.DEFAULT_WORKSPACE:
+        raise ValueError(f"embeddings are on {device}: the losses run on cpu and cuda")
     if not (queries.is_floating_point() and passages.is_floating_point()):
         raise ValueError(
             f"embeddings must be floating point, got {queries.dtype}, {passages.dtype}"
@@ -297,6 +299,6 @@ def _arguments(
         value = value if name == "scale" else 1 / value
         scale = torch.full((), value, dtype=torch.float64)
     if workspace_bytes is None:
-        workspace_bytes = chunked.DEFAULT_WORKSPACE.get(device.type, 256 << 20)
+        workspace_bytes = chunked.DEFAULT_WORKSPACE[device.type]
     ids = (query_ids, passage_ids, *(excluded or (None, None)))
     return queries.to(dtype), passages.to(dtype), labels, scale, *ids, normalize, workspace_bytes

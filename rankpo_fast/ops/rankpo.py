@@ -3,8 +3,7 @@
     margin_b = ((cos(q, c) - cos(q, r)) - reference_margin_b) / temperature - gamma_beta_ratio
     sigmoid: -(1 - e) logsigmoid(beta margin) - e logsigmoid(-beta margin),  e = label_smoothing
     hinge:   max(0, 1 - beta margin)
-    sft:     -logsigmoid((cos(q, c) - cos(q, r)) / temperature), the two-way cross entropy of chosen
-    against rejected
+    sft:     -logsigmoid((cos(q, c) - cos(q, r)) / temperature), two-way cross entropy
 
 B pairs, D dims. The op reads the [B, D] embeddings once forward and once backward; the margins are
 [B] and plain torch.
@@ -181,23 +180,29 @@ def rankpo_loss(
     sft_weight: float = 0.0,
     rankpo_weight: float = 1.0,
 ) -> Tensor:
-    """RankPO loss of preference pairs (arXiv 2503.10723, eq. 6; defaults of the authors' training
-    script).
+    """RankPO loss of preference pairs (arXiv 2503.10723); defaults of the authors' script.
 
-    queries, chosen, rejected [B, D]: fp64, fp32, bf16 or fp16 on one device.
-    reference_margins [B]: similarity of chosen minus that of rejected under the frozen reference
-    model; None is the reference-free form (SimRankPO).  beta, temperature > 0; gamma_beta_ratio:
-    the margin to exceed, in units of margin.
-    label_smoothing in [0, 0.5): share of preferences taken to be flipped; without effect on the
-    hinge (a warning).
-    normalize: similarities are cosines, otherwise dot products.  weights [B] >= 0, such as
-    confidences.
-    reduction: "mean" (weighted by weights), "sum" or "none" ([B]).
-    sft_weight, rankpo_weight: the loss is their weighted sum of two-way cross entropy (the paper's
-    SFT baseline, without reference) and RankPO.
+    Args:
+        queries, chosen, rejected: [B, D] of fp64, fp32, bf16 or fp16, on one device.
+        reference_margins: [B], similarity of chosen minus that of rejected under the frozen
+            reference model. None is the reference-free form (SimRankPO).
+        beta: > 0, how sharply the margin counts.
+        temperature: > 0, similarities are divided by it.
+        gamma_beta_ratio: a margin to be exceeded, in the units of margins.
+        label_smoothing: in [0, 0.5), the share of preferences taken to be flipped. Without effect
+            on the hinge, which warns.
+        loss_type: "sigmoid" or "hinge".
+        normalize: similarities are cosines, else dot products.
+        reduction: "mean" (weighted by `weights`), "sum", or "none" for [B].
+        weights: [B] >= 0, such as confidences.
+        sft_weight, rankpo_weight: the loss is the weighted sum of the two-way cross entropy of
+            chosen against rejected (the paper's SFT baseline, without reference) and RankPO.
 
-    Returns the loss in fp32 (fp64 for fp64 inputs). Raises ValueError on shapes or options that do
-    not fit.
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
     """
     chosen_B, rejected_B = pair_similarities(queries, chosen, rejected, normalize)
     loss_B = margin_loss(

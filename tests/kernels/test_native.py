@@ -72,3 +72,19 @@ def test_tangent_is_across_the_unit_vector(usable, monkeypatch):
     norms.tangent_(grad, x, inverse, inverse)
     torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
     assert ((grad * unit).sum(1) * x.norm(dim=1)).abs().max() < 1e-4
+
+
+def test_threads_do_not_change_a_bit_of_the_row_pass():
+    rows, columns = 601, 1400  # enough work for three threads, and not the same for each
+    scores = torch.randn(rows, columns)
+    labels = torch.randint(columns, (rows,))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        grads, outputs = scores.clone(), [torch.empty(rows) for _ in range(3)]
+        native.info_nce_rows(grads, None, 20.0, labels, None, torch.ones(rows), *outputs)
+        results.append([grads, *outputs])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

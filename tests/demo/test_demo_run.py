@@ -1,0 +1,88 @@
+"""The demo from the command line to metrics.json, in its tiny form."""
+
+import json
+
+import pytest
+import torch
+
+from rankpo_fast.cli import main
+from rankpo_fast.data.rows import read_contrastive, read_preferences, read_retrieval
+
+MODELS = {"untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", "rankpo"}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On a busy machine two threads that wait for each other at every small step take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, one_thread):
+    path = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--quick", "--output_dir", str(path)]) == 0
+    return path
+
+
+def test_it_measures_every_model_on_both_axes(demo):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    for name in MODELS:
+        assert set(metrics[name]) == {"ndcg@20", "alignment"}
+        assert all(0 <= value <= 1 for value in metrics[name].values())
+    assert 0 < metrics["training_seconds"] < metrics["seconds"]
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert (demo / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_of_the_test_split_is_trained_on(demo):
+    data = demo / "data"
+    trained = set()
+    for name in ("stage1_random_negatives", "stage1"):
+        for row in read_contrastive([data / f"{name}.jsonl"]):
+            trained |= {row.query, *row.positives, *row.negatives}
+    for row in read_preferences([data / "train_preferences.jsonl"]):
+        trained |= {row.query, row.chosen, row.rejected}
+    for split in ("validation", "test"):
+        retrieval = read_retrieval(data / f"{split}_queries.jsonl", data / f"{split}_corpus.jsonl")
+        assert not trained & {*retrieval.queries, *retrieval.corpus}
+        for row in read_preferences([data / f"{split}_preferences.jsonl"]):
+            assert not trained & {row.query, row.chosen, row.rejected}
+
+
+def test_mined_negatives_join_the_random_ones_and_fit_nobody(demo):
+    random, mined = (
+        read_contrastive([demo / "data" / f"{name}.jsonl"])
+        for name in ("stage1_random_negatives", "stage1")
+    )
+    for before, after in zip(random, mined, strict=True):
+        assert after.negatives[: len(before.negatives)] == before.negatives
+        assert len(after.negatives) > len(before.negatives)
+        assert not set(after.negatives) & set(before.positives)
+
+
+def test_a_rerun_replaces_the_earlier_demo_and_finds_the_same(demo, capsys):
+    first = json.loads((demo / "metrics.json").read_text())
+    assert main(["demo", "--quick", "--output_dir", str(demo)]) == 0
+    second = json.loads((demo / "metrics.json").read_text())
+    assert {name: first[name] for name in MODELS} == {name: second[name] for name in MODELS}
+    table = capsys.readouterr().out
+    assert "stage 1 + RankPO" in table and "report.png" in table
+
+
+def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "report.png").write_text("mine")
+    assert main(["demo", "--quick", "--output_dir", str(tmp_path)]) == 2
+    assert "holds something else (thesis.txt)" in capsys.readouterr().err
+    assert (tmp_path / "report.png").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [["--seed", "-1"], ["--quickly"]], ids=["seed", "unknown-flag"])
+def test_flags_it_cannot_use_end_with_exit_code_2(flags, tmp_path, capsys):
+    assert main(["demo", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
