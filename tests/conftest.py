@@ -13,6 +13,12 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Models this small lose time to threads, above all on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """Byte-level BPE of 320 tokens: nothing is unknown; `<s> text </s>`, padded on the right."""

@@ -4,22 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from rankpo_fast.cli import main
 from rankpo_fast.config import PAPER_SPECIAL_TOKENS
 
 CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
 PREFERENCE_ROW = {"query": "a nurse", "passage1": "nurse", "passage2": "cook", "preferred": "A"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lines(*rows) -> bytes:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary file in the same directory, fsync, rename."""
+"""Files that are either whole or not there: temporary file beside them, fsync, rename."""
 
 import os
 import secrets
@@ -19,14 +19,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        _fsync(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(path.parent)  # the rename itself must reach the disk too
+    flush_to_disk(path.parent)  # the rename itself must reach the disk too
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

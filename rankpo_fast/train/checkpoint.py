@@ -8,7 +8,6 @@ the step, so nothing of them need be kept.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import warnings
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rankpo_fast.data.files import flush_to_disk
 from rankpo_fast.errors import InputError
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
@@ -163,15 +163,6 @@ def _restore_random(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None
 def _steps(directory: Path) -> list[Path]:
     """Checkpoints by step, complete or not."""
     return sorted(directory.glob("step-" + "[0-9]" * 8))
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

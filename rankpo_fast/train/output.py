@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast.config import TrainingConfig
-from rankpo_fast.data.files import whole_file
+from rankpo_fast.data.files import flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.train.checkpoint import flush_to_disk
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS = "rankpo-fast", "checkpoints"

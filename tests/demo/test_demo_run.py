@@ -12,16 +12,7 @@ MODELS = {"untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", 
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """On a busy machine two threads that wait for each other at every small step take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory, one_thread):
+def demo(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "out"
     assert main(["demo", "--quick", "--output_dir", str(path)]) == 0
     return path

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast import info_nce_loss, info_nce_loss_and_grads
 from rankpo_fast.ops.info_nce import _info_nce, _info_nce_grads, info_nce_definition
-from rankpo_kernels import chunked, native
+from rankpo_kernels import chunked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -21,16 +21,6 @@ SHAPES = [
     pytest.param(8, 40, 4096, id="7b-width"),
     pytest.param(40, 8, 64, id="fewer-passages-than-queries"),
 ]
-
-
-@pytest.fixture(params=["native", "torch"])
-def row_pass(request, monkeypatch):
-    """Every gate holds with the native library and without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "usable", lambda *tensors: False)
-    elif native.library() is None:
-        pytest.fail("the native library is not built: see the output of pip install")
-    return request.param
 
 
 def exact(q, p, labels, scale, excluded=None, normalize=True, weights=None):
@@ -56,7 +46,7 @@ def ours(q, p, labels, scale, loss_scale=1.0, **options):
 @pytest.mark.parametrize("converged", [False, True], ids=["fresh", "converged"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "D"), SHAPES)
-def test_loss_and_gradients_pass_the_gates(M, N, D, dtype, converged, temperature, row_pass):
+def test_loss_and_gradients_pass_the_gates(M, N, D, dtype, converged, temperature, path):
     q, p, labels = draw(M, N, D, dtype, converged)
     truth = exact(q, p, labels, 1 / temperature)
     loss_scale = min(2.0**110, 2.0 ** -truth[1].abs().amax().log2().round().item())
@@ -88,7 +78,7 @@ def plain_torch(q, p, labels, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_one_dimension_cosines_are_signs_without_gradient(dtype, row_pass):
+def test_in_one_dimension_cosines_are_signs_without_gradient(dtype, path):
     q, p, labels = draw(17, 33, 1, dtype, converged=False)
     truth = exact(q, p, labels, 20)
     loss, dq, dp, _ = ours(q, p, labels, 20)
@@ -134,7 +124,7 @@ def masks(labels, query_ids, passage_ids, extra, N):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("which", ["queries", "passages", "excluded", "all"])
-def test_masks_are_those_of_the_definition(which, dtype, row_pass):
+def test_masks_are_those_of_the_definition(which, dtype, path):
     M, N = 24, 60
     q, p, labels = draw(M, N, 32, dtype, converged=False)
     labels[3] = labels[5]  # one passage is the positive of two queries
@@ -158,7 +148,7 @@ def test_masks_are_those_of_the_definition(which, dtype, row_pass):
     assert error(result[0], unmasked[0]) > 1e-3
 
 
-def test_a_row_with_nothing_left_has_loss_and_gradient_zero(row_pass):
+def test_a_row_with_nothing_left_has_loss_and_gradient_zero(path):
     q, p, labels = draw(3, 4, 8, torch.float32, converged=False)
     same = torch.zeros(4, dtype=torch.int64)
     loss, dq, dp, ds = ours(q, p, labels, 50, passage_ids=same)
@@ -172,7 +162,7 @@ def test_no_queries_give_zero_loss_and_gradients():
     assert loss == 0 and dq.shape == (0, 8) and not dp.any() and ds == 0
 
 
-def test_a_zero_vector_has_gradient_zero(row_pass):
+def test_a_zero_vector_has_gradient_zero(path):
     q, p, labels = draw(4, 8, 16, torch.float32, converged=False)
     q[1], p[2], p[labels[3]] = 0, 0, 0
     loss, dq, dp, _ = ours(q, p, labels, 50)
@@ -188,7 +178,7 @@ def test_a_zero_vector_has_gradient_zero(row_pass):
         pytest.param(torch.float16, 1e3, id="fp16-squares-overflow"),
     ],
 )
-def test_norms_neither_overflow_nor_underflow(dtype, size, row_pass):
+def test_norms_neither_overflow_nor_underflow(dtype, size, path):
     q, p, labels = draw(8, 24, 64, torch.float64, converged=False)
     q, p = (q * size).to(dtype), (p * size).to(dtype)
     truth = exact(q, p, labels, 20)
@@ -199,7 +189,7 @@ def test_norms_neither_overflow_nor_underflow(dtype, size, row_pass):
         assert dtype == torch.float16 or error(result[1], truth[1]) < grad_gate
 
 
-def test_nan_in_one_query_stays_in_its_row(row_pass):
+def test_nan_in_one_query_stays_in_its_row(path):
     q, p, labels = draw(6, 12, 16, torch.float32, converged=False)
     clean = info_nce_loss(q, p, labels, reduction="none")
     q[2, 3] = torch.nan
@@ -285,7 +275,7 @@ class NoMatrix(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_score_matrix_is_never_stored(with_gradients, row_pass):
+def test_score_matrix_is_never_stored(with_gradients, path):
     M = N = 512
     q, p, labels = draw(M, N, 16, torch.float32, converged=False)
     ids, weights = torch.arange(M), torch.ones(M) if with_gradients else None

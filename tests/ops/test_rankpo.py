@@ -16,7 +16,6 @@ from rankpo_fast.ops.rankpo import (
     pair_similarities,
     pair_similarities_definition,
 )
-from rankpo_kernels import native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -25,15 +24,6 @@ SHAPES = [
     pytest.param(16, 384, id="minilm"),
     pytest.param(4, 4096, id="7b-width"),
 ]
-
-
-@pytest.fixture(params=["native", "torch"])
-def path(request, monkeypatch):
-    """Everything holds with the native library and without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "usable", lambda *tensors: False)
-    elif native.library() is None:
-        pytest.fail("the native library is not built: see the output of pip install")
 
 
 def draw(B, D, dtype, seed=0):

@@ -6,21 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from rankpo_fast import config as configs
 from rankpo_fast.train.contrastive import train_contrastive
 from rankpo_fast.train.rankpo import train_rankpo
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Models this small lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 TRADES = ["nurse", "teacher", "developer", "cook", "pilot", "baker", "judge", "miner"]
 PLACES = ["Berlin", "Lyon", "Oslo"]
