@@ -78,14 +78,14 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     }
 
     in.positive[i] = positive / in.scale;
-    const bool poisoned = sum != sum || positive != positive;  // a NaN logit makes the row's loss NaN
+    const bool poisoned = sum != sum || positive != positive;  // NaN stays NaN, in gap too
     if (alone && !poisoned) {
         in.hardest[i] = -INFINITY;
         in.loss[i] = 0.0f;
         if (in.row_weights) std::memset(s, 0, n * sizeof(float));
         return;
     }
-    const float gap = poisoned ? NAN : top + std::log(static_cast<float>(sum)) - positive;
+    const float gap = top + std::log(static_cast<float>(sum)) - positive;
     in.hardest[i] = top / in.scale;
     in.loss[i] = softplus(gap);
     if (!in.row_weights) return;

@@ -189,6 +189,13 @@ def test_norms_neither_overflow_nor_underflow(dtype, size, path):
         assert dtype == torch.float16 or error(result[1], truth[1]) < grad_gate
 
 
+def test_a_positive_far_below_the_negatives_does_not_overflow(path):
+    q = torch.tensor([[1.0, 0.0]])
+    p = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    loss, dq, _, d_scale = ours(q, p, torch.tensor([0]), 100)
+    assert loss == 200 and d_scale == 2 and dq.isfinite().all()
+
+
 def test_nan_in_one_query_stays_in_its_row(path):
     q, p, labels = draw(6, 12, 16, torch.float32, converged=False)
     clean = info_nce_loss(q, p, labels, reduction="none")
