@@ -60,9 +60,11 @@ def info_nce(
     (q, p, scale) names."""
     (M, D), N = q_MD.shape, p_ND.shape[0]
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device
-    if device.type == "cpu" and M and not 0 <= labels_M.min() <= labels_M.max() < N:
-        low, high = labels_M.min().item(), labels_M.max().item()
-        raise ValueError(f"labels lie in [{low}, {high}] but there are {N} passages")
+    if device.type == "cpu":
+        _check_columns("labels", labels_M, N)
+        if excluded_offsets is not None:
+            _check_columns("excluded columns", excluded_columns, N)
+            _check_offsets(excluded_offsets, excluded_columns)
     # Tensor cores take low precision and give fp32; elsewhere the GEMMs run in the dtype of the
     # scores.
     low = device.type == "cuda" and q_MD.dtype in (torch.float16, torch.bfloat16)
@@ -119,6 +121,22 @@ def info_nce(
             tangent_(dp_ND, p_gemm_ND, inverse_p_N)  # the scores' gradient has 1 / |p| already
         dp_ND = dp_ND.to(gradient_dtype(p_ND.dtype))
     return Result(loss_M, positive_M, hardest_M, dq_MD, dp_ND, d_scale)
+
+
+def _check_columns(name: str, columns: Tensor, N: int) -> None:
+    if not columns.numel():
+        return
+    low, high = columns.min().item(), columns.max().item()
+    if low < 0 or high >= N:
+        raise ValueError(f"{name} lie in [{low}, {high}] but there are {N} passages")
+
+
+def _check_offsets(offsets: Tensor, columns: Tensor) -> None:
+    if offsets[0] != 0 or offsets[-1] != len(columns) or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"excluded offsets must rise from 0 to the {len(columns)} columns, got "
+            f"{offsets[0].item()} ... {offsets[-1].item()}"
+        )
 
 
 def gradient_dtype(stored: torch.dtype) -> torch.dtype:

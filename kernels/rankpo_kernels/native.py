@@ -104,8 +104,10 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.int64)
+    return tensor.data_ptr()
 
 
 def info_nce_rows(

@@ -9,7 +9,6 @@ Both return the same: similarities [2, B] (chosen, rejected) and inverse norms [
 chosen, rejected).
 """
 
-import torch
 from torch import Tensor
 
 from rankpo_kernels import native
@@ -46,7 +45,7 @@ def pair_backward(
     q_BD, c_BD, r_BD = _computable(q_BD, c_BD, r_BD)
     grads_2B = similarity_grads_2B.contiguous()
     if native.usable(q_BD, c_BD, r_BD):
-        dq_BD, dc_BD, dr_BD = (torch.empty(q_BD.shape) for _ in range(3))
+        dq_BD, dc_BD, dr_BD = (q_BD.new_empty(q_BD.shape) for _ in range(3))
         native.pair_backward(
             q_BD, c_BD, r_BD, normalize, similarities_2B, inverse_3B, grads_2B, dq_BD, dc_BD, dr_BD
         )

@@ -36,6 +36,9 @@ def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Redu
         raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({rows},)")
     if weights.requires_grad:
         raise ValueError("weights require a gradient, which the losses do not give: detach them")
+    on_cpu = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and rows and not weights.min() >= 0:  # on CUDA asking would cost a sync
+        raise ValueError(f"weights must be >= 0, got {weights.min().item()}")
     weights = weights.to(like.device, dtype)
     if reduction == "mean":
         weights = weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)

@@ -9,6 +9,7 @@ M queries, N passages, D dims. The M x N scores are never stored: `rankpo_kernel
 chunks of rows.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,9 @@ def _grads(ctx, grad_loss_M):
     return dq, dp, None, d_scale, *[None] * 6
 
 
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # private: see its test
+
+
 def _save_grads(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros for every output
     ctx.needs, ctx.dtypes = inputs[-1], [inputs[i].dtype for i in (0, 1, 3)]
@@ -125,12 +129,11 @@ def _scaled_grads(ctx, grad_loss, *others):
         raise RuntimeError("info_nce_loss has no second derivative")
     if grad_loss is None:
         return (None,) * 12
-    # The usual `loss.backward()` needs no second copy of the gradients; asking costs a sync except
-    # on the CPU.
-    eager_cpu = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-    unscaled = eager_cpu and grad_loss == 1
+    # In place unless the graph is kept for another backward: no second copy of the gradients.
+    kept = torch.compiler.is_compiling() or _graph_is_kept()
+    times = Tensor.mul if kept else Tensor.mul_
     dq, dp, d_scale = (
-        (grad if unscaled else grad * grad_loss.to(grad.dtype)).to(dtype) if need else None
+        times(grad, grad_loss.to(grad.device)).to(dtype) if need else None
         for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     )
     return dq, dp, None, d_scale, *[None] * 8
@@ -293,8 +296,12 @@ def _arguments(
     else:
         name, value = ("scale", scale) if scale is not None else ("temperature", temperature)
         value = 0.02 if value is None else value
-        if not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
+        if isinstance(value, Tensor):
+            raise ValueError(
+                "temperature must be a number; a tensor goes in as scale = 1 / temperature"
+            )
+        if not 0 < value < math.inf or not 0 < 1 / value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
         # fp64 on the CPU: the ops cast it once, to the dtype they compute in
         value = value if name == "scale" else 1 / value
         scale = torch.full((), value, dtype=torch.float64)

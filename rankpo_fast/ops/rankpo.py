@@ -9,6 +9,7 @@ B pairs, D dims. The op reads the [B, D] embeddings once forward and once backwa
 [B] and plain torch.
 """
 
+import math
 import warnings
 from typing import Literal
 
@@ -99,8 +100,9 @@ def pair_similarities(
         devices = (queries.device, chosen.device, rejected.device)
         raise ValueError("queries, chosen and rejected are on {}, {}, {}".format(*devices))
     dtype = torch.promote_types(torch.promote_types(queries.dtype, chosen.dtype), rejected.dtype)
-    if not dtype.is_floating_point:
-        raise ValueError(f"embeddings must be floating point, got {dtype}")
+    if not all(x.is_floating_point() for x in (queries, chosen, rejected)):
+        dtypes = (queries.dtype, chosen.dtype, rejected.dtype)
+        raise ValueError("embeddings must be floating point, got {}, {}, {}".format(*dtypes))
     tensors = (x.to(dtype) for x in (queries, chosen, rejected))
     similarities_2B, _ = _pair_similarities(*tensors, normalize)
     return similarities_2B[0], similarities_2B[1]
@@ -121,13 +123,15 @@ def margin_loss(
     """Losses [B] of advantages [B] = similarity of chosen minus that of rejected; options as in
     `rankpo_loss`."""
     for name, value in (("beta", beta), ("temperature", temperature)):
-        if not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    if not math.isfinite(gamma_beta_ratio):
+        raise ValueError(f"gamma_beta_ratio must be finite, got {gamma_beta_ratio}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if loss_type not in ("sigmoid", "hinge"):
         raise ValueError(f"loss_type must be 'sigmoid' or 'hinge', got {loss_type!r}")
-    if sft_weight < 0 or rankpo_weight < 0 or sft_weight + rankpo_weight == 0:
+    if not (sft_weight >= 0 and rankpo_weight >= 0 and 0 < sft_weight + rankpo_weight < math.inf):
         raise ValueError(
             f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft_weight} and "
             f"{rankpo_weight}"

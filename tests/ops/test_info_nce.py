@@ -233,6 +233,27 @@ def test_upstream_gradient_scales_both_forms():
     torch.testing.assert_close(rows, 3 * once, rtol=1e-10, atol=1e-15)
 
 
+def test_a_kept_graph_gives_the_same_gradients_again():
+    q, p, labels = draw(7, 21, 16, torch.float32, converged=False)
+    q.requires_grad_(), p.requires_grad_()
+    loss = 3 * info_nce_loss(q, p, labels)
+    loss.backward(retain_graph=True)
+    first = q.grad.clone(), p.grad.clone()
+    q.grad.zero_(), p.grad.mul_(7)
+    p.grad = None
+    loss.backward()
+    assert torch.equal(q.grad, first[0]) and torch.equal(p.grad, first[1])
+
+
+def test_a_graph_not_kept_holds_one_copy_of_the_gradients():
+    q, p, labels = draw(7, 21, 16, torch.float32, converged=False)
+    q.requires_grad_()
+    loss = info_nce_loss(q, p, labels)
+    saved = loss.grad_fn.saved_tensors[0].data_ptr()
+    (grad,) = torch.autograd.grad(loss, q)
+    assert grad.data_ptr() == saved
+
+
 @pytest.mark.parametrize("frozen", ["queries", "passages"])
 def test_either_side_may_be_frozen(frozen):
     q, p, labels = draw(7, 21, 16, torch.float32, converged=False)
@@ -376,8 +397,8 @@ def test_second_derivative_is_a_clear_error():
 
 
 BAD = {
-    "temperature": (dict(temperature=0), "temperature must be > 0, got 0"),
-    "negative": (dict(temperature=-1.0), "temperature must be > 0, got -1.0"),
+    "temperature": (dict(temperature=0), "temperature must be > 0 and finite, got 0"),
+    "negative": (dict(temperature=-1.0), "temperature must be > 0 and finite, got -1.0"),
     "both": (dict(temperature=0.1, scale=10), "temperature or scale, not both"),
     "scale": (dict(scale=torch.ones(2)), "scale must be one number"),
     "labels-shape": (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
@@ -388,6 +409,25 @@ BAD = {
         r"passage_ids must be int64 \[8\]",
     ),
     "weights": (dict(weights=torch.ones(3)), "weights have shape"),
+    "negative-weights": (dict(weights=-torch.ones(4)), "weights must be >= 0, got -1.0"),
+    "infinite": (dict(temperature=1e-320), "temperature must be > 0 and finite"),
+    "tensor": (dict(temperature=torch.tensor(0.1)), "a tensor goes in as scale"),
+    "columns": (
+        dict(excluded=(torch.arange(5), torch.tensor([0, 1, 8, 2]))),
+        r"excluded columns lie in \[0, 8\] but there are 8 passages",
+    ),
+    "negative-columns": (
+        dict(excluded=(torch.arange(5), torch.tensor([0, 1, -5, 2]))),
+        r"excluded columns lie in \[-5, 2\]",
+    ),
+    "offsets": (
+        dict(excluded=(torch.arange(5), torch.tensor([0, 1]))),
+        r"excluded offsets must rise from 0 to the 2 columns, got 0 \.\.\. 4",
+    ),
+    "falling-offsets": (
+        dict(excluded=(torch.tensor([0, 2, 1, 2, 2]), torch.tensor([0, 1]))),
+        "excluded offsets must rise",
+    ),
     "reduction": (dict(reduction="median"), "reduction must be"),
     "workspace": (dict(workspace_bytes=8), "too small for one row of 8 passages"),
     "dims": (dict(passages=torch.ones(8, 5)), "queries have D=6 but passages have D=5"),

@@ -152,6 +152,17 @@ def test_extreme_norms(size, path):
         assert not got[1][0].any() and not got[2][1].any()
 
 
+def test_torchs_default_dtype_does_not_matter():
+    tensors = draw(33, 100, torch.float32)
+    want = with_grads(lambda *x: rankpo_loss(*x), tensors)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = with_grads(lambda *x: rankpo_loss(*x), tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, want))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     B=st.integers(0, 40), D=st.integers(2, 70),
@@ -215,8 +226,8 @@ def test_hinge_with_label_smoothing_warns_and_names_both():
 
 
 BAD = {
-    "beta": (dict(beta=0.0), "beta must be > 0, got 0.0"),
-    "temperature": (dict(temperature=-1), "temperature must be > 0, got -1"),
+    "beta": (dict(beta=0.0), "beta must be > 0 and finite, got 0.0"),
+    "temperature": (dict(temperature=-1), "temperature must be > 0 and finite, got -1"),
     "smoothing": (dict(label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\), got 0.5"),
     "type": (dict(loss_type="ipo"), "loss_type must be 'sigmoid' or 'hinge', got 'ipo'"),
     "weights": (dict(sft_weight=0.0, rankpo_weight=0.0), "not both 0"),
