@@ -1,7 +1,8 @@
 """The command line: `rankpo-fast COMMAND --flag value ...`, or the flags in `--config FILE.yaml`.
 
 Exit codes: 0; 1 for a run that failed; 2 for what the user can put right (bad flags, bad data, with
-a message that names it); 143 after SIGTERM, once the step is finished and saved.
+a message that names it); in training, 143 after SIGTERM and 130 after Ctrl-C, once the step is
+finished and saved.
 """
 
 import dataclasses
@@ -9,12 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rankpo_fast import config as configs
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest, parse
+from rankpo_fast.paths import check_writable, lies_in
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -94,13 +95,22 @@ def _evaluate(
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.retrieval.evaluate import evaluate
     from rankpo_fast.train.run import read_evaluation_data
+    from rankpo_fast.train.texts import check_lengths
 
     device = compute.torch_device()
+    _check_cache(compute)
     if output.output is not None:
-        _check_output("--output", output.output)
+        inputs = (
+            evaluation.query_data,
+            evaluation.corpus_data,
+            *(evaluation.preference_data or []),
+        )
+        _check_output("--output", output.output, *inputs)
     retrieval, preferences = read_evaluation_data(evaluation)
+    encoder = load_encoder(model, device=device)
+    check_lengths(encoder)
     figures = evaluate(
-        load_encoder(model, device=device),
+        encoder,
         retrieval=retrieval,
         preferences=preferences,
         cutoffs=evaluation.cutoffs,
@@ -126,13 +136,16 @@ def _encode(
     from rankpo_fast.data.rows import read_texts
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.retrieval.encode import encode_texts
+    from rankpo_fast.train.texts import check_length
 
     device = compute.torch_device()
+    _check_cache(compute)
     _check_output("--output", config.output, config.input)
     texts = read_texts(config.input, config.text_key)
     if config.max_length is not None:
         model = dataclasses.replace(model, **{f"max_{config.role}_length": config.max_length})
     encoder = load_encoder(model, device=device)
+    check_length(encoder, config.role, None if config.max_length is None else "--max_length")
     as_role = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
     table = as_role[config.role](texts, compute.cache_path)
     vectors = encode_texts(
@@ -152,16 +165,20 @@ def _mine(
     from rankpo_fast.data.rows import read_contrastive, read_texts, write_jsonl
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.retrieval.mining import mine_hard_negatives
+    from rankpo_fast.train.texts import check_lengths
 
     device = compute.torch_device()
+    _check_cache(compute)
     _check_output("--output_file", config.output_file, *config.train_data, config.corpus_data)
     rows = read_contrastive(config.train_data)
     if config.corpus_data is not None:
         corpus = read_texts(config.corpus_data, "text")
     else:
         corpus = [text for row in rows for text in (*row.positives, *row.negatives)]
+    encoder = load_encoder(model, device=device)
+    check_lengths(encoder)
     mined = mine_hard_negatives(
-        load_encoder(model, device=device),
+        encoder,
         rows,
         corpus,
         search_range=config.ranks,
@@ -179,11 +196,14 @@ def _mine(
 
 
 def _check_output(flag: str, path: str, *inputs: str | None) -> None:
-    """Hours of encoding should not end at a name that cannot be written."""
-    if Path(path).is_dir():
-        raise InputError(f"{flag} {path} is a directory; a file is to be written")
-    if any(name is not None and Path(name).resolve() == Path(path).resolve() for name in inputs):
+    """Refuse what cannot be written, and what is one of the inputs or lies in a directory of it."""
+    check_writable(flag, path)
+    if any(name is not None and lies_in(path, name) for name in inputs):
         raise InputError(f"{flag} {path} is also read: choose another name")
+
+
+def _check_cache(compute: configs.ComputeConfig) -> None:
+    check_writable("--cache_dir", compute.cache_path, directory=True)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Every class checks its own values: what cannot be used is an InputError naming f
 """
 
 import math
+import os
+import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -58,6 +60,10 @@ def _check_at_least(config: Any, low: float, *names: str) -> None:
         _require(config, name, f">= {low}", value is None or value >= low)
 
 
+def _check_seed(config: Any) -> None:
+    _require(config, "seed", "in [0, 2**63)", 0 <= config.seed < 2**63)
+
+
 def _check_names(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -82,7 +88,9 @@ class EncoderConfig:
     max_query_length: int | None = _flag(
         "Tokens kept of a query. [as the model says, else 1280]", None
     )
-    max_passage_length: int | None = _flag("Tokens kept of a passage. [..., else 4096]", None)
+    max_passage_length: int | None = _flag(
+        "Tokens kept of a passage. [as the model says, else 4096]", None
+    )
     bf16: bool = _flag("Autocast: faster, vectors good to two digits.", False)
 
     def __post_init__(self) -> None:
@@ -206,7 +214,7 @@ class TrainingConfig:
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _flag(
         "Course after the warm-up.", "cosine"
     )
-    warmup_ratio: float = _flag("Share of the steps during which it rises.", 0.1)
+    warmup_ratio: float = _flag("Share of the steps in which the learning rate rises.", 0.1)
     weight_decay: float = _flag("Of AdamW; biases and norms are spared.", 0.0)
     adam_beta1: float = _flag("Of AdamW.", 0.9)
     adam_beta2: float = _flag("Of AdamW.", 0.999)
@@ -215,7 +223,7 @@ class TrainingConfig:
     seed: int = _flag("Of row order, sampled negatives, dropout, random weights.", 42)
     logging_steps: int = _flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = _flag("Steps between two evaluations. [only at the end]", None)
-    save_steps: int | None = _flag("Steps between two checkpoints. [only on SIGTERM]", None)
+    save_steps: int | None = _flag("Steps between two checkpoints. [only when stopped]", None)
     save_total_limit: int | None = _flag("Checkpoints kept, the newest. [all]", None)
     resume: str | None = _flag(
         "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
@@ -234,7 +242,8 @@ class TrainingConfig:
             self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
         )
         _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
-        _check_at_least(self, 0, "weight_decay", "max_grad_norm", "seed")
+        _check_at_least(self, 0, "weight_decay", "max_grad_norm")
+        _check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
         if self.resume is not None and self.overwrite_output_dir:
@@ -249,13 +258,16 @@ class EvaluationConfig:
 
     query_data: str | None = _flag("JSONL of queries, or a BEIR directory.", None)
     corpus_data: str | None = _flag("JSONL that --query_data refers to by row number.", None)
-    preference_data: list[str] | None = _flag("Rows of stage 2, for the alignment.", None)
+    preference_data: list[str] | None = _flag(
+        "Held-out preference rows (as for stage 2), for the alignment.", None
+    )
     cutoffs: list[int] = _flag("Ranks at which to measure.", [1, 5, 10, 20, 100])
-    legacy_metrics: bool = _flag("The original code's; they read higher.", False)
+    legacy_metrics: bool = _flag("The original code's; they read as high or higher.", False)
 
     def __post_init__(self) -> None:
         _check_names(self, "query_data", "corpus_data", "preference_data")
         _require(self, "cutoffs", "whole numbers >= 1", min(self.cutoffs, default=0) >= 1)
+        object.__setattr__(self, "cutoffs", sorted(set(self.cutoffs)))
         if self.corpus_data is not None and self.query_data is None:
             raise InputError("--corpus_data needs --query_data")
         is_file = self.query_data is not None and not Path(self.query_data).is_dir()
@@ -274,7 +286,9 @@ class ComputeConfig:
     _argument_group_name = "compute"
 
     device: str = _flag("auto, cpu, cuda or cuda:N.", "auto")
-    max_tokens_per_micro_batch: int = _flag("Tokens, padding included, at once.", 16384)
+    max_tokens_per_micro_batch: int = _flag(
+        "Budget of tokens of a micro-batch, padding included.", 16384
+    )
     cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
 
     def __post_init__(self) -> None:
@@ -283,7 +297,7 @@ class ComputeConfig:
 
     @property
     def cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser()
+        return Path(os.path.expanduser(self.cache_dir))  # Path's own raises for an unknown ~user
 
     def torch_device(self) -> "torch.device":
         """The device to compute on; InputError where there is no such device."""
@@ -292,9 +306,9 @@ class ComputeConfig:
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        kind, _, number = name.partition(":")
-        known = name == "cpu" or (kind == "cuda" and (number.isdigit() or name == "cuda"))
+        known = re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", name) is not None
         _require(self, "device", "auto, cpu, cuda or cuda:N", known)
+        kind, _, number = name.partition(":")
         if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
             raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
         return torch.device(name)
@@ -354,7 +368,7 @@ class MineConfig:
         _check_choices(self)
         _check_names(self, "train_data", "output_file", "corpus_data")
         _check_at_least(self, 1, "num_negatives")
-        _check_at_least(self, 0, "seed")
+        _check_seed(self)
         first, last = self.ranks
         _require(self, "search_range", "FIRST-LAST with FIRST < LAST", first < last)
         if last - first < self.num_negatives:
@@ -363,7 +377,6 @@ class MineConfig:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        first, dash, last = self.search_range.partition("-")
-        numbers = bool(dash) and first.isdigit() and last.isdigit()
-        _require(self, "search_range", "FIRST-LAST, for instance 0-100", numbers)
-        return int(first), int(last)
+        numbers = re.fullmatch(r"([0-9]{1,12})-([0-9]{1,12})", self.search_range)
+        _require(self, "search_range", "FIRST-LAST, for instance 0-100", numbers is not None)
+        return int(numbers[1]), int(numbers[2])

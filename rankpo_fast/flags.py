@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rankpo_fast.errors import InputError
 
@@ -18,12 +18,19 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(flags)[0].config
-    if path is not None:
-        known = [field.name for cls in classes for field in dataclasses.fields(cls)]
-        flags = [*_flags_of_file(Path(path), known), *flags]  # the last one given wins
-    *settings, _, rest = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
+    of_file = {} if path is None else _flags_of_file(Path(path), _kinds(classes))
+    for flag in flags:  # which win
+        if flag.startswith("--"):
+            of_file.pop(flag[2:].partition("=")[0].replace("-", "_"), None)
+    before = [argument for arguments in of_file.values() for argument in arguments]
+    try:
+        *settings, _, rest = parser.parse_args_into_dataclasses(
+            [*before, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+    except InputError as error:
+        if of_file.keys().isdisjoint(re.findall(r"--(\w+)", str(error))):
+            raise
+        raise InputError(f"--config {path}: {error}") from None
     if rest:
         raise InputError(f"what is {rest[0]!r}? See rankpo-fast {name} --help")
     return tuple(settings)
@@ -83,8 +90,14 @@ def _check_flags(flags: list[str], known: list[str]) -> None:
             raise InputError(f"unknown flag {option}{closest(option, known)}")
 
 
-def _flags_of_file(path: Path, known: list[str]) -> list[str]:
-    """The file's settings as command-line arguments."""
+def _kinds(classes: Sequence[type]) -> dict[str, Any]:
+    """The type of every setting."""
+    hints = {cls: get_type_hints(cls) for cls in classes}
+    return {f.name: hints[cls][f.name] for cls in classes for f in dataclasses.fields(cls)}
+
+
+def _flags_of_file(path: Path, kinds: dict[str, Any]) -> dict[str, list[str]]:
+    """The file's settings as command-line arguments; null, and false for what has a value: none."""
     import yaml
 
     try:
@@ -93,17 +106,17 @@ def _flags_of_file(path: Path, known: list[str]) -> list[str]:
         raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected lines of the form flag: value")
-    flags = []
+    flags = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise InputError(f"--config {path}: unknown key {key}{closest(name, known)}")
+        if name not in kinds:
+            raise InputError(f"--config {path}: unknown key {key}{closest(name, list(kinds))}")
         if isinstance(value, dict):
             raise InputError(f"--config {path}: {key} holds keys itself; settings are not nested")
         if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)] if value else []
+            flags[name] = [f"--{name}", *map(str, value)] if value else []
         elif value is True:
-            flags.append(f"--{name}")
-        elif value is not None:
-            flags.append(f"--{name}={value}")
+            flags[name] = [f"--{name}"]
+        elif value is not None and (value is not False or kinds[name] is bool):
+            flags[name] = [f"--{name}={value}"]
     return flags

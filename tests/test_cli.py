@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rankpo_fast.cli import main
-from rankpo_fast.config import PAPER_SPECIAL_TOKENS
+from rankpo_fast.config import PAPER_SPECIAL_TOKENS, TrainingConfig
+from rankpo_fast.flags import parse
 
 CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
 PREFERENCE_ROW = {"query": "a nurse", "passage1": "nurse", "passage2": "cook", "preferred": "A"}
@@ -97,6 +98,8 @@ BAD_FLAGS = [
     ("contrastive", ["--resume", "no/checkpoint"], "no/checkpoint: not a complete checkpoint"),
     ("contrastive", ["--model_name_or_path", "no-such/dir/here"], "no-such/dir/here"),
     ("contrastive", ["--max_passage_length", 100_000], "--max_passage_length 100000"),
+    ("contrastive", ["--seed", 2**63], "--seed must be in [0, 2**63), got 9223372036854775808"),
+    ("contrastive", ["--device", "cuda:²"], "--device must be auto, cpu, cuda or cuda:N"),
     ("rankpo", ["--beta", 0], "--beta must be > 0, got 0.0"),
     ("rankpo", ["--label_smoothing", 0.5], "--label_smoothing must be in [0, 0.5), got 0.5"),
     ("rankpo", ["--sft_weight", -1], "--sft_weight must be >= 0, got -1.0"),
@@ -142,7 +145,17 @@ def test_foreign_output_directory_is_refused(command, capsys, tmp_path):
     "argv, named",
     [
         (["mine", "--train_data", "r.jsonl", "--output_file", "./r.jsonl"], "is also read"),
+        (
+            ["mine", "--train_data", "r", "--output_file", "m", "--search_range", "0-²"],
+            "FIRST-LAST",
+        ),
         (["encode", "--input", "r.jsonl", "--output", "x.npy"], "x.npy is a directory"),
+        (["evaluate", "--preference_data", "r.jsonl", "--output", "r.jsonl"], "is also read"),
+        (["evaluate", "--query_data", ".", "--output", "corpus.jsonl"], "is also read"),
+        (
+            ["evaluate", "--preference_data", "r", "--cache_dir", "file"],
+            "--cache_dir file is a file",
+        ),
     ],
 )
 def test_output_that_cannot_be_written_is_refused_at_once(
@@ -150,6 +163,7 @@ def test_output_that_cannot_be_written_is_refused_at_once(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.npy").mkdir()
+    (tmp_path / "file").touch()
     assert named in refused([*argv, "--model_name_or_path", "no/such/model"], capsys)
 
 
@@ -169,11 +183,21 @@ def test_command_line_wins_over_config_file(command, tmp_path):
     assert record["settings"]["--learning_rate"] == 0.001
 
 
+def test_false_in_a_config_file_unsets(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("output_dir: o\nsave_steps: false\nmax_steps: x\noverwrite_output_dir: false\n")
+    flags = ["--config", str(path), "--max-steps", "3"]
+    [training] = parse("contrastive", "train", [TrainingConfig], flags)
+    assert (training.save_steps, training.max_steps) == (None, 3)
+    assert training.overwrite_output_dir is False
+
+
 @pytest.mark.parametrize(
     "content, named",
     [
         ("temprature: 0.1\n", "unknown key temprature (did you mean temperature?)"),
-        ("temperature: -2\n", "--temperature must be > 0, got -2.0"),
+        ("temperature: -2\n", "settings.yaml: --temperature must be > 0, got -2.0"),
+        ("temperature: warm\n", "settings.yaml: argument --temperature: invalid float"),
         ("training:\n  max_steps: 3\n", "unknown key training"),
         ("temperature: {a: 1}\n", "not nested"),
         ("- 1\n", "flag: value"),
@@ -232,7 +256,7 @@ def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_bytes(lines(PREFERENCE_ROW))
     capsys.readouterr()
     argv = ["evaluate", "--model_name_or_path", trained, "--query_data", tmp_path / "queries.jsonl",
-            "--corpus_data", tmp_path / "corpus.jsonl", "--cutoffs", 1, 2,
+            "--corpus_data", tmp_path / "corpus.jsonl", "--cutoffs", 2, 1, 2,
             "--preference_data", tmp_path / "pairs.jsonl", "--cache_dir", tmp_path / "cache",
             "--output", tmp_path / "figures.json"]  # fmt: skip
     assert main([*map(str, argv)]) == 0
@@ -271,6 +295,25 @@ def test_encode_cuts_to_max_length(trained, tmp_path, capsys):
     first, second = np.load(tmp_path / "p.npy")
     assert np.array_equal(first, second)
     assert "2 texts truncated" in capsys.readouterr().out
+
+
+def test_limit_without_room_for_text_is_named_by_its_flag(trained, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_bytes(lines({"text": "nurse"}))
+    model = ["--model_name_or_path", str(trained), "--cache_dir", str(tmp_path / "cache")]
+    argv = ["encode", "--input", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "p.npy")]
+    assert main([*argv, *model, "--max_length", "2"]) == 2
+    assert "--max_length: a maximum length of 2 tokens leaves no room" in capsys.readouterr().err
+    argv = [
+        "mine",
+        "--train_data",
+        str(tmp_path / "rows.jsonl"),
+        "--output_file",
+        str(tmp_path / "m"),
+    ]
+    assert main([*argv, *model, "--max_query_length", "2"]) == 2
+    assert (
+        "--max_query_length: a maximum length of 2 tokens leaves no room" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("combine", [False, True])

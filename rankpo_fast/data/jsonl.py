@@ -26,6 +26,8 @@ def lines(path: str | Path) -> Iterator[tuple[str, str]]:
         file = open(path, "rb")  # noqa: SIM115 - as bytes, so that a bad one is known by its line
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have: with a NUL byte, say
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
     empty = True
     with file:
         for number, line in enumerate(file, start=1):
@@ -62,14 +64,19 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def value(row: dict, keys: tuple[str, ...], where: str, parent: str = "") -> tuple[str, Any]:
-    """Full name and value of the first of `keys` that `row` has; `parent` is "name." if nested."""
+def value(
+    row: dict, keys: tuple[str, ...], where: str, parent: str = "", hint: str = ""
+) -> tuple[str, Any]:
+    """Full name and value of the first of `keys` that `row` has; `parent` is "name." if nested.
+
+    `hint` ends the sentence about a missing key.
+    """
     for key in keys:
         if key in row:
             return parent + key, row[key]
     wanted = " or ".join(f'"{parent}{key}"' for key in keys)
     there = ", ".join(shown(parent + key) for key in row) or "none"
-    raise InputError(f"{where}: missing key {wanted} (keys here: {there})")
+    raise InputError(f"{where}: missing key {wanted}{hint} (keys here: {there})")
 
 
 def expect(kind: type, name: str, value: Any, where: str) -> Any:
@@ -104,9 +111,9 @@ def text_at(row: dict, key: str, where: str) -> str:
     return text(name, found, where)
 
 
-def texts_at(row: dict, keys: tuple[str, ...], where: str) -> tuple[str, ...]:
+def texts_at(row: dict, keys: tuple[str, ...], where: str, hint: str = "") -> tuple[str, ...]:
     """The list of texts under the first of `keys`, plain or as {"text": [...]}."""
-    name, found = value(row, keys, where)
+    name, found = value(row, keys, where, hint=hint)
     if isinstance(found, dict):
         name, found = value(found, ("text",), where, f"{name}.")
     expect(list, name, found, where)

@@ -17,6 +17,8 @@ from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.jsonl import expect, lines, objects, shown, text, text_at, texts_at, value
 from rankpo_fast.errors import InputError
 
+QUERY_ID_HEADERS = ("query-id", "query", "qid")  # how the header of a BEIR qrels file may begin
+
 
 @dataclass(frozen=True, slots=True)
 class ContrastiveRow:
@@ -57,8 +59,9 @@ def _contrastive_row(row: dict, where: str) -> ContrastiveRow:
     if not positives:
         raise InputError(f"{where}: no positives: the list is empty")
     # Rows in the nested shape are those still to be mined, so they may come without negatives.
-    unmined = isinstance(row["query"], dict) and not {"negatives", "neg"} & row.keys()
-    negatives = () if unmined else texts_at(row, ("negatives", "neg"), where)
+    if isinstance(row["query"], dict) and not {"negatives", "neg"} & row.keys():
+        return ContrastiveRow(query, positives, ())
+    negatives = texts_at(row, ("negatives", "neg"), where, ", which may be an empty list")
     return ContrastiveRow(query, positives, negatives)
 
 
@@ -72,9 +75,12 @@ def read_preferences(
 def _preference_row(row: dict, where: str, use_confidence: bool) -> PreferenceRow:
     query = text_at(row, "query", where)
     passages = {"A": text_at(row, "passage1", where), "B": text_at(row, "passage2", where)}
+    if passages["A"] == passages["B"]:
+        raise InputError(f'{where}: "passage1" and "passage2" are the same text, so neither is '
+                         f"preferred")  # fmt: skip
     name, preferred = value(row, ("preferred",), where)
     if preferred not in ("A", "B"):
-        raise InputError(f'{where}: "{name}" must be "A" or "B", got {shown(preferred)}')
+        raise InputError(f'{where}: "{name}" must be a capital "A" or "B", got {shown(preferred)}')
     weight = _confidence(row, where) if use_confidence else 1.0
     return PreferenceRow(query, passages.pop(preferred), *passages.values(), weight)
 
@@ -139,8 +145,8 @@ def _read_beir(directory: Path) -> RetrievalSet:
             query, passage, score = line.split("\t")
             relevant = int(score) > 0
         except ValueError:
-            if number == 0:
-                continue  # the usual header: query-id, corpus-id, score
+            if number == 0 and _is_qrels_header(line):
+                continue
             raise InputError(
                 f"{where}: must be query-id, corpus-id and an integer score, with tabs between, "
                 f"got {shown(line)}"
@@ -158,6 +164,13 @@ def _read_beir(directory: Path) -> RetrievalSet:
         list(corpus.values()),
         [list(rows) for rows in positives.values()],
     )
+
+
+def _is_qrels_header(line: str) -> bool:
+    """Whether it names columns, as query-id, corpus-id and score, rather than holding data."""
+    fields = line.lower().split("\t")
+    names_query = fields[0].replace("_", "-") in QUERY_ID_HEADERS
+    return names_query and not any(character.isdigit() for character in fields[-1])
 
 
 def _beir_texts(path: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLICE = 1024  # texts given to the tokenizer at once: enough for its threads, little to hold
+ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ def tokenize(
     damaged cache file is made anew, with a warning.
 
     Raises:
-        InputError: no room for text beside the special tokens, or a text without any token.
+        InputError: no room for text beside the special tokens and the prefix, or a text without
+            any token.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
@@ -74,6 +76,13 @@ def tokenize(
             f"a maximum length of {max_length} tokens leaves no room for text: the tokenizer adds "
             f"{special} special tokens"
         )
+    if prefix:  # a space at its end may become part of the text's first token
+        taken = len(tokenizer([prefix.rstrip()], truncation=False, **ONLY_IDS)["input_ids"][0])
+        if taken >= max_length:
+            raise InputError(
+                f"a maximum length of {max_length} tokens leaves no room for text: the prefix "
+                f"{prefix!r} takes {taken}, special tokens included"
+            )
     if cache_dir is None:
         return _tokenize(texts, tokenizer, max_length, prefix)
     key = _cache_key(texts, tokenizer, max_length, prefix)
@@ -108,14 +117,13 @@ def _encode(
     texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[list[list[int]], int]:
     """The ids of each text, and how many texts were cut."""
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, **options)
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, **ONLY_IDS)
     ids = encoded["input_ids"]
     if encoded.encodings is not None:
         return ids, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
     # A tokenizer written in Python keeps nothing of what it cut: ask it again for the full ones.
     full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) == max_length]
-    whole = tokenizer(full, truncation=False, **options)["input_ids"] if full else []
+    whole = tokenizer(full, truncation=False, **ONLY_IDS)["input_ids"] if full else []
     return ids, sum(len(tokens) > max_length for tokens in whole)
 
 

@@ -1,6 +1,7 @@
 """Model names -> directories on this disk that are safe to load from."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,15 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
         weights: whether to fetch the weights too, which are safetensors or nothing.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither is there, or the name is that of a file.
     """
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise InputError(f"{flag} {name}: is a file, but a directory is needed")
+    if path.startswith(("/", ".")) or path.count("/") > 1:  # which no hub name has
+        raise InputError(f"{flag} {name}: no such directory")
     from huggingface_hub import snapshot_download
 
     with blaming(f"{flag} {name}: no such directory, and the Hugging Face hub did not give it"):
@@ -75,8 +80,10 @@ def blaming(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        OSError, ValueError, KeyError, AttributeError, TypeError, ImportError,
-        SafetensorError, StrictDataclassError,
-    ) as error:  # fmt: skip
+    except Exception as error:
+        known = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError,
+                 SafetensorError, StrictDataclassError)  # fmt: skip
+        # The tokenizers library raises Exception itself, whatever is wrong with its file.
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         if text_ids is None:
             text_ids = torch.arange(len(table))
         if len(text_ids) == 0:
-            return torch.zeros(0, self.dim, device=self.device)
+            return torch.zeros(0, self.dim, dtype=torch.float32, device=self.device)
         batches = micro_batches(table.lengths[text_ids], max_tokens)
         vectors = torch.cat([self.embed_batch(table, text_ids[batch]) for batch in batches])
         order = torch.cat(batches).argsort().to(vectors.device)

@@ -56,7 +56,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             backbone = _new_backbone(backbone_config, attention)
         else:
             backbone = _load_backbone(folder, backbone_config, attention)
-            _check_vocabulary(tokenizer, backbone)
+            _check_vocabulary(tokenizer, backbone, _tokenizer_flag(config))
         if training is not None:
             _add_special_tokens(tokenizer, training.special_tokens)
         _fit_embedding(backbone, tokenizer)
@@ -219,20 +219,25 @@ def _load_tokenizer(
 ) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    flag = _tokenizer_flag(config)
     if config.tokenizer_name is not None:
-        directory = find_directory(config.tokenizer_name, TOKENIZER_FLAG, weights=False)
-        folder = backbone_folder(directory)
-    with blaming(f"{TOKENIZER_FLAG} {folder}: no tokenizer can be loaded from there"):
+        folder = backbone_folder(find_directory(config.tokenizer_name, flag, weights=False))
+    with blaming(f"{flag} {folder}: no tokenizer can be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Positions then start at 0 in every library and for every backbone that loads what we save.
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = _pad_token(tokenizer, backbone_config, folder)
+        tokenizer.pad_token = _pad_token(tokenizer, backbone_config, f"{flag} {folder}")
     return tokenizer
 
 
+def _tokenizer_flag(config: EncoderConfig) -> str:
+    """The flag that the tokenizer comes by."""
+    return MODEL_FLAG if config.tokenizer_name is None else TOKENIZER_FLAG
+
+
 def _pad_token(
-    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", folder: Path
+    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", source: str
 ) -> str:
     """A token kept for padding if there is one, else the end of text; the mask hides it anyway."""
     vocabulary = tokenizer.get_vocab()
@@ -242,7 +247,7 @@ def _pad_token(
     for token in candidates:
         if token in vocabulary:
             return token
-    raise InputError(f"{TOKENIZER_FLAG} {folder}: no token to pad with (no pad, end or unknown)")
+    raise InputError(f"{source}: no token to pad with (no pad, end or unknown)")
 
 
 def _add_special_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> None:
@@ -255,11 +260,13 @@ def _vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", backbone: "PreTrainedModel") -> None:
+def _check_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", backbone: "PreTrainedModel", flag: str
+) -> None:
     size, rows = _vocabulary_size(tokenizer), backbone.get_input_embeddings().num_embeddings
     if size > rows:
-        raise InputError(f"{TOKENIZER_FLAG} {tokenizer.name_or_path}: {size} tokens, but the model "
-                         f"has embeddings for {rows}")  # fmt: skip
+        raise InputError(f"{flag} {tokenizer.name_or_path}: the tokenizer has {size} tokens, but "
+                         f"the model has embeddings for {rows}")  # fmt: skip
 
 
 def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -23,7 +23,7 @@ def encode_texts(
         InputError: a text alone has more than max_tokens tokens.
     """
     batches = micro_batches(table.lengths, max_tokens)
-    vectors = torch.empty(len(table), encoder.dim)
+    vectors = torch.empty(len(table), encoder.dim, dtype=torch.float32)
     training = encoder.training
     encoder.eval()
     with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:

@@ -62,7 +62,7 @@ def evaluate(
         query, chosen, rejected = pair_rows
         better = passage_vectors[chosen] - passage_vectors[rejected]  # [B, D]
         margins = (query_vectors[query] * better).sum(dim=1)
-        weights = torch.tensor([row.weight for row in preferences])
+        weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
         metrics["alignment"] = alignment(margins, weights)
     return metrics
 

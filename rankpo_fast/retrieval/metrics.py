@@ -6,8 +6,10 @@ hit_r = 1 if the passage at rank r = 1 .. c is a positive of the query, else 0; 
     MRR@c     1 / r of the first hit, 0 without one
     recall@c  hits / P
 
-The original RankPO code divides differently (`legacy`), and so reads higher: its ideal nDCG puts on
-top only the positives that were retrieved among the k, and recall divides by min(c, k, P).
+The original RankPO code divides differently (`legacy`), and so reads as high or higher: its ideal
+nDCG puts on top only the positives that were retrieved among the k, and recall divides by
+min(c, k, P). So nDCG differs only where some positives were not retrieved within k, and recall only
+where a query has more than c of them (or k, if that is less).
 """
 
 from collections.abc import Sequence

@@ -52,7 +52,8 @@ def train_contrastive(
     texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
     short = f"{batches.short_rows:,} of them have fewer than {data.num_negatives} negatives"
     about = {
-        "rows": f"{len(rows):,}" + (f", {short}: those are used" if batches.short_rows else ""),
+        "rows": f"{len(rows):,}"
+        + (f", {short}: all of theirs are used" if batches.short_rows else ""),
         "loss": f"InfoNCE, temperature {loss.temperature}",
     }
     train(run, encoder, ContrastiveStage(batches, texts, loss), about)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import resource
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,14 +127,19 @@ def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A run that goes on from `step` writes the later lines again; a line cut in half goes too."""
-    kept = []
+    """A run that goes on from `step` writes the later lines again; damaged lines go too."""
+    kept, damaged = [], 0
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        for line in path.read_bytes().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+    if damaged:
+        warnings.warn(f"{path}: dropped damaged lines, {damaged} of them", stacklevel=2)
     with whole_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
 
 
 def check_report_to(report_to: str) -> None:

@@ -8,13 +8,14 @@ index), so that a run can stop after any step and go on bit by bit.
 """
 
 import math
+import os
 import random
 import signal
 import threading
 from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from rankpo_fast.train.optim import adamw, clip_gradients, learning_rate, set_le
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.texts import Batch, Texts
 
-STOPPED_BY_SIGTERM = 143
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class Stage(Protocol):
@@ -86,7 +87,7 @@ def train(run: Run, encoder: Encoder, stage: Stage, about: dict[str, str]) -> No
 
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
-        SystemExit: 143 after SIGTERM, once the step is finished and saved.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
     config = run.training
     plan = Plan.of(config, stage.data.batches_per_epoch)
@@ -106,16 +107,25 @@ def train(run: Run, encoder: Encoder, stage: Stage, about: dict[str, str]) -> No
         for step in range(first_step, plan.total_steps):
             done = step + 1
             log.step(done, train_step(encoder, stage, optimizer, plan, config, step))
-            if stop.requested or _due(done, config.save_steps):
+            saved = _due(done, config.save_steps)
+            if saved:
                 run.save_checkpoint(done, encoder, optimizer)
-            if stop.requested:
-                log.say(f"stopped by SIGTERM after step {done}, which is saved; --resume continues")
-                raise SystemExit(STOPPED_BY_SIGTERM)
-            if run.evaluation.asked and done < plan.total_steps and _due(done, config.eval_steps):
+            due = run.evaluation.asked and _due(done, config.eval_steps)
+            if due and done < plan.total_steps and stop.requested is None:
                 log.evaluation(done, run.evaluate(encoder))
-        if run.evaluation.asked:
+            if stop.requested is not None:
+                if not saved:
+                    run.save_checkpoint(done, encoder, optimizer)
+                name = stop.requested.name
+                log.say(f"stopped by {name} after step {done}, which is saved; --resume continues")
+                raise SystemExit(EXIT_CODES[stop.requested])
+        run.save_model(encoder)  # before the evaluation, whose failure then costs no training
+        log.say(f"model saved in {run.path}")
+        if run.evaluation.asked and stop.requested is None:
             log.evaluation(plan.total_steps, run.evaluate(encoder))
-    run.save_model(encoder)
+        if stop.requested is not None:
+            log.say(f"stopped by {stop.requested.name}; the model is saved")
+            raise SystemExit(EXIT_CODES[stop.requested])
 
 
 def train_step(
@@ -168,7 +178,7 @@ def _check_finite(step: int, losses: list[float], norm: float, batches: list[Bat
     if all(map(math.isfinite, [*losses, norm])):
         return
     guilty = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-    rows = sorted(int(row) + 1 for batch in guilty or batches for row in batch.rows)
+    rows = sorted({int(row) + 1 for batch in guilty or batches for row in batch.rows})
     raise FloatingPointError(
         f"step {step}: loss {sum(losses) / len(losses)}, gradient norm {norm}; stopped before the "
         f"update. Rows of --train_data in it, counted from 1: {', '.join(map(str, rows))}"
@@ -176,20 +186,28 @@ def _check_finite(step: int, losses: list[float], norm: float, batches: list[Bat
 
 
 class _StopSignal:
-    """Turns SIGTERM into a request to stop after the step; leaves other threads' runs alone."""
+    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C acts at once.
+
+    Signals that are ignored stay so, and runs in other threads are left alone.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_StopSignal":
-        self._in_charge = threading.current_thread() is threading.main_thread()
-        if self._in_charge:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._in_charge:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = signal.Signals(number)
+        if number == signal.SIGINT:
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # reentrant
+            signal.signal(number, self._previous[self.requested])

@@ -12,29 +12,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.paths import check_writable, lies_in
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS = "rankpo-fast", "checkpoints"
 WRITTEN_WHILE_TRAINING = ("metrics.jsonl", CHECKPOINTS, "tensorboard", "wandb", MODEL_ON_ITS_WAY)
 
 
-def check(config: TrainingConfig, *models: str | None) -> None:
-    """InputError unless a run may use --output_dir; `models` are the names it starts from."""
-    path = Path(config.output_dir)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--output_dir {path} is a file")
-    if any(name is not None and Path(name).resolve() == path.resolve() for name in models):
-        raise InputError(f"--output_dir {path} is also the model to start from: choose another")
+def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
+    """InputError unless a run may use --output_dir.
+
+    Args:
+        inputs: flag and value of all that the run reads, none of which may lie in there. A value
+            that is no path is a name on the Hub.
+    """
+    check_writable("--output_dir", path, directory=True)
+    for flag, name in inputs:
+        if lies_in(name, path) and (Path(name).exists() or lies_in(path, name)):
+            raise InputError(f"{flag} {name} lies in --output_dir {path}: choose another")
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if there and _read_record(path) is None:
+    if there and read_record(path) is None:
         raise InputError(
             f"--output_dir {path} holds something else ({', '.join(there[:5])}): choose another"
         )
-    if there and config.resume is None and not config.overwrite_output_dir:
+    if there and not resume and not overwrite:
         state = "a finished" if finished(path) else "an unfinished (--resume continues it)"
         raise InputError(
             f"--output_dir {path} holds {state} run: choose another, or --overwrite_output_dir"
@@ -42,12 +46,12 @@ def check(config: TrainingConfig, *models: str | None) -> None:
 
 
 def finished(path: Path) -> bool:
-    return _read_record(path) is not None and (path / LAST_FILE).exists()
+    return read_record(path) is not None and (path / LAST_FILE).exists()
 
 
 def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     """Make the directory ours; `overwrite` deletes what an earlier run wrote, and only that."""
-    if overwrite and _read_record(path) is not None:
+    if overwrite and read_record(path) is not None:
         _clear(path)
     path.mkdir(parents=True, exist_ok=True)
     _write_record(path, {"program": PROGRAM, **record, "model_files": []})
@@ -63,7 +67,7 @@ def save_model(path: Path, encoder: Encoder) -> None:
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
         files.append(Path(LAST_FILE))
-        record = {**_read_record(path), "model_files": [name.as_posix() for name in files]}
+        record = {**read_record(path), "model_files": [name.as_posix() for name in files]}
         _write_record(path, record)
         for folder in folders:
             (path / folder).mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ def save_model(path: Path, encoder: Encoder) -> None:
 
 def _clear(path: Path) -> None:
     """config.json goes first, training.json last: what is half cleared is no model, but ours."""
-    model_files = [Path(name) for name in _read_record(path)["model_files"]]
+    model_files = [Path(name) for name in read_record(path).get("model_files", [])]
     for file in model_files:
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"{path / RECORD} names {file}, which lies outside the directory")
@@ -91,7 +95,7 @@ def _clear(path: Path) -> None:
     (path / RECORD).unlink()
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """What we wrote; None where there is nothing of ours."""
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))

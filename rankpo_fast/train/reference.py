@@ -19,6 +19,7 @@ from torch import Tensor
 from rankpo_fast.config import ComputeConfig, EncoderConfig, ModelConfig
 from rankpo_fast.data.batches import PreferenceData
 from rankpo_fast.data.files import whole_file
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.ops.rankpo import pair_similarities
@@ -38,7 +39,11 @@ def other_model_similarities(
     """`reference_similarities` of the model `name`, which is loaded for it and gone afterwards."""
     own = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
     config = EncoderConfig(**{**own, "model_name_or_path": name, "tokenizer_name": None})
-    encoder = load_encoder(config, device=device)
+    try:
+        encoder = load_encoder(config, device=device)
+    except InputError as error:
+        flag = "--reference_model_name_or_path"
+        raise InputError(str(error).replace("--model_name_or_path", flag)) from error
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     similarities = reference_similarities(encoder, texts, data, compute.cache_path)
     del encoder

@@ -23,17 +23,23 @@ from rankpo_fast.data.rows import PreferenceRow, RetrievalSet, read_preferences,
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.paths import check_writable, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.log import check_report_to
+from rankpo_fast.train.texts import Texts
 from rankpo_kernels import native
 
 # What a run that goes on may change: none of it touches the weights.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "report_to", "cache_dir", "train_data", "device",
+}  # fmt: skip
+READ = {
+    "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", "train_data",
+    "query_data", "corpus_data", "preference_data",
 }  # fmt: skip
 
 
@@ -71,8 +77,13 @@ class Run:
         check_report_to(training.report_to)
         device = compute.torch_device()
         retrieval, preferences = read_evaluation_data(evaluation)
-        reference = getattr(loss, "reference_model_name_or_path", None)
-        output.check(training, model.model_name_or_path, model.tokenizer_name, reference)
+        path, cache = Path(training.output_dir), compute.cache_path
+        inputs = _inputs(model, data, loss, evaluation)
+        resume, overwrite = training.resume is not None, training.overwrite_output_dir
+        output.check(path, inputs, resume=resume, overwrite=overwrite)
+        check_writable("--cache_dir", cache, directory=True)
+        if lies_in(cache, path):
+            raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
         configs = (model, data, loss, training, compute)
         settings = _settings(stage, configs, data.train_data, device)
         checkpoint = _find_checkpoint(training, settings)
@@ -94,7 +105,11 @@ class Run:
         return done
 
     def load_encoder(self) -> Encoder:
-        return load_encoder(self.model, device=self.device, seed=self.training.seed)
+        """Also checks the evaluation's texts; InputError if one does not fit a micro-batch."""
+        encoder = load_encoder(self.model, device=self.device, seed=self.training.seed)
+        if self.evaluation.asked:
+            self._check_evaluation(encoder)
+        return encoder
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""
@@ -113,6 +128,17 @@ class Run:
         _say(f"rankpo-fast {self.stage}")
         for name, text in lines.items():
             _say(f"  {name:7} {text}")
+
+    def _check_evaluation(self, encoder: Encoder) -> None:
+        """Texts and order are those of `evaluate`, which will find the token ids in the cache."""
+        retrieval, pairs = self.retrieval, self.preferences or []
+        queries = [] if retrieval is None else retrieval.queries
+        passages = [] if retrieval is None else retrieval.corpus
+        queries = [*queries, *(row.query for row in pairs)]
+        chosen, rejected = [row.chosen for row in pairs], [row.rejected for row in pairs]
+        passages = [*passages, *chosen, *rejected]
+        distinct = (list(dict.fromkeys(texts)) for texts in (queries, passages))
+        Texts.tokenize(encoder, *distinct, self.compute)
 
     def open_output(self) -> None:
         record = {"stage": self.stage, "settings": self.settings}
@@ -137,7 +163,6 @@ class Run:
 
     def save_model(self, encoder: Encoder) -> None:
         output.save_model(self.path, encoder)
-        _say(f"model saved in {self.path}")
 
 
 def read_evaluation_data(
@@ -150,6 +175,17 @@ def read_evaluation_data(
     if config.preference_data is not None:
         preferences = read_preferences(config.preference_data)
     return retrieval, preferences
+
+
+def _inputs(*configs: Any) -> list[tuple[str, str]]:
+    """Flag and value of each path, or name of a model, that is read."""
+    inputs = []
+    for config in configs:
+        for name in sorted(READ & asdict(config).keys()):
+            value = getattr(config, name)
+            paths = value if isinstance(value, list) else [value]
+            inputs += [(f"--{name}", path) for path in paths if path is not None]
+    return inputs
 
 
 def _settings(
@@ -167,19 +203,28 @@ def _settings(
 
 
 def _find_checkpoint(training: TrainingConfig, settings: dict[str, Any]) -> Checkpoint | None:
-    """The one to go on from; InputError if it was made under other settings."""
+    """The one to go on from; InputError if it, or the run there, was made under other settings."""
     if training.resume is None:
         return None
+    path = Path(training.output_dir)
+    record = output.read_record(path) or {}
+    _check_same(path, record.get("settings", settings), settings)
+    if output.finished(path):
+        return None
     if training.resume == "newest":
-        directory = Path(training.output_dir) / output.CHECKPOINTS
+        directory = path / output.CHECKPOINTS
         checkpoint = checkpoints.newest(directory)
         if checkpoint is None:
             _say(f"--resume: no complete checkpoint in {directory}, starting from the beginning")
             return None
     else:
         checkpoint = checkpoints.read(Path(training.resume))
-    names = dict.fromkeys([*checkpoint.settings, *settings])
-    was, now = checkpoint.settings, settings
+    _check_same(checkpoint.path, checkpoint.settings, settings)
+    return checkpoint
+
+
+def _check_same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    names = dict.fromkeys([*was, *now])
     changed = [
         f"  {name} was {was.get(name)}, is {now.get(name)}"
         for name in names
@@ -187,8 +232,7 @@ def _find_checkpoint(training: TrainingConfig, settings: dict[str, Any]) -> Chec
     ]
     if changed:
         lines = "\n".join(changed)
-        raise InputError(f"--resume: {checkpoint.path} was made with other settings:\n{lines}")
-    return checkpoint
+        raise InputError(f"--resume: {path} was made with other settings:\n{lines}")
 
 
 def _backend(device: torch.device) -> str:

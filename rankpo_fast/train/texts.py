@@ -9,9 +9,25 @@ from torch import Tensor
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.batches import ContrastiveBatch, PreferenceBatch
 from rankpo_fast.data.tokens import TokenTable, micro_batches
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 
 Batch = ContrastiveBatch | PreferenceBatch
+
+
+def check_length(encoder: Encoder, role: str, flag: str | None = None) -> None:
+    """InputError if the limit of a role, "query" or "passage", leaves no room for text."""
+    by_role = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
+    try:
+        by_role[role]([])
+    except InputError as error:
+        raise InputError(f"{flag or f'--max_{role}_length'}: {error}") from error
+
+
+def check_lengths(encoder: Encoder) -> None:
+    """`check_length` of both roles."""
+    check_length(encoder, "query")
+    check_length(encoder, "passage")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +47,7 @@ class Texts:
         config: ComputeConfig,
     ) -> "Texts":
         """InputError if a text alone does not fit into a micro-batch: now, not in mid-training."""
+        check_lengths(encoder)
         texts = cls(
             encoder.tokenize_queries(queries, config.cache_path),
             encoder.tokenize_passages(passages, config.cache_path),

@@ -166,6 +166,19 @@ def test_beir_fault_names_the_qrels_line(beir, line, message):
     assert fault.startswith(f"{qrels}:3: ") and message in fault
 
 
+@pytest.mark.parametrize("header", ["Query_ID\tDoc_ID\tScore", "qid\tpid\trelevance"])
+def test_beir_header_is_skipped_by_its_names(beir, header):
+    (beir / "qrels" / "test.tsv").write_text(f"{header}\nq1\td1\t1\n")
+    assert read_retrieval(beir).queries == ["first"]
+
+
+@pytest.mark.parametrize("line", ["q1\td1\tx", "query-id\td1\t1.5", "query-id corpus-id score"])
+def test_beir_first_line_that_is_no_header_is_not_passed_over(beir, line):
+    qrels = beir / "qrels" / "test.tsv"
+    qrels.write_text(f"{line}\nq1\td1\t1\n")
+    assert fault_of(read_retrieval, beir).startswith(f"{qrels}:1: ")
+
+
 def test_beir_without_positives_or_with_an_id_twice_is_refused(beir):
     (beir / "qrels" / "test.tsv").write_text("q1\td1\t0\n")
     assert "no positives" in fault_of(read_retrieval, beir)
@@ -199,7 +212,11 @@ def test_bad_line_is_named(tmp_path, read, line, message):
 BAD_CONTRASTIVE = [
     pytest.param(without(CONTRASTIVE, "query"), 'missing key "query" (keys here: "pos', id="query"),
     pytest.param(without(CONTRASTIVE, "positives"), '"positives" or "pos"', id="no-positives-key"),
-    pytest.param(without(CONTRASTIVE, "negatives"), '"negatives" or "neg"', id="no-negatives-key"),
+    pytest.param(
+        without(CONTRASTIVE, "negatives"),
+        '"negatives" or "neg", which may be an empty list (keys here: ',
+        id="no-negatives-key",
+    ),
     pytest.param({}, "keys here: none", id="no-keys"),
     pytest.param(CONTRASTIVE | {"query": 5}, "a string, got a number: 5", id="number"),
     pytest.param(CONTRASTIVE | {"query": None}, "a string, got null", id="null-query"),
@@ -228,8 +245,9 @@ BAD_PREFERENCE = [
     pytest.param(without(PREFERENCE, "passage2"), 'missing key "passage2"', id="no-passage"),
     pytest.param(without(PREFERENCE, "preferred"), 'missing key "preferred"', id="no-preferred"),
     pytest.param(PREFERENCE | {"preferred": "C"}, '"A" or "B", got "C"', id="c"),
-    pytest.param(PREFERENCE | {"preferred": "a"}, '"A" or "B", got "a"', id="lower-case"),
+    pytest.param(PREFERENCE | {"preferred": "a"}, 'a capital "A" or "B", got "a"', id="lower-case"),
     pytest.param(PREFERENCE | {"preferred": ["A"]}, '"A" or "B", got ["A"]', id="list"),
+    pytest.param(PREFERENCE | {"passage2": "one"}, "the same text", id="equal-passages"),
     pytest.param(PREFERENCE | {"passage1": "  "}, '"passage1" is blank', id="blank"),
     pytest.param(PREFERENCE, 'missing key "confidence_score"', id="no-confidence"),
     pytest.param(PREFERENCE | {"confidence_score": 0}, "above 0", id="confidence-0"),
@@ -279,6 +297,7 @@ def test_missing_file_directory_and_no_file_are_refused(tmp_path):
         read_texts, tmp_path / "nothere.jsonl", "text"
     )
     assert f"{tmp_path}: cannot be read: Is a directory" in fault_of(read_preferences, [tmp_path])
+    assert "'a\\x00b': cannot be read: embedded null" in fault_of(read_texts, "a\0b", "text")
     assert "no data file" in fault_of(read_contrastive, [])
 
 

@@ -204,8 +204,7 @@ def test_a_tokenizer_may_be_another_models_and_grows_a_new_embedding(tiny_llama_
     settings = {"from_scratch": True, "tokenizer_name": str(tiny_llama_dir)}
     encoder = load(llama_copy, **settings)
     assert encoder.backbone.get_input_embeddings().num_embeddings == 320
-    with pytest.raises(InputError, match="--tokenizer_name .*llama"):
-        load(llama_copy, from_scratch=True)
+    refused(llama_copy, "--model_name_or_path", "no tokenizer", from_scratch=True)
 
 
 def test_an_encoder_config_is_enough(tiny_bert_dir):
@@ -233,6 +232,28 @@ def test_an_unknown_name_is_refused_with_the_hubs_reason(monkeypatch):
 
 def test_a_missing_path_is_refused_without_asking_the_hub(tmp_path):
     refused(tmp_path / "a/b", "--model_name_or_path", "a/b", "no such directory")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "a/b/c"])
+def test_a_name_that_only_a_path_can_have_never_goes_to_the_hub(monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    refused(name, f"--model_name_or_path {name}: no such directory")
+
+
+def test_a_file_is_no_model_directory(llama_copy):
+    path = llama_copy / "config.json"
+    refused(path, f"--model_name_or_path {path}: is a file")
+    refused(llama_copy, f"--tokenizer_name {path}: is a file", tokenizer_name=str(path))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{broken", "[]", "{}", '{"added_tokens": [], "model": {"type": "BPE"}}']
+)
+def test_a_corrupt_tokenizer_is_blamed_on_the_flag_it_came_by(llama_copy, tiny_llama_dir, content):
+    (llama_copy / "tokenizer.json").write_text(content)
+    refused(llama_copy, f"--model_name_or_path {llama_copy}: no tokenizer can be loaded")
+    name = str(llama_copy)
+    refused(tiny_llama_dir, f"--tokenizer_name {name}: no tokenizer", tokenizer_name=name)
 
 
 def test_a_directory_without_safetensors_is_refused(llama_copy):

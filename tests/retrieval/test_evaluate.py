@@ -82,3 +82,16 @@ def test_encoding_leaves_no_graph_and_the_mode_as_it_was(tiny_bert_dir):
     assert not first.requires_grad
     assert torch.equal(first, second)  # dropout was off
     torch.testing.assert_close(first.norm(dim=1), torch.ones(4))
+
+
+def test_vectors_are_fp32_whatever_torchs_default(encoder):
+    table = encoder.tokenize_queries(["one"])
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert encode_texts(encoder, table, max_tokens=64).dtype == torch.float32
+        assert encoder.embed(table, torch.tensor([], dtype=torch.int64), max_tokens=64).dtype == (
+            torch.float32
+        )
+    finally:
+        torch.set_default_dtype(default)

@@ -5,6 +5,7 @@ import torch
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.data.rows import ContrastiveRow
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.mining import mine_hard_negatives
@@ -61,7 +62,20 @@ def test_sample_draws_from_the_range_by_seed(encoder, ranked):
     assert mine(encoder, rows, seed=2, **settings) != first
 
 
-def test_a_row_gets_what_there_is(encoder, ranked):
+def test_a_row_gets_what_there_is_and_a_warning_counts_such_rows(encoder, ranked):
     row = ContrastiveRow(QUERY, tuple(ranked[:14]), ("old",))
-    [mined] = mine(encoder, [row], num_negatives=5, method="sample")
+    full = ContrastiveRow("wanted: cook", tuple(ranked[:1]), ())
+    with pytest.warns(UserWarning, match="1 of 2 rows got fewer than 5 negatives") as caught:
+        mined, _ = mine(encoder, [row, full], num_negatives=5, method="sample")
     assert mined.negatives == (ranked[14],)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("positives", "search_range"),
+    [pytest.param(15, (0, 100), id="all-positive"), pytest.param(1, (15, 20), id="past-the-end")],
+)
+def test_no_negative_for_any_row_is_refused(encoder, ranked, positives, search_range):
+    row = ContrastiveRow(QUERY, tuple(ranked[:positives]), ())
+    with pytest.raises(InputError, match="no row got a negative"):
+        mine(encoder, [row], search_range=search_range)

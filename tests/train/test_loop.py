@@ -144,8 +144,30 @@ def test_finished_run_is_replaced_only_when_asked(tiny_llama_dir, run_stage):
 
 def test_output_directory_cannot_be_the_model_it_starts_from(tiny_llama_dir, run_stage):
     output = run_stage("contrastive", tiny_llama_dir, "out")
-    with pytest.raises(InputError, match="is also the model to start from"):
+    with pytest.raises(InputError, match="--model_name_or_path .* lies in --output_dir"):
         run_stage("rankpo", output, "out", overwrite_output_dir=True)
+
+
+def test_nothing_that_is_read_or_kept_lies_in_the_output_directory(
+    tiny_llama_dir, run_stage, contrastive_file
+):
+    output = run_stage("contrastive", tiny_llama_dir, "out")
+    inside = output / "tensorboard" / "rows.jsonl"
+    inside.parent.mkdir()
+    inside.write_text(Path(contrastive_file).read_text())
+    for name, value in {"train_data": [str(inside)], "cache_dir": str(output / "cache")}.items():
+        with pytest.raises(InputError, match=f"--{name} .* lies in --output_dir"):
+            run_stage("contrastive", "no/such-model", "out", overwrite_output_dir=True,
+                      **{name: value})  # fmt: skip
+    assert inside.exists()
+
+
+def test_record_without_model_files_is_tolerated(tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out", max_steps=1)
+    record = json.loads((output / "training.json").read_text())
+    del record["model_files"]
+    (output / "training.json").write_text(json.dumps(record))
+    run_stage("contrastive", tiny_llama_dir, "out", max_steps=1, overwrite_output_dir=True)
 
 
 def test_crash_while_saving_leaves_no_half_model(tiny_llama_dir, run_stage, monkeypatch, tmp_path):
@@ -214,6 +236,18 @@ def test_evaluation_is_logged_when_due_and_changes_nothing(
     assert losses[0] == losses[1]
 
 
+def test_model_is_saved_before_the_last_evaluation(
+    tiny_llama_dir, run_stage, preference_file, monkeypatch, tmp_path
+):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankpo_fast.train.run.evaluate", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage("rankpo", tiny_llama_dir, "out", max_steps=1, preference_data=[preference_file])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_tensorboard_gets_the_metrics(tiny_llama_dir, run_stage):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -237,3 +271,24 @@ def test_text_that_fits_no_micro_batch_is_named_before_training(
     with pytest.raises(InputError, match="--max_tokens_per_micro_batch"):
         run_stage("contrastive", tiny_llama_dir, "out", max_tokens_per_micro_batch=8)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_text_that_fits_no_micro_batch_is_named_before_training(
+    tiny_llama_dir, run_stage, tmp_path
+):
+    row = {"query": "a nurse", "passage1": "nurse " * 60, "passage2": "cook", "preferred": "A"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    flags = {"preference_data": [str(tmp_path / "long.jsonl")], "max_tokens_per_micro_batch": 50}
+    with pytest.raises(InputError, match="--max_tokens_per_micro_batch"):
+        run_stage("contrastive", tiny_llama_dir, "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_limits_without_room_for_text_and_reference_models_are_named_by_their_flags(
+    tiny_llama_dir, run_stage
+):
+    with pytest.raises(InputError, match="--max_passage_length: .* 1 tokens leaves no room"):
+        run_stage("contrastive", tiny_llama_dir, "out", max_passage_length=1)
+    other = {"reference_free": False, "reference_model_name_or_path": "/nope"}
+    with pytest.raises(InputError, match="--reference_model_name_or_path /nope"):
+        run_stage("rankpo", tiny_llama_dir, "out", **other)

@@ -17,19 +17,20 @@ from torch import nn
 from rankpo_fast.errors import InputError
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.log import MetricsLog
+from rankpo_fast.train.loop import _StopSignal
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """SIGTERM during the given step, as a scheduler would send it."""
+    """SIGTERM during the given step, as a scheduler would send it; or another signal."""
 
-    def arm(step):
+    def arm(step, number=signal.SIGTERM):
         original = MetricsLog.step
 
         def step_then_signal(self, done, *args, **kwargs):
             original(self, done, *args, **kwargs)
             if done == step:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
 
         monkeypatch.setattr(MetricsLog, "step", step_then_signal)
 
@@ -102,6 +103,70 @@ def test_changed_data_is_refused(stopped, tiny_llama_dir, run_stage, contrastive
         run_stage("contrastive", tiny_llama_dir, "out", resume="newest", train_data=[str(changed)])
 
 
+def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsys, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as behind a &
+    stop_after(3, signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        run_stage("contrastive", tiny_llama_dir, "out")
+    assert stop.value.code == 130
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert "stopped by SIGINT after step 3" in capsys.readouterr().err
+    assert checkpoints.newest(tmp_path / "out" / "checkpoints").step == 3
+
+
+def test_second_ctrl_c_interrupts_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), _StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "steps, left",
+    [
+        pytest.param(4, "checkpoints/step-00000002", id="on-the-way"),
+        pytest.param(2, "config.json", id="the-last-one"),
+    ],
+)
+def test_sigterm_in_an_evaluation_is_honoured_after_it(
+    steps, left, tiny_llama_dir, run_stage, preference_file, monkeypatch, tmp_path, read_metrics
+):
+    def evaluate(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        return {"alignment": 0.5}
+
+    monkeypatch.setattr("rankpo_fast.train.run.evaluate", evaluate)
+    flags = {"max_steps": steps, "eval_steps": 2, "preference_data": [preference_file]}
+    with pytest.raises(SystemExit) as stop:
+        run_stage("rankpo", tiny_llama_dir, "out", **flags)
+    assert stop.value.code == 143
+    assert (tmp_path / "out" / left).exists()
+    assert read_metrics(tmp_path / "out")[-1] == {"step": 2, "eval/alignment": 0.5}
+
+
+def test_finished_run_and_one_without_checkpoints_refuse_other_settings(tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out", max_steps=1)
+    for _ in ("finished", "unfinished"):
+        with pytest.raises(InputError, match="--learning_rate was 0.003, is 1.0"):
+            run_stage("contrastive", tiny_llama_dir, "out", resume="newest", learning_rate=1.0)
+        with pytest.raises(InputError, match="stage was contrastive, is rankpo"):
+            run_stage("rankpo", tiny_llama_dir, "out", resume="newest")
+        (output / "config.json").unlink(missing_ok=True)
+
+
+def test_damaged_lines_of_metrics_are_dropped(
+    stopped, tiny_llama_dir, run_stage, read_metrics, tmp_path
+):
+    stopped()
+    with (tmp_path / "out" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, \n\xff\n[1]\n{"step": 2')
+    with pytest.warns(UserWarning, match="dropped damaged lines, 4 of them"):
+        output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_logging_may_change(stopped, tiny_llama_dir, run_stage, read_metrics):
     stopped()
     output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest", logging_steps=3)
@@ -119,7 +184,8 @@ def test_finished_run_is_left_as_it_is(tiny_llama_dir, run_stage, capsys):
     before = (output / "model.safetensors").stat().st_mtime_ns
     assert run_stage("contrastive", tiny_llama_dir, "out", resume="newest") == output
     assert (output / "model.safetensors").stat().st_mtime_ns == before
-    assert "finished" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "finished" in said and "no complete checkpoint" not in said
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_llama_dir, run_stage):
