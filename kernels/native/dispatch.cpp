@@ -36,11 +36,11 @@ const RowFunctions& chosen() {
     return functions;
 }
 
-// Runs work(begin, end) over [0, rows) on up to `threads` threads, this one included; starting one takes as long as some
-// 2^18 numbers of row work.
+// Runs work(begin, end) over [0, rows) on up to `threads` threads, this one included. A helper has to be worth its start,
+// which takes milliseconds where torch's own threads still spin on the cores: one for each half millisecond of work.
 template <typename Work>
-void share(int64_t rows, int64_t row_length, int32_t threads, const Work& work) {
-    const int64_t worth = rows * row_length >> 18;
+void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work& work) {
+    const int64_t worth = static_cast<int64_t>(rows * nanoseconds_per_row / 5e5);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows, worth}));
     std::vector<std::thread> helpers;
     for (int64_t part = 1; part < parts; ++part)
@@ -56,21 +56,21 @@ int32_t rankpo_abi_version() { return 1; }
 const char* rankpo_instruction_set() { return chosen().name; }
 
 void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
-    share(chunk->rows, chunk->columns, threads, [=](int64_t begin, int64_t end) { chosen().info_nce_rows(*chunk, begin, end); });
+    share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) { chosen().info_nce_rows(*chunk, begin, end); });
 }
 
 void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads) {
-    share(x->rows, x->dims, threads, [=](int64_t begin, int64_t end) { chosen().inverse_norms(*x, inverse_norms, begin, end); });
+    share(x->rows, 0.2 * x->dims, threads, [=](int64_t begin, int64_t end) { chosen().inverse_norms(*x, inverse_norms, begin, end); });
 }
 
 void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads) {
-    share(x->rows, x->dims, threads, [=](int64_t begin, int64_t end) {
+    share(x->rows, 0.2 * x->dims, threads, [=](int64_t begin, int64_t end) {
         chosen().tangent(*x, inverse_norms, factor, grad, begin, end);
     });
 }
 
 void rankpo_pair_forward(const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads) {
-    share(in->pairs, 3 * in->dims, threads, [=](int64_t begin, int64_t end) {
+    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
         chosen().pair_forward(*in, similarities, inverse_norms, begin, end);
     });
 }
@@ -78,7 +78,7 @@ void rankpo_pair_forward(const PairTensors* in, float* similarities, float* inve
 void rankpo_pair_backward(
     const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
     float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads) {
-    share(in->pairs, 3 * in->dims, threads, [=](int64_t begin, int64_t end) {
+    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
         chosen().pair_backward(
             *in, similarities, inverse_norms, similarity_grads, query_grad, chosen_grad, rejected_grad, begin, end);
     });

@@ -75,7 +75,7 @@ def test_tangent_is_across_the_unit_vector(usable, monkeypatch):
 
 
 def test_threads_do_not_change_a_bit_of_the_row_pass():
-    rows, columns = 601, 1400  # enough work for three threads, and not the same for each
+    rows, columns = 901, 2200  # enough work for three threads, and not the same for each
     scores = torch.randn(rows, columns)
     labels = torch.randint(columns, (rows,))
     before = torch.get_num_threads()
