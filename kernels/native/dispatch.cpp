@@ -56,11 +56,15 @@ int32_t rankpo_abi_version() { return 1; }
 const char* rankpo_instruction_set() { return chosen().name; }
 
 void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
-    share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) { chosen().info_nce_rows(*chunk, begin, end); });
+    share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
+        chosen().info_nce_rows(*chunk, begin, end);
+    });
 }
 
 void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads) {
-    share(x->rows, 0.2 * x->dims, threads, [=](int64_t begin, int64_t end) { chosen().inverse_norms(*x, inverse_norms, begin, end); });
+    share(x->rows, 0.2 * x->dims, threads, [=](int64_t begin, int64_t end) {
+        chosen().inverse_norms(*x, inverse_norms, begin, end);
+    });
 }
 
 void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads) {
