@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rankpo_kernels.norms import compute_dtype
+
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -24,7 +26,7 @@ def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Redu
     """[rows] factors whose weighted sum of losses is the reduction; computed in fp32 (fp64)."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(like.dtype)
     if weights is None:
         return torch.full(
             (rows,),

@@ -34,32 +34,26 @@ def evaluate(
         InputError: a text alone has more than max_tokens tokens.
     """
     preferences = preferences or []
-    queries, passages = {}, {}  # text -> its row among the vectors, in order of appearance
-    if retrieval is not None:
-        query_rows = _number(queries, retrieval.queries)
-        corpus_rows = _number(passages, retrieval.corpus)
-    pair_rows = [
-        _number(queries, [row.query for row in preferences]),
-        _number(passages, [row.chosen for row in preferences]),
-        _number(passages, [row.rejected for row in preferences]),
-    ]
+    queries, passages = evaluation_texts(retrieval, preferences)
 
     def encode(table: TokenTable, kind: str) -> Tensor:
         label = f"encoding {kind}" if progress else None
         return encode_texts(encoder, table, max_tokens=max_tokens, progress=label)
 
-    query_vectors = encode(encoder.tokenize_queries(list(queries), cache_dir), "queries")
-    passage_vectors = encode(encoder.tokenize_passages(list(passages), cache_dir), "passages")
+    query_vectors = encode(encoder.tokenize_queries(queries, cache_dir), "queries")
+    passage_vectors = encode(encoder.tokenize_passages(passages, cache_dir), "passages")
     metrics: dict[str, float] = {}
     if retrieval is not None:
         _, found = search(
-            query_vectors[query_rows].to(encoder.device),
-            passage_vectors[corpus_rows],
+            query_vectors[_rows(queries, retrieval.queries)].to(encoder.device),
+            passage_vectors[_rows(passages, retrieval.corpus)],
             max(cutoffs),
         )
         metrics |= retrieval_metrics(found, retrieval.positives, cutoffs, legacy=legacy)
     if preferences:
-        query, chosen, rejected = pair_rows
+        query = _rows(queries, [row.query for row in preferences])
+        chosen = _rows(passages, [row.chosen for row in preferences])
+        rejected = _rows(passages, [row.rejected for row in preferences])
         better = passage_vectors[chosen] - passage_vectors[rejected]  # [B, D]
         margins = (query_vectors[query] * better).sum(dim=1)
         weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
@@ -67,6 +61,19 @@ def evaluate(
     return metrics
 
 
-def _number(rows: dict[str, int], texts: Sequence[str]) -> Tensor:
-    """The row [len(texts)] of each text; new texts get the next ones."""
-    return torch.tensor([rows.setdefault(text, len(rows)) for text in texts], dtype=torch.int64)
+def evaluation_texts(
+    retrieval: RetrievalSet | None, preferences: Sequence[PreferenceRow]
+) -> tuple[list[str], list[str]]:
+    """The distinct queries and passages that `evaluate` encodes, in order of appearance."""
+    queries = [] if retrieval is None else list(retrieval.queries)
+    passages = [] if retrieval is None else list(retrieval.corpus)
+    queries += [row.query for row in preferences]
+    passages += [row.chosen for row in preferences]
+    passages += [row.rejected for row in preferences]
+    return list(dict.fromkeys(queries)), list(dict.fromkeys(passages))
+
+
+def _rows(distinct: Sequence[str], texts: Sequence[str]) -> Tensor:
+    """The row [len(texts)] of each text among the distinct ones."""
+    row = {text: number for number, text in enumerate(distinct)}
+    return torch.tensor([row[text] for text in texts], dtype=torch.int64)

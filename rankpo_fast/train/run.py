@@ -24,7 +24,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.paths import check_writable, lies_in
-from rankpo_fast.retrieval.evaluate import evaluate
+from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
@@ -107,8 +107,9 @@ class Run:
     def load_encoder(self) -> Encoder:
         """Also checks the evaluation's texts; InputError if one does not fit a micro-batch."""
         encoder = load_encoder(self.model, device=self.device, seed=self.training.seed)
-        if self.evaluation.asked:
-            self._check_evaluation(encoder)
+        if self.evaluation.asked:  # which will find these token ids in the cache
+            texts = evaluation_texts(self.retrieval, self.preferences or [])
+            Texts.tokenize(encoder, *texts, self.compute)
         return encoder
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
@@ -128,17 +129,6 @@ class Run:
         _say(f"rankpo-fast {self.stage}")
         for name, text in lines.items():
             _say(f"  {name:7} {text}")
-
-    def _check_evaluation(self, encoder: Encoder) -> None:
-        """Texts and order are those of `evaluate`, which will find the token ids in the cache."""
-        retrieval, pairs = self.retrieval, self.preferences or []
-        queries = [] if retrieval is None else retrieval.queries
-        passages = [] if retrieval is None else retrieval.corpus
-        queries = [*queries, *(row.query for row in pairs)]
-        chosen, rejected = [row.chosen for row in pairs], [row.rejected for row in pairs]
-        passages = [*passages, *chosen, *rejected]
-        distinct = (list(dict.fromkeys(texts)) for texts in (queries, passages))
-        Texts.tokenize(encoder, *distinct, self.compute)
 
     def open_output(self) -> None:
         record = {"stage": self.stage, "settings": self.settings}
