@@ -20,7 +20,8 @@ from rankpo_fast.config import (
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.ops.rankpo import pair_similarities, rankpo_loss
+from rankpo_fast.ops.common import row_weights
+from rankpo_fast.ops.rankpo import margin_loss, pair_similarities
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.run import Run
@@ -77,28 +78,23 @@ class RankPOStage:
         chosen = passages[batch.chosen_rows.to(device)]
         rejected = passages[batch.rejected_rows.to(device)]
         margins = batch.reference_margins
-        loss = rankpo_loss(
-            queries,
-            chosen,
-            rejected,
+        scores = torch.stack(pair_similarities(queries, chosen, rejected))  # [2, B]
+        losses = margin_loss(
+            scores[0] - scores[1],
             reference_margins=None if margins is None else margins.to(device),
             beta=self.loss.beta,
             temperature=self.loss.temperature,
             gamma_beta_ratio=self.loss.gamma_beta_ratio,
             label_smoothing=self.loss.label_smoothing,
             loss_type=self.loss.loss_type,
-            weights=batch.weights.to(device),
             sft_weight=self.loss.sft_weight,
             rankpo_weight=self.loss.rankpo_weight,
         )
-        return loss, self._metrics(queries, chosen, rejected, batch)
+        weights = row_weights(losses, batch.weights.to(device), len(losses), "mean")
+        return (losses * weights).sum(), self._metrics(scores.detach(), batch)
 
-    @torch.no_grad()
-    def _metrics(
-        self, queries: Tensor, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch
-    ) -> dict[str, Tensor]:
+    def _metrics(self, scores: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Scores are cosines, rewards beta * (score - reference score), as the original has it."""
-        scores = torch.stack(pair_similarities(queries, chosen, rejected))  # [2, B]
         reference = 0.0 if self.reference is None else self.reference[:, batch.rows].to(scores)
         rewards = self.loss.beta * (scores - reference)
         metrics = {"rewards/accuracies": (rewards[0] > rewards[1]).float().mean()}
