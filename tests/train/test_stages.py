@@ -220,7 +220,13 @@ def test_micro_batches_do_not_change_the_result(tiny_llama_dir, run_stage):
         run_stage("contrastive", tiny_llama_dir, name, max_steps=1, max_tokens_per_micro_batch=size)
         for name, size in (("whole", 16384), ("split", 64))
     )
-    assert largest_difference(weights(whole), weights(split)) < 1e-4
+    start, whole, split = map(weights, (tiny_llama_dir, whole, split))
+    difference, update = (
+        sum((a[name] - b[name]).square().sum() for name in start).sqrt()
+        for a, b in ((whole, split), (whole, start))
+    )
+    # Adam divides by the gradient: where that is rounding, so is the weight's whole update.
+    assert difference < 0.01 * update
 
 
 def test_gradient_checkpointing_does_not_change_the_result(tiny_bert_dir, run_stage):
