@@ -2,27 +2,32 @@
 `rankpo_fast.ops`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankpo_fast.ops.common import Reduction
-from rankpo_fast.ops.info_nce import info_nce_loss
+from rankpo_fast.ops.info_nce import InfoNCEOptions, info_nce_loss
 from rankpo_fast.ops.rankpo import LossType, rankpo_loss
 
 
 class InfoNCELoss(nn.Module):
     """`info_nce_loss` with its temperature; `learn_temperature` makes log(1 / temperature) a
-    parameter, as CLIP does."""
+    parameter, as CLIP does.
+
+    options: what does not change with the batch (`rankpo_fast.ops.info_nce.InfoNCEOptions`):
+    normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
+    margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend.
+    Wrong ones raise ValueError here.
+    """
 
     def __init__(
         self,
         temperature: float = 0.02,
         *,
         learn_temperature: bool = False,
-        normalize: bool = True,
-        reduction: Reduction = "mean",
-        workspace_bytes: int | None = None,
+        **options: Any,
     ):
         super().__init__()
         if not temperature > 0:
@@ -31,23 +36,23 @@ class InfoNCELoss(nn.Module):
         self.log_scale = (
             nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         )
-        self.options = {
-            "normalize": normalize,
-            "reduction": reduction,
-            "workspace_bytes": workspace_bytes,
-        }
+        InfoNCEOptions(**options)  # names what is wrong
+        self.options = options
 
     def forward(
-        self, queries: Tensor, passages: Tensor, labels: Tensor | None = None, **rows: Tensor
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        labels: Tensor | None = None,
+        **batch: Tensor | tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """queries [M, D], passages [N, D]; `rows`: weights, query_ids, passage_ids, excluded of
-        this batch."""
+        """queries [M, D], passages [N, D]; `batch`: weights, query_ids, passage_ids, excluded,
+        positives, own_negatives, own_offsets, curated, guide of this batch."""
         if self.log_scale is None:
-            return info_nce_loss(
-                queries, passages, labels, temperature=self.temperature, **self.options, **rows
-            )
-        scale = self.log_scale.exp()
-        return info_nce_loss(queries, passages, labels, scale=scale, **self.options, **rows)
+            temperature = {"temperature": self.temperature}
+        else:
+            temperature = {"scale": self.log_scale.exp()}
+        return info_nce_loss(queries, passages, labels, **temperature, **self.options, **batch)
 
 
 class RankPOLoss(nn.Module):

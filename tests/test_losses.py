@@ -13,6 +13,23 @@ def test_info_nce_module_equals_the_function():
     assert InfoNCELoss(0.05, reduction="sum")(q, p, query_ids=ids) == want
 
 
+def test_info_nce_module_hands_on_options_and_tensors_of_the_batch():
+    q, p, own = torch.randn(4, 8), torch.randn(12, 8), torch.randn(4, 2, 8)
+    options = {
+        "directions": ("query_to_passage", "passage_to_query"), "partition": "per_direction",
+        "matryoshka_dims": (8, 4), "matryoshka_weights": (1.0, 0.5), "label_smoothing": 0.1,
+        "false_negative_margin": 0.2, "margin_type": "relative", "normalize": False,
+    }  # fmt: skip
+    batch = {
+        "own_negatives": own, "positives": (torch.arange(5), torch.arange(4) * 3 + 1),
+        "guide": (torch.randn(4, 3), torch.randn(12, 3)), "curated": torch.arange(12) // 3,
+    }  # fmt: skip
+    want = info_nce_loss(q, p, temperature=0.5, **options, **batch)
+    assert InfoNCELoss(0.5, **options)(q, p, **batch) == want
+    learnt = InfoNCELoss(0.5, learn_temperature=True, **options)
+    torch.testing.assert_close(learnt(q, p, **batch), want)
+
+
 def test_learnt_temperature_starts_at_the_given_one_and_gets_a_gradient():
     loss = InfoNCELoss(0.05, learn_temperature=True)
     q, p = torch.randn(4, 8), torch.randn(12, 8)
@@ -28,6 +45,22 @@ def test_rankpo_module_equals_the_function():
     reference, weights = torch.randn(4), torch.rand(4)
     want = rankpo_loss(q, c, r, reference_margins=reference, weights=weights, **options)
     assert RankPOLoss(**options)(q, c, r, reference_margins=reference, weights=weights) == want
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"directions": ("query_to_doc",)}, "directions must be distinct and of"),
+        ({"label_smoothing": -0.1}, "label_smoothing must lie in"),
+        ({"reduction": "median"}, "reduction must be one of"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named_when_the_module_is_made(option, message):
+    with pytest.raises(ValueError, match=message):
+        InfoNCELoss(**option)
+    with pytest.raises(TypeError, match="query_ids"):
+        InfoNCELoss(query_ids=torch.arange(3))
 
 
 def test_bad_temperature_is_named_when_the_module_is_made():

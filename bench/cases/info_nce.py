@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bench.measure import Case, relative_error
 from rankpo_fast import info_nce_loss
 from rankpo_fast.ops.info_nce import info_nce_definition
+from rankpo_kernels.objective import Relations, Settings
 
 SCALE = 50.0  # temperature 0.02
 SHAPES = {  # (M, N, D)
@@ -79,7 +80,8 @@ def errors(D: int, device: str) -> dict[str, float]:
     """Each contender against the fp64 definition, at the same D and a size where that is quick."""
     q, p, labels = draw(512, 1024, D, device)
     exact_q, exact_p = (x.detach().double().requires_grad_() for x in (q, p))
-    loss = info_nce_definition(exact_q, exact_p, labels, SCALE).mean()
+    settings = Settings(normalize=True, workspace_bytes=0)
+    loss = info_nce_definition(exact_q, exact_p, SCALE, Relations(labels), settings).mean()
     exact = (loss.detach(), *torch.autograd.grad(loss, (exact_q, exact_p)))
     return {name: relative_error(run(), exact) for name, run in contenders(q, p, labels).items()}
 

@@ -12,18 +12,27 @@
 
 // One chunk of InfoNCE rows. `scores` [R, N] holds dot products; times column_scale they are similarities. Overwritten:
 // with row_weights by d(sum_i w_i loss_i)/d(dot_ij), without by values of no meaning.
+// No negatives of row i are: its label; the columns known_columns[start[e]:stop[e]] of each text e that it knows, e in
+// first[i]:last[i]; and those that the judge finds above limit[i], unless they were curated for it.
 struct InfoNCERows {
-    float* scores;                    // [R, N]
-    const float* column_scale;        // [N] or null: 1 / |p_j|
-    const int64_t* labels;            // [R] column of each row's positive
-    const int64_t* excluded_offsets;  // [R + 1] or null: row i leaves out excluded_columns[offsets[i]:offsets[i + 1]]
-    const int64_t* excluded_columns;  // [nnz]
-    const float* row_weights;         // [R] or null
-    float* loss;                      // [R] softplus(logsumexp of the negatives - positive logit), unweighted
-    float* positive;                  // [R] similarity of the positive
-    float* hardest;                   // [R] similarity of the hardest negative, -inf if there is none
+    float* scores;               // [R, N]
+    const float* column_scale;   // [N] or null: 1 / |p_j|
+    const int64_t* labels;       // [R] column of each row's positive
+    const int64_t *first, *last;  // [R] or null
+    const int64_t *start, *stop;  // [E]
+    const int64_t* known_columns;  // [N], by text
+    const float* limit;          // [R] or null, a similarity
+    const float* judge;          // [R, N] or null: dot products whose similarities are compared, else those of scores
+    const float* judge_scale;    // [N] where there is a judge
+    const int32_t* curated;      // [N] or null: the row, counted from the first of all chunks
+    const float* row_weights;    // [R] or null
+    float* loss;                 // [R] softplus(logsumexp of the negatives - positive logit), unweighted
+    float* positive;             // [R] similarity of the positive
+    float* hardest;              // [R] similarity of the hardest negative, -inf if there is none
+    float* d_logits;             // [R] or null, with row_weights: sum_j logit_j d(w_i loss_i)/d(logit_j)
     int64_t rows, columns;
-    float scale;  // 1 / temperature, > 0
+    int64_t first_row;  // number of this chunk's first row
+    float scale;        // 1 / temperature, > 0
 };
 
 // B triples (query, chosen, rejected) of [B, D] each, rows `*_stride` apart, dims contiguous.

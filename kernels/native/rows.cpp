@@ -40,6 +40,47 @@ inline float sigmoid(float x) {
     return (x >= 0 ? 1.0f : e) / (1.0f + e);
 }
 
+// One row's logits that its judge finds above the limit are masked.
+template <bool kJudge, bool kCurated>
+void mask_above(const InfoNCERows& in, int64_t i, float* s) {
+    const float limit = kJudge ? in.limit[i] : in.limit[i] * in.scale;
+    const float* judge = kJudge ? in.judge + i * in.columns : s;
+    const float* judge_scale = in.judge_scale;
+    const int32_t* curated = in.curated;
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
+#pragma omp simd
+    for (int64_t j = 0; j < in.columns; ++j) {
+        const float judged = kJudge ? judge[j] * judge_scale[j] : s[j];
+        const bool exempt = kCurated && curated[j] == row;
+        s[j] = (judged > limit) & !exempt ? kMasked : s[j];
+    }
+}
+
+struct Sums {
+    double exponentials, moment;  // of exp(s - top), and of that times s - top
+};
+
+// s := exp(s - top).
+template <bool kMoment>
+Sums exponentials(float* s, int64_t n, float top) {
+    Sums sums{};
+    constexpr int64_t kBlock = 1024;  // fp32 sums within a block, fp64 across blocks
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t stop = start + kBlock < n ? start + kBlock : n;
+        float sum = 0, moment = 0;
+#pragma omp simd reduction(+ : sum, moment)
+        for (int64_t j = start; j < stop; ++j) {
+            const float x = s[j] - top, e = exp_nonpositive(x);
+            sum += e;
+            if (kMoment) moment += e * x;
+            s[j] = e;
+        }
+        sums.exponentials += sum;
+        sums.moment += moment;
+    }
+    return sums;
+}
+
 void info_nce_row(const InfoNCERows& in, int64_t i) {
     float* s = in.scores + i * in.columns;  // [N] dots, then logits, then exponentials, then gradients
     const int64_t n = in.columns, label = in.labels[i];
@@ -53,36 +94,31 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
         for (int64_t j = 0; j < n; ++j) s[j] *= in.scale;
     }
     const float positive = s[label];
+    if (in.limit) {
+        if (in.judge)
+            in.curated ? mask_above<true, true>(in, i, s) : mask_above<true, false>(in, i, s);
+        else
+            in.curated ? mask_above<false, true>(in, i, s) : mask_above<false, false>(in, i, s);
+    }
     s[label] = kMasked;
-    if (in.excluded_offsets)
-        for (int64_t k = in.excluded_offsets[i]; k < in.excluded_offsets[i + 1]; ++k)
-            s[in.excluded_columns[k]] = kMasked;
+    if (in.first)
+        for (int64_t e = in.first[i]; e < in.last[i]; ++e)
+            for (int64_t k = in.start[e]; k < in.stop[e]; ++k) s[in.known_columns[k]] = kMasked;
 
     float top = kMasked;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
     const bool alone = !(top > kMasked);  // no negative is left (or all of them are NaN)
 
-    double sum = 0;
-    constexpr int64_t kBlock = 1024;  // fp32 sums within a block, fp64 across blocks
-    for (int64_t start = 0; start < n; start += kBlock) {
-        const int64_t stop = start + kBlock < n ? start + kBlock : n;
-        float block_sum = 0;
-#pragma omp simd reduction(+ : block_sum)
-        for (int64_t j = start; j < stop; ++j) {
-            const float e = exp_nonpositive(s[j] - top);
-            block_sum += e;
-            s[j] = e;
-        }
-        sum += block_sum;
-    }
-
+    const Sums sums = in.d_logits ? exponentials<true>(s, n, top) : exponentials<false>(s, n, top);
+    const double sum = sums.exponentials;
     in.positive[i] = positive / in.scale;
     const bool poisoned = sum != sum || positive != positive;  // NaN stays NaN, in gap too
     if (alone && !poisoned) {
         in.hardest[i] = -INFINITY;
         in.loss[i] = 0.0f;
         if (in.row_weights) std::memset(s, 0, n * sizeof(float));
+        if (in.d_logits) in.d_logits[i] = 0.0f;
         return;
     }
     const float gap = top + std::log(static_cast<float>(sum)) - positive;
@@ -100,6 +136,7 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
         for (int64_t j = 0; j < n; ++j) s[j] *= factor;
     }
     s[label] = -pull * in.scale * (column_scale ? column_scale[label] : 1.0f);
+    if (in.d_logits) in.d_logits[i] = pull * (top - positive + static_cast<float>(sums.moment / sum));
 }
 
 // Squares within these bounds neither overflow fp32 nor lose digits to its subnormal numbers.

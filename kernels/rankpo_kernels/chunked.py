@@ -1,267 +1,713 @@
-"""InfoNCE on chunks of rows, on any device: three GEMMs and a row pass a chunk, never M x N.
+"""InfoNCE on chunks of rows, on any device: GEMMs and the work between them, never M x N.
 
-    s_ij = scale * <q_i, p_j> / (|q_i| |p_j|)
-    loss_i = softplus(lse_i - s_i,label)
-    lse_i = logsumexp of row i without its label and its excluded columns
-    d loss_i / d s_ij = sigmoid(lse_i - s_i,label) * (softmax_ij, or -1 at the label)
+    s_ij = scale * <a_i, b_j> / (|a_i| |b_j|),   loss and slopes dS from rankpo_kernels.objective
 
-Queries are normalised a chunk at a time, passages by a factor per column of the scores, so that no
-normalised copy of the passages exists. The row pass is native for fp32 on the CPU and torch
-elsewhere. bf16 and fp16 get fp32 scores: on CUDA from the tensor cores, on the CPU from fp32
-copies.
+Fused form, one softmax per query, fp32 on the CPU: a GEMM, a native row pass that leaves dS, two
+GEMMs. General form, everything else: `combine` turns statistics of rows and columns into slopes,
+from which dS is written. With query_to_passage alone a chunk has its statistics as soon as it has
+its scores (6MND flops); other directions read the blocks twice and compute the scores twice.
 
-M queries, N passages, D dims, R rows of a chunk. 6MND flops with gradients, 2MND without; the
-workspace is R x N.
+Rows are normalised a chunk at a time, columns by a factor per column of the scores. With dims, the
+scores of a prefix are those of the one before plus a product, and a block of dims takes the sum of
+dS over the prefixes that hold it, so all of them cost the products of one.
+
+M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes; R rows of a chunk,
+r rows of a slab, C columns. The workspace is R x C per prefix.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms, tangent_
+from rankpo_kernels.objective import (
+    PP,
+    PQ,
+    QP,
+    QQ,
+    Known,
+    Pairs,
+    Relations,
+    Result,
+    Settings,
+    Slopes,
+    Stats,
+    combine,
+    expand,
+    gradient_dtype,
+    is_plain,
+    known,
+    limits,
+    merge,
+    positive_pairs,
+)
 
 # Fewer rows make the GEMMs slower, more buy nothing on a CPU: at 4096 x 24576 x 384 the three take
 # 1.03 of the unchunked ones with 586 rows and 1.00 with 1024 (bench/cases/info_nce.py).
 CPU_ROWS = 1024
-DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
-
-
-class Excluded(NamedTuple):
-    """Row i leaves out the columns `pool[start[i]:stop[i]]`: O(M + N) integers for any mask of
-    equal ids."""
-
-    start_M: Tensor
-    stop_M: Tensor
-    pool: Tensor
-
-
-class Result(NamedTuple):
-    """What one pass gives; the gradients are None where none were asked for."""
-
-    loss_M: Tensor
-    positive_M: Tensor  # similarity of the positive
-    hardest_M: Tensor  # similarity of the hardest negative, -inf if there is none
-    dq_MD: Tensor | None = None
-    dp_ND: Tensor | None = None
-    d_scale: Tensor | None = None
+# Elements that the torch form works on at a time: few enough for the cache, many enough for CUDA.
+SLAB = {"cpu": 1 << 18, "cuda": 1 << 24}
+# Finite stand-ins for -inf, so that exp(MASKED - top) * MASKED = 0 with no inf - inf; a row with
+# nothing left has its largest logit at FLOOR.
+MASKED, FLOOR = -3e38, -1e38
+ALL = slice(None)
 
 
 def info_nce(
-    q_MD: Tensor, p_ND: Tensor, labels_M: Tensor, scale: Tensor,
-    query_ids_M: Tensor | None, passage_ids_N: Tensor | None,
-    excluded_offsets: Tensor | None, excluded_columns: Tensor | None,
-    row_weights_M: Tensor | None, needs: tuple[bool, bool, bool] = (False, False, False),
-    *, normalize: bool, workspace_bytes: int,
+    q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, scale: Tensor,
+    relations: Relations, settings: Settings, weights_M: Tensor | None,
+    needs: tuple[bool, bool, bool, bool] = (False,) * 4,
 ) -> Result:  # fmt: skip
-    """Losses of all rows and, given `row_weights`, the gradients of sum_i w_i loss_i that `needs`
-    (q, p, scale) names."""
-    (M, D), N = q_MD.shape, p_ND.shape[0]
+    """Losses of all queries and, given weights, the gradients of sum_i w_i loss_i that `needs`
+    (q, p, own, scale) names.
+
+    With settings.gradient_filter = eps, the two products of a chunk of the fused form leave out
+    columns with |dS_ij| <= pull_i eps / N in every row, pull_i = w_i sigmoid(lse_i - s_i,label).
+    So for each row the gradient of its unit vector is off by at most pull_i * scale * eps.
+    """
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device
-    if device.type == "cpu":
-        _check_columns("labels", labels_M, N)
-        if excluded_offsets is not None:
-            _check_columns("excluded columns", excluded_columns, N)
-            _check_offsets(excluded_offsets, excluded_columns)
-    # Tensor cores take low precision and give fp32; elsewhere the GEMMs run in the dtype of the
-    # scores.
-    low = device.type == "cuda" and q_MD.dtype in (torch.float16, torch.bfloat16)
-    p_gemm_ND = p_ND if low else p_ND.to(dtype)
-    inverse_p_N = inverse_norms(p_ND, dtype) if normalize else None
-
-    need_q, need_p, need_scale = needs
-    loss_M, positive_M, hardest_M = (torch.empty(M, dtype=dtype, device=device) for _ in range(3))
-    dq_MD = torch.empty(M, D, dtype=dtype, device=device) if need_q else None
-    # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
-    dp_ND = torch.empty(N, D, dtype=dtype, device=device) if need_p else None
-    if need_p and not M:
-        dp_ND.zero_()
-    d_scale = torch.zeros((), dtype=dtype, device=device) if need_scale else None
-
     scale = scale.to(device, dtype)
-    excluded = _excluded(labels_M, query_ids_M, passage_ids_N, excluded_offsets, excluded_columns)
-    workspace = None
-    for rows in _chunks(M, N, loss_M, workspace_bytes):
-        unit_RD = q_MD[rows].to(dtype)
-        if normalize:
-            inverse_q_R = inverse_norms(unit_RD, dtype)
-            unit_RD = unit_RD * inverse_q_R[:, None]
-        if workspace is None:
-            workspace = torch.empty(unit_RD.shape[0], N, dtype=dtype, device=device)
-        scores_RN = workspace[: unit_RD.shape[0]]
-        if low:
-            torch.mm(q_MD[rows], p_gemm_ND.T, out_dtype=dtype, out=scores_RN)
-            if normalize:
-                scores_RN.mul_(inverse_q_R[:, None])
-        else:
-            torch.mm(unit_RD, p_gemm_ND.T, out=scores_RN)
-
-        weights_R = None if row_weights_M is None else row_weights_M[rows].to(dtype)
-        _row_pass(
-            scores_RN, inverse_p_N, scale, labels_M[rows], _csr(excluded, rows), weights_R,
-            loss_M[rows], positive_M[rows], hardest_M[rows],
-        )  # fmt: skip
-        if weights_R is None:
-            continue
-        grad_RN = scores_RN  # d(sum_i w_i loss_i) / d<unit_i, p_j>
-        products = _low_products if low else _products
-        d_unit_RD = dq_MD[rows] if need_q else torch.empty_like(unit_RD) if need_scale else None
-        products(grad_RN, unit_RD, p_gemm_ND, d_unit_RD, dp_ND, first=rows.start == 0)
-        if need_scale:
-            d_scale += (d_unit_RD * unit_RD).sum() / scale  # sum_j dS_ij s_ij = <d_unit_i, unit_i>
-        if need_q and normalize:
-            tangent_(d_unit_RD, q_MD[rows], inverse_q_R, inverse_q_R)
-
-    if need_q:
-        dq_MD = dq_MD.to(gradient_dtype(q_MD.dtype))
-    if need_p:
-        if normalize:
-            tangent_(dp_ND, p_gemm_ND, inverse_p_N)  # the scores' gradient has 1 / |p| already
-        dp_ND = dp_ND.to(gradient_dtype(p_ND.dtype))
-    return Result(loss_M, positive_M, hardest_M, dq_MD, dp_ND, d_scale)
+    if weights_M is None:
+        needs = (False,) * 4
+    else:
+        weights_M = weights_M.to(dtype).contiguous()
+    needs = needs if own_HD is not None else (*needs[:2], False, needs[3])
+    arguments = (scale, relations, settings, weights_M, needs)
+    if is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype)):
+        result = _fused(q_MD, p_ND, *arguments)
+    else:
+        result = _general(q_MD, p_ND, own_HD, *arguments)
+    return result._replace(**{
+        name: grad.to(gradient_dtype(x.dtype))
+        for name, x in (("dq_MD", q_MD), ("dp_ND", p_ND), ("d_own_HD", own_HD))
+        if (grad := getattr(result, name)) is not None
+    })  # fmt: skip
 
 
-def _check_columns(name: str, columns: Tensor, N: int) -> None:
-    if not columns.numel():
-        return
-    low, high = columns.min().item(), columns.max().item()
-    if low < 0 or high >= N:
-        raise ValueError(f"{name} lie in [{low}, {high}] but there are {N} passages")
-
-
-def _check_offsets(offsets: Tensor, columns: Tensor) -> None:
-    if offsets[0] != 0 or offsets[-1] != len(columns) or (offsets.diff() < 0).any():
-        raise ValueError(
-            f"excluded offsets must rise from 0 to the {len(columns)} columns, got "
-            f"{offsets[0].item()} ... {offsets[-1].item()}"
-        )
-
-
-def gradient_dtype(stored: torch.dtype) -> torch.dtype:
-    """The inputs' dtype, but fp32 for fp16, in which unscaled gradients underflow."""
-    return torch.float32 if stored == torch.float16 else stored
-
-
-def _chunks(M: int, N: int, like: Tensor, workspace_bytes: int) -> Iterator[slice]:
-    """Chunks of rows, about equal, whose scores fit the workspace; the first is the longest."""
-    row_bytes = max(1, N * like.element_size())
+def _chunks(rows: int, columns: int, buffers: int, like: Tensor, workspace_bytes: int):
+    """Slices of rows, about equal, whose buffers fit the workspace; the first is the longest."""
+    row_bytes = max(1, buffers * columns * like.element_size())
     if (most := workspace_bytes // row_bytes) < 1:
         raise ValueError(
-            f"workspace_bytes={workspace_bytes} is too small for one row of {N} passages: "
+            f"workspace_bytes={workspace_bytes} is too small for one row of {columns} columns: "
             f"it takes {row_bytes}"
         )
     if like.device.type == "cpu":
         most = min(most, CPU_ROWS)
-    rows = -(-M // max(1, -(-M // most)))
-    for start in range(0, M, max(1, rows)):
-        yield slice(start, min(start + rows, M))
+    return _slices(rows, -(-rows // max(1, -(-rows // most))))
 
 
-def _excluded(
-    labels_M: Tensor, query_ids_M: Tensor | None, passage_ids_N: Tensor | None,
-    offsets: Tensor | None, columns: Tensor | None,
-) -> list[Excluded]:  # fmt: skip
-    """The columns that are no negatives of a row, label included: texts equal to its positive,
-    positives of equal queries, and those the caller names."""
-    excluded = []
-    if passage_ids_N is not None:
-        ids, order = passage_ids_N.sort()
-        excluded.append(Excluded(*_equal_range(ids, passage_ids_N[labels_M]), order))
-    if query_ids_M is not None:
-        ids, order = query_ids_M.sort()
-        excluded.append(Excluded(*_equal_range(ids, query_ids_M), labels_M[order]))
-    if offsets is not None:
-        excluded.append(Excluded(offsets[:-1], offsets[1:], columns))
-    return excluded
+def _slices(rows: int, most: int) -> Iterator[slice]:
+    return (slice(at, min(at + most, rows)) for at in range(0, rows, max(1, most)))
 
 
-def _equal_range(sorted_ids: Tensor, keys_M: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.searchsorted(sorted_ids, keys_M),
-        torch.searchsorted(sorted_ids, keys_M, right=True),
+class Lists(NamedTuple):
+    """Columns that are no negatives of a query, without expansion: texts first_M[i] : last_M[i] are
+    known to query i, and columns[start_E[e] : stop_E[e]] have text e."""
+
+    first_M: Tensor
+    last_M: Tensor
+    start_E: Tensor
+    stop_E: Tensor
+    columns: Tensor
+
+    def pairs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(position in `queries`, column) of all that are listed for them."""
+        row, text = _ranges(self.first_M[queries], self.last_M[queries])
+        at, place = _ranges(self.start_E[text], self.stop_E[text])
+        return row[at], self.columns[place]
+
+
+def _ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, x) for all x in start_k : stop_k."""
+    counts = stop - start
+    owner = torch.repeat_interleave(counts)
+    first = start - (counts.cumsum(0) - counts)
+    return owner, first[owner] + torch.arange(len(owner), device=start.device)
+
+
+def _lists(known: Known, passage_C: Tensor | slice = ALL) -> Lists:
+    """The keys, which go from a passage to the classes that know it, turned round; a column has
+    the text of the passage `passage_C`."""
+    used = int(known.stop_N.max()) if len(known.stop_N) else 0
+    classes, keys = known.keys[:used].sort(stable=True)
+    starts = known.start_N.sort().values
+    text = starts[torch.searchsorted(starts, keys, right=True) - 1]  # the first key of its text
+    start_C = known.start_N.masked_fill(known.start_N == known.stop_N, -1)[passage_C]
+    texts, columns = start_C.sort(stable=True)
+    return Lists(
+        torch.searchsorted(classes, known.class_M),
+        torch.searchsorted(classes, known.class_M, right=True),
+        torch.searchsorted(texts, text),
+        torch.searchsorted(texts, text, right=True),
+        columns,
     )
 
 
-def _csr(excluded: list[Excluded], rows: slice) -> tuple[Tensor, Tensor] | None:
-    """The excluded columns of a chunk as (offsets [R + 1], columns)."""
-    if not excluded:
-        return None
-    row_parts, column_parts = [], []
-    for start_M, stop_M, pool in excluded:
-        start_R, count_R = start_M[rows], stop_M[rows] - start_M[rows]
-        row = torch.repeat_interleave(count_R)  # [nnz] 0 0 0 1 2 2 ...
-        first_R = start_R - (count_R.cumsum(0) - count_R)
-        column_parts.append(pool[first_R[row] + torch.arange(len(row), device=row.device)])
-        row_parts.append(row)
-    row, order = torch.cat(row_parts).sort(stable=True)
-    offsets = torch.searchsorted(row, torch.arange(len(start_R) + 1, device=row.device))
-    return offsets, torch.cat(column_parts)[order]
+@dataclass(frozen=True)
+class Side:
+    """Vectors, what makes unit vectors of their prefixes, and the gradients to be added to."""
+
+    x_ND: Tensor
+    inverse_LN: Tensor  # 1 / norm; ones without normalize
+    ratio_LN: Tensor  # inverse / inverse of the last prefix
+    grad_ND: Tensor | None
+    along_LN: Tensor  # sum of dS s per vector: what the gradient through the norm takes away
+
+    @staticmethod
+    def of(x_ND: Tensor, bounds: list, dtype: torch.dtype, normalize: bool, need: bool) -> "Side":
+        x_ND = x_ND[:, : bounds[-1][1]].to(dtype)
+        inverse_LN = x_ND.new_ones(len(bounds), len(x_ND))
+        ratio_LN = torch.ones_like(inverse_LN)
+        if normalize:
+            inverse_LN = torch.stack([inverse_norms(x_ND[:, :high], dtype) for _, high in bounds])
+            last_N = inverse_LN[-1]
+            ratio_LN = inverse_LN / last_N.masked_fill(last_N == 0, torch.inf)
+        grad_ND = x_ND.new_zeros(x_ND.shape) if need else None
+        return Side(x_ND, inverse_LN, ratio_LN, grad_ND, torch.zeros_like(inverse_LN))
+
+    def unit(self, rows: slice | Tensor) -> Tensor:
+        return self.x_ND[rows] * self.inverse_LN[-1, rows, None]
+
+    def add(self, rows: slice | Tensor, d_unit: Tensor) -> None:
+        """Gradients of unit vectors."""
+        d_unit = d_unit * self.inverse_LN[-1, rows, None]
+        _add_rows(self.grad_ND, rows, d_unit)
+
+    def gradient(self, bounds: list, D: int, normalize: bool) -> Tensor:
+        """What was added, which took the norms for constants, less what they take away."""
+        if normalize and len(bounds) == 1:
+            tangent_(self.grad_ND, self.x_ND, self.inverse_LN[0])
+        elif normalize:
+            take_LN = self.along_LN * self.inverse_LN * self.ratio_LN
+            take_LN = take_LN.flip(0).cumsum(0).flip(0)  # a prefix takes from all its blocks
+            for rows in _slices(len(self.x_ND), _slab_rows(self.x_ND)):
+                unit_rD = self.unit(rows)
+                for (low, high), take_N in zip(bounds, take_LN, strict=True):
+                    self.grad_ND[rows, low:high] -= unit_rD[:, low:high] * take_N[rows, None]
+        return F.pad(self.grad_ND, (0, D - bounds[-1][1]))
 
 
-def _row_pass(
-    scores_RN: Tensor, column_scale_N: Tensor | None, scale: Tensor,
-    labels_R: Tensor, excluded: tuple[Tensor, Tensor] | None, weights_R: Tensor | None,
-    loss_R: Tensor, positive_R: Tensor, hardest_R: Tensor,
+def _add_rows(target: Tensor, rows: slice | Tensor, values: Tensor, part: slice = ALL) -> None:
+    """target[rows[part]] += values; rows may repeat."""
+    if isinstance(rows, slice):
+        target[rows][part] += values
+        return
+    rows = rows[part]
+    if target.device.type == "cpu":
+        target.index_add_(0, rows, values)
+    else:
+        target.index_put_((rows,), values, accumulate=True)  # sorts: index_add would use atomics
+
+
+def _slab_rows(x_RC: Tensor) -> int:
+    return max(1, SLAB[x_RC.device.type] // max(1, x_RC.shape[1]))
+
+
+def _pair_logits(a: Side, b: Side, i_P: Tensor, j_P: Tensor, scale: Tensor, bounds: list) -> Tensor:
+    """[L, P] logits of pairs (a_i, b_j)."""
+    logits_LP = a.x_ND.new_empty(len(bounds), len(i_P))
+    for part in _slices(len(i_P), _slab_rows(a.x_ND)):
+        i, j = i_P[part], j_P[part]
+        dot_D = a.unit(i).mul_(b.x_ND[j])
+        dots = torch.stack([dot_D[:, low:high].sum(1) for low, high in bounds]).cumsum(0)
+        logits_LP[:, part] = dots * (scale * a.ratio_LN[:, i] * b.inverse_LN[:, j])
+    return logits_LP
+
+
+def _add_pairs(
+    a: Side, b: Side, i_P: Tensor, j_P: Tensor, slope_LP: Tensor, logits_LP: Tensor,
+    scale: Tensor, bounds: list,
 ) -> None:  # fmt: skip
-    """Dot products to losses and, in place, to gradients; the torch form is what the native one
-    must equal."""
-    if native.usable(scores_RN):
+    """Gradients of pairs whose logits have these slopes."""
+    for x, rows in ((a, i_P), (b, j_P)):
+        for along_N, values in zip(x.along_LN, slope_LP * logits_LP, strict=True):
+            _add_rows(along_N, rows, values)
+    sizes = torch.tensor([high - low for low, high in bounds], device=i_P.device)
+    for part in _slices(len(i_P), _slab_rows(a.x_ND)):
+        i, j = i_P[part], j_P[part]
+        dot_Lc = slope_LP[:, part] * scale * a.ratio_LN[:, i] * b.inverse_LN[:, j]
+        # A dim is in all prefixes from its own on.
+        dot_Lc = dot_Lc.flip(0).cumsum(0).flip(0)
+        dot_cD = dot_Lc.T.repeat_interleave(sizes, dim=1, output_size=a.x_ND.shape[1])
+        if a.grad_ND is not None:
+            a.add(i, b.x_ND[j].mul_(dot_cD))
+        if b.grad_ND is not None:
+            _add_rows(b.grad_ND, j, a.unit(i).mul_(dot_cD))
+
+
+def _own_stats(logits_H: Tensor, owner_H: Tensor, M: int) -> Stats:
+    """Statistics of the own negatives of each query."""
+    top_M = logits_H.new_full((M,), FLOOR).scatter_reduce_(0, owner_H, logits_H, "amax")
+    e_H = (logits_H - top_M[owner_H]).exp()
+    sums = logits_H.new_zeros(4, M)
+    parts = (e_H, e_H * logits_H, logits_H, torch.ones_like(logits_H))
+    for sum_M, values_H in zip(sums, parts, strict=True):
+        _add_rows(sum_M, owner_H, values_H)
+    return _stats(top_M, *sums)
+
+
+def _stats(top: Tensor, e: Tensor, weighted: Tensor, total: Tensor, count: Tensor) -> Stats:
+    """From sums of exp(s - top), of that times s, of s and of 1."""
+    mean = weighted / e.masked_fill(e == 0, 1)
+    return Stats(top + e.log(), mean, total, count, top.masked_fill(top <= FLOOR, -torch.inf))
+
+
+def _row_stats(x_rC: Tensor, want_mean: bool, want_total: bool) -> Stats:
+    top_r = x_rC.amax(1).clamp(min=FLOOR)
+    e_rC = (x_rC - top_r[:, None]).exp_()
+    e_r, none_r = e_rC.sum(1), torch.zeros_like(top_r)
+    weighted_r = e_rC.mul_(x_rC).sum(1) if want_mean else none_r
+    return _stats(top_r, e_r, weighted_r, *(_totals(x_rC, 1) if want_total else (none_r, none_r)))
+
+
+def _totals(x_rC: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(sum, number) of the logits that are not masked."""
+    kept = x_rC > FLOOR
+    return torch.where(kept, x_rC, 0).sum(dim), kept.sum(dim).to(x_rC.dtype)
+
+
+class ColumnStats:
+    """Statistics of columns, slab after slab: exponentials are relative to the largest so far."""
+
+    def __init__(self, like: Tensor, C: int):
+        self.top_C = like.new_full((C,), FLOOR)
+        self.e_C, self.weighted_C, self.total_C, self.count_C = like.new_zeros(4, C)
+
+    def add(self, x_rC: Tensor, want_mean: bool, want_total: bool) -> None:
+        top_C = torch.maximum(self.top_C, x_rC.amax(0))
+        fade_C = (self.top_C - top_C).exp_()
+        self.top_C = top_C
+        e_rC = (x_rC - top_C).exp_()
+        self.e_C.mul_(fade_C).add_(e_rC.sum(0))
+        if want_mean:
+            self.weighted_C.mul_(fade_C).add_(e_rC.mul_(x_rC).sum(0))
+        if want_total:
+            total_C, count_C = _totals(x_rC, 0)
+            self.total_C.add_(total_C)
+            self.count_C.add_(count_C)
+
+    def result(self) -> Stats:
+        return _stats(self.top_C, self.e_C, self.weighted_C, self.total_C, self.count_C)
+
+
+class Line(NamedTuple):
+    """What decides the slopes of each row (or each column): dS = soft * exp(s - lse) - flat."""
+
+    lse: Tensor  # 0 where there is no negative
+    soft: Tensor
+    flat: Tensor
+
+    @staticmethod
+    def of(stats: Stats, slopes: Slopes) -> "Line":
+        return Line(stats.lse.masked_fill(stats.lse == -torch.inf, 0), *slopes)
+
+
+Lines = list[dict[str, Line]]  # of each prefix, by direction
+
+
+def _at(rows: slice, lines: NamedTuple) -> NamedTuple:
+    return type(lines)(*(x[rows] for x in lines))
+
+
+def _joined(parts: list[NamedTuple]) -> NamedTuple:
+    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of scores, read along rows, columns or both."""
+
+    a: Side
+    b: Side
+    a_index: Tensor | None  # the vector of each row, if not its number
+    query_R: Tensor  # the query whose relations hold for the row
+    lists: Lists
+    curated_C: Tensor | None
+    along_rows: str | None  # the directions
+    along_columns: str | None
+    guides: tuple[Side, Side] | None
+    limit_LM: Tensor | None  # similarity above which nothing is a negative
+    scale: Tensor
+    bounds: list[tuple[int, int]]
+    settings: Settings
+
+    def chunks(self) -> Iterator["Chunk"]:
+        """Dot products, one chunk after the other in the same memory."""
+        C, L, like = len(self.b.x_ND), len(self.bounds), self.b.x_ND
+        buffers, memory = L + (self.guides is not None), None
+        for rows in _chunks(len(self.query_R), C, buffers, like, self.settings.workspace_bytes):
+            R = rows.stop - rows.start
+            memory = like.new_empty(buffers, R * C) if memory is None else memory
+            scores = [buffer[: R * C].view(R, C) for buffer in memory]
+            vectors = rows if self.a_index is None else self.a_index[rows]
+            unit_RD, before = self.a.unit(vectors), None
+            for (low, high), scores_RC in zip(self.bounds, scores, strict=False):
+                factors = unit_RD[:, low:high], self.b.x_ND[:, low:high].T
+                if before is None:
+                    torch.mm(*factors, out=scores_RC)
+                else:
+                    torch.addmm(before, *factors, out=scores_RC)
+                before = scores_RC
+            if self.guides is not None:
+                torch.mm(self.guides[0].unit(vectors), self.guides[1].x_ND.T, out=scores[L])
+            yield Chunk(self, rows, vectors, unit_RD, scores[:L], scores[L:])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of a block."""
+
+    block: Block
+    rows: slice
+    vectors: slice | Tensor  # where the rows' vectors stand in block.a
+    unit_RD: Tensor
+    scores: list[Tensor]  # [R, C] of each prefix: dot products, then logits, then slopes
+    judge: list[Tensor]  # [R, C] dot products of the guide, if there is one
+
+    def slabs(self) -> Iterator[slice]:
+        return _slices(len(self.unit_RD), _slab_rows(self.scores[0]))
+
+    def to_logits(self, slab: slice) -> None:
+        """In place: scaled, and MASKED where there is no negative."""
+        block = self.block
+        query_r = block.query_R[self.rows][slab]
+        known, mine_rC, above_rC = block.lists.pairs(query_r), None, None
+        if block.curated_C is not None:
+            mine_rC = block.curated_C == query_r[:, None]
+        if self.judge:
+            above_rC = self.judge[0][slab].mul_(block.guides[1].inverse_LN[0])
+            above_rC = above_rC > block.limit_LM[0, query_r, None]
+        for level, scores_RC in enumerate(self.scores):
+            x_rC = self._times_scale(scores_RC[slab], level, slab, out=scores_RC[slab])
+            if block.limit_LM is not None:
+                masked_rC = above_rC
+                if masked_rC is None:
+                    masked_rC = x_rC > block.scale * block.limit_LM[level, query_r, None]
+                if mine_rC is not None and block.along_rows != PP:
+                    masked_rC = masked_rC & ~mine_rC
+                x_rC.masked_fill_(masked_rC, MASKED)
+            if mine_rC is not None and block.along_rows == PP:
+                x_rC.masked_fill_(mine_rC, MASKED)
+            x_rC[known] = MASKED
+
+    def _times_scale(self, x_rC: Tensor, level: int, slab: slice, out: Tensor) -> Tensor:
+        """x_ij * d s_ij / d<unit_i, b_j>."""
+        block = self.block
+        torch.mul(x_rC, block.scale * block.b.inverse_LN[level], out=out)
+        if len(self.scores) > 1:
+            out.mul_(block.a.ratio_LN[level, self.vectors][slab, None])
+        return out
+
+    def stats(self, columns: list[ColumnStats], *want: bool) -> list[Stats]:
+        """Of the rows, for each prefix; those of columns are added to `columns`."""
+        rows = [[] for _ in self.scores]
+        for slab in self.slabs():
+            self.to_logits(slab)
+            for level, scores_RC in enumerate(self.scores):
+                if self.block.along_rows:
+                    rows[level].append(_row_stats(scores_RC[slab], *want))
+                if columns:
+                    columns[level].add(scores_RC[slab], *want)
+        return [_joined(parts) for parts in rows if parts]
+
+    def to_slopes(self, slab: slice, lines: Lines) -> None:
+        """In place: logits to d total / d<unit_i, b_j>."""
+        block, settings = self.block, self.block.settings
+        for level, scores_RC in enumerate(self.scores):
+            x_rC, of_level = scores_RC[slab], lines[level]
+            picked = []
+            if block.along_rows:
+                picked.append(Line(*(x[slab, None] for x in of_level[block.along_rows])))
+            if block.along_columns:
+                picked.append(of_level[block.along_columns])
+            slopes_rC = 0
+            for lse, soft, _ in picked:
+                slopes_rC += (x_rC - lse).exp_().mul_(soft)
+            if settings.label_smoothing:
+                flat = sum(line.flat for line in picked)
+                slopes_rC -= torch.where(x_rC > FLOOR, flat, 0)
+            if len(self.scores) > 1 and settings.normalize:
+                along_rC = x_rC.mul_(slopes_rC)
+                _add_rows(block.a.along_LN[level], self.vectors, along_rC.sum(1), slab)
+                block.b.along_LN[level] += along_rC.sum(0)
+            self._times_scale(slopes_rC, level, slab, out=x_rC)
+
+    def add_gradients(self, lines: Lines, *, logits: bool) -> None:
+        """To both sides; `lines` of rows are those of the chunk's rows, `logits` whether they stand
+        in place of the scores already."""
+        block, scores = self.block, self.scores
+        for slab in self.slabs():
+            if not logits:
+                self.to_logits(slab)
+            self.to_slopes(slab, lines)
+        for level in reversed(range(len(scores) - 1)):
+            scores[level] += scores[level + 1]  # a dim counts in every prefix from its own on
+        if block.a.grad_ND is not None:
+            d_unit_RD = torch.empty_like(self.unit_RD)
+            for (low, high), scores_RC in zip(block.bounds, scores, strict=True):
+                d_unit_RD[:, low:high] = scores_RC @ block.b.x_ND[:, low:high]
+            block.a.add(self.vectors, d_unit_RD)
+        if block.b.grad_ND is not None:
+            for (low, high), scores_RC in zip(block.bounds, scores, strict=True):
+                block.b.grad_ND[:, low:high].addmm_(scores_RC.T, self.unit_RD[:, low:high])
+
+
+def _blocks(
+    queries: Side, passages: Side, pairs: Pairs, similarity_LM: Tensor, scale: Tensor,
+    bounds: list, relations: Relations, settings: Settings,
+) -> list[Block]:  # fmt: skip
+    """The blocks that the directions read."""
+    M, keys = len(queries.x_ND), known(relations, len(passages.x_ND))
+    each_M = torch.arange(M, device=scale.device)
+    of_passages = _lists(keys)
+    limit_LM, guides, curated_N = None, None, relations.curated_N
+    if settings.margin is not None:
+        if relations.guide_queries is not None:
+            guides = tuple(
+                Side.of(x, [(0, x.shape[1])], scale.dtype, settings.normalize, False)
+                for x in (relations.guide_queries, relations.guide_passages)
+            )
+            one, dims = torch.ones_like(scale), [(0, guides[0].x_ND.shape[1])]
+            similarity_LM = _pair_logits(*guides, each_M, relations.labels_M, one, dims)
+        limit_LM = limits(similarity_LM, settings)
+
+    blocks = []
+    wanted = [direction if direction in settings.directions else None for direction in (QP, PQ)]
+    rest = (limit_LM, scale, bounds, settings)
+    if any(wanted):
+        exempt_N = None if limit_LM is None else curated_N
+        of = (queries, passages, None, each_M, of_passages, exempt_N)
+        blocks.append(Block(*of, *wanted, guides, *rest))
+    if QQ in settings.directions:
+        of = (queries, queries, None, each_M, _lists(keys, relations.labels_M), None)
+        blocks.append(Block(*of, QQ, None, guides and (guides[0], guides[0]), *rest))
+    if PP in settings.directions:
+        of = (passages, passages, pairs.columns_P, pairs.rows_P, of_passages, curated_N)
+        blocks.append(Block(*of, PP, None, guides and (guides[1], guides[1]), *rest))
+    return blocks
+
+
+def _general(
+    q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, scale: Tensor,
+    relations: Relations, settings: Settings, weights_M: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> Result:  # fmt: skip
+    """Every option, in torch."""
+    (M, D), device = q_MD.shape, q_MD.device
+    prefixes, level_weights = zip(*settings.levels(D), strict=True)
+    bounds = list(zip((0, *prefixes), prefixes, strict=False))
+    queries, passages, owned = (
+        None if x is None else Side.of(x, bounds, scale.dtype, settings.normalize, need)
+        for x, need in zip((q_MD, p_ND, own_HD), needs, strict=False)
+    )
+    pairs = positive_pairs(relations, scale.dtype)
+    s_LP = _pair_logits(queries, passages, *pairs[:2], scale, bounds)
+    similarity_LM = s_LP[:, :M] / scale
+    if owned is not None:
+        owner_H = expand(relations.own_offsets.diff(), len(own_HD))
+        own_pairs = (owner_H, torch.arange(len(own_HD), device=device))
+        s_LH = _pair_logits(queries, owned, *own_pairs, scale, bounds)
+        own_stats = [_own_stats(s_H, owner_H, M) for s_H in s_LH]
+
+    loss_M, d_scale = s_LP.new_zeros(M), torch.zeros_like(scale)
+    hardest_M = torch.full_like(loss_M, -torch.inf)
+    hardest_of = QP if QP in settings.directions else QQ
+    slope_LP = torch.zeros_like(s_LP)
+    with_gradients = any(needs)
+    weights_M = torch.zeros_like(loss_M) if weights_M is None else weights_M
+
+    def settle(rows: slice, at_P: slice | Tensor, stats: list[dict[str, Stats]]) -> Lines:
+        """Losses of the queries `rows`, whose pairs are at `at_P`, and what decides the slopes."""
+        part = Pairs(*(x[at_P] for x in pairs))
+        part = part._replace(rows_P=part.rows_P - rows.start)
+        lines = []
+        for level, weight in enumerate(level_weights):
+            of = stats[level]
+            if owned is not None and QP in of:
+                of[QP] = merge(of[QP], _at(rows, own_stats[level]))
+            loss_R, slopes, slope_LP[level, at_P], d_scale_level = combine(
+                part, s_LP[level, at_P], of, weights_M[rows] * weight, scale, settings
+            )
+            loss_M[rows] += weight * loss_R
+            d_scale.add_(d_scale_level)
+            lines.append({d: Line.of(of[d], slopes[d]) for d in of})
+        if hardest_of in of:
+            hardest_M[rows] = of[hardest_of].top / scale
+        return lines
+
+    blocks = _blocks(queries, passages, pairs, similarity_LM, scale, bounds, relations, settings)
+    want = (needs[3], settings.label_smoothing > 0)  # mean for d_scale, total for smoothing
+    if settings.directions == (QP,):
+        lines_of_chunks = []
+        for chunk in blocks[0].chunks():
+            stats = [{QP: of_rows} for of_rows in chunk.stats([], *want)]
+            lines = settle(chunk.rows, _pairs_of(chunk.rows, relations), stats)
+            if any(needs[:2]):
+                chunk.add_gradients(lines, logits=True)
+            lines_of_chunks.append(lines)
+        of_levels = zip(*lines_of_chunks, strict=True)
+        lines = [{QP: _joined([of[QP] for of in of_level])} for of_level in of_levels]
+    else:
+        stats = [{} for _ in bounds]
+        for block in blocks:
+            columns = []
+            if block.along_columns:
+                columns = [ColumnStats(s_LP, len(block.b.x_ND)) for _ in bounds]
+            chunks = [chunk.stats(columns, *want) for chunk in block.chunks()]
+            for level, of in enumerate(stats):
+                if block.along_rows:
+                    none = Stats(*s_LP.new_empty(5, 0))
+                    of[block.along_rows] = _joined([none, *(chunk[level] for chunk in chunks)])
+                if block.along_columns:
+                    of[block.along_columns] = columns[level].result()
+        lines = settle(slice(0, M), slice(None), stats)
+        for block in blocks:
+            if block.a.grad_ND is None and block.b.grad_ND is None:
+                continue
+            for chunk in block.chunks():
+                local = [
+                    {d: _at(chunk.rows, x) if d == block.along_rows else x for d, x in of.items()}
+                    for of in lines
+                ]
+                chunk.add_gradients(local, logits=False)
+
+    result = Result(loss_M, similarity_LM[-1], hardest_M)
+    if not with_gradients:
+        return result
+    _add_pairs(queries, passages, *pairs[:2], slope_LP, s_LP, scale, bounds)
+    if owned is not None and QP in settings.directions and M:
+        slope_LH = torch.stack([
+            soft[owner_H] * (s_H - lse[owner_H]).exp() - flat[owner_H]
+            for (lse, soft, flat), s_H in zip((of[QP] for of in lines), s_LH, strict=True)
+        ])  # fmt: skip
+        _add_pairs(queries, owned, *own_pairs, slope_LH, s_LH, scale, bounds)
+    grads = (
+        side.gradient(bounds, D, settings.normalize) if need else None
+        for side, need in zip((queries, passages, owned), needs, strict=False)
+    )
+    return Result(*result[:3], *grads, d_scale if needs[3] else None)
+
+
+def _pairs_of(rows: slice, relations: Relations) -> Tensor:
+    """Where the positive pairs of a chunk of queries stand among all."""
+    labels = torch.arange(rows.start, rows.stop, device=relations.labels_M.device)
+    if relations.positive_offsets is None:
+        return labels
+    first, last = relations.positive_offsets[[rows.start, rows.stop]].tolist()
+    more = torch.arange(first, last, device=labels.device) + len(relations.labels_M)
+    return torch.cat([labels, more])
+
+
+def _fused(
+    q_MD: Tensor, p_ND: Tensor, scale: Tensor, relations: Relations, settings: Settings,
+    weights_M: Tensor | None, needs: tuple[bool, bool, bool, bool],
+) -> Result:  # fmt: skip
+    """One softmax per query, in fp32 on the CPU."""
+    (M, D), N, dtype = q_MD.shape, len(p_ND), scale.dtype
+    need_q, need_p, _, need_scale = needs
+    labels_M = relations.labels_M.contiguous()
+    p_gemm_ND = p_ND.to(dtype)
+    inverse_p_N = inverse_norms(p_ND, dtype) if settings.normalize else None
+    lists = None
+    if any(x is not None for x in relations[3:7]):  # else a query knows its label alone
+        lists = _lists(known(relations, N))
+    guided = settings.margin is not None and relations.guide_queries is not None
+    if guided:
+        guides = [x.to(dtype) for x in (relations.guide_queries, relations.guide_passages)]
+        unit = inverse_norms if settings.normalize else lambda x, dtype: x.new_ones(len(x))
+        inverse_guide_M, inverse_guide_N = (unit(x, dtype) for x in guides)
+    curated_N = None
+    if settings.margin is not None and relations.curated_N is not None:
+        curated_N = relations.curated_N.to(torch.int32)  # half the bytes to compare
+
+    loss_M, positive_M, hardest_M = q_MD.new_empty(3, M, dtype=dtype)
+    dq_MD = q_MD.new_empty(M, D, dtype=dtype) if need_q else None
+    # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
+    dp_ND = q_MD.new_empty(N, D, dtype=dtype) if need_p else None
+    if need_p and not M:
+        dp_ND.zero_()
+    d_logits_M = torch.empty_like(loss_M) if need_scale else None
+
+    scale_number, memory = scale.item(), None
+    for rows in _chunks(M, N, 1 + guided, loss_M, settings.workspace_bytes):
+        unit_RD = q_MD[rows].to(dtype)
+        if settings.normalize:
+            inverse_q_R = inverse_norms(unit_RD, dtype)
+            unit_RD = unit_RD * inverse_q_R[:, None]
+        R = len(unit_RD)
+        if memory is None:
+            memory = q_MD.new_empty(1 + guided, R, N, dtype=dtype)
+        scores_RN, limit_R, judge = memory[0, :R], None, None
+        torch.mm(unit_RD, p_gemm_ND.T, out=scores_RN)
+        if settings.margin is not None:
+            judge_RN, inverse_N = scores_RN, inverse_p_N
+            if guided:
+                judge_RN, inverse_N = judge = memory[1, :R], inverse_guide_N
+                guide_RG = guides[0][rows] * inverse_guide_M[rows, None]
+                torch.mm(guide_RG, guides[1].T, out=judge_RN)
+            positive_R = judge_RN.gather(1, labels_M[rows, None])[:, 0]
+            if inverse_N is not None:
+                positive_R *= inverse_N[labels_M[rows]]
+            limit_R = limits(positive_R, settings)
+
+        with_grads = need_q or need_p or need_scale
+        weights_R = weights_M[rows] if with_grads else None
         native.info_nce_rows(
-            scores_RN, column_scale_N, scale.item(), labels_R.contiguous(), excluded, weights_R,
-            loss_R, positive_R, hardest_R,
+            scores_RN, inverse_p_N, labels_M[rows],
+            lists and (lists.first_M[rows], lists.last_M[rows], *lists[2:]),
+            limit_R, judge, curated_N, weights_R,
+            loss_M[rows], positive_M[rows], hardest_M[rows],
+            d_logits_M[rows] if need_scale else None,
+            rows.start, scale_number,
         )  # fmt: skip
-        return
-    factor_N = scale if column_scale_N is None else scale * column_scale_N
-    scores_RN.mul_(factor_N)
-    label_R1 = labels_R[:, None]
-    s_positive_R = scores_RN.gather(1, label_R1)[:, 0]
-    scores_RN.scatter_(1, label_R1, -torch.inf)
-    if excluded is not None:
-        offsets, columns = excluded
-        scores_RN[torch.repeat_interleave(offsets.diff()), columns] = -torch.inf
-    top_R = scores_RN.amax(1)
-    # A row without negatives: its exponentials must be exp(-inf - 0) = 0, not exp(-inf + inf).
-    alone_R = top_R == -torch.inf
-    scores_RN.sub_(top_R.masked_fill(alone_R, 0)[:, None]).exp_()
-    sum_R = scores_RN.sum(1)
-    gap_R = top_R + sum_R.log() - s_positive_R
-    positive_R.copy_(s_positive_R / scale)
-    hardest_R.copy_(top_R / scale)
-    loss_R.copy_(torch.logaddexp(gap_R, gap_R.new_zeros(())))
-    if weights_R is None:
-        return
-    pull_R = weights_R * gap_R.sigmoid()
-    scores_RN.mul_((pull_R / sum_R.masked_fill(alone_R, 1))[:, None])
-    scores_RN.scatter_(1, label_R1, -pull_R[:, None])
-    scores_RN.mul_(factor_N)
+        if not (need_q or need_p):
+            continue
+        grad_RN = scores_RN  # d(sum_i w_i loss_i) / d<unit_i, p_j>
+        columns = None
+        if settings.gradient_filter:
+            pull_R = weights_R * -torch.expm1(-loss_M[rows])  # w sigmoid(gap), loss = softplus(gap)
+            least_R = pull_R.abs() * (scale_number * settings.gradient_filter / N)
+            columns = _kept(grad_RN, least_R, inverse_p_N)
+        if columns is not None:
+            grad_RN = _compacted(grad_RN, columns)
+        p_CD = p_gemm_ND if columns is None else p_gemm_ND[columns]
+        if need_q:
+            torch.mm(grad_RN, p_CD, out=dq_MD[rows])
+            if settings.normalize:
+                tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
+        if need_p and columns is None:
+            dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if rows.start == 0 else 1)
+        elif need_p:
+            if rows.start == 0:
+                dp_ND.zero_()
+            dp_ND.index_add_(0, columns, grad_RN.T @ unit_RD)
+
+    if need_p and settings.normalize:
+        tangent_(dp_ND, p_gemm_ND, inverse_p_N)  # the scores' gradient has 1 / |p| already
+    d_scale = d_logits_M.sum() / scale if need_scale else None
+    return Result(loss_M, positive_M, hardest_M, dq_MD, dp_ND, None, d_scale)
 
 
-def _products(
-    grad_RN: Tensor, unit_RD: Tensor, p_ND: Tensor,
-    d_unit_RD: Tensor | None, dp_ND: Tensor | None, *, first: bool,
-) -> None:  # fmt: skip
-    """d_unit = grad p, dp += grad' unit."""
-    if d_unit_RD is not None:
-        torch.mm(grad_RN, p_ND, out=d_unit_RD)
-    if dp_ND is not None:
-        dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if first else 1)
+def _kept(grad_RN: Tensor, least_R: Tensor, inverse_N: Tensor | None) -> Tensor | None:
+    """Columns with |grad| > least * inverse in some row; None if they are more than half."""
+    keep_N = torch.zeros_like(grad_RN[0], dtype=torch.bool)
+    for rows in _slices(len(grad_RN), _slab_rows(grad_RN)):
+        least = least_R[rows, None] if inverse_N is None else least_R[rows, None] * inverse_N
+        keep_N |= ~(grad_RN[rows].abs() <= least).all(0)  # NaN stays in
+    return keep_N.nonzero()[:, 0] if 2 * keep_N.sum() <= len(keep_N) else None
 
 
-def _low_products(
-    grad_RN: Tensor, unit_RD: Tensor, p_ND: Tensor,
-    d_unit_RD: Tensor | None, dp_ND: Tensor | None, *, first: bool,
-) -> None:  # fmt: skip
-    """The same on tensor cores: gradients rounded to the dtype of p, products in fp32."""
-    # Each row is scaled to at most 1 before rounding: fp16 would lose the small gradients of a
-    # converged batch.
-    top_R1 = grad_RN.abs().amax(1, keepdim=True).clamp(min=torch.finfo(grad_RN.dtype).tiny)
-    rounded_RN = (grad_RN / top_R1).to(p_ND.dtype)
-    if d_unit_RD is not None:
-        torch.mul(torch.mm(rounded_RN, p_ND, out_dtype=grad_RN.dtype), top_R1, out=d_unit_RD)
-    if dp_ND is not None:
-        top = top_R1.amax()
-        weighted_RD = (unit_RD * (top_R1 / top)).to(p_ND.dtype)
-        chunk_ND = torch.mm(rounded_RN.T, weighted_RD, out_dtype=grad_RN.dtype) * top
-        dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
+def _compacted(scores_RC: Tensor, columns: Tensor) -> Tensor:
+    """The chosen columns, moved to the front of the same memory: a row moves only to where rows
+    that were moved before it stood, and itself."""
+    R, K = len(scores_RC), len(columns)
+    out_RK = scores_RC.view(-1)[: R * K].view(R, K)
+    for rows in _slices(R, _slab_rows(scores_RC)):
+        out_RK[rows] = scores_RC[rows].index_select(1, columns)
+    return out_RK

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_native.h
@@ -22,14 +22,23 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("scores", ctypes.c_void_p),
         ("column_scale", ctypes.c_void_p),
         ("labels", ctypes.c_void_p),
-        ("excluded_offsets", ctypes.c_void_p),
-        ("excluded_columns", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("last", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
+        ("known_columns", ctypes.c_void_p),
+        ("limit", ctypes.c_void_p),
+        ("judge", ctypes.c_void_p),
+        ("judge_scale", ctypes.c_void_p),
+        ("curated", ctypes.c_void_p),
         ("row_weights", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
         ("positive", ctypes.c_void_p),
         ("hardest", ctypes.c_void_p),
+        ("d_logits", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("first_row", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
 
@@ -106,29 +115,24 @@ def usable(*tensors: Tensor) -> bool:
 def _pointer(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
-    assert tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.int64)
+    assert tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.int64, torch.int32)
     return tensor.data_ptr()
 
 
 def info_nce_rows(
-    scores_RN: Tensor, column_scale: Tensor | None, scale: float,
-    labels: Tensor, excluded: tuple[Tensor, Tensor] | None, row_weights: Tensor | None,
-    loss: Tensor, positive: Tensor, hardest: Tensor,
+    scores_RN: Tensor, column_scale: Tensor | None, labels: Tensor,
+    known: tuple[Tensor, ...] | None,  # first [R], last [R], start [E], stop [E], columns [N]
+    limit: Tensor | None, judge: tuple[Tensor, Tensor] | None, curated: Tensor | None,
+    row_weights: Tensor | None,
+    loss: Tensor, positive: Tensor, hardest: Tensor, d_logits: Tensor | None,
+    first_row: int, scale: float,
 ) -> None:  # fmt: skip
     """One chunk of rows, in place; the arguments are the fields of `InfoNCERows`."""
-    offsets, columns = excluded if excluded is not None else (None, None)
     tensors = (
-        scores_RN,
-        column_scale,
-        labels,
-        offsets,
-        columns,
-        row_weights,
-        loss,
-        positive,
-        hardest,
-    )
-    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, scale)
+        scores_RN, column_scale, labels, *(known or (None,) * 5), limit, *(judge or (None,) * 2),
+        curated, row_weights, loss, positive, hardest, d_logits,
+    )  # fmt: skip
+    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale)
     library().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
 
 

@@ -4,115 +4,238 @@
     s = scale * cos(q, p)
 
 The softplus form keeps its digits where training has converged; cross entropy's lse - s loses all
-of them there.
-M queries, N passages, D dims. The M x N scores are never stored: `rankpo_kernels.chunked` walks
-chunks of rows.
+of them there. With more directions, further positives, own negatives or prefixes it is the same
+sum over more negatives: see `rankpo_kernels.objective`.
+M queries, N passages, H own negatives, P positive pairs, D dims, G dims of a guide. The M x N
+scores are never stored: the launchers walk chunks of them.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankpo_fast.ops.common import Reduction, row_weights, unit_rows
 from rankpo_kernels import chunked
+from rankpo_kernels.norms import compute_dtype
+from rankpo_kernels.objective import (
+    DEFAULT_WORKSPACE,
+    DIRECTIONS,
+    PP,
+    PQ,
+    QP,
+    QQ,
+    Relations,
+    Result,
+    Settings,
+    expand,
+    gradient_dtype,
+    is_plain,
+    limits,
+    positive_pairs,
+)
+
+Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
 
 
 def info_nce_definition(
-    q_MD: Tensor, p_ND: Tensor, labels_M: Tensor, scale: Tensor | float,
-    excluded_MN: Tensor | None = None, normalize: bool = True,
+    q_MD: Tensor, p_ND: Tensor, scale: Tensor | float, relations: Relations, settings: Settings,
+    own_HD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses [M]: what the ops must equal. Stores M x N: for tests and debugging."""
-    if normalize:
-        q_MD, p_ND = unit_rows(q_MD), unit_rows(p_ND)
-    s_MN = scale * q_MD @ p_ND.T
-    label_M1 = labels_M[:, None]
-    negatives_MN = s_MN.scatter(1, label_M1, -torch.inf)
-    if excluded_MN is not None:
-        negatives_MN = negatives_MN.masked_fill(excluded_MN, -torch.inf)
-    gap_M = negatives_MN.logsumexp(1) - s_MN.gather(1, label_M1)[:, 0]
-    return torch.logaddexp(gap_M, torch.zeros_like(gap_M))
+    M, labels_M, owner_N = len(q_MD), relations.labels_M, relations.curated_N
+    i_P, a_P, share_P = positive_pairs(relations, q_MD.dtype)
+    known_MN = known_definition(relations, len(p_ND))
+    mine_MN = torch.zeros_like(known_MN)  # curated for this query
+    if owner_N is not None:
+        mine_MN = owner_N == torch.arange(M, device=q_MD.device)[:, None]
+    smooth, loss_M = settings.label_smoothing, q_MD.new_zeros(M)
+    for prefix, weight in settings.levels(q_MD.shape[1]):
+        unit = unit_rows if settings.normalize else Tensor.clone
+        q, p = unit(q_MD[:, :prefix]), unit(p_ND[:, :prefix])
+        blocks = {  # similarities of every pair's query or positive, and who is no negative there
+            QP: (q @ p.T, known_MN), QQ: (q @ q.T, known_MN[:, labels_M]),
+            PP: ((p @ p.T)[a_P], (known_MN | mine_MN)[i_P]),
+        }  # fmt: skip
+        if settings.margin is not None:
+            judge = (q, p)
+            if relations.guide_queries is not None:
+                judge = [unit(x) for x in relations[-2:]]
+            gq, gp = (x.detach().to(q.dtype) for x in judge)
+            limit_M1 = limits((gq * gp[labels_M]).sum(1), settings)[:, None]
+            above = {QP: (gq @ gp.T > limit_M1) & ~mine_MN, QQ: gq @ gq.T > limit_M1,
+                     PP: (gp @ gp.T)[a_P] > limit_M1[i_P]}  # fmt: skip
+            blocks = {d: (s, masked | above[d]) for d, (s, masked) in blocks.items()}
+        s_P = scale * blocks[QP][0][i_P, a_P]
+        logits = {
+            d: (scale * s).masked_fill(masked, -torch.inf) for d, (s, masked) in blocks.items()
+        }
+        of_pairs = {QP: logits[QP][i_P], PQ: logits[QP].T[a_P], QQ: logits[QQ][i_P], PP: logits[PP]}
+        if own_HD is not None:
+            owner_H = expand(relations.own_offsets.diff(), len(own_HD))
+            own_PH = scale * (q @ unit(own_HD[:, :prefix]).T)[i_P]
+            own_PH = own_PH.masked_fill(owner_H != i_P[:, None], -torch.inf)
+            of_pairs[QP] = torch.cat([of_pairs[QP], own_PH], 1)
+        parts = [[of_pairs[d]] for d in settings.directions]
+        if settings.joint:  # each direction that holds the positive lists it
+            parts = [[of_pairs[d] for d in settings.directions]]
+        for part in parts:
+            copies = max(
+                1, sum(d in (QP, PQ) for d in settings.directions) if settings.joint else 1
+            )
+            negatives = torch.cat(part, 1)
+            positive_P1 = s_P[:, None].expand(-1, copies)
+            gap_P = negatives.logsumexp(1) - positive_P1.logsumexp(1)
+            loss_P = softplus(gap_P) + math.log(copies)
+            if smooth:
+                candidates = torch.cat([positive_P1, negatives], 1)
+                count_P = candidates.isfinite().sum(1)
+                mean_P = candidates.masked_fill(candidates == -torch.inf, 0).sum(1) / count_P
+                loss_P = loss_P + smooth * (s_P - mean_P)
+            loss_M = loss_M.index_add(0, i_P, weight * share_P * loss_P / len(parts))
+    return loss_M
+
+
+def known_definition(relations: Relations, N: int) -> Tensor:
+    """[M, N]: passage j has the text of a positive or exclusion of a query with the text of i."""
+    labels_M, device = relations.labels_M, relations.labels_M.device
+    M = len(labels_M)
+    query_M = torch.arange(M, device=device)
+    query_M = query_M if relations.query_ids_M is None else relations.query_ids_M
+    text_N = torch.arange(N, device=device)
+    text_N = text_N if relations.passage_ids_N is None else relations.passage_ids_N
+    known_MN = torch.zeros(M, N, dtype=torch.bool, device=device)
+    i_P, a_P, _ = positive_pairs(relations, torch.float32)
+    lists = [(i_P, a_P)]
+    if relations.excluded_offsets is not None:
+        columns = relations.excluded_columns
+        lists.append((expand(relations.excluded_offsets.diff(), len(columns)), columns))
+    for rows, columns in lists:
+        for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+            known_MN |= (query_M == query_M[i])[:, None] & (text_N == text_N[j])
+    return known_MN
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 @torch.library.custom_op("rankpo_fast::info_nce", mutates_args=())
 def _info_nce(
-    q: Tensor, p: Tensor, labels: Tensor, scale: Tensor,
-    query_ids: Tensor | None, passage_ids: Tensor | None,
-    excluded_offsets: Tensor | None, excluded_columns: Tensor | None,
-    normalize: bool, workspace_bytes: int,
+    q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor,
+    relations: list[Tensor | None], settings: str,
 ) -> Tensor:  # fmt: skip
     """Losses [M] in 2MND flops; their backward recomputes the scores (8MND in all)."""
-    ids = (query_ids, passage_ids, excluded_offsets, excluded_columns)
-    with torch.autocast(q.device.type, enabled=False):
-        return chunked.info_nce(
-            q, p, labels, scale, *ids, None, normalize=normalize, workspace_bytes=workspace_bytes
-        ).loss_M
+    return _apart(_launch(q, p, own, scale, relations, settings).loss_M)[0]
 
 
 @torch.library.custom_op("rankpo_fast::info_nce_grads", mutates_args=())
 def _info_nce_grads(
-    q: Tensor, p: Tensor, labels: Tensor, scale: Tensor,
-    query_ids: Tensor | None, passage_ids: Tensor | None,
-    excluded_offsets: Tensor | None, excluded_columns: Tensor | None,
-    normalize: bool, workspace_bytes: int, weights: Tensor, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """sum_i weights_i loss_i with its gradients of (q, p, scale), in 6MND flops; those not needed
-    are empty.
+    q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor,
+    relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """sum_i weights_i loss_i with its gradients of (q, p, own, scale), in 6MND flops; those not
+    needed are empty.
 
     Gradients of fp16 come in fp32: a loss scale still to be multiplied in would find them
     underflowed.
     """
-    ids = (query_ids, passage_ids, excluded_offsets, excluded_columns)
-    with torch.autocast(q.device.type, enabled=False):
-        result = chunked.info_nce(
-            q, p, labels, scale, *ids, weights, tuple(needs),
-            normalize=normalize, workspace_bytes=workspace_bytes,
-        )  # fmt: skip
-    loss_M, positive_M, hardest_M, *grads = result
+    result = _launch(q, p, own, scale, relations, settings, weights, tuple(needs))
     grads = [
         empty if grad is None else grad.to(empty.device)
-        for grad, empty in zip(grads, _no_grads(q, scale), strict=True)
+        for grad, empty in zip(result[3:], _no_grads(q, scale), strict=True)
     ]
-    return (weights * loss_M).sum(), loss_M, positive_M, hardest_M, *grads
+    return (weights * result.loss_M).sum(), *_apart(*result[:3]), *grads
+
+
+def _apart(*rows: Tensor) -> list[Tensor]:
+    """Each in memory of its own, as torch wants an op's outputs; launchers give parts of larger
+    tensors."""
+    return [
+        x if x.numel() and x.untyped_storage().nbytes() == x.nbytes else x.clone() for x in rows
+    ]
+
+
+def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4) -> Result:
+    relations, settings = Relations(*relations), Settings.parse(settings)
+    if q.device.type == "cpu":
+        _check_values(relations, len(p), 0 if own is None else len(own))
+    launcher = _launcher(q, settings)
+    with torch.autocast(q.device.type, enabled=False):
+        return launcher(q, p, own, scale, relations, settings, weights, needs)
+
+
+def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
+    """Triton on CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
+    on_gpu, exact = q.device.type == "cuda", q.dtype == torch.float64
+    if settings.backend == "torch" or (settings.backend is None and (exact or not on_gpu)):
+        return chunked.info_nce
+    if exact:
+        raise ValueError("backend='triton' computes in fp32: embeddings of fp64 take 'torch'")
+    if not on_gpu and not _is_interpreted():
+        raise ValueError(
+            f"backend='triton' needs CUDA, but the embeddings are on {q.device}: take 'torch', or "
+            "set TRITON_INTERPRET=1 before triton is imported to debug its kernels"
+        )
+    from rankpo_kernels.gpu import info_nce  # triton: Linux alone has it
+
+    return info_nce.info_nce
+
+
+def _is_interpreted() -> bool:
+    try:
+        import triton
+    except ImportError:
+        return False
+    return triton.knobs.runtime.interpret
 
 
 def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
     """Empty tensors of the gradients' dtypes and devices; a scale may live on the CPU."""
-    dtype = chunked.gradient_dtype(q.dtype)
-    d_scale = scale.new_empty(0, dtype=chunked.compute_dtype(q.dtype))
-    return [q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype), d_scale]
+    embeddings = [q.new_empty(0, dtype=gradient_dtype(q.dtype)) for _ in range(3)]
+    return [*embeddings, scale.new_empty(0, dtype=compute_dtype(q.dtype))]
 
 
 @_info_nce.register_fake
-def _(q, p, labels, scale, *rest):
-    return q.new_empty(q.shape[0], dtype=chunked.compute_dtype(q.dtype))
+def _(q, *rest):
+    return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
 
 
 @_info_nce_grads.register_fake
-def _(q, p, labels, scale, *rest):
-    row_M = q.new_empty(q.shape[0], dtype=chunked.compute_dtype(q.dtype))
-    shapes = zip(_no_grads(q, scale), (q.shape, p.shape, ()), rest[-1], strict=True)
-    grads = [empty.new_empty(shape) if need else empty for empty, shape, need in shapes]
-    return row_M.new_empty(()), row_M, torch.empty_like(row_M), torch.empty_like(row_M), *grads
+def _(q, p, own, scale, relations, settings, weights, needs):
+    rows = [q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype)) for _ in range(3)]
+    shapes = (q.shape, p.shape, own.shape if own is not None else (0,), ())
+    grads = [
+        empty.new_empty(shape) if need else empty
+        for empty, shape, need in zip(_no_grads(q, scale), shapes, needs, strict=True)
+    ]
+    return rows[0].new_empty(()), *rows, *grads
 
 
 def _save(ctx, inputs, output):
-    q, p, labels, scale, *ids, ctx.normalize, ctx.workspace_bytes = inputs
-    ctx.save_for_backward(q, p, labels, scale, *ids)
+    *leaves, relations, ctx.settings = inputs
+    ctx.save_for_backward(*leaves, *relations)
 
 
 def _grads(ctx, grad_loss_M):
     """One more pass with the upstream gradients as row weights."""
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    arguments = (*ctx.saved_tensors, ctx.normalize, ctx.workspace_bytes, grad_loss_M.contiguous())
-    *_, dq, dp, d_scale = _info_nce_grads(*arguments, needs)
-    q, p, _, scale = ctx.saved_tensors[:4]
-    dq, dp, d_scale = (
+    q, p, own, scale, *relations = ctx.saved_tensors
+    leaves, needs = (q, p, own, scale), list(ctx.needs_input_grad[:4])
+    outputs = _info_nce_grads(*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
+    grads = [
         grad.to(leaf.dtype) if need else None
-        for grad, leaf, need in zip((dq, dp, d_scale), (q, p, scale), needs, strict=True)
-    )
-    return dq, dp, None, d_scale, *[None] * 6
+        for grad, leaf, need in zip(outputs[4:], leaves, needs, strict=True)
+    ]
+    return *grads, _no_grad_of(relations), None
+
+
+def _no_grad_of(relations: list[Tensor | None]) -> list[None] | None:
+    """What torch expects for a list: a None each, but one None if the list itself has a None."""
+    return [None] * len(relations) if all(x is not None for x in relations) else None
 
 
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # private: see its test
@@ -120,23 +243,25 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # privat
 
 def _save_grads(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros for every output
-    ctx.needs, ctx.dtypes = inputs[-1], [inputs[i].dtype for i in (0, 1, 3)]
-    ctx.save_for_backward(*output[-3:])
+    *leaves, relations, _, _, ctx.needs = inputs
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+    ctx.no_grad_of_relations = _no_grad_of(relations)
+    ctx.save_for_backward(*output[4:])
 
 
 def _scaled_grads(ctx, grad_loss, *others):
     if any(other is not None for other in others):
         raise RuntimeError("info_nce_loss has no second derivative")
-    if grad_loss is None:
-        return (None,) * 12
-    # In place unless the graph is kept for another backward: no second copy of the gradients.
-    kept = torch.compiler.is_compiling() or _graph_is_kept()
-    times = Tensor.mul if kept else Tensor.mul_
-    dq, dp, d_scale = (
-        times(grad, grad_loss.to(grad.device)).to(dtype) if need else None
-        for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-    )
-    return dq, dp, None, d_scale, *[None] * 8
+    grads = [None] * 4
+    if grad_loss is not None:
+        # In place unless the graph is kept for another backward: no second copy of the gradients.
+        kept = torch.compiler.is_compiling() or _graph_is_kept()
+        times = Tensor.mul if kept else Tensor.mul_
+        grads = [
+            times(grad, grad_loss.to(grad.device)).to(dtype) if need else None
+            for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+        ]
+    return *grads, ctx.no_grad_of_relations, None, None, None
 
 
 _info_nce.register_autograd(_grads, setup_context=_save)
@@ -156,13 +281,27 @@ def info_nce_loss(
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
     excluded: tuple[Tensor, Tensor] | None = None,
+    positives: tuple[Tensor, Tensor] | None = None,
+    own_negatives: Tensor | None = None,
+    own_offsets: Tensor | None = None,
+    curated: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    margin_type: Literal["absolute", "relative"] = "absolute",
+    guide: tuple[Tensor, Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    directions: Sequence[Direction] = ("query_to_passage",),
+    partition: Literal["joint", "per_direction"] = "joint",
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    gradient_filter: float = 0.0,
     workspace_bytes: int | None = None,
+    backend: Literal["torch", "triton"] | None = None,
 ) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
     Args:
         queries: [M, D] of fp64, fp32, bf16 or fp16, on the CPU or CUDA.
-        passages: [N, D], same device; where dtypes differ, the wider one is taken.
+        passages: [N, D], same device; where dtypes differ, the widest one is taken.
         labels: [M] int64, the passage that is each query's positive. None: passages come in groups
             of N // M per query, positive first.
         temperature: similarities are divided by it; default 0.02.
@@ -171,27 +310,62 @@ def info_nce_loss(
             gradient 0.
         reduction: "mean" (weighted by `weights`), "sum", or "none" for [M].
         weights: [M] >= 0, the importance of each query.
-        query_ids, passage_ids: [M] and [N] int64, equal ids being the same text. A passage equal to
-            the positive, and the positive of an equal query, are no negatives. No M x N mask is
-            made of them.
+        query_ids, passage_ids: [M] and [N] int64, equal ids being the same text. A passage with the
+            text of any positive or exclusion of any query with the text of this one is no negative
+            of it. No M x N mask is made of them.
         excluded: (offsets [M + 1], columns) int64. Passages columns[offsets[i] : offsets[i + 1]]
-            are no negatives of query i either, such as its further positives.
+            are no negatives of query i either.
+        positives: the same for further positives of query i: distinct, and without its label. The
+            loss of a query is the mean over its positives, each against the negatives alone.
+        own_negatives: [M, K, D], or [H, D] with own_offsets [M + 1] int64: rows own_offsets[i] :
+            own_offsets[i + 1] are negatives of query i and of no other, in query_to_passage.
+        curated: [N] int64, the query that a passage was chosen for, or -1. Where labels are None,
+            the query of its group. No margin masks it for that query, nor do passages chosen for
+            one query repel its positives in passage_to_passage; own negatives are exempt as well.
+        false_negative_margin: passages (or queries) more similar than the label minus this are
+            left out of the negatives, without gradient through the limit (NV-Retriever, Moreira et
+            al. 2024). Similarities are those before the scale. In passage_to_query the limit is
+            that of the other query.
+        margin_type: "absolute", or "relative": the limit is positive - |positive| * margin.
+        guide: (queries [M, G], passages [N, G]) whose similarities decide about the margin, in
+            place of those in training (GISTEmbed, Solatorio 2024). They receive no gradient.
+        label_smoothing: in [0, 1): this share of the target lies on all candidates alike.
+        directions: whose similarities are in the sum: "query_to_passage"; "passage_to_query", of
+            the positive to the other queries; "query_to_query"; "passage_to_passage", of the
+            positive to all other passages. All four, joint: GTE (Li et al. 2023).
+        partition: "joint", one softmax over all directions, in which query_to_passage and
+            passage_to_query list the positive once each; or "per_direction", the mean of one loss
+            each (with these two: CLIP's).
+        matryoshka_dims: the sum of the losses of the first d dims for these d, distinct and of 1 to
+            D (Kusupati et al. 2022). A guide is never cut.
+        matryoshka_weights: factor of each; default 1.
+        gradient_filter: eps > 0 lets the gradient products leave out scores whose gradients are
+            small: the gradient of each unit vector is off by at most eps * scale * the weight of
+            its softmax. For query_to_passage alone, without further positives, own negatives,
+            smoothing or prefixes. 0 is exact; the loss always is.
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
             256 MiB on CUDA.
+        backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0.
+        The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2
+        where a joint softmax lists its positive twice).
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels or options that do not fit.
+        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
+            of range are a device-side assertion instead.
     """
-    arguments = _arguments(
-        queries, passages, labels, temperature, scale, normalize, query_ids, passage_ids, excluded,
-        workspace_bytes,
+    options = InfoNCEOptions(
+        normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
+        margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
     )  # fmt: skip
-    weights = row_weights(queries, weights, queries.shape[0], reduction)
-    q, p, _, scale = arguments[:4]
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (q, p, scale)]
+    batch = Batch(
+        queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
+        own_negatives, own_offsets, curated, guide,
+    )  # fmt: skip
+    arguments, weights = _arguments(batch, temperature, scale, options)
+    leaves = arguments[:4]
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if reduction == "none" or not any(needs):
         loss_M = _info_nce(*arguments) * weights
         return loss_M if reduction == "none" else loss_M.sum()
@@ -212,26 +386,31 @@ def info_nce_loss_and_grads(
     passages: Tensor,
     labels: Tensor | None = None,
     *,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
+    temperature: float | None = None,
+    scale: float | Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats]:
+) -> (
+    tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats]
+    | tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats, Tensor]
+):
     """`info_nce_loss` and its gradients without autograd, for gradient caching and logging.
 
     Args:
-        reduction: "mean" or "sum".
-        options: all others are those of `info_nce_loss`.
+        options: all others are those of `info_nce_loss`; the reduction is "mean" or "sum".
 
     Returns:
         (loss, d_queries [M, D], d_passages [N, D], d_scale, stats), gradients in the dtypes of
-        their inputs.
+        their inputs; with own_negatives also d_own_negatives, in their shape. Stats are those of
+        the labels, with the most dims.
     """
-    if reduction == "none":
+    static = {field.name: options.pop(field.name) for field in _STATIC if field.name in options}
+    if static.get("reduction") == "none":
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    arguments = _arguments(queries, passages, labels, **options)
-    weights = row_weights(queries, weights, queries.shape[0], reduction)
-    loss, _, positive_M, hardest_M, dq, dp, d_scale = _info_nce_grads(
-        *arguments, weights, [True, True, True]
+    batch = Batch(queries, passages, labels, **options)
+    arguments, weights = _arguments(batch, temperature, scale, InfoNCEOptions(**static))
+    own = batch.own_negatives
+    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = _info_nce_grads(
+        *arguments, weights, [True, True, own is not None, True]
     )
     has_negative_M = hardest_M > -torch.inf
     count = has_negative_M.sum().clamp(min=1)
@@ -240,15 +419,159 @@ def info_nce_loss_and_grads(
         positive_M.mean(),
         hardest_M.masked_fill(~has_negative_M, 0).sum() / count,
     )
-    return loss, dq.to(queries.dtype), dp.to(passages.dtype), d_scale, stats
+    values = loss, dq.to(queries.dtype), dp.to(passages.dtype), d_scale, stats
+    return values if own is None else (*values, d_own.to(own.dtype).reshape(own.shape))
+
+
+class Batch(NamedTuple):
+    """The tensors of one batch, as `info_nce_loss` takes them."""
+
+    queries: Tensor
+    passages: Tensor
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    query_ids: Tensor | None = None
+    passage_ids: Tensor | None = None
+    excluded: tuple[Tensor, Tensor] | None = None
+    positives: tuple[Tensor, Tensor] | None = None
+    own_negatives: Tensor | None = None
+    own_offsets: Tensor | None = None
+    curated: Tensor | None = None
+    guide: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class InfoNCEOptions:
+    """What stays from batch to batch, as `info_nce_loss` takes it; wrong values are named when it
+    is made."""
+
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    label_smoothing: float = 0.0
+    directions: Sequence[Direction] = (QP,)
+    partition: str = "joint"
+    false_negative_margin: float | None = None
+    margin_type: str = "absolute"
+    matryoshka_dims: Sequence[int] | None = None
+    matryoshka_weights: Sequence[float] | None = None
+    gradient_filter: float = 0.0
+    workspace_bytes: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self):
+        one_of = {
+            "reduction": ("mean", "sum", "none"),
+            "partition": ("joint", "per_direction"),
+            "margin_type": ("absolute", "relative"),
+            "backend": (None, "torch", "triton"),
+        }
+        for name, allowed in one_of.items():
+            if getattr(self, name) not in allowed:
+                names = ", ".join([repr(value) for value in allowed])
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        for name in ("false_negative_margin", "gradient_filter"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        directions = list(self.directions)
+        known = all(direction in DIRECTIONS for direction in directions)
+        if not directions or not known or len(set(directions)) < len(directions):
+            raise ValueError(
+                f"directions must be distinct and of {', '.join(DIRECTIONS)}, got {self.directions}"
+            )
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None and weights is not None:
+            raise ValueError(f"matryoshka_weights {weights} are given without matryoshka_dims")
+        if dims is None:
+            return
+        if not len(dims) or len(set(dims)) < len(dims) or min(dims) < 1:
+            raise ValueError(f"matryoshka_dims must be distinct and of 1 to D, got {dims}")
+        if weights is None:
+            return
+        if len(weights) != len(dims):
+            raise ValueError(
+                f"matryoshka_weights must be one for each of the {len(dims)} matryoshka_dims, got "
+                f"{len(weights)}"
+            )
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise ValueError(f"matryoshka_weights must be >= 0 and finite, got {weights}")
+
+    def settings(self, device_type: str) -> Settings:
+        dims = () if self.matryoshka_dims is None else list(self.matryoshka_dims)
+        weights = [1.0] * len(dims) if self.matryoshka_weights is None else self.matryoshka_weights
+        ascending = sorted(dims)
+        margin, workspace_bytes = self.false_negative_margin, self.workspace_bytes
+        return Settings(
+            normalize=bool(self.normalize),
+            workspace_bytes=(
+                DEFAULT_WORKSPACE[device_type] if workspace_bytes is None else workspace_bytes
+            ),
+            directions=tuple([name for name in DIRECTIONS if name in self.directions]),
+            joint=self.partition == "joint",
+            label_smoothing=float(self.label_smoothing),
+            margin=None if margin is None else float(margin),
+            relative_margin=self.margin_type == "relative",
+            dims=tuple(ascending),
+            dim_weights=tuple([float(weights[dims.index(prefix)]) for prefix in ascending]),
+            gradient_filter=float(self.gradient_filter),
+            backend=self.backend,
+        )
+
+
+_STATIC = fields(InfoNCEOptions)
 
 
 def _arguments(
-    queries, passages, labels, temperature=None, scale=None, normalize=True, query_ids=None,
-    passage_ids=None, excluded=None, workspace_bytes=None,
-):  # fmt: skip
-    """The ops' arguments, checked; everything that can be told without looking at values on a
-    device."""
+    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions
+) -> tuple[tuple, Tensor]:
+    """The ops' arguments and the row weights, checked: everything that can be told without looking
+    at values on a device."""
+    M, N, device = _check_embeddings(batch, options)
+    settings = options.settings(device.type)
+    row_bytes = N * compute_dtype(batch.queries.dtype).itemsize
+    if settings.workspace_bytes < row_bytes:
+        raise ValueError(
+            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} passages: "
+            f"it takes {row_bytes}"
+        )
+    own, own_offsets = _own_negatives(batch, settings)
+    labels, curated = batch.labels, batch.curated
+    if labels is None:
+        if M and (N < M or N % M):
+            raise ValueError(
+                f"without labels, passages must come in equal groups per query, positive first: "
+                f"{N} passages do not divide by {M} queries"
+            )
+        group = N // max(M, 1)
+        labels = torch.arange(M, device=device) * group
+        if curated is None and M and (settings.margin is not None or PP in settings.directions):
+            curated = torch.arange(N, device=device) // group
+    relations = Relations(
+        labels, *(batch.positives or (None, None)), batch.query_ids, batch.passage_ids,
+        *(batch.excluded or (None, None)), own_offsets, curated,
+        *[x.detach() for x in batch.guide or ()],
+    )  # fmt: skip
+    if settings.gradient_filter and not is_plain(relations, settings):
+        raise ValueError(
+            "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "
+            "label_smoothing or matryoshka_dims"
+        )
+    _check_integers(relations, M, N, device)
+    if device.type == "cuda":
+        _assert_in_range(relations, batch.labels is not None, N)
+    dtype = torch.promote_types(batch.queries.dtype, batch.passages.dtype)
+    if own is not None:
+        dtype = torch.promote_types(dtype, own.dtype)
+        own = own.to(dtype)
+    weights = row_weights(batch.queries.to(dtype), batch.weights, M, options.reduction)
+    q, p, scale = batch.queries.to(dtype), batch.passages.to(dtype), _scale(temperature, scale)
+    return (q, p, own, scale, list(relations), _text(settings)), weights
+
+
+def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, torch.device]:
+    queries, passages = batch.queries, batch.passages
     if queries.dim() != 2 or passages.dim() != 2:
         raise ValueError(
             f"queries and passages must be [M, D] and [N, D], got {tuple(queries.shape)} and "
@@ -257,34 +580,139 @@ def _arguments(
     (M, D), N, device = queries.shape, passages.shape[0], queries.device
     if passages.shape[1] != D:
         raise ValueError(f"queries have D={D} but passages have D={passages.shape[1]}")
-    if passages.device != device:
-        raise ValueError(f"queries are on {device} but passages are on {passages.device}")
-    if device.type not in chunked.DEFAULT_WORKSPACE:
+    if device.type not in DEFAULT_WORKSPACE:
         raise ValueError(f"embeddings are on {device}: the losses run on cpu and cuda")
-    if not (queries.is_floating_point() and passages.is_floating_point()):
-        raise ValueError(
-            f"embeddings must be floating point, got {queries.dtype}, {passages.dtype}"
-        )
-    dtype = torch.promote_types(queries.dtype, passages.dtype)
-    if labels is None:
-        if M and (N < M or N % M):
+    others = {"passages": passages, "own_negatives": batch.own_negatives}
+    if batch.guide is not None:
+        others["guide queries"], others["guide passages"] = guide = batch.guide
+        if options.false_negative_margin is None:
+            raise ValueError("guide decides about the false_negative_margin, which is not given")
+        if [x.dim() for x in guide] != [2, 2] or [len(x) for x in guide] != [M, N]:
             raise ValueError(
-                f"without labels, passages must come in equal groups per query, positive first: "
-                f"{N} passages do not divide by {M} queries"
+                f"guide must be [{M}, G] and [{N}, G], got {tuple(guide[0].shape)} and "
+                f"{tuple(guide[1].shape)}"
             )
-        labels = torch.arange(M, device=device) * (N // max(M, 1))
-    integers = {"labels": (labels, M), "query_ids": (query_ids, M), "passage_ids": (passage_ids, N)}
-    if excluded is not None:
-        integers["excluded offsets"] = (excluded[0], M + 1)
-        integers["excluded columns"] = (excluded[1], excluded[1].numel())
-    for name, (tensor, length) in integers.items():
+        if guide[0].shape[1] != guide[1].shape[1]:
+            raise ValueError(
+                f"guide queries have G={guide[0].shape[1]} but guide passages have "
+                f"G={guide[1].shape[1]}"
+            )
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"queries are on {device} but {name} are on {tensor.device}")
+    dtypes = [x.dtype for x in (queries, *others.values()) if x is not None]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"embeddings must be floating point, got {', '.join(map(str, dtypes))}")
+    if options.matryoshka_dims is not None and max(options.matryoshka_dims) > D:
+        raise ValueError(
+            f"matryoshka_dims must be distinct and of 1 to D={D}, got {options.matryoshka_dims}"
+        )
+    return M, N, device
+
+
+def _own_negatives(batch: Batch, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+    """(own [H, D], offsets [M + 1])."""
+    (M, D), own, offsets = batch.queries.shape, batch.own_negatives, batch.own_offsets
+    if own is None:
+        if offsets is not None:
+            raise ValueError("own_offsets are given without own_negatives")
+        return None, None
+    if QP not in settings.directions:
+        raise ValueError(
+            f"own_negatives belong to {QP}, which is not among directions={settings.directions}"
+        )
+    shape = tuple(own.shape)
+    if own.dim() == 2 and shape[1] == D:
+        if offsets is None:
+            raise ValueError(f"own_negatives [H, D]={shape} need own_offsets [{M + 1}]")
+        return own, offsets
+    if own.dim() == 3 and (shape[0], shape[2]) == (M, D):
+        if offsets is not None:
+            raise ValueError(
+                f"own_offsets belong to own_negatives [H, D], not to [M, K, D]={shape}"
+            )
+        K = own.shape[1]
+        return own.reshape(M * K, D), torch.arange(M + 1, device=own.device) * K
+    raise ValueError(f"own_negatives must be [{M}, K, {D}] or [H, {D}], got {shape}")
+
+
+def _check_integers(relations: Relations, M: int, N: int, device: torch.device) -> None:
+    (
+        labels, positive_offsets, positive_columns, query_ids, passage_ids,
+        excluded_offsets, excluded_columns, own_offsets, curated, *_,
+    ) = relations  # fmt: skip
+    for name, tensor, length in (
+        ("labels", labels, M),
+        ("query_ids", query_ids, M),
+        ("passage_ids", passage_ids, N),
+        ("curated", curated, N),
+        ("excluded offsets", excluded_offsets, M + 1),
+        ("excluded columns", excluded_columns, None),
+        ("positives offsets", positive_offsets, M + 1),
+        ("positives columns", positive_columns, None),
+        ("own_offsets", own_offsets, M + 1),
+    ):
         if tensor is None:
             continue
-        if tensor.shape != (length,) or tensor.dtype != torch.int64 or tensor.device != device:
+        shape = (tensor.numel() if length is None else length,)
+        if tensor.shape != shape or tensor.dtype != torch.int64 or tensor.device != device:
             raise ValueError(
-                f"{name} must be int64 [{length}] on {device}, got {tensor.dtype} "
+                f"{name} must be int64 {list(shape)} on {device}, got {tensor.dtype} "
                 f"{list(tensor.shape)} on {tensor.device}"
             )
+
+
+def _check_values(relations: Relations, N: int, H: int) -> None:
+    """What only the values tell, for tensors on the CPU, where looking at them costs no sync."""
+    M = len(relations.labels_M)
+    _check_range("labels", relations.labels_M, 0, N, "passages")
+    if relations.curated_N is not None:
+        _check_range("curated", relations.curated_N, -1, M, "queries")
+    for name, offsets, columns in (
+        ("excluded", relations.excluded_offsets, relations.excluded_columns),
+        ("positives", relations.positive_offsets, relations.positive_columns),
+    ):
+        if offsets is not None:
+            _check_range(f"{name} columns", columns, 0, N, "passages")
+            _check_offsets(f"{name} offsets", offsets, len(columns), "columns")
+    if relations.own_offsets is not None:
+        _check_offsets("own_offsets", relations.own_offsets, H, "own_negatives")
+    if relations.positive_offsets is not None:
+        rows_P, columns_P, _ = positive_pairs(relations, torch.float32)
+        keys, counts = (rows_P * N + columns_P).unique(return_counts=True)
+        if (counts > 1).any():
+            i, a = divmod(keys[counts > 1][0].item(), N)
+            raise ValueError(
+                f"positives must be distinct and without the label: query {i} has passage {a} twice"
+            )
+
+
+def _check_range(name: str, values: Tensor, low: int, stop: int, what: str) -> None:
+    if not values.numel():
+        return
+    least, most = (x.item() for x in values.aminmax())
+    if least < low or most >= stop:
+        raise ValueError(f"{name} lie in [{least}, {most}] but there are {stop} {what}")
+
+
+def _check_offsets(name: str, offsets: Tensor, length: int, what: str) -> None:
+    if offsets[0] != 0 or offsets[-1] != length or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"{name} must rise from 0 to the {length} {what}, got "
+            f"{offsets[0].item()} ... {offsets[-1].item()}"
+        )
+
+
+def _assert_in_range(relations: Relations, labels_given: bool, N: int) -> None:
+    """The same for columns on CUDA, where asking would cost a sync: the device asserts."""
+    columns = [relations.labels_M] if labels_given else []
+    columns += [relations.positive_columns, relations.excluded_columns]
+    for column in columns:
+        if column is not None:
+            torch._assert_async(((column >= 0) & (column < N)).all(), f"not all columns < {N}")
+
+
+def _scale(temperature: float | None, scale: float | Tensor | None) -> Tensor:
     if temperature is not None and scale is not None:
         raise ValueError(f"give temperature or scale, not both (got {temperature} and {scale})")
     if isinstance(scale, Tensor):
@@ -292,20 +720,30 @@ def _arguments(
             raise ValueError(
                 f"scale must be one number, got a tensor of shape {tuple(scale.shape)}"
             )
-        scale = scale.reshape(())
-    else:
-        name, value = ("scale", scale) if scale is not None else ("temperature", temperature)
-        value = 0.02 if value is None else value
-        if isinstance(value, Tensor):
-            raise ValueError(
-                "temperature must be a number; a tensor goes in as scale = 1 / temperature"
-            )
-        if not 0 < value < math.inf or not 0 < 1 / value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
-        # fp64 on the CPU: the ops cast it once, to the dtype they compute in
-        value = value if name == "scale" else 1 / value
-        scale = torch.full((), value, dtype=torch.float64)
-    if workspace_bytes is None:
-        workspace_bytes = chunked.DEFAULT_WORKSPACE[device.type]
-    ids = (query_ids, passage_ids, *(excluded or (None, None)))
-    return queries.to(dtype), passages.to(dtype), labels, scale, *ids, normalize, workspace_bytes
+        return scale.reshape(())
+    name, value = ("scale", scale) if scale is not None else ("temperature", temperature)
+    value = 0.02 if value is None else value
+    if isinstance(value, Tensor):
+        raise ValueError(
+            "temperature must be a number; a tensor goes in as scale = 1 / temperature"
+        )
+    if not 0 < value < math.inf or not 0 < 1 / value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    # fp64 on the CPU: the ops cast it once, to the dtype they compute in
+    return torch.full((), value if name == "scale" else 1 / value, dtype=torch.float64)
+
+
+def _text(settings: Settings) -> str:
+    """`Settings.text()` in steps that torch.compile can trace, which json's encoder is not."""
+    items = [f'"{name}": {_json(value)}' for name, value in asdict(settings).items()]
+    return "{" + ", ".join(items) + "}"
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(element) for element in value]) + "]"
+    return f'"{value}"' if isinstance(value, str) else f"{value}"

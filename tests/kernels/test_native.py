@@ -78,12 +78,15 @@ def test_threads_do_not_change_a_bit_of_the_row_pass():
     rows, columns = 901, 2200  # enough work for three threads, and not the same for each
     scores = torch.randn(rows, columns)
     labels = torch.randint(columns, (rows,))
+    limit = torch.full((rows,), 2.5)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        grads, outputs = scores.clone(), [torch.empty(rows) for _ in range(3)]
-        native.info_nce_rows(grads, None, 20.0, labels, None, torch.ones(rows), *outputs)
+        grads, outputs = scores.clone(), [torch.empty(rows) for _ in range(4)]
+        native.info_nce_rows(
+            grads, None, labels, None, limit, None, None, torch.ones(rows), *outputs, 0, 20.0
+        )
         results.append([grads, *outputs])
     torch.set_num_threads(before)
     for other in results[1:]:

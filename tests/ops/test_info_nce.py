@@ -1,17 +1,21 @@
-"""InfoNCE: definition, ops, gradients, masks, and what torch expects of an op."""
+"""InfoNCE: definition, ops, gradients, masks, options, and what torch expects of an op."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gates import draw, error, gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast import info_nce_loss, info_nce_loss_and_grads
+from rankpo_fast.ops import info_nce as module
 from rankpo_fast.ops.info_nce import _info_nce, _info_nce_grads, info_nce_definition
 from rankpo_kernels import chunked
+from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations, Settings
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -23,22 +27,55 @@ SHAPES = [
 ]
 
 
-def exact(q, p, labels, scale, excluded=None, normalize=True, weights=None):
-    """Loss and gradients in fp64 by autograd through the definition."""
-    leaves = [q.double().requires_grad_(), p.double().requires_grad_()]
-    scale = torch.tensor(float(scale), dtype=torch.float64, requires_grad=True)
-    loss_M = info_nce_definition(*leaves, labels, scale, excluded, normalize)
+def spelled_out(
+    labels, D, *, query_ids=None, passage_ids=None, excluded=(None, None), positives=(None, None),
+    own_offsets=None, curated=None, guide=(), normalize=True, label_smoothing=0.0, directions=(QP,),
+    partition="joint", false_negative_margin=None, margin_type="absolute", matryoshka_dims=None,
+    matryoshka_weights=None,
+):  # fmt: skip
+    """The definition's (relations, settings) for public options."""
+    levels = []
+    if matryoshka_dims is not None:
+        ones = [1.0] * len(matryoshka_dims)
+        levels = sorted(zip(matryoshka_dims, matryoshka_weights or ones, strict=True))
+    dims, dim_weights = zip(*levels, strict=True) if levels else ((), ())
+    relations = Relations(
+        labels, *positives, query_ids, passage_ids, *excluded, own_offsets, curated, *guide
+    )
+    return relations, Settings(
+        normalize=normalize, workspace_bytes=0, directions=tuple(directions),
+        joint=partition == "joint", label_smoothing=label_smoothing, margin=false_negative_margin,
+        relative_margin=margin_type == "relative", dims=dims, dim_weights=dim_weights,
+    )  # fmt: skip
+
+
+def exact(q, p, labels, scale, weights=None, own_negatives=None, **options):
+    """Loss and gradients (q, p, scale, own) in fp64 by autograd through the definition."""
+    own, leaves = own_negatives, [q.double().requires_grad_(), p.double().requires_grad_()]
+    leaves.append(torch.tensor(float(scale), dtype=torch.float64, requires_grad=True))
+    if own is not None:
+        if own.dim() == 3:
+            options["own_offsets"] = torch.arange(len(q) + 1) * own.shape[1]
+        own = own.double().requires_grad_()
+        leaves.append(own)
+        own = own.flatten(0, -2)
+    q, p, scale = leaves[:3]
+    relations, static = spelled_out(labels, q.shape[1], **options)
+    loss_M = info_nce_definition(q, p, scale, relations, static, own)
     loss = loss_M.mean() if weights is None else (loss_M * weights).sum() / weights.sum()
-    return loss.detach(), *torch.autograd.grad(loss, (*leaves, scale))
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def ours(q, p, labels, scale, loss_scale=1.0, **options):
+def ours(q, p, labels, scale, loss_scale=1.0, own_negatives=None, **options):
     leaves = [q.clone().requires_grad_(), p.clone().requires_grad_()]
-    scale = torch.tensor(float(scale), dtype=torch.float64, requires_grad=True)
-    loss = info_nce_loss(*leaves, labels, scale=scale, **options)
+    leaves.append(torch.tensor(float(scale), dtype=torch.float64, requires_grad=True))
+    if own_negatives is not None:
+        leaves.append(own_negatives.clone().requires_grad_())
+        options["own_negatives"] = leaves[-1]
+    loss = info_nce_loss(*leaves[:2], labels, scale=leaves[2], **options)
     # A loss scale, as mixed precision has it, keeps the gradients of a converged batch above fp16's
     # smallest number.
-    grads = torch.autograd.grad(loss, (*leaves, scale), torch.tensor(loss_scale, dtype=loss.dtype))
+    grads = torch.autograd.grad(loss, leaves, torch.tensor(loss_scale, dtype=loss.dtype))
     return loss.detach(), *(grad.double() / loss_scale for grad in grads)
 
 
@@ -98,7 +135,7 @@ def test_softplus_form_keeps_digits_that_cross_entropy_loses():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradcheck(normalize):
-    q, p, labels = draw(5, 9, 6, torch.float64, converged=False)
+    q, p, labels = draw(5, 7, 4, torch.float64, converged=False)
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
     for reduction in ("mean", "none"):
@@ -110,22 +147,40 @@ def test_gradcheck(normalize):
         )
 
 
-def masks(labels, query_ids, passage_ids, extra, N):
-    """The documented meaning of ids and excluded columns, pair by pair."""
-    excluded = torch.zeros(len(labels), N, dtype=torch.bool)
-    for i, j in itertools.product(range(len(labels)), range(N)):
-        same_text = passage_ids is not None and passage_ids[j] == passage_ids[labels[i]]
-        equal_query = query_ids is not None and any(
-            query_ids[k] == query_ids[i] and labels[k] == j for k in range(len(labels))
-        )
-        excluded[i, j] = bool(same_text or equal_query or j in extra[i])
-    return excluded
+def masks(labels, query_ids, passage_ids, lists, N):
+    """The documented meaning of ids, excluded columns and further positives, pair by pair: passage
+    j has the text of a positive or exclusion of a query with the text of query i."""
+    M = len(labels)
+    passage_ids = range(N) if passage_ids is None else passage_ids.tolist()
+    query_ids = range(M) if query_ids is None else query_ids.tolist()
+    masked = torch.zeros(M, N, dtype=torch.bool)
+    for i, j, k in itertools.product(range(M), range(N), range(M)):
+        of_k = [int(labels[k]), *lists[k]]
+        if query_ids[k] == query_ids[i] and passage_ids[j] in [passage_ids[a] for a in of_k]:
+            masked[i, j] = True
+    return masked
+
+
+def ragged(lists):
+    """(offsets, columns) of a list of columns per query."""
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, lists))])
+    return offsets, torch.tensor(list(itertools.chain(*lists)), dtype=torch.int64)
+
+
+def masked_loss(q, p, labels, scale, masked):
+    """Mean loss and gradients in fp64, from a mask, with nothing of ours."""
+    leaves = [q.double().requires_grad_(), p.double().requires_grad_()]
+    leaves.append(torch.tensor(float(scale), dtype=torch.float64, requires_grad=True))
+    s = leaves[2] * F.normalize(leaves[0], dim=1) @ F.normalize(leaves[1], dim=1).T
+    gap = s.masked_fill(masked, -torch.inf).logsumexp(1) - s.gather(1, labels[:, None])[:, 0]
+    loss = torch.logaddexp(gap, torch.zeros_like(gap)).mean()
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("which", ["queries", "passages", "excluded", "all"])
 def test_masks_are_those_of_the_definition(which, dtype, path):
-    M, N = 24, 60
+    M, N = 16, 40
     q, p, labels = draw(M, N, 32, dtype, converged=False)
     labels[3] = labels[5]  # one passage is the positive of two queries
     generator = torch.Generator().manual_seed(1)
@@ -133,19 +188,36 @@ def test_masks_are_those_of_the_definition(which, dtype, path):
     passage_ids = (
         torch.randint(20, (N,), generator=generator) if which in ("passages", "all") else None
     )
-    extra = [[] for _ in range(M)]
+    lists = [[] for _ in range(M)]
     if which in ("excluded", "all"):
-        extra = [list(range(i % 5)) for i in range(M)]
-    offsets = torch.tensor([0, *itertools.accumulate(map(len, extra))])
-    columns = torch.tensor(list(itertools.chain(*extra)), dtype=torch.int64)
-    truth = exact(q, p, labels, 20, masks(labels, query_ids, passage_ids, extra, N))
-    result = ours(
-        q, p, labels, 20, query_ids=query_ids, passage_ids=passage_ids,
-        excluded=(offsets, columns), workspace_bytes=8 * 7 * N,
-    )  # fmt: skip
+        lists = [list(range(i % 5)) for i in range(M)]
+    masked = masks(labels, query_ids, passage_ids, lists, N)
+    truth = masked_loss(q, p, labels, 20, masked)
+    options = {"query_ids": query_ids, "passage_ids": passage_ids, "excluded": ragged(lists)}
+    result = ours(q, p, labels, 20, **options, workspace_bytes=8 * 7 * N)
     assert max(map(error, result, truth)) < 2e-6
+    assert max(map(error, exact(q, p, labels, 20, **options), truth)) < 1e-12
     unmasked = exact(q, p, labels, 20)
     assert error(result[0], unmasked[0]) > 1e-3
+
+
+def test_further_positives_are_no_negatives_either():
+    M, N = 12, 40
+    q, p, labels = draw(M, N, 16, torch.float64, converged=False)
+    query_ids, passage_ids = torch.randint(6, (M,)), torch.randint(30, (N,))
+    lists = [[a for a in range(i % 4) if a != labels[i]] for i in range(M)]
+    masked = masks(labels, query_ids, passage_ids, lists, N)
+    s = 20 * F.normalize(q, dim=1) @ F.normalize(p, dim=1).T
+    lse_M = s.masked_fill(masked, -torch.inf).logsumexp(1)
+    of_queries = [
+        sum(F.softplus(lse_M[i] - s[i, a], threshold=1e9) for a in positives) / len(positives)
+        for i, positives in enumerate([int(labels[i]), *lists[i]] for i in range(M))
+    ]
+    got = info_nce_loss(
+        q, p, labels, scale=20, query_ids=query_ids, passage_ids=passage_ids,
+        positives=ragged(lists), reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(got, torch.stack(of_queries), rtol=1e-12, atol=0)
 
 
 def test_a_row_with_nothing_left_has_loss_and_gradient_zero(path):
@@ -206,6 +278,361 @@ def test_nan_in_one_query_stays_in_its_row(path):
     assert torch.equal(loss_M[others], clean[others])
 
 
+class World:
+    """A batch and what each option may be given for it."""
+
+    def __init__(self, seed=0, M=7, N=24, D=12, dtype=torch.float64):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.M, self.N, self.dtype = M, N, dtype
+        self.q, self.p, self.labels = draw(M, N, D, dtype, converged=False, seed=seed)
+        self.D = D
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def integers(self, low, stop, *shape):
+        return torch.randint(low, stop, shape, generator=self.generator)
+
+    def columns(self, most, but_labels=False):
+        lists = []
+        for i in range(self.M):
+            order = torch.randperm(self.N, generator=self.generator).tolist()
+            lists.append([a for a in order if not (but_labels and a == self.labels[i])][: i % most])
+        return ragged(lists)
+
+    def ids(self):
+        return {
+            "query_ids": self.integers(0, 5, self.M),
+            "passage_ids": self.integers(0, 15, self.N),
+        }
+
+    def excluded(self):
+        return {"excluded": self.columns(4)}
+
+    def positives(self):
+        return {"positives": self.columns(3, but_labels=True)}
+
+    def own(self):
+        return {"own_negatives": self.normal(self.M, 2, self.D)}
+
+    def ragged_own(self):
+        offsets = torch.tensor([0, *itertools.accumulate(i % 3 for i in range(self.M))])
+        return {"own_negatives": self.normal(offsets[-1], self.D), "own_offsets": offsets}
+
+    def margin(self):
+        return {"false_negative_margin": 0.1}
+
+    def relative(self):
+        return {"false_negative_margin": 0.3, "margin_type": "relative"}
+
+    def curated(self):
+        return {"false_negative_margin": 0.1, "curated": self.integers(-1, self.M, self.N)}
+
+    def guide(self):
+        return {
+            "guide": (self.normal(self.M, 5), self.normal(self.N, 5)),
+            "false_negative_margin": 0.2, "curated": self.integers(-1, self.M, self.N),
+        }  # fmt: skip
+
+    def of(self, names):
+        options = {}
+        for name in names:
+            options |= STATIC[name] if name in STATIC else getattr(self, name)()
+        return options
+
+
+STATIC = {
+    "dot-products": {"normalize": False},
+    "smoothing": {"label_smoothing": 0.2},
+    "columns": {"directions": (PQ,)},
+    "queries": {"directions": (QQ,)},
+    "passages": {"directions": (PP,)},
+    "symmetric": {"directions": (QP, PQ), "partition": "per_direction"},
+    "symmetric-joint": {"directions": (PQ, QP)},
+    "rows-and-queries": {"directions": (QP, QQ)},
+    "four-directions": {"directions": DIRECTIONS},
+    "four-partitions": {"directions": DIRECTIONS, "partition": "per_direction"},
+    "prefixes": {"matryoshka_dims": (12, 5, 8)},
+    "one-prefix": {"matryoshka_dims": (7,)},
+    "weighted-prefixes": {"matryoshka_dims": (8, 3), "matryoshka_weights": (0.5, 2.0)},
+}
+TENSORS = [
+    "ids", "excluded", "positives", "own", "ragged_own", "margin", "relative", "curated", "guide",
+]  # fmt: skip
+
+
+def assert_equals_definition(world, options, tolerance, **more):
+    arguments = (world.q, world.p, world.labels, 5)
+    truth = exact(*arguments, **options)
+    result = ours(*arguments, **options, **more)
+    for name, got, want in zip(("loss", "q", "p", "scale", "own"), result, truth, strict=False):
+        # directions without passages or queries leave their gradients at 0
+        worst = (got - want).norm() / max(want.norm(), 1.0)
+        assert worst < tolerance, f"{name} is off by {worst:.1e}"
+    return truth
+
+
+@pytest.mark.parametrize("name", [*TENSORS, *STATIC])
+def test_each_option_is_that_of_the_definition(name, path):
+    world = World()
+    options = world.of([name])
+    truth = assert_equals_definition(world, options, 1e-12, workspace_bytes=8 * 3 * 5 * 24)
+    plain = exact(world.q, world.p, world.labels, 5)
+    assert error(truth[0], plain[0]) > 1e-4, "the option does nothing here"
+    single = World(dtype=torch.float32)
+    assert_equals_definition(single, single.of([name]), 2e-5)
+    rows = info_nce_loss(
+        world.q, world.p, world.labels, scale=5, **options, reduction="none"
+    )  # fmt: skip
+    torch.testing.assert_close(rows.mean(), truth[0], rtol=1e-12, atol=0)
+
+
+ALTERNATIVES = [
+    ["ids"], ["excluded"], ["positives"], ["own", "ragged_own"], ["dot-products"], ["smoothing"],
+    ["margin", "relative", "curated", "guide"],
+    ["symmetric", "symmetric-joint", "rows-and-queries", "four-directions", "four-partitions"],
+    ["prefixes", "one-prefix", "weighted-prefixes"],
+]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    picks=st.lists(st.sampled_from(ALTERNATIVES), min_size=2, max_size=4, unique_by=id).flatmap(
+        lambda groups: st.tuples(*map(st.sampled_from, groups))
+    ),
+    rows=st.integers(5, 20), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_options_compose(picks, rows, seed):
+    world = World(seed)
+    assert_equals_definition(world, world.of(picks), 1e-11, workspace_bytes=8 * 3 * rows * 24)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["own", "positives", "four-directions", "smoothing"], id="directions"),
+        pytest.param(["ragged_own", "ids", "guide", "prefixes", "symmetric"], id="prefixes"),
+    ],
+)
+def test_gradcheck_with_options(names):
+    world = World(M=4, N=9)
+    options = world.of(names)
+    own = options.pop("own_negatives")
+    leaves = world.q, world.p, own, torch.tensor(3.0, dtype=torch.float64)
+
+    def loss(q, p, own, scale):
+        return info_nce_loss(q, p, world.labels, scale=scale, own_negatives=own, **options)
+
+    torch.autograd.gradcheck(loss, [x.requires_grad_() for x in leaves], fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", ["ragged_own", "own"])
+def test_own_negatives_are_further_columns_of_their_query_alone(shape):
+    world = World()
+    options = world.of([shape])
+    own = options["own_negatives"].reshape(-1, 12)
+    owner = torch.arange(7).repeat_interleave(2)
+    if shape == "ragged_own":
+        owner = torch.repeat_interleave(options["own_offsets"].diff())
+    columns = torch.cat([world.p, own])
+    masked = torch.zeros(7, 24 + len(own), dtype=torch.bool)
+    masked[:, 24:] = owner != torch.arange(7)[:, None]
+    masked[torch.arange(7), world.labels] = True
+    want = masked_loss(world.q, columns, world.labels, 5, masked)
+    loss, dq, dp, d_scale, d_own = ours(world.q, world.p, world.labels, 5, **options)
+    got = loss, dq, torch.cat([dp, d_own.reshape(-1, 12)]), d_scale
+    assert max(map(error, got, want)) < 1e-12
+    *_, stats, d_own_too = info_nce_loss_and_grads(
+        world.q, world.p, world.labels, scale=5, **options
+    )
+    assert d_own_too.shape == options["own_negatives"].shape
+    torch.testing.assert_close(d_own_too, d_own)
+
+
+def test_frozen_own_negatives_and_a_query_side_alone():
+    world = World()
+    own = world.own()["own_negatives"]
+    *_, d_own = ours(world.q, world.p, world.labels, 5, own_negatives=own)
+    got = info_nce_loss(world.q, world.p, world.labels, scale=5, own_negatives=own.requires_grad_())
+    torch.testing.assert_close(torch.autograd.grad(got, own)[0], d_own)
+    q = world.q.requires_grad_()
+    loss = info_nce_loss(q, world.p, world.labels, scale=5, own_negatives=own.detach())
+    assert torch.autograd.grad(loss, q)[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_pass_the_gates_in_every_dtype(dtype):
+    world = World(M=33, N=70, D=100, dtype=dtype)
+    options = world.of(["ids", "positives", "own", "four-directions", "smoothing"])
+    truth = exact(world.q, world.p, world.labels, 50, **options)
+    result = ours(world.q, world.p, world.labels, 50, 2.0**10, **options)
+    loss_gate, grad_gate = gates(dtype, 0.02)
+    assert error(result[0], truth[0]) < loss_gate
+    for got, want in zip(result[1:], truth[1:], strict=True):
+        assert error(got, want) < grad_gate
+
+
+def test_symmetric_partitions_are_the_two_cross_entropies_of_clip():
+    world = World(N=7)
+    q, p = (F.normalize(x, dim=1) for x in (world.q, world.p))
+    logits, diagonal = 5 * q @ p.T, torch.arange(7)
+    want = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+    got = info_nce_loss(world.q, world.p, scale=5, **STATIC["symmetric"])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("names", [[], ["symmetric"], ["margin"]], ids=str)
+def test_prefixes_sum_the_losses_of_truncated_embeddings(names):
+    world = World()
+    options = world.of(names)
+    q, p = world.q.requires_grad_(), world.p.requires_grad_()
+    levels = {12: 1.0, 5: 0.25, 8: 2.0}
+    want = sum(
+        weight * info_nce_loss(q[:, :prefix], p[:, :prefix], world.labels, scale=5, **options)
+        for prefix, weight in levels.items()
+    )
+    got = info_nce_loss(
+        q, p, world.labels, scale=5, **options,
+        matryoshka_dims=list(levels), matryoshka_weights=list(levels.values()),
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, (q, p)) for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
+
+
+ST_NAMES = {"query_to_doc": QP, "doc_to_query": PQ, "query_to_query": QQ, "doc_to_doc": PP}
+ST_GRID = [
+    (("query_to_doc", *others), "joint")
+    for count in range(4)
+    for others in itertools.combinations(list(ST_NAMES)[1:], count)
+] + [(("query_to_doc",), "per_direction"), (("query_to_doc", "doc_to_query"), "per_direction")]
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize(("directions", "partition"), ST_GRID, ids=str)
+def test_equals_sentence_transformers(directions, partition, negatives):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    theirs = MultipleNegativesRankingLoss(
+        None, scale=5.0, directions=directions, partition_mode=partition
+    )
+    M, columns = 6, 1 + negatives
+    world = World(M=M, N=M * columns)
+    q, p = world.q.requires_grad_(), world.p.requires_grad_()
+    want = theirs.compute_loss_from_embeddings([q, *p.split(M)], None)
+    got = info_nce_loss(
+        q, p, torch.arange(M), scale=5.0, curated=torch.arange(M).repeat(columns),
+        directions=[ST_NAMES[name] for name in directions], partition=partition,
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, (q, p)) for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-13)
+    # our own layout: groups of a query, positive first
+    by_query = p.unflatten(0, (columns, M)).transpose(0, 1).flatten(0, 1)
+    grouped = info_nce_loss(
+        q, by_query, scale=5.0, directions=[ST_NAMES[name] for name in directions],
+        partition=partition,
+    )  # fmt: skip
+    torch.testing.assert_close(grouped, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("negatives", [False, True], ids=["pairs", "triplets"])
+@pytest.mark.parametrize("margin_type", ["absolute", "relative"])
+def test_margin_and_guide_equal_those_of_gist(margin_type, negatives, monkeypatch):
+    from sentence_transformers.sentence_transformer.losses import gist_embed
+
+    M, columns = 8, 2 if negatives else 1
+    world = World(M=M, N=M * columns)
+    q, p = world.q.requires_grad_(), world.p.requires_grad_()
+    guide = world.normal(M, 5), world.normal(M * columns, 5)
+    # Without its two models: what they would embed is given.
+    theirs = gist_embed.GISTEmbedLoss.__new__(gist_embed.GISTEmbedLoss)
+    torch.nn.Module.__init__(theirs)
+    theirs.model, theirs.guide = [q, *p.split(M)], [guide[0], *guide[1].split(M)]
+    theirs.similarity_fct, theirs.cross_entropy_loss = (
+        torch.nn.CosineSimilarity(dim=-1), torch.nn.CrossEntropyLoss(),
+    )  # fmt: skip
+    theirs.temperature, theirs.margin, theirs.margin_strategy = 0.2, 0.1, margin_type
+    # their positives are compared with positives alone, ours with all passages
+    theirs.contrast_anchors, theirs.contrast_positives = True, not negatives
+    theirs.must_retokenize = theirs.gather_across_devices = False
+    monkeypatch.setattr(gist_embed, "embed_columns", lambda model, features: model)
+    want = theirs([], None)
+    got = info_nce_loss(
+        q, p, torch.arange(M), temperature=0.2, guide=guide, false_negative_margin=0.1,
+        margin_type=margin_type, directions=(QP, QQ) if negatives else (QP, QQ, PP),
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, (q, p)) for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-13)
+    unguided = info_nce_loss(q, p, torch.arange(M), temperature=0.2, directions=(QP, QQ))
+    assert abs(unguided - want) > 1e-3
+
+
+def test_a_margin_spares_what_was_chosen_for_the_query():
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    p = torch.tensor([[1.0, 0.5], [1.0, 0.4], [0.1, 1.0], [0.9, 0.1]])
+    options = {"scale": 5.0, "false_negative_margin": 0.05, "reduction": "none"}
+    s = 5 * F.normalize(q, dim=1) @ F.normalize(p, dim=1).T
+    # query 0: passages 1 and 3 are above the limit, passage 1 is of its own group
+    grouped = info_nce_loss(q, p, **options)[0]
+    torch.testing.assert_close(grouped, torch.logsumexp(s[0, :3], 0) - s[0, 0])
+    bare = info_nce_loss(q, p, torch.tensor([0, 2]), **options)[0]
+    torch.testing.assert_close(bare, torch.logsumexp(s[0, [0, 2]], 0) - s[0, 0])
+    spared = info_nce_loss(
+        q, p, torch.tensor([0, 2]), curated=torch.tensor([-1, 1, -1, 0]), **options
+    )[0]
+    torch.testing.assert_close(spared, torch.logsumexp(s[0, [0, 2, 3]], 0) - s[0, 0])
+
+
+def test_the_guide_gets_no_gradient_and_options_no_second_derivative():
+    world = World()
+    options = world.of(["guide", "own"])
+    guide = [x.requires_grad_() for x in options["guide"]]
+    assert not info_nce_loss(world.q, world.p, world.labels, **options).requires_grad
+    q = world.q.requires_grad_()
+    loss = info_nce_loss(q, world.p, world.labels, **options)
+    assert torch.autograd.grad(loss, guide, allow_unused=True, retain_graph=True) == (None, None)
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    if grad.requires_grad:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.sum(), q)
+
+
+def test_gradient_filter_keeps_the_loss_and_bounds_the_gradient():
+    q, p, labels = draw(40, 200, 32, torch.float32, converged=False)
+    truth = exact(q, p, labels, 50)
+    for eps in (1e-2, 0.1):
+        # a row a chunk: what is left out must be small in all of them
+        result = ours(q, p, labels, 50, gradient_filter=eps, workspace_bytes=4 * 200)
+        assert error(result[0], truth[0]) < 1e-5
+        assert 2e-3 * eps < error(result[1], truth[1]) < eps
+        assert error(result[2], truth[2]) < eps
+
+
+def test_backend_is_chosen_by_device_dtype_and_option(monkeypatch):
+    def launcher(device, dtype, backend):
+        q = torch.empty(1, 1, dtype=dtype, device=device)
+        return module._launcher(q, Settings(True, 0, backend=backend))
+
+    assert launcher("cpu", torch.float32, None) is chunked.info_nce
+    assert launcher("meta", torch.float32, "torch") is chunked.info_nce
+    monkeypatch.setattr(module, "_is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="backend='triton' needs CUDA, but .* are on cpu"):
+        launcher("cpu", torch.float32, "triton")
+    with pytest.raises(ValueError, match="fp64"):
+        launcher("cpu", torch.float64, "triton")
+
+
+@pytest.mark.parametrize("names", [[], ["ids", "own"]], ids=str)
+def test_triton_is_asked_for_by_name(names, interpreted):
+    if not interpreted:
+        pytest.skip("kernels are compiled: tests/ops/test_cuda.py runs them")
+    world = World(dtype=torch.float32)
+    options = world.of(names)
+    assert_equals_definition(world, options, 2e-5, backend="triton")
+
+
 def test_groups_put_the_positive_first():
     q, p, _ = draw(6, 18, 16, torch.float32, converged=False)
     assert torch.equal(info_nce_loss(q, p), info_nce_loss(q, p, torch.arange(6) * 3))
@@ -214,7 +641,7 @@ def test_groups_put_the_positive_first():
 def test_reductions_agree_with_the_rows():
     q, p, labels = draw(7, 21, 16, torch.float64, converged=False)
     weights = torch.rand(7, dtype=torch.float64)
-    rows = info_nce_definition(q, p, labels, 50.0)
+    rows = info_nce_definition(q, p, 50.0, *spelled_out(labels, 16))
     close = {"rtol": 1e-12, "atol": 0}
     torch.testing.assert_close(info_nce_loss(q, p, labels, reduction="none"), rows, **close)
     torch.testing.assert_close(info_nce_loss(q, p, labels, reduction="sum"), rows.sum(), **close)
@@ -302,24 +729,34 @@ class NoMatrix(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"directions": DIRECTIONS, "label_smoothing": 0.1}, id="four-directions"),
+        pytest.param({"directions": (QP, PQ), "false_negative_margin": 0.2}, id="margin"),
+        pytest.param({"matryoshka_dims": (8, 16)}, id="prefixes"),
+    ],
+)
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_score_matrix_is_never_stored(with_gradients, path):
+def test_score_matrix_is_never_stored(with_gradients, options, path):
     M = N = 512
     q, p, labels = draw(M, N, 16, torch.float32, converged=False)
-    ids, weights = torch.arange(M), torch.ones(M) if with_gradients else None
+    weights = torch.ones(M) if with_gradients else None
+    ids = torch.arange(M)
+    relations, static = spelled_out(labels, 16, query_ids=ids, passage_ids=ids, **options)
+    static = replace(static, workspace_bytes=32 * N * 4)
     # The launcher itself: dispatch modes do not see inside a custom op.
     with NoMatrix(M * N // 4) as mode:
-        chunked.info_nce(
-            q, p, labels, torch.tensor(50.0), ids, ids, None, None, weights, (with_gradients,) * 3,
-            normalize=True, workspace_bytes=32 * N * 4,
-        )  # fmt: skip
-    assert mode.largest == 32 * N
+        scale, needs = torch.tensor(50.0), (with_gradients,) * 4
+        chunked.info_nce(q, p, None, scale, relations, static, weights, needs)
+    assert mode.largest <= 32 * N
 
 
 def test_dispatch_mode_notices_the_matrix_of_the_definition():
     q, p, labels = draw(512, 512, 16, torch.float32, converged=False)
     with pytest.raises(AssertionError, match="512, 512"), NoMatrix(512 * 512 // 4):
-        info_nce_definition(q, p, labels, 50.0)
+        info_nce_definition(q, p, 50.0, *spelled_out(labels, 16))
 
 
 @settings(max_examples=40, deadline=None)
@@ -348,17 +785,40 @@ def test_any_shape_and_stride(M, extra, D, rows, layout, seed):
         assert (got.double() - want).norm() < 1e-5 * max(1.0, want.norm())
 
 
-def test_opcheck():
-    q, p, labels = draw(6, 12, 8, torch.float32, converged=False)
-    scale, weights = torch.tensor(20.0), torch.full((6,), 1 / 6)
-    q, p, scale = (t.requires_grad_() for t in (q, p, scale))
-    ids = (torch.arange(6), torch.arange(12), torch.arange(7), torch.zeros(6, dtype=torch.int64))
-    torch.library.opcheck(_info_nce, (q, p, labels, scale, *ids, True, 1 << 20))
+OPCHECKS = {
+    "plain": {},
+    "ids": {
+        "query_ids": torch.arange(6), "passage_ids": torch.arange(12),
+        "excluded": (torch.arange(7), torch.zeros(6, dtype=torch.int64)),
+    },
+    # Every tensor is given, so the list of relations has no None: torch then wants other gradients.
+    "everything": {
+        "query_ids": torch.arange(6), "passage_ids": torch.arange(12),
+        "excluded": (torch.arange(7), torch.arange(6)),
+        "positives": (torch.arange(7), torch.arange(6)),
+        "own_offsets": torch.arange(7) * 2, "curated": torch.arange(12) // 2,
+        "guide": (torch.randn(6, 3), torch.randn(12, 3)), "false_negative_margin": 0.5,
+        "directions": DIRECTIONS, "label_smoothing": 0.1, "matryoshka_dims": (4, 8),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPCHECKS)
+def test_opcheck(case):
+    q, p, _ = draw(6, 12, 8, torch.float32, converged=False)
+    scale, weights, own = torch.tensor(20.0), torch.full((6,), 1 / 6), torch.randn(12, 8)
+    q, p, scale, own = (t.requires_grad_() for t in (q, p, scale, own))
+    own = own if case == "everything" else None
+    relations, static = spelled_out(torch.arange(6) + 6, 8, **OPCHECKS[case])
+    assert (None in [None if x is None else 0 for x in relations]) == (case != "everything")
+    text = replace(static, workspace_bytes=1 << 20).text()
+    arguments = (q, p, own, scale, list(relations), text)
+    torch.library.opcheck(_info_nce, arguments)
     # the gradient outputs are not differentiable by design, so the autograd test does not apply to
     # them
     torch.library.opcheck(
         _info_nce_grads,
-        (q, p, labels, scale, *ids, True, 1 << 20, weights, [True, True, True]),
+        (*arguments, weights, [True, True, own is not None, True]),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -377,11 +837,32 @@ def test_compiles_as_one_graph(reduction):
     torch.testing.assert_close(got, want)
 
 
-def test_autocast_leaves_the_scores_in_fp32():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph_with_options(reduction):
+    world = World(seed=3)
+    q, p, own = (x.clone().requires_grad_() for x in (world.q, world.p, world.normal(21, 12)))
+    options = world.ids() | world.guide() | {"own_offsets": torch.arange(8) * 3}
+    static = {
+        "directions": [QP, PQ], "matryoshka_dims": [12, 6], "matryoshka_weights": [1, 0.5],
+        "label_smoothing": 0.1, "partition": "per_direction", "reduction": reduction,
+    }  # fmt: skip
+
+    def step(q, p, own, labels, options):
+        return info_nce_loss(2 * q, p, labels, own_negatives=own, **options, **static).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(step(q, p, own, world.labels, options), (q, p, own))
+    got = torch.autograd.grad(compiled(q, p, own, world.labels, options), (q, p, own))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("names", [[], ["four-directions", "prefixes"]], ids=str)
+def test_autocast_leaves_the_scores_in_fp32(names):
     q, p, labels = draw(16, 48, 32, torch.float32, converged=False)
-    want = ours(q, p, labels, 50)
+    options = World().of(names)
+    want = ours(q, p, labels, 50, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        got = ours(q, p, labels, 50)
+        got = ours(q, p, labels, 50, **options)
     assert max(map(error, got, want)) == 0
 
 
@@ -434,6 +915,86 @@ BAD = {
     "groups": (dict(passages=torch.ones(7, 6)), "7 passages do not divide by 4 queries"),
     "integers": (dict(queries=torch.ones(4, 6).int()), "floating point"),
     "rank": (dict(queries=torch.ones(6)), r"\[M, D\]"),
+    "directions-unknown": (
+        dict(directions=(QP, "query_to_doc")),
+        r"directions must be distinct and of query_to_passage, .*, got .*query_to_doc",
+    ),
+    "directions-empty": (dict(directions=()), r"directions must be distinct .* got \(\)"),
+    "directions-twice": (dict(directions=(QP, QP)), "directions must be distinct"),
+    "partition": (dict(partition="mean"), "partition must be one of 'joint', 'per_direction', got"),
+    "margin-type": (dict(margin_type="linear"), "margin_type must be one of .* got 'linear'"),
+    "margin": (dict(false_negative_margin=-0.1), "false_negative_margin must be >= 0 .* got -0.1"),
+    "guide-alone": (dict(guide=(torch.ones(4, 2), torch.ones(8, 2))), "guide decides about the"),
+    "guide-rows": (
+        dict(guide=(torch.ones(4, 2), torch.ones(4, 2)), false_negative_margin=0.1),
+        r"guide must be \[4, G\] and \[8, G\], got \(4, 2\) and \(4, 2\)",
+    ),
+    "guide-dims": (
+        dict(guide=(torch.ones(4, 2), torch.ones(8, 3)), false_negative_margin=0.1),
+        "guide queries have G=2 but guide passages have G=3",
+    ),
+    "guide-integers": (
+        dict(guide=(torch.ones(4, 2).int(), torch.ones(8, 2)), false_negative_margin=0.1),
+        "floating point",
+    ),
+    "smoothing": (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
+    "filter": (dict(gradient_filter=-1e-3), "gradient_filter must be >= 0 and finite, got -0.001"),
+    "filter-smoothing": (
+        dict(gradient_filter=1e-3, label_smoothing=0.1),
+        "gradient_filter goes with",
+    ),
+    "prefix-long": (dict(matryoshka_dims=(3, 7)), r"of 1 to D=6, got \(3, 7\)"),
+    "prefix-zero": (dict(matryoshka_dims=(0, 3)), "matryoshka_dims must be distinct and of 1"),
+    "prefix-twice": (dict(matryoshka_dims=(3, 3)), "matryoshka_dims must be distinct"),
+    "prefix-none": (dict(matryoshka_dims=()), "matryoshka_dims must be distinct"),
+    "prefix-weights": (
+        dict(matryoshka_dims=(3, 6), matryoshka_weights=(1.0,)),
+        "one for each of the 2 matryoshka_dims, got 1",
+    ),
+    "weights-alone": (dict(matryoshka_weights=(1.0,)), "without matryoshka_dims"),
+    "negative-prefix-weight": (
+        dict(matryoshka_dims=(3,), matryoshka_weights=(-1.0,)),
+        "matryoshka_weights must be >= 0",
+    ),
+    "own-offsets-missing": (
+        dict(own_negatives=torch.ones(3, 6)),
+        r"own_negatives \[H, D\]=\(3, 6\) need own_offsets \[5\]",
+    ),
+    "own-offsets-alone": (dict(own_offsets=torch.arange(5)), "without own_negatives"),
+    "own-offsets-twice": (
+        dict(own_negatives=torch.ones(4, 2, 6), own_offsets=torch.arange(5)),
+        r"not to \[M, K, D\]=\(4, 2, 6\)",
+    ),
+    "own-offsets-range": (
+        dict(own_negatives=torch.ones(3, 6), own_offsets=torch.arange(5)),
+        r"own_offsets must rise from 0 to the 3 own_negatives, got 0 \.\.\. 4",
+    ),
+    "own-dims": (
+        dict(own_negatives=torch.ones(4, 2, 5)),
+        r"own_negatives must be \[4, K, 6\] or \[H, 6\], got \(4, 2, 5\)",
+    ),
+    "own-unused": (
+        dict(own_negatives=torch.ones(4, 2, 6), directions=(PQ,)),
+        "own_negatives belong to query_to_passage, which is not among",
+    ),
+    "positives-label": (
+        dict(positives=(torch.arange(5), torch.tensor([1, 2, 4, 5]))),
+        "without the label: query 1 has passage 2 twice",
+    ),
+    "positives-twice": (
+        dict(positives=(torch.tensor([0, 0, 0, 2, 2]), torch.tensor([1, 1]))),
+        "query 2 has passage 1 twice",
+    ),
+    "positives-range": (
+        dict(positives=(torch.arange(5), torch.tensor([1, 3, 5, 8]))),
+        r"positives columns lie in \[1, 8\] but there are 8 passages",
+    ),
+    "curated": (
+        dict(curated=torch.full((8,), 4)),
+        r"curated lie in \[4, 4\] but there are 4 queries",
+    ),
+    "curated-shape": (dict(curated=torch.zeros(4).long()), r"curated must be int64 \[8\]"),
+    "backend": (dict(backend="cuda"), "backend must be one of None, 'torch', 'triton', got 'cuda'"),
 }
 
 

@@ -1,0 +1,264 @@
+"""What InfoNCE is made of besides the scores: its settings, which pairs are related, and the row of
+arithmetic between the pass that sums the scores' exponentials and the pass that writes gradients.
+
+A block of scores S = A B' is read along its rows, its columns, or both:
+
+    query_to_passage    rows of q p'       passage_to_query    columns of q p'
+    query_to_query      rows of q q'       passage_to_passage  rows of p[positives] p'
+
+For a positive pair k = (i, a) with logit s_k and lse_k over its negatives in all directions, c of
+which list the pair itself:
+
+    loss_k = log(c + exp(lse_k - s_k)),   loss_i = mean of its loss_k,   total = sum_i w_i loss_i
+
+M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QP, PQ = "query_to_passage", "passage_to_query"
+QQ, PP = "query_to_query", "passage_to_passage"
+DIRECTIONS = (QP, PQ, QQ, PP)
+
+
+DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a loss that is no tensor; travels through the ops as text."""
+
+    normalize: bool
+    workspace_bytes: int
+    directions: tuple[str, ...] = (QP,)
+    joint: bool = True  # one partition of all directions, or the mean of one each
+    label_smoothing: float = 0.0
+    margin: float | None = None  # of similarity, above positive minus which nothing is a negative
+    relative_margin: bool = False
+    dims: tuple[int, ...] = ()  # prefixes, ascending; () is D alone
+    dim_weights: tuple[float, ...] = ()
+    gradient_filter: float = 0.0
+    backend: str | None = None
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(text: str) -> "Settings":
+        fields = json.loads(text)
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return Settings(**fields | lists)
+
+    def levels(self, D: int) -> list[tuple[int, float]]:
+        """(prefix, weight) of each level."""
+        return list(zip(self.dims, self.dim_weights, strict=True)) if self.dims else [(D, 1.0)]
+
+
+class Relations(NamedTuple):
+    """Who belongs to whom, in O(M + N) integers. Lists per query are (offsets [M + 1], columns)."""
+
+    labels_M: Tensor
+    positive_offsets: Tensor | None = None  # positives besides the label
+    positive_columns: Tensor | None = None
+    query_ids_M: Tensor | None = None  # equal ids are the same text
+    passage_ids_N: Tensor | None = None
+    excluded_offsets: Tensor | None = None
+    excluded_columns: Tensor | None = None
+    own_offsets: Tensor | None = None  # own negatives of query i: rows offsets[i] : offsets[i + 1]
+    curated_N: Tensor | None = None  # the query a passage was chosen for, -1 if none
+    guide_queries: Tensor | None = None  # [M, G], whose similarities decide the margin
+    guide_passages: Tensor | None = None  # [N, G]
+
+
+class Result(NamedTuple):
+    """What one pass gives; gradients are of sum_i w_i loss_i, None where none were asked for."""
+
+    loss_M: Tensor  # unweighted
+    positive_M: Tensor  # similarity of the label
+    hardest_M: Tensor  # similarity of the hardest negative, -inf if there is none
+    dq_MD: Tensor | None = None
+    dp_ND: Tensor | None = None
+    d_own_HD: Tensor | None = None
+    d_scale: Tensor | None = None
+
+
+def gradient_dtype(stored: torch.dtype) -> torch.dtype:
+    """The inputs' dtype, but fp32 for fp16, in which unscaled gradients underflow."""
+    return torch.float32 if stored == torch.float16 else stored
+
+
+def is_plain(relations: Relations, settings: Settings) -> bool:
+    """One softmax per query over one block of scores: a row knows all it needs by itself."""
+    return (
+        settings.directions == (QP,)
+        and not settings.dims
+        and settings.label_smoothing == 0
+        and relations.positive_offsets is None
+        and relations.own_offsets is None
+    )
+
+
+class Pairs(NamedTuple):
+    """All positive pairs: the labels first, then the further positives."""
+
+    rows_P: Tensor
+    columns_P: Tensor
+    share_P: Tensor  # 1 / number of positives of the query
+
+
+def positive_pairs(relations: Relations, dtype: torch.dtype) -> Pairs:
+    labels_M, offsets, columns = relations[:3]
+    M = len(labels_M)
+    rows_M = torch.arange(M, device=labels_M.device)
+    if offsets is None:
+        return Pairs(rows_M, labels_M, torch.ones(M, dtype=dtype, device=labels_M.device))
+    more_M = offsets.diff()
+    rows_P = torch.cat([rows_M, expand(more_M, len(columns))])
+    return Pairs(rows_P, torch.cat([labels_M, columns]), (1 / (1 + more_M).to(dtype))[rows_P])
+
+
+def expand(counts_M: Tensor, total: int) -> Tensor:
+    """0 0 0 1 2 2 ...: row i as often as its count; `total` spares the device a sync."""
+    return torch.repeat_interleave(counts_M, output_size=total)
+
+
+class Known(NamedTuple):
+    """Pairs that are no negatives of each other, as keys: query i and column j are known to each
+    other iff class i is among keys[start_j : stop_j], the classes that know the text of j.
+
+    A class is a query text, and it knows the texts of the positives and exclusions of every query
+    of that text; so a passage equal to any positive of any equal query is no negative.
+    """
+
+    class_M: Tensor
+    text_N: Tensor
+    start_N: Tensor
+    stop_N: Tensor
+    keys: Tensor
+
+
+def known(relations: Relations, N: int) -> Known:
+    """Sorts of M + N integers; no host sync."""
+    labels_M, positive_offsets, positive_columns, query_ids, passage_ids, *rest = relations
+    excluded_offsets, excluded_columns = rest[:2]
+    M, device = len(labels_M), labels_M.device
+    class_M = torch.arange(M, device=device) if query_ids is None else query_ids
+    text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids
+    classes, texts = [class_M], [text_N[labels_M]]
+    for offsets, columns in (
+        (positive_offsets, positive_columns),
+        (excluded_offsets, excluded_columns),
+    ):
+        if offsets is not None:
+            classes.append(class_M[expand(offsets.diff(), len(columns))])
+            texts.append(text_N[columns])
+    keys, text_of_key = torch.cat(classes), torch.cat(texts)
+    order = keys.argsort(stable=True)
+    order = order[text_of_key[order].argsort(stable=True)]  # by text, then by class
+    keys, text_of_key = keys[order], text_of_key[order]
+    # Equal entries are dropped without a sync: the first of each run moves to the run's number,
+    # and what lies past the last run sorts behind every text.
+    new = torch.ones_like(keys, dtype=torch.bool)
+    new[1:] = (keys[1:] != keys[:-1]) | (text_of_key[1:] != text_of_key[:-1])
+    run = new.cumsum(0) - 1
+    keys = torch.zeros_like(keys).scatter_(0, run, keys)
+    text_of_run = torch.full_like(text_of_key, torch.iinfo(torch.int64).max)
+    text_of_run = text_of_run.scatter_(0, run, text_of_key)
+    start_N = torch.searchsorted(text_of_run, text_N)
+    stop_N = torch.searchsorted(text_of_run, text_N, right=True)
+    return Known(class_M, text_N, start_N, stop_N, keys)
+
+
+def limits(positive: Tensor, settings: Settings) -> Tensor:
+    """The similarity above which a passage is taken for a positive that nobody marked."""
+    reach = positive.abs() * settings.margin if settings.relative_margin else settings.margin
+    return positive - reach
+
+
+class Stats(NamedTuple):
+    """Of the negatives of each row of a block (or each column): no negatives give lse = top = -inf
+    and zeros."""
+
+    lse: Tensor
+    mean: Tensor  # mean logit under the softmax
+    sum: Tensor  # of the logits
+    count: Tensor
+    top: Tensor  # largest logit
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """Statistics of the union of two disjoint sets of negatives."""
+    lse = torch.logaddexp(a.lse, b.lse)
+    finite = lse.masked_fill(lse == -torch.inf, 0)
+    mean = (a.lse - finite).exp() * a.mean + (b.lse - finite).exp() * b.mean
+    return Stats(lse, mean, a.sum + b.sum, a.count + b.count, torch.maximum(a.top, b.top))
+
+
+class Slopes(NamedTuple):
+    """d total / d s of a negative: soft * exp(s - lse) - flat, of its row (or column)."""
+
+    soft: Tensor
+    flat: Tensor
+
+
+def combine(
+    pairs: Pairs, s_P: Tensor, stats: dict[str, Stats], weights_M: Tensor, scale: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, dict[str, Slopes], Tensor, Tensor]:  # fmt: skip
+    """(loss_M, slopes per direction, d total / d s_P, d total / d scale) from the statistics of
+    each direction: rows of the block are queries, for passage_to_passage they are pairs; columns
+    are passages."""
+    row_of = {QP: pairs.rows_P, PQ: pairs.columns_P, QQ: pairs.rows_P, PP: None}
+    zeros = {d: torch.zeros_like(stat.lse) for d, stat in stats.items()}
+    slopes = {d: Slopes(zero, zero) for d, zero in zeros.items()}
+    parts = [tuple(stats)] if settings.joint else [(direction,) for direction in stats]
+    omega_P = weights_M[pairs.rows_P] * pairs.share_P / len(parts)
+    loss_P, slope_P = torch.zeros_like(s_P), torch.zeros_like(s_P)
+    for part in parts:
+        listed = max(1, (QP in part) + (PQ in part))  # how often a joint softmax has the positive
+        of_pairs = {d: Stats(*(_at(x, row_of[d]) for x in stats[d])) for d in part}
+        lse_P = torch.logsumexp(torch.stack([s.lse for s in of_pairs.values()]), 0)
+        gap_P = lse_P - s_P - math.log(listed)
+        loss_P += torch.logaddexp(gap_P, torch.zeros_like(gap_P)) + math.log(listed)
+        pull_P = omega_P * gap_P.sigmoid()
+        slope_P -= pull_P
+        count_P = sum(s.count for s in of_pairs.values())
+        flat_P = omega_P * settings.label_smoothing / (count_P + listed)
+        if settings.label_smoothing:
+            sum_P = sum(s.sum for s in of_pairs.values())
+            # a mean over all candidates, the positive among them
+            loss_P += settings.label_smoothing * (count_P * s_P - sum_P) / (count_P + listed)
+            slope_P += flat_P * count_P
+        finite_P = lse_P.masked_fill(lse_P == -torch.inf, 0)
+        for direction, of in of_pairs.items():
+            soft, flat = slopes[direction]
+            rows, size = row_of[direction], len(soft)
+            soft = soft + _summed(pull_P * (of.lse - finite_P).exp(), rows, size)
+            slopes[direction] = Slopes(soft, flat + _summed(flat_P, rows, size))
+    loss_M = _summed(loss_P * pairs.share_P / len(parts), pairs.rows_P, len(weights_M))
+    d_logits = (slope_P * s_P).sum()
+    for direction, (soft, flat) in slopes.items():
+        d_logits = d_logits + (soft * stats[direction].mean - flat * stats[direction].sum).sum()
+    return loss_M, slopes, slope_P, d_logits / scale
+
+
+def _at(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def _summed(values_P: Tensor, rows: Tensor | None, size: int) -> Tensor:
+    """Per row, the sum of its pairs' values."""
+    if rows is None:
+        return values_P
+    out = values_P.new_zeros(size)
+    if values_P.device.type == "cpu":
+        return out.index_add_(0, rows, values_P)
+    return out.index_put_((rows,), values_P, accumulate=True)  # sorts: index_add would use atomics

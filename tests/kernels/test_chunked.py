@@ -1,0 +1,333 @@
+"""InfoNCE on chunks, every option: losses and gradients are those of the dense definition."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from gates import error, gates
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rankpo_fast.ops.info_nce import info_nce_definition
+from rankpo_kernels import chunked, native
+from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations, Settings, limits
+
+M, N, D, G = 13, 29, 24, 7
+SCALE = 20.0
+PLAIN = Settings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
+
+
+def lists(lengths, high, generator):
+    """(offsets, columns) with rows of these lengths, without repetition in a row."""
+    rows = [torch.randperm(high, generator=generator)[:length] for length in lengths]
+    return torch.tensor([0, *itertools.accumulate(lengths)]), torch.cat(rows)
+
+
+def problem(*names, seed=0):
+    """(q, p, own, relations) in fp64, whose relations are those named; weights differ by query."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows, dims=D):
+        return torch.randn(rows, dims, generator=generator, dtype=torch.float64)
+
+    def integers(high, count):
+        return torch.randint(high, (count,), generator=generator)
+
+    q, p, own = draw(M), draw(N), None
+    labels = torch.randperm(N, generator=generator)[:M]
+    labels[4] = labels[2]
+    p[labels] += q
+    fields = {"labels_M": labels}
+    if "positives" in names:
+        offsets, columns = lists([i % 3 for i in range(M)], N, generator)
+        fields |= {"positive_offsets": offsets, "positive_columns": columns}
+    if "excluded" in names:
+        offsets, columns = lists([i % 5 for i in range(M)], N, generator)
+        fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
+    if "ids" in names:
+        fields |= {"query_ids_M": integers(8, M), "passage_ids_N": integers(20, N) * 10**12}
+    if "own" in names:
+        lengths = torch.tensor([2, 0, 1, 5, 0, 0, 3, 1, 1, 0, 4, 2, 0])
+        own = draw(int(lengths.sum()))
+        fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    if "curated" in names:
+        fields["curated_N"] = integers(M + 1, N) - 1
+    if "guide" in names:
+        fields |= {"guide_queries": draw(M, G), "guide_passages": draw(N, G)}
+    return q, p, own, Relations(**fields)
+
+
+def compare(q, p, own, relations, settings, dtype=torch.float64, scale=SCALE):
+    """Largest errors (of the loss, of the gradients) against autograd through the definition."""
+    weights = torch.linspace(0.5, 2, len(q), dtype=torch.float64)
+    q, p, own = (x if x is None else x.to(dtype) for x in (q, p, own))
+    tensors = [x.double().clone().requires_grad_() for x in (q, p, own) if x is not None]
+    exact_scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    loss_M = info_nce_definition(
+        *tensors[:2], exact_scale, relations, settings, *tensors[2:]
+    )  # fmt: skip
+    truth = torch.autograd.grad((loss_M * weights).sum(), [*tensors, exact_scale])
+    result = chunked.info_nce(
+        q, p, own, torch.tensor(scale, dtype=torch.float64), relations, settings, weights,
+        (True,) * 4,
+    )  # fmt: skip
+    grads = [x for x in result[3:] if x is not None]
+    forward = chunked.info_nce(q, p, own, exact_scale.detach(), relations, settings, None)
+    assert forward[3:] == (None,) * 4
+    assert error(forward.loss_M, result.loss_M) < 1e-6
+    return error(result.loss_M, loss_M), max(map(error, grads, truth))
+
+
+GRID = {
+    "plain": ((), {}),
+    "not-cosine": ((), {"normalize": False}),
+    "ids": (("ids",), {}),
+    "excluded": (("ids", "excluded"), {}),
+    "margin": (("curated",), {"margin": 0.3}),
+    "relative-margin": (("curated", "ids"), {"margin": 0.6, "relative_margin": True}),
+    "guide": (("guide", "curated", "excluded"), {"margin": 0.4}),
+    "smoothing": (("ids",), {"label_smoothing": 0.1}),
+    "positives": (("positives", "ids"), {}),
+    "own": (("own",), {}),
+    "dims": ((), {"dims": (5, 16, 24), "dim_weights": (0.5, 1.0, 2.0)}),
+    "one-short-prefix": (("ids",), {"dims": (11,), "dim_weights": (1.5,)}),
+    "passage-to-query": (("ids",), {"directions": (PQ,)}),
+    "query-to-query": (("positives",), {"directions": (QQ,)}),
+    "passage-to-passage": (("positives", "curated"), {"directions": (PP,)}),
+    "symmetric": (("ids", "positives"), {"directions": (QP, PQ), "joint": False}),
+    "everything-one-way": (
+        ("ids", "excluded", "positives", "own", "curated"),
+        {"margin": 0.4, "label_smoothing": 0.2, "dims": (9, 20), "dim_weights": (1.0, 0.3)},
+    ),
+} | {
+    f"everything-{how}": (
+        ("ids", "excluded", "positives", "own", "curated", *more),
+        {
+            "directions": DIRECTIONS, "joint": joint, "label_smoothing": 0.2, "margin": 0.4,
+            "dims": (9, 20), "dim_weights": (1.0, 0.3), "normalize": how != "dots",
+            "relative_margin": how == "parts",
+        },
+    )
+    for how, joint, more in [
+        ("joint", True, ()), ("parts", False, ()), ("guided", True, ["guide"]), ("dots", True, ()),
+    ]
+}  # fmt: skip
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "usable", lambda *tensors: False)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_options_in_fp64(name):
+    names, options = GRID[name]
+    loss, grads = compare(*problem(*names), replace(PLAIN, **options))
+    assert loss < 1e-12 and grads < 1e-12
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_options_in_fp32(name, path):
+    names, options = GRID[name]
+    loss, grads = compare(*problem(*names), replace(PLAIN, **options), torch.float32)
+    loss_gate, grad_gate = gates(torch.float32, 1 / SCALE)
+    assert loss < loss_gate and grads < grad_gate
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if "margin" in GRID[name][1]])
+def test_no_similarity_is_so_near_a_threshold_that_rounding_decides(name):
+    names, options = GRID[name]
+    q, p, _, relations = problem(*names)
+    judge, settings = (q, p), replace(PLAIN, **options)
+    if relations.guide_queries is not None:
+        judge, settings = (
+            (relations.guide_queries, relations.guide_passages),
+            replace(PLAIN, dims=()),
+        )
+    for prefix, _ in settings.levels(judge[0].shape[1]):
+        a, b = (x[:, :prefix] for x in judge)
+        if options.get("normalize", True):
+            a, b = (torch.nn.functional.normalize(x) for x in (a, b))
+        positive_M = (a * b[relations.labels_M]).sum(1)
+        limit_M1 = limits(positive_M, replace(PLAIN, **options))[:, None]
+        for sims in (a @ b.T, a @ a.T, (b @ b.T)[relations.labels_M]):
+            assert (sims - limit_M1).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["ids", "not-cosine", "own", "dims", "symmetric"])
+def test_only_what_is_needed_is_given(name, path):
+    names, options = GRID[name]
+    q, p, own, relations = problem(*names)
+    q, p, own = (x if x is None else x.float() for x in (q, p, own))
+    settings, scale = replace(PLAIN, **options), torch.tensor(SCALE)
+    whole = chunked.info_nce(q, p, own, scale, relations, settings, torch.ones(M), (True,) * 4)
+    for place in range(4):
+        needs = tuple(i == place for i in range(4))
+        some = chunked.info_nce(q, p, own, scale, relations, settings, torch.ones(M), needs)
+        for i, (got, want) in enumerate(zip(some[3:], whole[3:], strict=True)):
+            assert (got is None) if i != place or want is None else error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["ids", "everything-joint"])
+def test_low_precision_has_fp32_scores(name, dtype, path):
+    names, options = GRID[name]
+    q, p, own, relations = problem(*names)
+    q, p, own = (x if x is None else x.to(dtype).double() for x in (q, p, own))
+    loss, grads = compare(q, p, own, relations, replace(PLAIN, **options), dtype)
+    loss_gate, grad_gate = gates(dtype, 1 / SCALE)
+    assert loss < loss_gate and grads < grad_gate
+
+
+def test_filter_keeps_its_bound():
+    generator = torch.Generator().manual_seed(0)
+    q, p = (torch.randn(n, 16, generator=generator) for n in (32, 400))
+    relations, eps, scale = Relations(torch.arange(32) * 9), 0.05, torch.tensor(60.0)
+    p[relations.labels_M] += 0.5 * q
+    q, p = (torch.nn.functional.normalize(x) for x in (q, p))
+    settings = replace(PLAIN, workspace_bytes=8 * 4 * 400)
+    weights = torch.linspace(0.5, 2, 32)
+    arguments = (q, p, None, scale, relations)
+    exact = chunked.info_nce(*arguments, settings, weights, (True,) * 4)
+    rough = chunked.info_nce(
+        *arguments, replace(settings, gradient_filter=eps), weights, (True,) * 4
+    )
+    assert torch.equal(exact.loss_M, rough.loss_M) and torch.equal(exact.d_scale, rough.d_scale)
+    off_M = (exact.dq_MD - rough.dq_MD).norm(dim=1)
+    pull_M = weights * -torch.expm1(-exact.loss_M)
+    assert (off_M <= 1.01 * pull_M * scale * eps).all()
+    off_N = (exact.dp_ND - rough.dp_ND).norm(dim=1)
+    assert 0 < off_N.max() <= 1.01 * scale * eps / 400 * pull_M.sum()
+
+
+EVERYTHING = dict(
+    directions=DIRECTIONS, margin=0.4, label_smoothing=0.1, dims=(2, 4), dim_weights=(1.0, 2.0)
+)
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "ids"),
+    [
+        pytest.param((0, 3, 0), None, id="no-queries"),
+        pytest.param((0, 0, 0), None, id="nothing"),
+        pytest.param((1, 1, 0), None, id="one-pair"),
+        pytest.param((3, 5, 0), 7, id="all-masked"),
+        pytest.param((3, 5, 2), 7, id="all-masked-but-own"),
+    ],
+)
+def test_edges(sizes, ids, dtype, options, path):
+    queries, passages, H = sizes
+    q, p, own = (torch.randn(n, 4, dtype=dtype) for n in sizes)
+    empty = torch.zeros(queries + 1, dtype=torch.int64)
+    of_last = empty.clone()
+    of_last[-1] = H
+    relations = Relations(
+        torch.arange(queries), empty, empty[:0],
+        query_ids_M=None if ids is None else empty[:-1] + ids,
+        passage_ids_N=None if ids is None else torch.full((passages,), ids),
+        excluded_offsets=empty, excluded_columns=empty[:0],
+    )  # fmt: skip
+    if options or H:
+        relations = relations._replace(own_offsets=of_last)
+    else:
+        own, relations = None, relations._replace(positive_offsets=None, positive_columns=None)
+    settings = replace(PLAIN, **options)
+    arguments = (q, p, own, torch.tensor(SCALE), relations, settings)
+    result = chunked.info_nce(*arguments, torch.ones(queries), (True,) * 4)
+    assert result.dq_MD.shape == q.shape and result.dp_ND.shape == p.shape
+    others = result.loss_M[:-1] if H else result.loss_M
+    extra = math.log(2) * 3 if options.get("directions") else 0.0  # the positive is listed twice
+    torch.testing.assert_close(others, torch.full_like(others, extra))
+    if not H:
+        assert not result.dq_MD.any() and not result.dp_ND.any() and result.d_scale == 0
+        assert (result.hardest_M == -torch.inf).all()
+    else:
+        assert result.hardest_M[-1].isfinite() and result.d_own_HD.any()
+
+
+@pytest.mark.parametrize("name", ["ids", "everything-one-way", "everything-joint"])
+def test_a_zero_vector_has_gradient_zero(name, path):
+    names, options = GRID[name]
+    q, p, own, relations = problem(*names)
+    q[1], p[2], p[relations.labels_M[3]] = 0, 0, 0
+    q, p, own = (x if x is None else x.float() for x in (q, p, own))
+    if own is not None:
+        own[3] = 0
+    result = chunked.info_nce(
+        q, p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options), torch.ones(M),
+        (True,) * 4,
+    )  # fmt: skip
+    assert all(x is None or x.isfinite().all() for x in result[3:]) and result[0].isfinite().all()
+    assert not result.dq_MD[1].any() and not result.dp_ND[2].any()
+    assert own is None or not result.d_own_HD[3].any()
+
+
+@pytest.mark.parametrize("name", ["margin", "everything-one-way"])
+def test_nan_in_one_query_stays_in_its_row(name, path):
+    names, options = GRID[name]
+    q, p, own, relations = problem(*names)
+    q, p, own = (x if x is None else x.float() for x in (q, p, own))
+    rest = (p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options), None)
+    clean = chunked.info_nce(q, *rest).loss_M
+    q[2, 3] = torch.nan
+    loss_M = chunked.info_nce(q, *rest).loss_M
+    assert loss_M[2].isnan()
+    assert torch.equal(loss_M[torch.arange(M) != 2], clean[torch.arange(M) != 2])
+
+
+def test_workspace_of_less_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="too small for one row"):
+        q, p, own, relations = problem("ids")
+        chunked.info_nce(
+            q, p, own, torch.tensor(1.0), relations, replace(PLAIN, workspace_bytes=99), None
+        )
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("excluded", "ids", "curated"), {"margin": 0.3}),
+        (("excluded", "ids", "curated", "guide"), {"margin": 0.3, "gradient_filter": 0.1}),
+        (("excluded", "ids", "curated", "own", "positives"), EVERYTHING),
+    ],
+    ids=["fused", "guide-and-filter", "general"],
+)
+def test_score_matrix_is_never_stored(names, options, path, monkeypatch):
+    monkeypatch.setitem(chunked.SLAB, "cpu", 4096)
+    size, H, rows = 512, 1024, 32
+    q, p, own = (torch.randn(n, 4) for n in (size, size, H))
+    offsets, each = torch.arange(size + 1), torch.arange(size)
+    lists = {"own_offsets": 2 * offsets} if "own" in names else {}
+    for name in ("positive", "excluded"):
+        if name in " ".join(names):
+            lists |= {f"{name}_offsets": offsets, f"{name}_columns": each.flip(0)}
+    if "guide" in names:
+        lists |= {"guide_queries": q[:, :2], "guide_passages": p[:, :2]}
+    relations = Relations(each, query_ids_M=each, passage_ids_N=each // 2, curated_N=each, **lists)
+    settings = replace(PLAIN, workspace_bytes=rows * size * 4, **options)
+    own = own if "own" in names else None
+    with Largest() as mode:
+        chunked.info_nce(
+            q, p, own, torch.tensor(9.0), relations, settings, torch.ones(size), (True,) * 4
+        )
+    assert mode.elements <= rows * size
+    with Largest() as mode:
+        info_nce_definition(q, p, 9.0, Relations(each), PLAIN)
+    assert mode.elements >= size * size
