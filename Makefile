@@ -6,7 +6,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint aot mutants bench gpu clean
 
 demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
 	$(BIN)/rankpo-fast demo --output_dir outputs/demo
@@ -17,6 +17,12 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails on spills and the like
+	$(BIN)/python -m bench.aot
+
+mutants: $(READY)  ## breaks the code in known ways and looks whether the tests notice
+	$(BIN)/python tests/mutants.py
 
 bench: $(READY)  ## speed, memory and error of the losses beside their peers
 	$(BIN)/python -m bench

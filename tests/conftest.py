@@ -1,9 +1,22 @@
-"""Fixtures all rooms share: a tokenizer and two model directories, tiny, made on the fly."""
+"""Fixtures all rooms share: a tokenizer and two model directories, tiny, made on the fly.
 
+Without a GPU, Triton's kernels run in its interpreter, which has to be chosen here.
+"""
+
+import ctypes
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads the variable when its own `tl.sum` and our kernels are decorated: one mode a process.
+assert "triton" not in sys.modules, "triton was imported before tests/conftest.py set its mode"
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SENTENCES = [
     "a senior data engineer in Berlin builds pipelines",
@@ -17,6 +30,20 @@ SENTENCES = [
 def one_thread():
     """Models this small lose time to threads, above all on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Whether kernels run in the interpreter, which then has bf16 right; else they are compiled."""
+    import triton  # 0.8 s, which most tests do without
+
+    if not triton.knobs.runtime.interpret:
+        yield False
+        return
+    from interpreter import exact_bf16
+
+    with exact_bf16():
+        yield True
 
 
 @pytest.fixture(scope="session")
