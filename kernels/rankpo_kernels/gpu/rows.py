@@ -1,0 +1,175 @@
+"""Row kernels: inverse norms and pair similarities before the scores, the gradient through
+normalisation after them. Bound by memory: each reads its rows once or twice and writes them once.
+
+    inverse_norm[l, r] = 1 / |x_r[:d_l]|,   0 for a zero vector
+    similarity[l, k] = <a_i, b_j> / (|a_i| |b_j|) over the first d_l dims, of pair k = (i, j)
+    d x_r = g_r - (<g_r, x_r> / |x_r|^2) x_r
+
+A, B rows, P pairs, D dims, L prefixes d_0 < ... < d_L-1 = D (DIMS).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TINY = tl.constexpr(1.2e-38)  # a shorter vector counts as zero: its norm has no inverse in fp32
+BLOCK_R, BLOCK_D = 8, 512  # rows a program, and dims of them at once: 32 registers a thread
+
+
+@triton.jit
+def _prepare_kernel(
+    a_ptr, b_ptr, rows_ptr, columns_ptr,
+    inverse_a_ptr, inverse_b_ptr, similarity_ptr,
+    A, B, P, stride_a, stride_ad, stride_b, stride_bd,
+    NORMALIZE: tl.constexpr, DIMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R pairs a program, then rows of a, then rows of b, each paired with itself."""
+    pid = tl.program_id(0)
+    of_pairs, of_a = tl.cdiv(P, BLOCK_R), tl.cdiv(A, BLOCK_R)
+    x_ptr, stride_x, stride_xd = a_ptr, stride_a, stride_ad
+    y_ptr, stride_y, stride_yd = b_ptr, stride_b, stride_bd
+    out_ptr, size, first = similarity_ptr, P, pid * BLOCK_R
+    if NORMALIZE and inverse_a_ptr is not None:
+        if pid >= of_pairs + of_a:
+            x_ptr, stride_x, stride_xd = b_ptr, stride_b, stride_bd
+            out_ptr, size, first = inverse_b_ptr, B, (pid - of_pairs - of_a) * BLOCK_R
+        elif pid >= of_pairs:
+            y_ptr, stride_y, stride_yd = a_ptr, stride_a, stride_ad
+            out_ptr, size, first = inverse_a_ptr, A, (pid - of_pairs) * BLOCK_R
+    D: tl.constexpr = DIMS[len(DIMS) - 1]
+    offs_r = first + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < size
+    x_r, y_r = offs_r.to(tl.int64), offs_r.to(tl.int64)
+    is_pair = pid < of_pairs
+    if is_pair:
+        if rows_ptr is not None:
+            x_r = tl.load(rows_ptr + offs_r, mask=mask_r, other=0)
+        y_r = tl.load(columns_ptr + offs_r, mask=mask_r, other=0)
+    x_r, y_r = x_ptr + x_r * stride_x, y_ptr + y_r * stride_y
+    top_x, top_y = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    if NORMALIZE:  # divided by their largest elements, squares stay in range
+        for start in range(0, D, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
+            x = tl.load(x_r[:, None] + offs_d[None, :] * stride_xd, mask=mask_rd, other=0.0)
+            y = tl.load(y_r[:, None] + offs_d[None, :] * stride_yd, mask=mask_rd, other=0.0)
+            top_x = tl.maximum(top_x, tl.max(tl.abs(x.to(tl.float32)), 1))
+            top_y = tl.maximum(top_y, tl.max(tl.abs(y.to(tl.float32)), 1))
+    top_x, top_y = tl.where(top_x > TINY, top_x, 1.0), tl.where(top_y > TINY, top_y, 1.0)
+    dot, square_x = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    square_y = tl.zeros([BLOCK_R], tl.float32)
+    for level in tl.static_range(len(DIMS)):
+        for start in range(0 if level == 0 else DIMS[level - 1], DIMS[level], BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            mask_rd = mask_r[:, None] & (offs_d < DIMS[level])[None, :]
+            x = tl.load(x_r[:, None] + offs_d[None, :] * stride_xd, mask=mask_rd, other=0.0)
+            y = tl.load(y_r[:, None] + offs_d[None, :] * stride_yd, mask=mask_rd, other=0.0)
+            x, y = x.to(tl.float32) / top_x[:, None], y.to(tl.float32) / top_y[:, None]
+            dot += tl.sum(x * y, 1)
+            if NORMALIZE:
+                square_x += tl.sum(x * x, 1)
+                square_y += tl.sum(y * y, 1)
+        out = dot
+        if NORMALIZE:
+            norms = tl.sqrt(square_x) * tl.sqrt(square_y)
+            cosine = tl.where(norms == 0, 0.0, dot / tl.where(norms == 0, 1.0, norms))
+            # NaN == 0 is false, and NaN must stay
+            length = tl.sqrt(square_x) * top_x
+            inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(length == 0, 1.0, length))
+            out = tl.where(is_pair, cosine, inverse)
+        tl.store(out_ptr + level * size + offs_r, out, mask=mask_r)
+
+
+def prepare(
+    a_AD: Tensor, b_BD: Tensor, rows_P: Tensor | None, columns_P: Tensor,
+    dims: tuple[int, ...], normalize: bool, *, norms: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(inverse norms of a [L, A], of b [L, B], similarities [L, P]) in one launch; rows_P=None
+    pairs row k of a with column k. Without `norms`, similarities alone."""
+    L, A, B, P = len(dims), len(a_AD), len(b_BD), len(columns_P)
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=a_AD.device)  # noqa: E731
+    norms = norms and normalize
+    inverse_a, inverse_b = (new(L, A), new(L, B)) if norms else (None, None)
+    similarity_LP = new(L, P)
+    programs = sum(triton.cdiv(n, BLOCK_R) for n in ((P, A, B) if norms else (P,)))
+    if programs:
+        _prepare_kernel[(programs,)](
+            a_AD, b_BD, rows_P, columns_P, inverse_a, inverse_b, similarity_LP,
+            A, B, P, *a_AD.stride(), *b_BD.stride(),
+            normalize, tuple(dims), BLOCK_R, block_d(dims[-1]),
+        )  # fmt: skip
+    return inverse_a, inverse_b, similarity_LP
+
+
+def block_d(D: int) -> int:
+    return min(BLOCK_D, triton.next_power_of_2(D))
+
+
+@triton.jit
+def _finish_kernel(
+    g_ptr, x_ptr, inverse_ptr, factor_ptr, constant_ptr, along_ptr, out_ptr,
+    R, stride_g, stride_x, stride_xd, stride_out, inverse_stride, along_stride,
+    DIMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows a program: factor, projection onto the tangent, cast."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    row_r = offs_r.to(tl.int64)
+    D: tl.constexpr = DIMS[len(DIMS) - 1]
+    factor_r = tl.full([BLOCK_R], 1.0, tl.float32)
+    if factor_ptr is not None:
+        factor_r = tl.load(factor_ptr + offs_r, mask=mask_r, other=0.0)
+    if constant_ptr is not None:
+        factor_r *= tl.load(constant_ptr)
+    along_r = tl.zeros([BLOCK_R], tl.float32)
+    if inverse_ptr is not None and along_ptr is None:  # one level: from the gradient itself
+        inverse_r = tl.load(inverse_ptr + offs_r, mask=mask_r, other=0.0)
+        for start in range(0, D, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
+            g_rd = g_ptr + row_r[:, None] * stride_g + offs_d[None, :]
+            g = tl.load(g_rd, mask=mask_rd, other=0.0)
+            x_rd = x_ptr + row_r[:, None] * stride_x + offs_d[None, :] * stride_xd
+            x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
+            along_r += tl.sum(g * factor_r[:, None] * (x * inverse_r[:, None]), 1)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
+        g_rd = g_ptr + row_r[:, None] * stride_g + offs_d[None, :]
+        g = tl.load(g_rd, mask=mask_rd, other=0.0)
+        g = g * factor_r[:, None]
+        if inverse_ptr is not None:
+            x_rd = x_ptr + row_r[:, None] * stride_x + offs_d[None, :] * stride_xd
+            x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
+            for level in tl.static_range(len(DIMS)):
+                at_r = level * inverse_stride + offs_r
+                inverse_r = tl.load(inverse_ptr + at_r, mask=mask_r, other=0.0)
+                unit = x * inverse_r[:, None]
+                if along_ptr is None:
+                    g -= along_r[:, None] * unit
+                else:
+                    at_r = level * along_stride + offs_r
+                    part_r = tl.load(along_ptr + at_r, mask=mask_r, other=0.0) * inverse_r
+                    g -= tl.where(offs_d[None, :] < DIMS[level], part_r[:, None] * unit, 0.0)
+        to_rd = out_ptr + row_r[:, None] * stride_out + offs_d[None, :]
+        tl.store(to_rd, g.to(out_ptr.dtype.element_ty), mask=mask_rd)
+
+
+def finish(
+    g_RD: Tensor, x_RD: Tensor, inverse_LR: Tensor | None, factor_R: Tensor | None,
+    constant: Tensor | None, along_LR: Tensor | None, out_RD: Tensor, dims: tuple[int, ...],
+) -> None:  # fmt: skip
+    """out = factor * constant * g, less its part along x at each level; along_LR gives that part
+    (sum of d total / d s * s over the row), without it it is taken from g, which has one level
+    then."""
+    R = len(g_RD)
+    if not R:
+        return
+    stride_i = 0 if inverse_LR is None else inverse_LR.stride(0)
+    stride_l = 0 if along_LR is None else along_LR.stride(0)
+    _finish_kernel[(triton.cdiv(R, BLOCK_R),)](
+        g_RD, x_RD, inverse_LR, factor_R, constant, along_LR, out_RD,
+        R, g_RD.stride(0), *x_RD.stride(), out_RD.stride(0), stride_i, stride_l,
+        tuple(dims), BLOCK_R, block_d(dims[-1]),
+    )  # fmt: skip
