@@ -14,6 +14,7 @@ M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from rankpo_kernels import objective
 from rankpo_kernels.gpu import products, rows, scores
 from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Plain, Scale, Side
-from rankpo_kernels.gpu.tiles import Tiles, score_tiles, stores_scores
+from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores
 from rankpo_kernels.objective import (
     PP,
     PQ,
@@ -54,16 +55,19 @@ def info_nce(
     *, tiles: Tiles | None = None, stored: bool | None = None,
 ) -> Result:  # fmt: skip
     """Losses and gradients as `chunked.info_nce`; `tiles` and `stored` override the tables."""
-    tiles = tiles or score_tiles(q_MD.dtype)
+    needs = (False,) * 4 if weights_M is None else needs
     if not len(q_MD):
         return _nothing(q_MD, p_ND, own_HD, needs)
-    problem = _problem(q_MD, p_ND, scale, relations, settings, tiles)
-    if not is_plain(relations, settings):
-        return _general(problem, own_HD, weights_M, needs)
+    plain = is_plain(relations, settings)
     if stored is None:
-        stored = stores_scores(*q_MD.shape, len(p_ND), q_MD.dtype)
-    stored = stored and q_MD.dtype == torch.bfloat16 and not settings.gradient_filter
-    return _plain(problem, weights_M, needs, stored)
+        stored = stores_scores(*q_MD.shape, len(p_ND))
+    stored = stored and plain and any(needs[:2]) and q_MD.dtype == torch.bfloat16
+    stored = stored and not settings.gradient_filter
+    tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored)
+    problem = _problem(q_MD, p_ND, scale, relations, settings, tiles)
+    if plain:
+        return _plain(problem, weights_M, needs, stored)
+    return _general(problem, own_HD, weights_M, needs)
 
 
 def _nothing(q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, needs) -> Result:
@@ -117,7 +121,9 @@ def _problem(
     related = any(x is not None for x in relations[1:7]) or QQ in settings.directions
     return Problem(
         q_MD, p_ND,
-        scale.to(q_MD.device, torch.float32),
+        # a fill where the host knows it: a copy would wait for the device
+        scale.float() if scale.device == q_MD.device
+        else torch.full((), float(scale), dtype=torch.float32, device=q_MD.device),
         Scale(float(scale), None) if scale.device.type == "cpu" else Scale(0.0, scale),
         relations, settings, tiles, dims, pairs,
         known(relations, N) if related or PP in settings.directions else None,
@@ -237,15 +243,19 @@ def _passage_block(problem: Problem) -> Block:
     return Block(p.p_ND, p.inverse_p, index, p.p_ND, p.inverse_p, guide, masks, curated, PP, None)
 
 
-def _partials(L: int, parts: int, rows: int, like: Tensor, counted: bool = False) -> Partials:
-    new = lambda: torch.empty(L, parts, rows, dtype=torch.float32, device=like.device)  # noqa: E731
-    return Partials(new(), new(), new(), new() if counted else None, new() if counted else None)
+def _partials(L: int, parts: int, rows: int, like: Tensor, want: tuple[bool, bool]) -> Partials:
+    """`want`: the moment, for the scale's gradient; sum and count, for smoothing."""
+    moment, counted = want
+    return Partials(*[
+        torch.empty(L, parts, rows, dtype=torch.float32, device=like.device) if wanted else None
+        for wanted in (True, True, moment, counted, counted)
+    ])  # fmt: skip
 
 
 def _reduce(parts: Partials, out: Partials, out_part: int = 0) -> Partials:
     L, n_parts, R = parts.top.shape
     scores._reduce_kernel[(triton.cdiv(R, 128), L)](
-        parts, out, n_parts, out_part, out.top.shape[1], R, 128
+        parts, out, n_parts, out_part, out.top.shape[1], R, 128, **FUSION
     )
     return out
 
@@ -269,6 +279,8 @@ def _launch_gradients(
     along=(None, None), filter_mass: float = 0.0, only_over: bool = False,
 ) -> None:  # fmt: skip
     tiles, R, N = problem.tiles, part.stop - part.start, len(block.b)
+    if only_over:  # a row that overflows works for all rows of its tile
+        tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._gradients_kernel[grid](
         *block.chunk(part), plain, row_slopes, column_slopes, label_slope_LR, inverse_top,
@@ -284,8 +296,7 @@ def _guide_dims(block: Block) -> tuple[int, ...]:
 
 
 def _shape(tiles: Tiles) -> dict[str, int]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages")
-    return {name: getattr(tiles, name) for name in names}
+    return asdict(tiles) | FUSION
 
 
 def _plain(
@@ -295,8 +306,7 @@ def _plain(
     p, tiles, settings = problem, problem.tiles, problem.settings
     (M, D), N, dtype = p.q_MD.shape, len(p.p_ND), p.q_MD.dtype
     need_q, need_p, _, need_scale = needs
-    products_needed = weights_M is not None and (need_q or need_p)
-    stored = stored and products_needed
+    products_needed = need_q or need_p
     # fp16 keeps rows divided by their slopes, or the small gradients of converged rows underflow
     relative = products_needed and (stored or dtype == torch.float16)
     block = _score_block(p, QP, None)
@@ -308,7 +318,7 @@ def _plain(
     R0 = chunks[0].stop
 
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=p.q_MD.device)  # noqa: E731,E501
-    loss_M, hardest_M, d_scale_M = new(M), new(M), new(M)
+    loss_M, hardest_M, d_scale_M = new(M), new(M), new(M) if need_scale else None
     factor_M = new(M) if relative else None
     dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
     dq_RD = new(R0, D) if products_needed and need_q else None
@@ -321,16 +331,17 @@ def _plain(
         constant = top * p.scale
     for part in chunks:
         R = part.stop - part.start
-        tile_parts = parts = _partials(1, tiles_n, R, p.q_MD)
+        tile_parts = parts = _partials(1, tiles_n, R, p.q_MD, (need_scale, False))
         positive_R = p.similarity_LP[0, part]
         out = out_RN[:R] if products_needed else None
         keep = {"positive_R": positive_R, "inverse_top": top, "stored": out} if stored else {}
         _launch_statistics(p, block, part, parts, None, **keep)
         if tiles_n > INLINE_PARTS:
-            parts = _reduce(parts, _partials(1, 1, R, p.q_MD))
+            parts = _reduce(parts, _partials(1, 1, R, p.q_MD, (need_scale, False)))
         plain = Plain(
             parts, positive_R, None if weights_M is None else weights_M[part], loss_M[part],
-            hardest_M[part], d_scale_M[part], None if factor_M is None else factor_M[part],
+            hardest_M[part], None if d_scale_M is None else d_scale_M[part],
+            None if factor_M is None else factor_M[part],
         )  # fmt: skip
         if stored or not products_needed:
             inverses = (p.inverse_q, p.inverse_p, top)
@@ -377,10 +388,9 @@ def _plain(
         rows.finish(
             dp_ND, p.p_ND, p.inverse_p, None, constant if relative else None, None, dp_out, p.dims
         )
-    d_scale = d_scale_M.sum() if need_scale and weights_M is not None else None
     return Result(
         loss_M, p.similarity_LP[0], hardest_M, dq_MD if products_needed else None,
-        dp_out if dp_ND is not None else None, None, d_scale,
+        dp_out if dp_ND is not None else None, None, d_scale_M.sum() if need_scale else None,
     )  # fmt: skip
 
 
@@ -394,7 +404,7 @@ def _launch_rows(
         None if inverse_q is None else inverse_q[0, part],
         None if inverse_p is None else inverse_p[0], top, stored, weighted_RD,
         p.number, plain.parts.top.shape[1], R, *q_RD.stride(),
-        0 if stored is None else stored.stride(0), D, rows.BLOCK_R, rows.block_d(D),
+        0 if stored is None else stored.stride(0), D, rows.BLOCK_R, rows.block_d(D), **FUSION,
     )  # fmt: skip
 
 
@@ -435,7 +445,7 @@ def _general(
         blocks.append(_passage_block(p))
     stats: dict[str, Stats] = {}  # [L, rows] each
     for block in blocks:
-        stats |= _statistics(p, block)
+        stats |= _statistics(p, block, (need_scale, settings.label_smoothing > 0))
     stats = {direction: stats[direction] for direction in directions}
     own = None
     if own_HD is not None:
@@ -477,7 +487,9 @@ def _general(
             _gradients(p, block, stats, slopes, slope_LP, dq_MD, dp_ND, along_q, along_p)
     d_own = None
     if own is not None and (need_q or need_own):
-        d_own = torch.empty_like(own_HD, dtype=gradient_dtype(own_HD.dtype)) if need_own else None
+        d_own = None
+        if need_own:
+            d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
         g_LH = torch.zeros_like(own.logit_LH)  # d total / d logit
         if QP in stats:
             owner_H, stat, slope = own.owner_H, stats[QP], slopes[QP]
@@ -497,7 +509,9 @@ def _general(
     ):
         out = None
         if grad is not None:
-            out = torch.empty_like(grad, dtype=gradient_dtype(x.dtype))
+            # past the last prefix the gradient is 0
+            new = torch.zeros_like if p.dims[-1] < D else torch.empty_like
+            out = new(grad, dtype=gradient_dtype(x.dtype))
             rows.finish(grad, x, inverse, None, None, along, out, p.dims)
         outs.append(out)
     return result._replace(
@@ -505,43 +519,46 @@ def _general(
     )
 
 
-def _statistics(p: Problem, block: Block) -> dict[str, Stats]:
+def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Stats]:
     """Of a block's directions, [L, rows] and [L, columns]."""
     L, N, tiles = len(p.dims), len(block.b), p.tiles
     if block.row_direction is None and block.column_direction is None:
         return {}
-    counted = p.settings.label_smoothing > 0
-    of_row = (20 if counted else 12) * L
+    of_row = 4 * (2 + want[0] + 2 * want[1]) * L
     row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
     chunks = list(_chunks(block.rows, _rows_per_chunk(N, row_bytes, p.settings), tiles.BLOCK_M))
     stats, row_parts = {}, []
-    columns = _partials(L, len(chunks), N, block.b, counted) if block.column_direction else None
+    columns = _partials(L, len(chunks), N, block.b, want) if block.column_direction else None
     for number, part in enumerate(chunks):
         R = part.stop - part.start
         of_rows = of_columns = None
         if block.row_direction:
-            of_rows = _partials(L, triton.cdiv(N, tiles.BLOCK_N), R, block.b, counted)
+            of_rows = _partials(L, triton.cdiv(N, tiles.BLOCK_N), R, block.b, want)
         if block.column_direction:
-            of_columns = _partials(L, triton.cdiv(R, tiles.BLOCK_M), N, block.b, counted)
+            of_columns = _partials(L, triton.cdiv(R, tiles.BLOCK_M), N, block.b, want)
         _launch_statistics(p, block, part, of_rows, of_columns)
         if of_rows is not None:
-            row_parts.append(_reduce(of_rows, _partials(L, 1, R, block.b, counted)))
+            row_parts.append(_reduce(of_rows, _partials(L, 1, R, block.b, want)))
         if of_columns is not None:
             _reduce(of_columns, columns, number)
     if block.row_direction:
-        rows = [torch.cat(x, 2)[:, 0] for x in zip(*row_parts, strict=True) if x[0] is not None]
-        stats[block.row_direction] = _stats(rows)
+        stats[block.row_direction] = _stats(*(
+            None if x[0] is None else torch.cat(x, 2)[:, 0] for x in zip(*row_parts, strict=True)
+        ))  # fmt: skip
     if block.column_direction:
-        whole = _reduce(columns, _partials(L, 1, N, block.b, counted))
-        stats[block.column_direction] = _stats([x[:, 0] for x in whole if x is not None])
+        whole = _reduce(columns, _partials(L, 1, N, block.b, want))
+        stats[block.column_direction] = _stats(*(None if x is None else x[:, 0] for x in whole))
     return stats
 
 
-def _stats(parts: list[Tensor]) -> Stats:
-    top, z, zs, *counted = parts
+def _stats(
+    top: Tensor, z: Tensor, zs: Tensor | None, total: Tensor | None, count: Tensor | None
+) -> Stats:
+    """What was not wanted is 0."""
+    none = torch.zeros_like(z)
     lse = torch.where(z == 0, -torch.inf, top + z.log())
-    total, count = counted or (torch.zeros_like(z), torch.zeros_like(z))
-    return Stats(lse, torch.where(z == 0, 0, zs / z), total, count, top)
+    mean = none if zs is None else torch.where(z == 0, 0, zs / z)
+    return Stats(lse, mean, *(none if x is None else x for x in (total, count)), top)
 
 
 class Own(NamedTuple):
@@ -567,7 +584,7 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     e_LH = (s_LH - floor_LM[:, owner_H]).exp()
     z, zs, total = (_add_at(zeros_LM.clone(), owner_H, x) for x in (e_LH, e_LH * s_LH, s_LH))
     count = _add_at(zeros_LM.clone(), owner_H, torch.ones_like(s_LH))
-    stats = _stats([top_LM, z, zs, total, count])
+    stats = _stats(top_LM, z, zs, total, count)
     return Own(owner_H, inverse_LH, s_LH, stats)
 
 
@@ -666,5 +683,5 @@ def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> 
     if K:
         scores._scatter_kernel[(triton.cdiv(K, 128), L)](
             G_LRN, rows_K, columns_K, value_LK, part.start, R, K, G_LRN.stride(1), G_LRN.stride(0),
-            128,
+            128, **FUSION,
         )  # fmt: skip

@@ -24,7 +24,8 @@ DIMS = (64, 256, 1024)
 
 
 def launches() -> Iterator[Launch]:
-    """Plain and general forms in each dtype, with the options that change what a kernel holds."""
+    """Plain and general forms, with the options that change what a kernel holds: all of them in
+    bf16, what differs by dtype in the others."""
     integers = torch.zeros(N, dtype=torch.int64)
     ids = {"query_ids_M": integers[:M], "passage_ids_N": integers}
     every = ids | {
@@ -35,31 +36,41 @@ def launches() -> Iterator[Launch]:
         q, p = torch.empty(M, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
         guide = {"guide_queries": q[:, :512], "guide_passages": p[:, :512]}
 
-        def loss(relations=None, own=None, forward=False, D=D, q=q, p=p, **options):
-            stored = options.pop("stored", None)
-            relations = Relations(integers[:M], **(relations or {}))
-            settings = Settings(options.pop("normalize", True), 1 << 30, **options)
-            weights = None if forward else torch.empty(M)
-            needs = (not forward, not forward, own is not None, True)
-            scale = torch.tensor(50.0, dtype=torch.float64)
-            return lambda: info_nce(
-                q[:, :D], p[:, :D], own, scale, relations, settings, weights, needs, stored=stored
-            )
+        def loss(
+            relations=None, own=None, needs=(True, True, True, False), D=D, q=q, p=p, stored=False,
+            normalize=True, **options,
+        ):  # fmt: skip
+            arguments = (
+                q[:, :D], p[:, :D], own, torch.tensor(50.0, dtype=torch.float64),
+                Relations(integers[:M], **(relations or {})),
+                Settings(normalize, 1 << 30, **options),
+                torch.empty(M) if any(needs) else None, needs,
+            )  # fmt: skip
+            return lambda: info_nce(*arguments, stored=stored)
 
         matryoshka = {"dims": DIMS, "dim_weights": (1.0,) * len(DIMS)}
+        symmetric, learnt = {"directions": DIRECTIONS[:2]}, {"needs": (True,) * 4}
         cases = {
-            "plain": loss(stored=False),
-            "plain, stored": loss(stored=True),
-            "plain, forward": loss(forward=True),
-            "plain, odd D": loss(stored=False, D=1000),
-            "plain, unnormalised": loss(stored=False, normalize=False),
-            "plain, ids, margin": loss(ids | {"curated_N": integers}, margin=0.1, stored=True),
-            "plain, guide": loss(ids | guide, margin=0.1, stored=True),
-            "plain, filter": loss(gradient_filter=1e-3),
-            "all directions": loss(every, own=p[:M], directions=DIRECTIONS, label_smoothing=0.1),
-            "symmetric": loss(directions=DIRECTIONS[:2], joint=False),
-            "matryoshka": loss(every, own=p[:M], **matryoshka),
-            "matryoshka, symmetric": loss(directions=DIRECTIONS[:2], **matryoshka),
+            "plain": loss(),
+            "symmetric": loss(joint=False, **symmetric),
+            "everything": loss(
+                every, own=p[:M], margin=0.1, directions=DIRECTIONS, label_smoothing=0.1, **learnt
+            ),
+            "matryoshka, symmetric": loss(**matryoshka, **symmetric),
         }
+        if dtype == torch.bfloat16:
+            cases |= {
+                "plain, learnt scale": loss(**learnt),
+                "plain, stored": loss(stored=True),
+                "plain, stored, learnt scale": loss(stored=True, **learnt),
+                "plain, forward": loss(needs=(False,) * 4),
+                "plain, odd D": loss(D=1000),
+                "plain, unnormalised": loss(normalize=False),
+                "plain, ids": loss(ids, stored=True),
+                "plain, ids, margin": loss(ids | {"curated_N": integers}, margin=0.1, stored=True),
+                "plain, guide": loss(ids | guide, margin=0.1, stored=True),
+                "plain, filter": loss(gradient_filter=1e-3),
+                "matryoshka, everything": loss(every, own=p[:M], **matryoshka, **learnt),
+            }
         for options, run in cases.items():
             yield Launch("info_nce", str(dtype).removeprefix("torch."), options, run, True)

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rankpo_kernels.gpu.rows import block_d
-from rankpo_kernels.gpu.tiles import Tiles
+from rankpo_kernels.gpu.tiles import FUSION, Tiles
+
+BLOCK_D = 128  # dims of a tile of a product
 
 
 @triton.jit
@@ -53,17 +55,17 @@ def filtered(
     (R, N), D = g_RN.shape, b_ND.shape[1]
     counts = live.sum(1, dtype=torch.int32)
     order = live.argsort(dim=1, descending=True, stable=True).to(torch.int32).contiguous()
-    _filtered_kernel[(live.shape[0], triton.cdiv(D, tiles.BLOCK_N))](
+    _filtered_kernel[(live.shape[0], triton.cdiv(D, BLOCK_D))](
         g_RN, b_ND, out_RD, order, counts, R, N, D, *g_RN.stride(), *b_ND.stride(), live.shape[1],
-        add, row_block, column_block, tiles.BLOCK_N,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        add, row_block, column_block, BLOCK_D,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSION,
     )  # fmt: skip
 
 
 @triton.jit
 def _own_kernel(
     q, own, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq, d_own,
-    M, H, stride_q, stride_qd, stride_o, stride_od, stride_dq,
+    M, H, stride_q, stride_qd, stride_o, stride_od, stride_dq, stride_do,
     NEED_Q: tl.constexpr, NEED_OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +95,7 @@ def _own_kernel(
                 dq_d += tl.where(part, g * n_d, 0.0)
                 dn_d += tl.where(part, g * q_d, 0.0)
         if NEED_OWN:
-            to = d_own + h * D + offs_d
+            to = d_own + h * stride_do + offs_d
             tl.store(to, dn_d.to(d_own.dtype.element_ty), mask=mask_d)
     if NEED_Q:
         to = dq + i * stride_dq + offs_d
@@ -114,5 +116,7 @@ def own_gradients(
     _own_kernel[(M, triton.cdiv(D, block))](
         q_MD, own_HD, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq_MD, d_own_HD,
         M, H, *q_MD.stride(), *own_HD.stride(), 0 if dq_MD is None else dq_MD.stride(0),
+        0 if d_own_HD is None else d_own_HD.stride(0),
         dq_MD is not None, d_own_HD is not None, inverse_q is not None, tuple(dims), block,
+        **FUSION,
     )  # fmt: skip

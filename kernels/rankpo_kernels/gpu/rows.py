@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankpo_kernels.gpu.tiles import FUSION
+
 TINY = tl.constexpr(1.2e-38)  # a shorter vector counts as zero: its norm has no inverse in fp32
-BLOCK_R, BLOCK_D = 8, 512  # rows a program, and dims of them at once: 32 registers a thread
+BLOCK_R, BLOCK_D = 8, 256  # rows a program, and dims of them at once: 16 numbers a thread
 
 
 @triton.jit
@@ -97,7 +99,7 @@ def prepare(
         _prepare_kernel[(programs,)](
             a_AD, b_BD, rows_P, columns_P, inverse_a, inverse_b, similarity_LP,
             A, B, P, *a_AD.stride(), *b_BD.stride(),
-            normalize, tuple(dims), BLOCK_R, block_d(dims[-1]),
+            normalize, tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
         )  # fmt: skip
     return inverse_a, inverse_b, similarity_LP
 
@@ -171,5 +173,5 @@ def finish(
     _finish_kernel[(triton.cdiv(R, BLOCK_R),)](
         g_RD, x_RD, inverse_LR, factor_R, constant, along_LR, out_RD,
         R, g_RD.stride(0), *x_RD.stride(), out_RD.stride(0), stride_i, stride_l,
-        tuple(dims), BLOCK_R, block_d(dims[-1]),
+        tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Partials(NamedTuple):
 
     top: Tensor
     z: Tensor  # sum of exp(s - top)
-    zs: Tensor  # sum of exp(s - top) * s
+    zs: Tensor | None  # sum of exp(s - top) * s, for the scale's gradient
     sum: Tensor | None  # of s, for label smoothing
     count: Tensor | None
 
@@ -71,22 +71,31 @@ class Slopes(NamedTuple):
     stride: int
 
 
+@triton.constexpr_function
+def _whole(dims, block):
+    """Whether no block of dims needs a mask."""
+    return all(dim % block == 0 for dim in dims)
+
+
 @triton.jit
 def _dots(
-    acc, a, a_row, stride_ad, b, b_row, stride_bd, FIRST: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    acc, a, a_row, stride_ad, b, b_row, stride_bd, level, DIMS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] += A[:, FIRST:LAST] B[:, FIRST:LAST]'."""
-    for start in range(FIRST, LAST, BLOCK_K):
+    """acc [BLOCK_M, BLOCK_N] += A B' over the dims that the prefix of this level adds."""
+    first, last = 0, DIMS[0]
+    for longer in tl.static_range(1, len(DIMS)):
+        first = tl.where(level == longer, DIMS[longer - 1], first)
+        last = tl.where(level == longer, DIMS[longer], last)
+    for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         a_mk = a + a_row[:, None] + offs_k[None, :] * stride_ad
         b_nk = b + b_row[:, None] + offs_k[None, :] * stride_bd
-        if (LAST - FIRST) % BLOCK_K == 0:
+        if _whole(DIMS, BLOCK_K):
             x_mk = tl.load(a_mk)  # [BLOCK_M, BLOCK_K]
             y_nk = tl.load(b_nk)  # [BLOCK_N, BLOCK_K]
         else:
-            x_mk = tl.load(a_mk, mask=offs_k[None, :] < LAST, other=0.0)
-            y_nk = tl.load(b_nk, mask=offs_k[None, :] < LAST, other=0.0)
+            x_mk = tl.load(a_mk, mask=offs_k[None, :] < last, other=0.0)
+            y_nk = tl.load(b_nk, mask=offs_k[None, :] < last, other=0.0)
         # fp32 stays fp32: tf32 is 4e-2 off at temperature 0.01
         acc = tl.dot(x_mk, tl.trans(y_nk), acc, input_precision="ieee")
     return acc
@@ -101,39 +110,20 @@ def _rows_of(side, offs):
 
 
 @triton.jit
-def _similarity(acc, a, rows, b, columns, LEVEL: tl.constexpr):
+def _similarity(acc, a, rows, b, columns, level):
     """Dot products to cosines; left as they are without norms."""
     if a.inverse_L is not None:
-        inverse_m = tl.load(a.inverse_L + LEVEL * a.inverse_stride + rows)
-        inverse_n = tl.load(b.inverse_L + LEVEL * b.inverse_stride + columns)
+        inverse_m = tl.load(a.inverse_L + level * a.inverse_stride + rows)
+        inverse_n = tl.load(b.inverse_L + level * b.inverse_stride + columns)
         acc = acc * inverse_m[:, None] * inverse_n[None, :]
     return acc
 
 
 @triton.jit
-def _unrelated(masks, offs_m, offs_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N]: neither the label nor known to the row."""
-    open_mn = tl.full([BLOCK_M, BLOCK_N], 1, tl.int1)
-    if masks.label_R is not None:
-        open_mn = open_mn & (tl.load(masks.label_R + offs_m)[:, None] != offs_n[None, :])
-    if masks.keys is not None:
-        class_m = tl.load(masks.class_R + offs_m)
-        start_n = tl.load(masks.start_N + offs_n)
-        stop_n = tl.load(masks.stop_N + offs_n)
-        # mostly none or one: a passage is a positive of few texts
-        for step in range(0, tl.max(stop_n - start_n)):
-            at_n = start_n + step
-            key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=0)
-            same_mn = class_m[:, None] == key_n[None, :]
-            open_mn = open_mn & ~(same_mn & (at_n < stop_n)[None, :])
-    return open_mn
-
-
-@triton.jit
-def _judged(open_mn, judge_mn, masks, offs_m, offs_n, LEVEL: tl.constexpr, CURATED: tl.constexpr):
+def _judged(open_mn, judge_mn, masks, offs_m, offs_n, level, CURATED: tl.constexpr):
     """What remains open once pairs above the row's limit are closed, and curated ones treated."""
     if masks.limit_LR is not None:
-        limit_m = tl.load(masks.limit_LR + LEVEL * masks.limit_stride + offs_m)
+        limit_m = tl.load(masks.limit_LR + level * masks.limit_stride + offs_m)
         close_mn = judge_mn > limit_m[:, None]
         if CURATED == 1:
             owner_n = tl.load(masks.owner_N + offs_n)
@@ -148,18 +138,53 @@ def _judged(open_mn, judge_mn, masks, offs_m, offs_n, LEVEL: tl.constexpr, CURAT
 
 
 @triton.jit
+def _unrelated(
+    masks, guide_a, guide_b, offs_m, offs_n,
+    GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: neither the label nor known to the row, nor found close by a guide."""
+    open_mn = tl.full([BLOCK_M, BLOCK_N], 1, tl.int1)
+    if masks.label_R is not None:
+        open_mn = open_mn & (tl.load(masks.label_R + offs_m)[:, None] != offs_n[None, :])
+    if masks.keys is not None:
+        class_m = tl.load(masks.class_R + offs_m)
+        start_n = tl.load(masks.start_N + offs_n)
+        stop_n = tl.load(masks.stop_N + offs_n)
+        # mostly none or one: a passage is a positive of few texts
+        for step in range(0, tl.max(stop_n - start_n)):
+            at_n = start_n + step
+            key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=0)
+            same_mn = class_m[:, None] == key_n[None, :]
+            open_mn = open_mn & ~(same_mn & (at_n < stop_n)[None, :])
+    if guide_a is not None:
+        rows_a, rows_b = _rows_of(guide_a, offs_m), _rows_of(guide_b, offs_n)
+        judge_mn = _dots(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_a * guide_a.stride,
+            guide_a.stride_d, guide_b.x, rows_b * guide_b.stride, guide_b.stride_d,
+            0, GUIDE_DIMS, BLOCK_K,
+        )  # fmt: skip
+        judge_mn = _similarity(judge_mn, guide_a, rows_a, guide_b, rows_b, 0)
+        open_mn = _judged(open_mn, judge_mn, masks, offs_m, offs_n, 0, CURATED)
+    return open_mn
+
+
+@triton.jit
 def _part(s_mn, open_mn, partials, at, AXIS: tl.constexpr, mask):
-    """Store the partial statistics of a tile along an axis, at offset `at` of each array."""
+    """Store the partial statistics of a tile along an axis, at offset `at` of each array; returns
+    the largest scores and the exponentials beside them, 0 where closed."""
     masked_mn = tl.where(open_mn, s_mn, -float("inf"))
     top = tl.max(masked_mn, AXIS)
     floor = tl.where(top == -float("inf"), 0.0, top)  # nothing is open: exp(-inf - 0) = 0
     e_mn = tl.exp(masked_mn - (floor[:, None] if AXIS == 1 else floor[None, :]))
     tl.store(partials.top + at, top, mask=mask)
     tl.store(partials.z + at, tl.sum(e_mn, AXIS), mask=mask)
-    tl.store(partials.zs + at, tl.sum(tl.where(open_mn, e_mn * s_mn, 0.0), AXIS), mask=mask)
+    if partials.zs is not None:
+        tl.store(partials.zs + at, tl.sum(tl.where(open_mn, e_mn * s_mn, 0.0), AXIS), mask=mask)
     if partials.sum is not None:
         tl.store(partials.sum + at, tl.sum(tl.where(open_mn, s_mn, 0.0), AXIS), mask=mask)
         tl.store(partials.count + at, tl.sum(open_mn.to(tl.float32), AXIS), mask=mask)
+    return top, e_mn
 
 
 class Plain(NamedTuple):
@@ -170,7 +195,7 @@ class Plain(NamedTuple):
     weights_R: Tensor | None
     loss_R: Tensor
     hardest_R: Tensor
-    d_scale_R: Tensor
+    d_scale_R: Tensor | None
     factor_R: Tensor | None  # what was divided out of a stored row
 
 
@@ -186,6 +211,13 @@ def _tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
     first_m = pid // in_group * GROUP
     group = min(tiles_m - first_m, GROUP)
     return first_m + pid % in_group % group, pid % in_group // group
+
+
+@triton.jit
+def _tile_at(out, pid_m, pid_n, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers of a tile: one in 64 bits, offsets from it in 32."""
+    out += (pid_m * BLOCK_M).to(tl.int64) * stride + pid_n * BLOCK_N
+    return out + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit
@@ -210,7 +242,8 @@ def _gap(plain, offs_m, R, n_parts, scale):
         at = part * R + offs_m
         by = tl.exp(tl.load(plain.parts.top + at) - floor)
         z += tl.load(plain.parts.z + at) * by
-        zs += tl.load(plain.parts.zs + at) * by
+        if plain.parts.zs is not None:
+            zs += tl.load(plain.parts.zs + at) * by
     alone = z == 0
     lse = tl.where(alone, -float("inf"), top + tl.log(z))
     mean = tl.where(alone, 0.0, zs / z)
@@ -242,7 +275,8 @@ def _leave(plain, offs_m, mask, gap, top, mean, scale):
     tl.store(plain.hardest_R + offs_m, top / scale, mask=mask)
     if plain.weights_R is not None:
         pull *= tl.load(plain.weights_R + offs_m)
-        tl.store(plain.d_scale_R + offs_m, pull * (mean - s_positive) / scale, mask=mask)
+        if plain.d_scale_R is not None:
+            tl.store(plain.d_scale_R + offs_m, pull * (mean - s_positive) / scale, mask=mask)
     return pull
 
 
@@ -263,22 +297,16 @@ def _statistics_kernel(
     mask_m, mask_n = offs_m < R, offs_n < N
     # the last row stands in for those past the end, which are masked where results leave
     safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)
-    open_mn = _unrelated(masks, safe_m, safe_n, BLOCK_M, BLOCK_N)
-    if guide_a is not None:
-        rows_g, columns_g = _rows_of(guide_a, safe_m), _rows_of(guide_b, safe_n)
-        judge_mn = _dots(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_g * guide_a.stride,
-            guide_a.stride_d, guide_b.x, columns_g * guide_b.stride, guide_b.stride_d,
-            0, GUIDE_DIMS[0], BLOCK_K,
-        )  # fmt: skip
-        judge_mn = _similarity(judge_mn, guide_a, rows_g, guide_b, columns_g, 0)
-        open_mn = _judged(open_mn, judge_mn, masks, safe_m, safe_n, 0, CURATED)
+    open_mn = _unrelated(
+        masks, guide_a, guide_b, safe_m, safe_n,
+        GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     rows_a, rows_b = _rows_of(a, safe_m), _rows_of(b, safe_n)
     dots_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for level in tl.static_range(len(DIMS)):
+    for level in range(len(DIMS)):  # not unrolled: that would take the registers of all levels
         dots_mn = _dots(
             dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-            0 if level == 0 else DIMS[level - 1], DIMS[level], BLOCK_K,
+            level, DIMS, BLOCK_K,
         )  # fmt: skip
         similarity_mn = _similarity(dots_mn, a, rows_a, b, rows_b, level)
         left_mn = open_mn
@@ -287,19 +315,20 @@ def _statistics_kernel(
         s_mn = scale * similarity_mn
         if rows is not None:
             at = (level * tiles_n + pid_n) * R + offs_m
-            _part(s_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
+            top_m, e_mn = _part(s_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
+            if stored is not None:
+                # a tile far below the row's largest score may underflow: it is nothing beside it
+                by_m = tl.exp(top_m - scale * tl.load(positive_R + safe_m) + SHIFT)
+                if b.inverse_L is not None:
+                    relative_n = tl.load(b.inverse_L + rows_b) * (1.0 / tl.load(inverse_top))
+                    e_mn *= relative_n[None, :]
+                e_mn *= tl.where(top_m == -float("inf"), 0.0, by_m)[:, None]
+                to_mn = _tile_at(stored, pid_m, pid_n, stored_stride, BLOCK_M, BLOCK_N)
+                e_mn = e_mn.to(stored.dtype.element_ty)
+                tl.store(to_mn, e_mn, mask=mask_m[:, None] & mask_n[None, :])
         if columns is not None:
             at = (level * tiles_m + pid_m) * N + offs_n
             _part(s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
-        if stored is not None:
-            s_positive_m = scale * tl.load(positive_R + safe_m)
-            e_mn = tl.exp(s_mn - s_positive_m[:, None] + SHIFT)
-            if b.inverse_L is not None:
-                relative_n = tl.load(b.inverse_L + rows_b) / tl.load(inverse_top)
-                e_mn *= relative_n[None, :]
-            e_mn = tl.where(left_mn, e_mn, 0.0).to(stored.dtype.element_ty)
-            at_mn = offs_m.to(tl.int64)[:, None] * stored_stride + offs_n[None, :]
-            tl.store(stored + at_mn, e_mn, mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -388,24 +417,18 @@ def _gradients_kernel(
             work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
             tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
     if work:
-        open_mn = _unrelated(masks, safe_m, safe_n, BLOCK_M, BLOCK_N)
-        if guide_a is not None:
-            rows_g, columns_g = _rows_of(guide_a, safe_m), _rows_of(guide_b, safe_n)
-            judge_mn = _dots(
-                tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_g * guide_a.stride,
-                guide_a.stride_d, guide_b.x, columns_g * guide_b.stride, guide_b.stride_d,
-                0, GUIDE_DIMS[0], BLOCK_K,
-            )  # fmt: skip
-            judge_mn = _similarity(judge_mn, guide_a, rows_g, guide_b, columns_g, 0)
-            open_mn = _judged(open_mn, judge_mn, masks, safe_m, safe_n, 0, CURATED)
+        open_mn = _unrelated(
+            masks, guide_a, guide_b, safe_m, safe_n,
+            GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         rows_a, rows_b = _rows_of(a, safe_m), _rows_of(b, safe_n)
         write_mn = write_m[:, None] & mask_n[None, :]
-        at_mn = offs_m.to(tl.int64)[:, None] * out_stride + offs_n[None, :]
+        out_mn = _tile_at(out, pid_m, pid_n, out_stride, BLOCK_M, BLOCK_N)
         dots_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for level in tl.static_range(len(DIMS)):
+        for level in range(len(DIMS)):
             dots_mn = _dots(
                 dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-                0 if level == 0 else DIMS[level - 1], DIMS[level], BLOCK_K,
+                level, DIMS, BLOCK_K,
             )  # fmt: skip
             similarity_mn = _similarity(dots_mn, a, rows_a, b, rows_b, level)
             left_mn = open_mn
@@ -454,16 +477,16 @@ def _gradients_kernel(
                     g_mn *= relative_n[None, :]
             else:
                 g_mn = _similarity(scale * g_mn, a, rows_a, b, rows_b, level)
-            to_mn = out + level * level_stride + at_mn
+            to_mn = out_mn + level * level_stride
             tl.store(to_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
         if len(DIMS) > 1:
             # A block of dims takes part in every prefix from its own on.
             tl.debug_barrier()
-            for step in tl.static_range(len(DIMS) - 1):
-                to_mn = out + (len(DIMS) - 2 - step) * level_stride + at_mn
-                more_mn = tl.load(to_mn, mask=write_mn, other=0.0).to(tl.float32)
-                g_mn = g_mn + more_mn
-                tl.store(to_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
+            sum_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for step in range(len(DIMS)):
+                to_mn = out_mn + (len(DIMS) - 1 - step) * level_stride
+                sum_mn += tl.load(to_mn, mask=write_mn, other=0.0).to(tl.float32)
+                tl.store(to_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
 
 
 @triton.jit
@@ -487,14 +510,16 @@ def _reduce_kernel(
         at = (level * n_parts + part) * R + offs
         by = tl.exp(tl.load(parts.top + at, mask=mask, other=0.0) - floor)
         z += tl.load(parts.z + at, mask=mask, other=0.0) * by
-        zs += tl.load(parts.zs + at, mask=mask, other=0.0) * by
+        if parts.zs is not None:
+            zs += tl.load(parts.zs + at, mask=mask, other=0.0) * by
         if parts.sum is not None:
             total += tl.load(parts.sum + at, mask=mask, other=0.0)
             count += tl.load(parts.count + at, mask=mask, other=0.0)
     to = (level * out_parts + out_part) * R + offs
     tl.store(out.top + to, top, mask=mask)
     tl.store(out.z + to, z, mask=mask)
-    tl.store(out.zs + to, zs, mask=mask)
+    if parts.zs is not None:
+        tl.store(out.zs + to, zs, mask=mask)
     if parts.sum is not None:
         tl.store(out.sum + to, total, mask=mask)
         tl.store(out.count + to, count, mask=mask)

@@ -1,12 +1,17 @@
-"""How large a tile is, which pipeline runs, how many rows a chunk has: tables with their reasons.
+"""How large a tile is and which pipeline runs: tables with their reasons.
 
-None of it is measured yet: the figures are from flops, bytes and what compiles without spills
-(`make aot`). See `cost` for the model.
+None of it is measured yet: the figures are from flops, bytes (`python -m bench.cost`) and what
+compiles without spills (`make aot`). `python -m bench` on a card sweeps the tiles.
 """
 
 from dataclasses import dataclass
 
 import torch
+import triton
+
+from rankpo_kernels.objective import Relations, Settings, is_plain
+
+FUSION = {"enable_fp_fusion": True}  # said at every launch: Triton's default is about to change
 
 
 @dataclass(frozen=True)
@@ -19,19 +24,39 @@ class Tiles:
     GROUP: int = 8  # tiles of rows that walk the columns together, their rows staying in L2
 
 
-# Two warp groups of 64 x 256 fill Hopper's wgmma; 64 registers a thread and accumulator leave room
-# for the epilogue. fp32 runs on the plain cores, where larger tiles spill.
-HALF = Tiles(128, 128, 64, num_warps=8, num_stages=3)
+# 64 numbers of a score tile a thread, two warp groups of wgmma 64 x 128: what an epilogue adds must
+# fit beside them in 255 registers. A thread also holds a value for each of its columns from every
+# vector along the columns, so what reads many of them takes fewer columns.
+WIDE = Tiles(128, 128, 64, num_warps=8, num_stages=3)
+SLIM = Tiles(128, 64, 64, num_warps=8, num_stages=3)
+SMALL = Tiles(64, 64, 32, num_warps=8, num_stages=4)
+# fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
 
 
-def score_tiles(dtype: torch.dtype) -> Tiles:
-    return FULL if dtype == torch.float32 else HALF
+def score_tiles(
+    dtype: torch.dtype, relations: Relations, settings: Settings, stored: bool
+) -> Tiles:
+    if dtype == torch.float32:
+        return FULL
+    if relations.guide_queries is not None or len(settings.dims) > 1:
+        return SMALL  # two accumulators, or one that outlives several epilogues
+    masked = settings.margin is not None or any(x is not None for x in relations[1:7])
+    if masked or settings.gradient_filter or not is_plain(relations, settings):
+        return SLIM
+    # tensor memory of sm_100 comes as 64 columns a thread, with wgmma they are 32
+    return SLIM if stored and _architecture() >= 100 else WIDE
 
 
-def stores_scores(M: int, D: int, N: int, dtype: torch.dtype) -> bool:
-    """Whether exponentials are stored (6MND) or the scores computed twice (8MND).
+def _architecture() -> int:
+    if triton.knobs.runtime.interpret:
+        return 0
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def stores_scores(M: int, D: int, N: int) -> bool:
+    """Whether exponentials are stored (6MND) or the scores computed twice (8MND), in bf16.
 
     Storing takes two launches more, which a batch of 0.2 ms feels and a larger one does not.
     """
-    return dtype == torch.bfloat16 and M * N * D >= 2**36  # 8k x 8k x 1024
+    return M * N * D >= 2**36  # 8k x 8k x 1024
