@@ -18,8 +18,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKED = "kernels/rankpo_kernels/chunked.py"
-INFO_NCE = ("tests/ops/test_info_nce.py",)
+KERNELS = "kernels/rankpo_kernels/"
+CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
+SCORES, ROWS = KERNELS + "gpu/scores.py", KERNELS + "gpu/rows.py"
+PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
+OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+
+
+def of(file: str, names: str) -> tuple[str, ...]:
+    """pytest's arguments for the tests with such names."""
+    return (file, "-k", names)
+
+
+def gpu(names: str) -> tuple[str, ...]:
+    return of("tests/kernels/test_gpu_info_nce.py", names)
+
+
+OPTIONS = gpu("options_in_fp32")
+FAR_APART = gpu("too_far_apart or zero_vector")
+SMALL_CHUNKS = gpu("chunks_smaller or summed_beforehand")
+FILTER = gpu("filter")
+MEMORY = gpu("outside")
+CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
+CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
+OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
 
 
 @dataclass(frozen=True)
@@ -34,41 +56,286 @@ class Mutant:
 
 
 MUTANTS = [
+    # kernels/rankpo_kernels/gpu/scores.py
     Mutant(
-        "label-among-negatives", CHUNKED,
-        "scores_RN.scatter_(1, label_R1, -torch.inf)",
+        "label-is-a-negative", SCORES,
+        "!= offs_n[None, :])",
+        ">= 0)",
+        OPTIONS,
+    ),
+    Mutant(
+        "known-pairs-are-negatives", SCORES,
+        "open_mn = open_mn & ~(same_mn",
+        "open_mn = open_mn | (same_mn",
+        OPTIONS,
+    ),
+    Mutant(
+        "curated-are-not-exempt", SCORES,
+        "if CURATED == 1:",
+        "if CURATED == 3:",
+        OPTIONS,
+    ),
+    Mutant(
+        "curated-repel", SCORES,
+        "if CURATED == 2:",
+        "if CURATED == 3:",
+        OPTIONS,
+    ),
+    Mutant(
+        "columns-past-the-end", SCORES,
+        "left_mn & mask_n[None, :]",
+        "left_mn",
+        OPTIONS,
+    ),
+    Mutant(
+        "rows-past-the-end", SCORES,
+        "left_mn & mask_m[:, None]",
+        "left_mn",
+        OPTIONS,
+    ),
+    Mutant(
+        "no-last-row-stands-in", SCORES,
+        "    safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)\n    "
+        "open_mn",
+        "    safe_m, safe_n = offs_m, offs_n\n    open_mn",
+        MEMORY,
+    ),
+    Mutant(
+        "parts-merge-without-rescale", SCORES,
+        "by = tl.exp(tl.load(plain.parts.top + at) - floor)",
+        "by = tl.full(floor.shape, 1.0, tl.float32)",
+        OPTIONS,
+    ),
+    Mutant(
+        "reduce-without-rescale", SCORES,
+        "by = tl.exp(tl.load(parts.top + at, mask=mask, other=0.0) - floor)",
+        "by = tl.full(floor.shape, 1.0, tl.float32)",
+        SMALL_CHUNKS,
+    ),
+    Mutant(
+        "losses-forget-log1p", SCORES,
+        "tl.where(one == 1.0, e, ",
+        "tl.where(one == 1.0, 0.0, ",
+        gpu("gates and converged and fp32"),
+    ),
+    Mutant(
+        "weights-forgotten", SCORES,
+        "pull *= tl.load(plain.weights_R + offs_m)",
+        "pull *= 1.0",
+        OPTIONS,
+    ),
+    Mutant(
+        "stored-weights-forgotten", SCORES,
+        "weight * _sigmoid(-gap)",
+        "_sigmoid(-gap)",
+        FAR_APART,
+    ),
+    Mutant(
+        "overflow-not-mended", SCORES,
+        "write_m = mask_m & (gap_m > OVER)",
+        "write_m = mask_m & (gap_m > 1e9)",
+        FAR_APART,
+    ),
+    Mutant(
+        "overflow-without-factor", SCORES,
+        "tl.exp(-SHIFT), pull)",
+        "tl.exp(-SHIFT), 0.0)",
+        FAR_APART,
+    ),
+    Mutant(
+        "label-pulls-the-other-way", SCORES,
+        "at_label_m = -pull_m",
+        "at_label_m = pull_m",
+        OPTIONS,
+    ),
+    Mutant(
+        "filter-takes-more", SCORES,
+        "mass_m > filter_mass",
+        "mass_m > 2 * filter_mass",
+        FILTER,
+    ),
+    Mutant(
+        "filter-takes-labels", SCORES,
+        " | holds_label",
+        "",
+        FILTER,
+    ),
+    Mutant(
+        "filter-takes-nan", SCORES,
+        "(mass_m != mass_m)",
+        "(mass_m < 0)",
+        gpu("nan_is"),
+    ),
+    Mutant(
+        "prefixes-without-suffix-sums", SCORES,
+        "sum_mn += tl.load(to_mn",
+        "sum_mn = tl.load(to_mn",
+        OPTIONS,
+    ),
+    Mutant(
+        "two-programs-write-a-row", SCORES,
+        "tl.where(pid_n == 0, R, 0)",
+        "R",
+        MEMORY,
+    ),
+    # kernels/rankpo_kernels/gpu/rows.py
+    Mutant(
+        "zero-vectors-have-a-direction", ROWS,
+        "inverse = tl.where(length == 0, 0.0,",
+        "inverse = tl.where(length == 0, 1.0,",
+        FAR_APART,
+    ),
+    Mutant(
+        "squares-overflow", ROWS,
+        "    top_x, top_y = tl.where(top_x > TINY, top_x, 1.0), tl.where(top_y > TINY, top_y, "
+        "1.0)\n",
+        "    top_x, top_y = tl.where(top_x > TINY, 1.0, 1.0), tl.where(top_y > TINY, 1.0, "
+        "1.0)\n",
+        gpu("overflow"),
+    ),
+    Mutant(
+        "no-tangent", ROWS,
+        "g -= along_r[:, None] * unit",
+        "g -= 0.0 * unit",
+        OPTIONS,
+    ),
+    # kernels/rankpo_kernels/gpu/products.py
+    Mutant(
+        "filtered-product-overwrites", PRODUCTS,
+        "    if ADD:\n",
+        "    if ADD and False:\n",
+        FILTER,
+    ),
+    Mutant(
+        "own-negatives-without-tangent", PRODUCTS,
+        "- tl.load(gs_LH + level * H + h) * n_unit",
+        "- 0.0 * n_unit",
+        OPTIONS,
+    ),
+    Mutant(
+        "own-gradients-side-by-side", PRODUCTS,
+        "d_own + h * stride_do",
+        "d_own + h * D",
+        OPTIONS,
+    ),
+    # kernels/rankpo_kernels/gpu/info_nce.py
+    Mutant(
+        "top-forgotten", LAUNCHER,
+        "(ready, p.dims, top, p.number)",
+        "(ready, p.dims, torch.ones_like(top) if relative else None, p.number)",
+        FAR_APART,
+    ),
+    Mutant(
+        "chunks-overwrite-dp", LAUNCHER,
+        "_product(out, left_RD, dp_ND, not first,",
+        "_product(out, left_RD, dp_ND, False,",
+        SMALL_CHUNKS,
+    ),
+    Mutant(
+        "pairs-of-the-first-chunk", LAUNCHER,
+        "value_LK, part.start, R, K",
+        "value_LK, 0, R, K",
+        OPTIONS,
+    ),
+    Mutant(
+        "past-the-last-prefix", LAUNCHER,
+        "torch.zeros_like if p.dims[-1] < D else torch.empty_like",
+        "torch.empty_like",
+        OPTIONS,
+    ),
+    Mutant(
+        "chunks-need-all-memory", LAUNCHER,
+        "out_RN = new(R0, N,",
+        "out_RN = new(M, N,",
+        gpu("never_stored"),
+    ),
+    Mutant(
+        "host-waits", LAUNCHER,
+        ".amax().clamp(min=1e-38)",
+        ".amax().clamp(min=1e-38).item()",
+        gpu("does_not_wait"),
+    ),
+    Mutant(
+        "unasked-gradient", LAUNCHER,
+        "d_scale=d_scale if need_scale else None",
+        "d_scale=d_scale",
+        gpu("without_the_others"),
+    ),
+    Mutant(
+        "workspace-exceeded", LAUNCHER,
+        "// row_bytes) < 1:",
+        "// row_bytes) < 0:",
+        gpu("refused"),
+    ),
+    Mutant(
+        "one-launch-more", LAUNCHER,
+        "if tiles_n > INLINE_PARTS:",
+        "if tiles_n > 1:",
+        gpu("launches"),
+    ),
+    # kernels/rankpo_kernels/objective.py
+    Mutant(
+        "merge-without-other-mean", OBJECTIVE,
+        "+ (b.lse - finite).exp() * b.mean",
+        "+ b.mean",
+        CPU,
+    ),
+    Mutant(
+        "merge-keeps-the-first-top", OBJECTIVE,
+        "torch.maximum(a.top, b.top)",
+        "a.top",
+        gpu("hardest"),
+    ),
+    Mutant(
+        "smoothing-without-pull", OBJECTIVE,
+        "slope_P += flat_P * count_P",
         "pass",
-        INFO_NCE,
+        CPU,
     ),
     Mutant(
-        "exclusions-ignored", CHUNKED,
-        "scores_RN[torch.repeat_interleave(offsets.diff()), columns] = -torch.inf",
+        "known-twice", OBJECTIVE,
+        "torch.searchsorted(text_of_run, text_N, right=True)",
+        "torch.searchsorted(text_of_run, text_N)",
+        CPU,
+    ),
+    # kernels/rankpo_kernels/chunked.py
+    Mutant(
+        "columns-do-not-fade", CHUNKED,
+        "self.e_C.mul_(fade_C)",
+        "self.e_C",
+        CPU,
+    ),
+    Mutant(
+        "cpu-curated-are-not-exempt", CHUNKED,
+        "masked_rC = masked_rC & ~mine_rC",
         "pass",
-        INFO_NCE,
+        CPU,
     ),
     Mutant(
-        "row-without-negatives", CHUNKED,
-        "top_R.masked_fill(alone_R, 0)[:, None]",
-        "top_R[:, None]",
-        INFO_NCE,
-    ),
-    Mutant(
-        "chunks-overwrite-dp", CHUNKED,
-        "beta=0 if first else 1",
+        "cpu-chunks-overwrite-dp", CHUNKED,
+        "beta=0 if rows.start == 0 else 1",
         "beta=0",
-        INFO_NCE,
+        CPU_CHUNKS,
+    ),
+    # kernels/native/rows.cpp
+    Mutant(
+        "native-keeps-known-pairs", NATIVE,
+        "s[in.known_columns[k]] = kMasked",
+        "(void)k",
+        CPU,
+    ),
+    # rankpo_fast/ops/info_nce.py
+    Mutant(
+        "grad-output-forgotten", OPS,
+        "times(grad, grad_loss.to(grad.device))",
+        "grad",
+        OPS_GRADIENTS,
     ),
     Mutant(
-        "gradient-along-the-query", CHUNKED,
-        "tangent_(d_unit_RD, q_MD[rows], inverse_q_R, inverse_q_R)",
-        "d_unit_RD.mul_(inverse_q_R[:, None])",
-        INFO_NCE,
-    ),
-    Mutant(
-        "scale-gradient-times-scale", CHUNKED,
-        "(d_unit_RD * unit_RD).sum() / scale",
-        "(d_unit_RD * unit_RD).sum()",
-        INFO_NCE,
+        "upstream-rows-forgotten", OPS,
+        "ctx.settings, grad_loss_M.contiguous(), needs",
+        "ctx.settings, torch.ones_like(grad_loss_M), needs",
+        OPS_GRADIENTS,
     ),
 ]  # fmt: skip
 
@@ -113,7 +380,8 @@ def first_failure(tree: Path, tests: tuple[str, ...]) -> str | None:
         return f"no end within {expired.timeout} s"
     if result.returncode == 0:
         return None
-    if found := re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", result.stdout, re.MULTILINE):
+    # a test, and not a file that cannot be imported: that would prove nothing
+    if found := re.search(r"^(?:FAILED|ERROR) (.*?::.*?)(?: - |$)", result.stdout, re.MULTILINE):
         return found[1]
     raise RuntimeError(f"pytest {' '.join(tests)}:\n{result.stdout}{result.stderr}")
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rankpo_kernels import objective
 from rankpo_kernels.gpu import products, rows, scores
-from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Plain, Scale, Side
+from rankpo_kernels.gpu.rows import Rows, Scale
+from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Plain, Side
 from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores
 from rankpo_kernels.objective import (
     PP,
@@ -84,13 +85,13 @@ class Problem(NamedTuple):
 
     q_MD: Tensor
     p_ND: Tensor
-    scale: Tensor  # fp32
+    scale: Tensor | None  # fp32, for what torch computes with it
     number: Scale  # the same as kernels take it
     relations: Relations
     settings: Settings
     tiles: Tiles
     dims: tuple[int, ...]
-    pairs: objective.Pairs
+    pairs: objective.Pairs | None  # None for a plain loss, which has the labels
     known: Known | None
     inverse_q: Tensor | None  # [L, M]
     inverse_p: Tensor | None  # [L, N]
@@ -105,11 +106,11 @@ def _problem(
 ) -> Problem:  # fmt: skip
     M, N = len(q_MD), len(p_ND)
     dims = tuple(prefix for prefix, _ in settings.levels(q_MD.shape[1]))
-    several = relations.positive_offsets is not None
-    pairs = positive_pairs(relations, torch.float32)
-    rows_P = pairs.rows_P if several else None
+    plain = is_plain(relations, settings)
+    pairs = None if plain else positive_pairs(relations, torch.float32)
+    of_pairs = (None, relations.labels_M) if plain else pairs[:2]
     inverse_q, inverse_p, similarity_LP = rows.prepare(
-        q_MD, p_ND, rows_P, pairs.columns_P, dims, settings.normalize
+        q_MD, p_ND, *of_pairs, dims, settings.normalize
     )
     guide = None
     judged_LM = similarity_LP[:, :M]
@@ -118,19 +119,24 @@ def _problem(
         labels_M, width = relations.labels_M, (gq.shape[1],)
         *inverses, judged_LM = rows.prepare(gq, gp, None, labels_M, width, settings.normalize)
         guide = (gq, gp, *inverses)
+    number = Scale(float(scale), None) if scale.device.type == "cpu" else Scale(0.0, scale)
     related = any(x is not None for x in relations[1:7]) or QQ in settings.directions
     return Problem(
         q_MD, p_ND,
-        # a fill where the host knows it: a copy would wait for the device
-        scale.float() if scale.device == q_MD.device
-        else torch.full((), float(scale), dtype=torch.float32, device=q_MD.device),
-        Scale(float(scale), None) if scale.device.type == "cpu" else Scale(0.0, scale),
+        None if plain else _on_device(number, q_MD), number,
         relations, settings, tiles, dims, pairs,
         known(relations, N) if related or PP in settings.directions else None,
         inverse_q, inverse_p, similarity_LP,
         None if settings.margin is None else limits(judged_LM, settings).contiguous(),
         guide,
     )  # fmt: skip
+
+
+def _on_device(number: Scale, like: Tensor) -> Tensor:
+    """Filled, not copied: a copy would make the host wait."""
+    if number.at is None:
+        return torch.full((), number.value, dtype=torch.float32, device=like.device)
+    return number.at.float()
 
 
 def _chunks(size: int, most: int, block: int) -> Iterator[slice]:
@@ -321,14 +327,14 @@ def _plain(
     loss_M, hardest_M, d_scale_M = new(M), new(M), new(M) if need_scale else None
     factor_M = new(M) if relative else None
     dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
-    dq_RD = new(R0, D) if products_needed and need_q else None
-    dp_ND = new(N, D) if products_needed and need_p else None
+    dq_RD = new(R0, D) if need_q else None
+    dp_ND = new(N, D) if need_p else None
+    dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
     out_RN = new(R0, N, dtype=dtype) if products_needed else None
     weighted_RD = new(R0, D, dtype=dtype) if relative else None
     top = None  # the largest inverse norm of a passage, beside which columns stay in range
     if relative:
         top = torch.ones((), device=p.q_MD.device) if p.inverse_p is None else p.inverse_p.amax()
-        constant = top * p.scale
     for part in chunks:
         R = part.stop - part.start
         tile_parts = parts = _partials(1, tiles_n, R, p.q_MD, (need_scale, False))
@@ -374,24 +380,16 @@ def _plain(
             dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
         elif need_p:
             _product(out, left_RD, dp_ND, not first, transpose=True, live=live, tiles=tiles)
+        ready = []
         if need_q:
             inverse_q = None if p.inverse_q is None else p.inverse_q[:, part]
-            factor_R = None
-            if relative:
-                factor_R = factor_M[part] if inverse_q is None else factor_M[part] * inverse_q[0]
-            rows.finish(
-                dq_RD[:R], p.q_MD[part], inverse_q, factor_R, constant if relative else None, None,
-                dq_MD[part], p.dims,
-            )  # fmt: skip
-    if dp_ND is not None:
-        dp_out = new(N, D, dtype=gradient_dtype(dtype))
-        rows.finish(
-            dp_ND, p.p_ND, p.inverse_p, None, constant if relative else None, None, dp_out, p.dims
-        )
-    return Result(
-        loss_M, p.similarity_LP[0], hardest_M, dq_MD if products_needed else None,
-        dp_out if dp_ND is not None else None, None, d_scale_M.sum() if need_scale else None,
-    )  # fmt: skip
+            factor_R = None if factor_M is None else factor_M[part]
+            ready.append(Rows.of(dq_RD[:R], p.q_MD[part], inverse_q, factor_R, None, dq_MD[part]))
+        if need_p and part.stop == M:
+            ready.append(Rows.of(dp_ND, p.p_ND, p.inverse_p, None, None, dp_out))
+        rows.finish(ready, p.dims, top, p.number)
+    d_scale = d_scale_M.sum() if need_scale else None
+    return Result(loss_M, p.similarity_LP[0], hardest_M, dq_MD, dp_out, None, d_scale)
 
 
 def _launch_rows(
@@ -502,7 +500,7 @@ def _general(
         if along_q is not None:
             _add_at(along_q, own.owner_H, g_LH * own.logit_LH)
 
-    outs = []
+    outs, ready = [], []
     for x, grad, inverse, along in (
         (p.q_MD, dq_MD, p.inverse_q, along_q),
         (p.p_ND, dp_ND, p.inverse_p, along_p),
@@ -512,8 +510,9 @@ def _general(
             # past the last prefix the gradient is 0
             new = torch.zeros_like if p.dims[-1] < D else torch.empty_like
             out = new(grad, dtype=gradient_dtype(x.dtype))
-            rows.finish(grad, x, inverse, None, None, along, out, p.dims)
+            ready.append(Rows.of(grad, x, inverse, None, along, out))
         outs.append(out)
+    rows.finish(ready, p.dims)
     return result._replace(
         dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale if need_scale else None
     )

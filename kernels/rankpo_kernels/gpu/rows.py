@@ -8,6 +8,8 @@ normalisation after them. Bound by memory: each reads its rows once or twice and
 A, B rows, P pairs, D dims, L prefixes d_0 < ... < d_L-1 = D (DIMS).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,22 @@ from rankpo_kernels.gpu.tiles import FUSION
 
 TINY = tl.constexpr(1.2e-38)  # a shorter vector counts as zero: its norm has no inverse in fp32
 BLOCK_R, BLOCK_D = 8, 256  # rows a program, and dims of them at once: 16 numbers a thread
+
+
+class Scale(NamedTuple):
+    """1 / temperature: a number the host knows, or where it lies on the device."""
+
+    value: float
+    at: Tensor | None
+
+
+@triton.jit
+def number(scale):
+    """The scale as fp32."""
+    if scale.at is not None:
+        return tl.load(scale.at).to(tl.float32)
+    else:
+        return scale.value
 
 
 @triton.jit
@@ -108,70 +126,111 @@ def block_d(D: int) -> int:
     return min(BLOCK_D, triton.next_power_of_2(D))
 
 
+class Rows(NamedTuple):
+    """Gradients of rows on their way out: out = (factor / |x|) g, less its part along x."""
+
+    g: Tensor  # fp32
+    x: Tensor
+    inverse_L: Tensor | None  # [L, R]
+    factor_R: Tensor | None  # None where g has 1 / |x| already
+    along_LR: Tensor | None  # sum of d total / d s * s; None: from g, which has one level then
+    out: Tensor
+    R: int
+    stride_g: int
+    stride_x: int
+    stride_xd: int
+    stride_out: int
+    inverse_stride: int
+    along_stride: int
+
+    @staticmethod
+    def of(
+        g: Tensor, x: Tensor, inverse_L: Tensor | None, factor_R: Tensor | None,
+        along_LR: Tensor | None, out: Tensor,
+    ) -> "Rows":  # fmt: skip
+        level_strides = [0 if per_L is None else per_L.stride(0) for per_L in (inverse_L, along_LR)]
+        strides = (g.stride(0), *x.stride(), out.stride(0), *level_strides)
+        return Rows(g, x, inverse_L, factor_R, along_LR, out, len(g), *strides)
+
+
 @triton.jit
-def _finish_kernel(
-    g_ptr, x_ptr, inverse_ptr, factor_ptr, constant_ptr, along_ptr, out_ptr,
-    R, stride_g, stride_x, stride_xd, stride_out, inverse_stride, along_stride,
+def _finish(
+    rows, block, constant,
     DIMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows a program: factor, projection onto the tangent, cast."""
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
+    """BLOCK_R rows: factor, projection onto the tangent, cast."""
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < rows.R
     row_r = offs_r.to(tl.int64)
     D: tl.constexpr = DIMS[len(DIMS) - 1]
-    factor_r = tl.full([BLOCK_R], 1.0, tl.float32)
-    if factor_ptr is not None:
-        factor_r = tl.load(factor_ptr + offs_r, mask=mask_r, other=0.0)
-    if constant_ptr is not None:
-        factor_r *= tl.load(constant_ptr)
+    by_r = tl.zeros([BLOCK_R], tl.float32) + constant
+    if rows.factor_R is not None:
+        by_r *= tl.load(rows.factor_R + offs_r, mask=mask_r, other=0.0)
+        if rows.inverse_L is not None:
+            by_r *= tl.load(rows.inverse_L + offs_r, mask=mask_r, other=0.0)
     along_r = tl.zeros([BLOCK_R], tl.float32)
-    if inverse_ptr is not None and along_ptr is None:  # one level: from the gradient itself
-        inverse_r = tl.load(inverse_ptr + offs_r, mask=mask_r, other=0.0)
+    if rows.inverse_L is not None and rows.along_LR is None:
+        inverse_r = tl.load(rows.inverse_L + offs_r, mask=mask_r, other=0.0)
         for start in range(0, D, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
             mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
-            g_rd = g_ptr + row_r[:, None] * stride_g + offs_d[None, :]
+            g_rd = rows.g + row_r[:, None] * rows.stride_g + offs_d[None, :]
             g = tl.load(g_rd, mask=mask_rd, other=0.0)
-            x_rd = x_ptr + row_r[:, None] * stride_x + offs_d[None, :] * stride_xd
+            x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
-            along_r += tl.sum(g * factor_r[:, None] * (x * inverse_r[:, None]), 1)
+            along_r += tl.sum(g * by_r[:, None] * (x * inverse_r[:, None]), 1)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
-        g_rd = g_ptr + row_r[:, None] * stride_g + offs_d[None, :]
-        g = tl.load(g_rd, mask=mask_rd, other=0.0)
-        g = g * factor_r[:, None]
-        if inverse_ptr is not None:
-            x_rd = x_ptr + row_r[:, None] * stride_x + offs_d[None, :] * stride_xd
+        g_rd = rows.g + row_r[:, None] * rows.stride_g + offs_d[None, :]
+        g = tl.load(g_rd, mask=mask_rd, other=0.0) * by_r[:, None]
+        if rows.inverse_L is not None:
+            x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
             for level in tl.static_range(len(DIMS)):
-                at_r = level * inverse_stride + offs_r
-                inverse_r = tl.load(inverse_ptr + at_r, mask=mask_r, other=0.0)
+                at_r = level * rows.inverse_stride + offs_r
+                inverse_r = tl.load(rows.inverse_L + at_r, mask=mask_r, other=0.0)
                 unit = x * inverse_r[:, None]
-                if along_ptr is None:
+                if rows.along_LR is None:
                     g -= along_r[:, None] * unit
                 else:
-                    at_r = level * along_stride + offs_r
-                    part_r = tl.load(along_ptr + at_r, mask=mask_r, other=0.0) * inverse_r
+                    at_r = level * rows.along_stride + offs_r
+                    part_r = tl.load(rows.along_LR + at_r, mask=mask_r, other=0.0) * inverse_r
                     g -= tl.where(offs_d[None, :] < DIMS[level], part_r[:, None] * unit, 0.0)
-        to_rd = out_ptr + row_r[:, None] * stride_out + offs_d[None, :]
-        tl.store(to_rd, g.to(out_ptr.dtype.element_ty), mask=mask_rd)
+        to_rd = rows.out + row_r[:, None] * rows.stride_out + offs_d[None, :]
+        tl.store(to_rd, g.to(rows.out.dtype.element_ty), mask=mask_rd)
+
+
+@triton.jit
+def _finish_kernel(
+    first, second, constant, scale,
+    DIMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of two tensors, one after the other; `constant` * scale is a factor of all."""
+    by = 1.0
+    if constant is not None:
+        by = tl.load(constant) * number(scale)
+    block = tl.program_id(0)
+    if second is None:
+        _finish(first, block, by, DIMS, BLOCK_R, BLOCK_D)
+    else:
+        of_first = tl.cdiv(first.R, BLOCK_R)
+        if block < of_first:
+            _finish(first, block, by, DIMS, BLOCK_R, BLOCK_D)
+        else:
+            _finish(second, block - of_first, by, DIMS, BLOCK_R, BLOCK_D)
 
 
 def finish(
-    g_RD: Tensor, x_RD: Tensor, inverse_LR: Tensor | None, factor_R: Tensor | None,
-    constant: Tensor | None, along_LR: Tensor | None, out_RD: Tensor, dims: tuple[int, ...],
+    tensors: list[Rows], dims: tuple[int, ...], constant: Tensor | None = None,
+    scale: Scale | None = None,
 ) -> None:  # fmt: skip
-    """out = factor * constant * g, less its part along x at each level; along_LR gives that part
-    (sum of d total / d s * s over the row), without it it is taken from g, which has one level
-    then."""
-    R = len(g_RD)
-    if not R:
-        return
-    stride_i = 0 if inverse_LR is None else inverse_LR.stride(0)
-    stride_l = 0 if along_LR is None else along_LR.stride(0)
-    _finish_kernel[(triton.cdiv(R, BLOCK_R),)](
-        g_RD, x_RD, inverse_LR, factor_R, constant, along_LR, out_RD,
-        R, g_RD.stride(0), *x_RD.stride(), out_RD.stride(0), stride_i, stride_l,
-        tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
-    )  # fmt: skip
+    """One or two tensors' gradients to their last form in one launch; constant * scale is a factor
+    of all of them."""
+    tensors = [rows for rows in tensors if rows.R]
+    if tensors:
+        programs = sum(triton.cdiv(rows.R, BLOCK_R) for rows in tensors)
+        _finish_kernel[(programs,)](
+            *tensors, *[None] * (2 - len(tensors)), constant, scale,
+            tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
+        )  # fmt: skip

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankpo_kernels.gpu.rows import number
+
 EXEMPT, MASKED = 1, 2  # what a passage that was curated for the row is
 
 
@@ -53,13 +55,6 @@ class Partials(NamedTuple):
     zs: Tensor | None  # sum of exp(s - top) * s, for the scale's gradient
     sum: Tensor | None  # of s, for label smoothing
     count: Tensor | None
-
-
-class Scale(NamedTuple):
-    """1 / temperature: a number the host knows, or where it lies on the device."""
-
-    value: float
-    at: Tensor | None
 
 
 class Slopes(NamedTuple):
@@ -221,15 +216,6 @@ def _tile_at(out, pid_m, pid_n, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _number(scale):
-    """The scale as fp32."""
-    if scale.at is not None:
-        return tl.load(scale.at).to(tl.float32)
-    else:
-        return scale.value
-
-
-@triton.jit
 def _gap(plain, offs_m, R, n_parts, scale):
     """(lse, gap = lse - s_positive, top, softmax mean) of rows, from their parts."""
     top = tl.full(offs_m.shape, -float("inf"), tl.float32)
@@ -291,7 +277,7 @@ def _statistics_kernel(
     exp(s - s_positive + SHIFT) |b|-wise scaled, for gradients that need no second look."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = _tile_of(tiles_m, tiles_n, GROUP)
-    scale = _number(scale)
+    scale = number(scale)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < R, offs_n < N
@@ -340,7 +326,7 @@ def _rows_kernel(
     """BLOCK_R rows a program: their losses from the parts and, where exponentials are stored, their
     factors, the elements of their positives, and the rows of factor * q that the product for
     passages takes."""
-    scale = _number(scale)
+    scale = number(scale)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     safe_r = tl.minimum(offs_r, R - 1)
@@ -387,7 +373,7 @@ def _gradients_kernel(
     """
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = _tile_of(tiles_m, tiles_n, GROUP)
-    scale = _number(scale)
+    scale = number(scale)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < R, offs_n < N

@@ -1,0 +1,696 @@
+"""InfoNCE's Triton launcher: losses and gradients are those of the dense definition.
+
+Without a GPU the kernels run in Triton's interpreter, where a program costs tens of milliseconds:
+tiles are small, so that few elements take several of them and several chunks.
+"""
+
+import contextlib
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import hypothesis
+import pytest
+import torch
+import triton
+from gates import draw, error, gates
+from hypothesis import strategies as st
+from interpreter import LAST_FIRST, grid_order, shadow_memory
+from kernels.test_chunked import EVERYTHING, GRID, lists
+from ops.test_info_nce import FLOOR, plain_torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter, jit
+
+from rankpo_fast.ops.common import unit_rows
+from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
+from rankpo_kernels.gpu import info_nce as module
+from rankpo_kernels.gpu.info_nce import info_nce
+from rankpo_kernels.gpu.tiles import Tiles
+from rankpo_kernels.objective import PP, PQ, QP, QQ, Relations, Result, Settings
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Tiles(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)
+ROOMY = Settings(normalize=True, workspace_bytes=1 << 20)
+ALL = (True,) * 4
+PIPELINES = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "bf16-stored": (torch.bfloat16, True),
+    "fp16": (torch.float16, False),
+}
+pipelines = pytest.mark.parametrize("pipeline", PIPELINES)
+interpreted_alone = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="looks into the interpreter"
+)
+
+
+@pytest.fixture(autouse=True)
+def comparisons_are_cast(interpreted):
+    """The interpreter's comparisons have the dtype of what they compare, and `exact_bf16` takes
+    their cast to it for done: a store of int32 would then write one byte of four."""
+    if not interpreted:
+        yield
+        return
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, target):
+        if source.data.dtype == bool:
+            source = interpreter.TensorHandle(source.data, triton.language.int1)
+        return cast(self, source, target)
+
+    with mock.patch.object(interpreter.InterpreterBuilder, "cast_impl", cast_impl):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_zero_by_luck():
+    """Memory that nobody wrote is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
+    """The workspace of R rows of the plain form."""
+    return R * (12 * triton.cdiv(N, tiles.BLOCK_N) + N * dtype.itemsize)
+
+
+def on_device(x):
+    """Tensors, alone or in relations, to where the kernels take them."""
+    if isinstance(x, Relations):
+        return Relations(*map(on_device, x))
+    return x if x is None else x.to(DEVICE)
+
+
+def launch(
+    q, p, own, relations, settings, weights, *, scale, needs=ALL, tiles=SMALL, stored=False
+) -> Result:  # fmt: skip
+    """Results on the CPU; the scale is a tensor on the device, as one that is learned."""
+    q, p, own, relations, weights = map(on_device, (q, p, own, relations, weights))
+    result = info_nce(
+        q, p, own, torch.tensor(scale, device=DEVICE), relations, settings, weights, needs,
+        tiles=tiles, stored=stored,
+    )  # fmt: skip
+    return Result(*(x if x is None else x.cpu() for x in result))
+
+
+def exact(q, p, own, relations, settings, weights, *, scale) -> tuple[torch.Tensor, list]:
+    """(loss_M, gradients of sum_i w_i loss_i) by autograd through the definition in fp64."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, p, own) if x is not None]
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    judge = [x if x is None else x.double() for x in relations[-2:]]
+    relations = Relations(*relations[:-2], *judge)
+
+    def loss(settings):
+        return info_nce_definition(*leaves[:2], scale, relations, settings, *leaves[2:])
+
+    loss_M = loss(settings)
+    if settings.margin is not None:  # nothing lies so near a limit that rounding decides
+        for nudge in (-1e-5, 1e-5):
+            assert torch.equal(loss_M, loss(replace(settings, margin=settings.margin + nudge)))
+    grads = torch.autograd.grad((loss_M * weights.double()).sum(), [*leaves, scale])
+    return loss_M.detach(), list(grads)
+
+
+def gradients(result: Result) -> list[torch.Tensor]:
+    return [x for x in result[3:] if x is not None]
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "D", "tiles", "rows", "temperatures"),
+    [
+        pytest.param(17, 33, 100, SMALL, 99, (0.1, 0.05, 0.02, 0.01), id="one-past-a-tile"),
+        pytest.param(33, 65, 64, SMALL, 16, (0.02,), id="three-chunks"),
+        pytest.param(16, 32, 384, replace(SMALL, BLOCK_K=64), 99, (0.02,), id="minilm-in-one-tile"),
+        pytest.param(65, 129, 64, None, 99, (0.01,), id="shipped-tiles"),
+    ],
+)
+@pytest.mark.parametrize("converged", [False, True], ids=["fresh", "converged"])
+@pipelines
+def test_loss_and_gradients_pass_the_gates(M, N, D, tiles, rows, temperatures, converged, pipeline):
+    dtype, stored = PIPELINES[pipeline]
+    q, p, labels = draw(M, N, D, dtype, converged)
+    settings = replace(ROOMY, workspace_bytes=rows_fit(rows, N, dtype))
+    for temperature in temperatures:
+        case = (q, p, None, Relations(labels), settings)
+        mean = torch.full((M,), 1 / M)
+        truth = exact(*case, mean, scale=1 / temperature)
+        # A loss scale, as mixed precision has it, keeps gradients above fp32's smallest number.
+        factor = min(2.0**110, 2.0 ** -truth[1][0].abs().amax().log2().round().item())
+        result = launch(
+            *case, mean * factor, scale=1 / temperature, tiles=tiles, stored=stored
+        )  # fmt: skip
+        loss_gate, grad_gate = gates(dtype, temperature)
+        if pipeline == "bf16":
+            grad_gate = 5e-3  # the rest is for what is stored
+        assert error(result.loss_M, truth[0]) < loss_gate
+        assert (
+            error(result.d_scale / factor, truth[1][2]) < 2 * gates(torch.float32, temperature)[1]
+        )
+        plain = plain_torch(q, p, labels, 1 / temperature)
+        for got, same_dtype, want in zip(result[3:5], plain, truth[1][:2], strict=True):
+            off = error(got.double() / factor, want)
+            assert off < grad_gate
+            assert off < 1.5 * error(same_dtype, want) + FLOOR[dtype]
+
+
+@pipelines
+def test_in_one_dimension_cosines_are_signs_without_gradient(pipeline):
+    dtype, stored = PIPELINES[pipeline]
+    q, p, labels = draw(17, 33, 1, dtype, converged=False)
+    case = (q, p, None, Relations(labels), ROOMY)
+    truth = exact(*case, torch.ones(17), scale=20.0)
+    result = launch(*case, torch.ones(17) / 17, scale=20.0, stored=stored)
+    assert error(result.loss_M, truth[0]) < gates(dtype, 0.05)[0]
+    assert max(x.abs().max() for x in result[3:5]) < 20 * torch.finfo(dtype).eps
+
+
+M, N, D, G = 19, 37, 24, 7  # two tiles of rows, two of columns, none full
+
+
+def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
+    """(q, p, own, relations) with the relations that are named."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows, dims=D):
+        return torch.randn(rows, dims, generator=generator, dtype=torch.float64).to(dtype)
+
+    def integers(high, count):
+        return torch.randint(high, (count,), generator=generator)
+
+    q, p, own, labels = normal(M), normal(N), None, integers(N, M)
+    p[labels] += q
+    fields = {"labels_M": labels}
+    if "positives" in names:
+        offsets, columns = lists([i % 3 for i in range(M)], N - 1, generator)
+        columns += columns >= labels[torch.repeat_interleave(offsets.diff())]  # not the label
+        fields |= {"positive_offsets": offsets, "positive_columns": columns}
+    if "excluded" in names:
+        offsets, columns = lists([i % 5 for i in range(M)], N, generator)
+        fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
+    if "ids" in names:
+        fields |= {"query_ids_M": integers(12, M), "passage_ids_N": integers(25, N) * 10**12}
+    if "own" in names:
+        lengths = torch.arange(M) * 7 % 4  # none, or several
+        lengths[-1] = 0
+        own = normal(int(lengths.sum()))
+        fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    if "curated" in names:
+        fields["curated_N"] = integers(M + 1, N) - 1
+    if "guide" in names:
+        fields |= {"guide_queries": normal(M, G), "guide_passages": normal(N, G)}
+    return q, p, own, Relations(**fields)
+
+
+def uneven(M: int) -> torch.Tensor:
+    """Weights of queries, one of them zero."""
+    weights = torch.linspace(0.5, 2, M)
+    weights[1:2] = 0
+    return weights
+
+
+def named(name: str, dtype=torch.float32, rows: int = 16):
+    """A case of GRID, whose gradients have chunks of so many rows."""
+    names, options = GRID[name]
+    levels = len(options.get("dims", (D,)))
+    return *problem(*names, dtype=dtype), replace(
+        ROOMY, workspace_bytes=rows * levels * N * 4, **options
+    )
+
+
+def assert_equals_definition(
+    case, bounds, *, scale=20.0, stored=False, tiles=SMALL, weights=None
+) -> Result:  # fmt: skip
+    """Bounds are those of the loss, of gradients and of the scale's, which is a difference."""
+    weights = uneven(len(case[0])) if weights is None else weights
+    truth = exact(*case, weights, scale=scale)
+    result = launch(*case, weights, scale=scale, stored=stored, tiles=tiles)
+    pairs = zip([result.loss_M, *gradients(result)], [truth[0], *truth[1]], strict=True)
+    loss, *grads, of_scale = [error(got, want) for got, want in pairs]
+    assert loss < bounds[0] and max(grads) < bounds[1] and of_scale < bounds[2]
+    return result
+
+
+TIGHT = (1.5e-6, 5e-6, 4e-5)  # five times what was measured, in fp32
+LOW = {torch.bfloat16: (4e-6, 8e-3, 1e-4), torch.float16: (4e-6, 2e-3, 1e-4)}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_options_in_fp32(name):
+    assert_equals_definition(named(name), TIGHT)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    "name", ["not-cosine", "excluded", "margin", "guide", "own", "everything-joint"]
+)
+def test_options_in_low_precision(name, dtype):
+    """Those of one softmax are stored in bf16."""
+    assert_equals_definition(named(name, dtype), LOW[dtype], stored=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [
+        pytest.param("excluded", SMALL, id="no-tile-full"),
+        pytest.param("passage-to-query", SMALL, id="columns-of-chunks"),
+        pytest.param("everything-joint", replace(SMALL, BLOCK_M=32, BLOCK_N=64), id="everything"),
+    ],
+)
+def test_chunks_smaller_than_a_tile(name, tiles):
+    """7 rows of gradients; the statistics take more."""
+    assert_equals_definition(named(name, rows=7), TIGHT, tiles=tiles)
+
+
+@pytest.mark.parametrize("pipeline", ["fp32", "bf16-stored"])
+def test_many_parts_of_a_row_are_summed_beforehand(pipeline, monkeypatch):
+    dtype, stored = PIPELINES[pipeline]
+    case, weights = named("excluded", dtype), uneven(M)
+    inline = launch(*case, weights, scale=20.0, stored=stored)
+    monkeypatch.setattr(module, "INLINE_PARTS", 1)
+    with launches() as names:
+        reduced = launch(*case, weights, scale=20.0, stored=stored)
+    assert "_reduce_kernel" in names
+    assert max(map(error, (reduced[0], *reduced[3:5]), (inline[0], *inline[3:5]))) < 1e-6
+
+
+def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
+    case = named("excluded")
+    results = []
+    of_host, of_device = (20.0, None), (torch.nan, torch.tensor(20.0, device=DEVICE))
+    for scale in map(module.Scale._make, (of_host, of_device)):
+        monkeypatch.setattr(module, "Scale", lambda *_, scale=scale: scale)
+        results.append(launch(*case, uneven(M), scale=20.0))
+    assert max(map(error, *map(gradients, results))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "names"),
+    [("fp32", ["ids"]), ("bf16-stored", ["ids"]), ("fp32", ["ids", "own", "positives"])],
+    ids=["exact", "stored", "general"],
+)
+def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names):
+    dtype, stored = PIPELINES[pipeline]
+    case = q, p, own, relations = problem(*names, dtype=dtype)
+    sims = unit_rows(q.double()) @ unit_rows(p.double()).T
+    hardest_M = sims.masked_fill(known_definition(relations, N), -torch.inf).amax(1)
+    if own is not None:
+        owner_H = torch.repeat_interleave(relations.own_offsets.diff())
+        own_sims = (unit_rows(q.double())[owner_H] * unit_rows(own.double())).sum(1)
+        hardest_M = hardest_M.scatter_reduce(0, owner_H, own_sims, "amax")
+    result = launch(*case, ROOMY, uneven(M), scale=20.0, stored=stored)
+    assert error(result.hardest_M, hardest_M) < 1e-6
+    assert error(result.positive_M, sims.gather(1, relations.labels_M[:, None])[:, 0]) < 1e-6
+
+
+# Extremes
+
+
+@pipelines
+@pytest.mark.parametrize("name", ["plain", "everything-joint"])
+@pytest.mark.parametrize(("M", "N"), [(0, 3), (0, 0), (1, 1)])
+def test_without_negatives_losses_and_gradients_are_zero(M, N, name, pipeline):
+    dtype, stored = PIPELINES[pipeline]
+    options = {} if name == "plain" else {"directions": (QP, QQ), "dims": (4, 8)}
+    options |= {"dim_weights": (1.0, 1.0)} if options else {}
+    q, p, _ = draw(M, N, 8, dtype, converged=False)
+    case = (q, p, None, Relations(torch.arange(M)), replace(ROOMY, **options))
+    result = launch(*case, torch.ones(M), scale=20.0, stored=stored)
+    assert not result.loss_M.any() and not any(x.any() for x in gradients(result))
+    assert result.dq_MD.shape == q.shape and result.dp_ND.shape == p.shape
+    assert (result.hardest_M == -torch.inf).all()
+
+
+@pipelines
+def test_a_row_with_everything_masked_has_loss_and_gradient_zero(pipeline):
+    dtype, stored = PIPELINES[pipeline]
+    q, p, _, relations = problem("excluded", dtype=dtype)
+    lengths = torch.zeros(M, dtype=torch.int64)
+    lengths[3] = N
+    relations = relations._replace(
+        excluded_offsets=torch.cat([lengths[:1], lengths.cumsum(0)]),
+        excluded_columns=torch.arange(N),
+    )
+    bounds = LOW.get(dtype, TIGHT)
+    result = assert_equals_definition((q, p, None, relations, ROOMY), bounds, stored=stored)
+    assert result.loss_M[3] == 0 and not result.dq_MD[3].any()
+    assert result.hardest_M[3] == -torch.inf
+
+
+@pipelines
+def test_a_zero_vector_has_gradient_zero(pipeline):
+    dtype, stored = PIPELINES[pipeline]
+    case = problem(dtype=dtype)
+    q, p, _, relations = case
+    q[1], p[2], p[relations.labels_M[3]] = 0, 0, 0
+    weights = torch.ones(M)
+    bounds = LOW.get(dtype, TIGHT)
+    result = assert_equals_definition((*case, ROOMY), bounds, stored=stored, weights=weights)
+    assert not result.dq_MD[1].any() and not result.dp_ND[2].any()
+
+
+def test_with_own_negatives_and_prefixes_a_zero_vector_has_gradient_zero():
+    q, p, own, relations, settings = named("everything-one-way")
+    q[2], p[2], own[1] = 0, 0, 0
+    result = launch(q, p, own, relations, settings, torch.ones(M), scale=20.0)
+    assert all(x.isfinite().all() for x in (result.loss_M, *gradients(result)))
+    assert not result.dq_MD[2].any() and not result.dp_ND[2].any() and not result.d_own_HD[1].any()
+
+
+@pytest.mark.parametrize(
+    "signs", [(1, 1), (-1, -1), (1, -1)], ids=["large", "small", "squares-out-of-range"]
+)
+@pipelines
+def test_norms_neither_overflow_nor_underflow(pipeline, signs):
+    dtype, stored = PIPELINES[pipeline]
+    size = 1e20 if sum(signs) == 0 and dtype != torch.float16 else 1e4  # squares beyond the dtype
+    q, p, labels = draw(17, 33, 40, torch.float64, converged=False)
+    q, p = (x / x.norm(dim=1, keepdim=True) for x in (q, p))
+    q[::2] *= size ** signs[0]
+    p *= size ** signs[1]
+    case = (q.to(dtype), p.to(dtype), None, Relations(labels), ROOMY)
+    truth = exact(*case, uneven(17), scale=20.0)
+    result = launch(*case, uneven(17), scale=20.0, stored=stored)
+    loss_gate, grad_gate = gates(dtype, 0.05)
+    assert error(result.loss_M, truth[0]) < loss_gate
+    for rows in (slice(0, None, 2), slice(1, None, 2)):  # sizes apart
+        assert error(result.dq_MD[rows], truth[1][0][rows]) < grad_gate
+    assert error(result.dp_ND, truth[1][1]) < grad_gate
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.01])
+@pipelines
+def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperature):
+    """Gaps of almost 2 / temperature beside ordinary and negative ones; a zero vector must not turn
+    what overflows into NaN."""
+    dtype, stored = PIPELINES[pipeline]
+    q, p, labels = draw(M, N, D, dtype, converged=False)
+    free = [j for j in range(N) if j not in labels.tolist()]
+    for i, away, near in [(2, labels[2], free[0]), (17, labels[17], free[1])]:
+        p[away] -= 3 * q[i]
+        p[near] += 3 * q[i]
+    p[labels[18]] += 3 * q[18]
+    p[free[2]] = 0
+    case = (q, p, None, Relations(labels), ROOMY)
+    truth = exact(*case, uneven(M), scale=1 / temperature)
+    assert (truth[0] > 50).any() and (truth[0] < 1).any()
+    result = launch(*case, uneven(M), scale=1 / temperature, stored=stored)
+    loss_gate, grad_gate = gates(dtype, temperature)
+    assert error(result.loss_M, truth[0]) < loss_gate
+    assert error(result.dp_ND, truth[1][1]) < grad_gate
+    assert max(map(error, result.dq_MD, truth[1][0])) < 2 * grad_gate  # each row by itself
+
+
+@pipelines
+def test_a_loss_below_the_smallest_number_is_zero_with_gradient_zero(pipeline):
+    """At a gap of -400 its exponential is no fp32 any more."""
+    dtype, stored = PIPELINES[pipeline]
+    q = p = torch.eye(17, 24, dtype=dtype)
+    case = (q, p, None, Relations(torch.arange(17)), ROOMY)
+    result = launch(*case, torch.ones(17), scale=400.0, stored=stored)
+    assert not result.loss_M.any() and not any(x.any() for x in gradients(result))
+
+
+@pytest.mark.parametrize("name", ["plain", "stored", "filter", "everything-one-way", "symmetric"])
+@pytest.mark.parametrize("where", ["query", "passage"])
+def test_nan_is_where_the_definition_has_it(where, name):
+    stored = name == "stored"
+    dtype = torch.bfloat16 if stored else torch.float32
+    *case, settings = named(name if name in GRID else "excluded", dtype)
+    weights = torch.ones(M)
+    if name == "filter":  # takes all that it may
+        settings = replace(settings, gradient_filter=50.0)
+        weights = 1.0 * (torch.arange(M) == 2)
+    q, p, own, relations = case
+    (q if where == "query" else p)[2, 3] = torch.nan
+    leaves = [x.double().requires_grad_() for x in (q, p)]
+    own_HD = None if own is None else own.double()
+    loss_M = info_nce_definition(*leaves, 20.0, relations, settings, own_HD)
+    grads = torch.autograd.grad((loss_M * weights).sum(), leaves)
+    assert loss_M.isnan().any()
+    result = launch(*case, settings, weights, scale=20.0, stored=stored)
+    for got, want in zip((result.loss_M, *result[3:5]), (loss_M, *grads), strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+# What is not asked for is not done
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name"),
+    [("fp32", "plain"), ("bf16-stored", "plain"), ("fp16", "plain"), ("fp32", "everything-parts")],
+)
+def test_each_gradient_is_the_same_without_the_others(pipeline, name):
+    dtype, stored = PIPELINES[pipeline]
+    names, options = GRID[name]
+    case = *problem(*names, M=3, N=9, dtype=dtype), replace(ROOMY, **options)
+
+    def run(needs, weights):
+        return launch(*case, weights, scale=20.0, needs=needs, stored=stored)
+
+    whole = run(ALL, uneven(3))
+    for needs in itertools.product([False, True], repeat=4):
+        if (needs[2] and case[2] is None) or (name != "plain" and sum(needs) > 1):
+            continue  # not there, or a wait of seconds
+        some = run(needs, uneven(3))
+        assert max(map(error, some[:3], whole[:3])) < 1e-6
+        for need, got, want in zip(needs, some[3:], whole[3:], strict=True):
+            assert (got is None) == (want is None or not need)
+            assert got is None or error(got, want) < 1e-6
+    forward = run((False,) * 4, None)
+    assert forward[3:] == (None,) * 4 and max(map(error, forward[:3], whole[:3])) < 1e-6
+
+
+@contextlib.contextmanager
+def launches():
+    """The names of the kernels that are launched, in order."""
+    names = []
+    runner = interpreter.GridExecutor if triton.knobs.runtime.interpret else jit.JITFunction
+    method = "__call__" if triton.knobs.runtime.interpret else "run"
+    launch = getattr(runner, method)
+
+    def noted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(runner, method, noted):
+        yield names
+
+
+class Work(TorchDispatchMode):
+    """The torch ops that are kernels on a GPU, and the elements of the largest tensor.
+
+    Not allocations and views, nor the storages that the interpreter copies as bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty", "set_", "_local_scalar"))):
+            self.ops.append(name)
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype != torch.uint8:
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "with_gradients", "kernels", "products"),
+    [
+        ("fp32", True, "prepare statistics gradients finish", 2),
+        ("bf16-stored", True, "prepare statistics rows gradients finish", 2),
+        ("fp32", False, "prepare statistics rows", 0),
+        ("bf16-stored", False, "prepare statistics rows", 0),
+    ],
+    ids=["exact", "stored", "exact-forward", "stored-forward"],
+)
+def test_launches_of_the_plain_form_in_one_chunk(pipeline, with_gradients, kernels, products):
+    dtype, stored = PIPELINES[pipeline]
+    case = named("plain", dtype, rows=99)
+    weights = uneven(M) if with_gradients else None
+    with launches() as names, Work() as work:
+        launch(*case, weights, scale=20.0, stored=stored, needs=(with_gradients,) * 4)
+    assert names == [f"_{name}_kernel" for name in kernels.split()]
+    assert sum("mm" in op for op in work.ops) == products
+    # the scale's gradient is a sum, and stored rows have the largest inverse norm for a unit
+    others = [op for op in work.ops if "mm" not in op and "copy" not in op]
+    assert others == (["amax"] * stored + ["sum"] if with_gradients else [])
+
+
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where the host would wait for a device, except for `known`, which it has."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        of_known = args and args[0] is self.known
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if not of_known and (name in SYNCS or unsized):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16-stored", "fp16", "filter", "everything-guided"])
+def test_the_host_does_not_wait(name):
+    dtype, stored = PIPELINES.get(name, PIPELINES["fp32"])
+    *case, settings = named("everything-guided" if name not in PIPELINES else "ids", dtype)
+    if name == "filter":
+        *case, settings = named("ids")
+        settings = replace(settings, gradient_filter=0.1)
+    q, p, own, relations = (on_device(x) for x in case)
+    weights, scale = on_device(uneven(M)), torch.tensor(20.0)
+    run = lambda: info_nce(  # noqa: E731
+        q, p, own, scale, relations, settings, weights, ALL, tiles=SMALL, stored=stored
+    )
+    with NoSync(scale):
+        run()
+    if DEVICE == "cuda":  # compiled by now
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16-stored", "everything", "filter"])
+def test_score_matrix_is_never_stored(name):
+    dtype, stored = PIPELINES.get(name, PIPELINES["fp32"])
+    rows, queries, size = 16, 64, 128
+    options = {"everything": EVERYTHING, "filter": {"gradient_filter": 0.1}}.get(name, {})
+    names = ["ids", "excluded", "curated"]
+    if name == "everything":
+        names += ["own", "positives", "guide"]
+    case = problem(*names, M=queries, N=size, D=4, dtype=dtype)
+    settings = replace(ROOMY, workspace_bytes=rows * (size + 32) * 4, **options)
+    tiles = replace(SMALL, BLOCK_M=32, BLOCK_N=64)
+    with Work() as work:
+        launch(*case, settings, torch.ones(queries), scale=9.0, stored=stored, tiles=tiles)
+    assert rows * size <= work.largest <= 2 * rows * size < queries * size
+
+
+@pytest.mark.parametrize("name", ["plain", "everything-joint"])
+def test_workspace_of_less_than_a_row_is_refused(name):
+    *case, settings = named(name)
+    with pytest.raises(ValueError, match=r"workspace_bytes=99 is too small for one row of \d+"):
+        launch(*case, replace(settings, workspace_bytes=99), uneven(M), scale=20.0)
+
+
+def test_filter_leaves_out_the_tiles_below_its_mass_and_nothing_else():
+    """One tile a little above the bound, and that of the labels far below it."""
+    tiles, scale, each = replace(SMALL, BLOCK_N=16), 3.0, 16
+    generator = torch.Generator().manual_seed(0)
+    q, p = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (19, 5 * each))
+    q[:, 0] = 4
+    far = torch.tensor([0.0, -1.5, -1.3, 0.2, -0.9]).repeat_interleave(each)
+    p[:, 0] += far
+    labels = each + torch.arange(19) % each
+    relations, weights = Relations(labels), uneven(19).double()
+    q, p = q.float().double(), p.float().double()
+    s_MN = scale * q @ p.T
+    positive_M = s_MN.gather(1, labels[:, None])[:, 0]
+    open_MN = s_MN.scatter(1, labels[:, None], -torch.inf)
+    soft_MN, pull_M = open_MN.softmax(1), weights * (open_MN.logsumexp(1) - positive_M).sigmoid()
+    counted_M = weights > 0
+    mass_bT = torch.stack([
+        soft_MN[rows][counted_M[rows]].view(-1, 5, each).sum(2).amax(0)
+        for rows in (slice(0, 16), slice(16, 19))
+    ])  # fmt: skip
+    eps = 5 * 0.9 * mass_bT.flatten().sort().values[5].item()
+    settings = Settings(False, rows_fit(16, 5 * each, torch.float32, tiles), gradient_filter=eps)
+    case = (q.float(), p.float(), None, relations)
+    rough = launch(*case, settings, weights.float(), scale=scale, tiles=tiles)
+    live_bT = mass_bT > eps / 5
+    assert not live_bT[:, 1].any()
+    live_bT[:, 1] = True  # the labels'
+    live_MN = live_bT[torch.arange(19) // 16].repeat_interleave(each, 1)
+    slope_MN = soft_MN * live_MN
+    slope_MN[torch.arange(19), labels] = -1
+    slope_MN *= scale * pull_M[:, None]
+    assert error(rough.dq_MD, slope_MN @ p) < 2e-6 and error(rough.dp_ND, slope_MN.T @ q) < 2e-6
+    whole = launch(*case, replace(settings, gradient_filter=0.0), weights.float(), scale=scale)
+    assert torch.equal(rough.loss_M, whole.loss_M) or error(rough.loss_M, whole.loss_M) < 1e-6
+    off_M = (whole.dq_MD - rough.dq_MD).norm(dim=1)
+    bound_M = pull_M * scale * eps * p.norm(dim=1).amax()
+    assert off_M.max() > 1e-4 * bound_M.max() and (off_M <= bound_M + 1e-6).all()
+
+
+# Memory and order
+
+FORMS = {
+    "plain": ("fp32", "excluded", {}),
+    "guided": ("fp32", "guide", {}),
+    "stored": ("bf16-stored", "margin", {}),
+    "filter": ("fp32", "ids", {"gradient_filter": 0.3}),
+    "everything": ("fp32", "everything-guided", {}),
+    "short-prefix": ("fp32", "everything-one-way", {"dims": (9,), "dim_weights": (1.0,)}),
+}
+
+
+def run_form(name: str) -> list[torch.Tensor]:
+    pipeline, case, options = FORMS[name]
+    dtype, stored = PIPELINES[pipeline]
+    *case, settings = named(case, dtype)
+    settings = replace(settings, **options)
+    result = launch(*case, settings, uneven(M), scale=20.0, stored=stored)
+    return [x for x in result if x is not None]
+
+
+@interpreted_alone
+@pytest.mark.parametrize("form", FORMS)
+def test_no_address_lies_outside_and_no_program_races(form):
+    with shadow_memory():
+        run_form(form)
+
+
+@interpreted_alone
+@pytest.mark.parametrize("form", ["plain", "stored", "filter", "everything"])
+def test_the_order_of_programs_changes_no_bit(form):
+    usual = run_form(form)
+    for seed in (LAST_FIRST, 1):
+        with grid_order(seed):
+            assert all(map(torch.equal, run_form(form), usual))
+
+
+LAYOUTS = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "every-second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "rows-apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 19), st.integers(6, 37), st.integers(3, 33)),
+    names=st.sets(st.sampled_from(["ids", "excluded", "positives", "own"]), max_size=3),
+    directions=st.sampled_from([(QP,), (QP,), (PQ,), (QP, PQ), (QQ, PP)]),
+    smoothing=st.sampled_from([0.0, 0.1]), prefixes=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)), rows=st.integers(3, 40), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_and_stride(sizes, names, directions, smoothing, prefixes, layout, rows, seed):
+    M, N, D = sizes
+    names -= {"own"} if QP not in directions else set()
+    q, p, own, relations = problem(*names, M=M, N=N, D=D, seed=seed)
+    q, p = LAYOUTS[layout](q), LAYOUTS[layout](p)
+    own = own if own is None or not len(own) else LAYOUTS[layout](own)
+    dims = {"dims": (D // 2, D - 1), "dim_weights": (0.5, 1.0)} if prefixes else {}
+    settings = Settings(
+        True, rows * N * 24, directions=directions, label_smoothing=smoothing, **dims
+    )
+    case = (q, p, own, relations, settings)
+    truth = exact(*case, uneven(M), scale=10.0)
+    result = launch(*case, uneven(M), scale=10.0)
+    for got, want in zip((result[0], *gradients(result)), (truth[0], *truth[1]), strict=True):
+        assert (got.double() - want).norm() < 2e-5 * max(1.0, want.norm())
