@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
 native = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels/native").glob("*"))
 
 setup(
-    packages=["rankpo_kernels", *find_packages(include=["rankpo_fast", "rankpo_fast.*"])],
+    packages=[*find_packages("kernels"), *find_packages(include=["rankpo_fast", "rankpo_fast.*"])],
     package_dir={"rankpo_kernels": "kernels/rankpo_kernels", "rankpo_fast": "rankpo_fast"},
     ext_modules=[
         Extension(

@@ -710,6 +710,10 @@ def _assert_in_range(relations: Relations, labels_given: bool, N: int) -> None:
     for column in columns:
         if column is not None:
             torch._assert_async(((column >= 0) & (column < N)).all(), f"not all columns < {N}")
+    if relations.positive_offsets is not None:
+        rows_P, columns_P, _ = positive_pairs(relations, torch.float32)
+        keys = (rows_P * N + columns_P).sort().values
+        torch._assert_async((keys[1:] > keys[:-1]).all(), "positives repeat, or hold the label")
 
 
 def _scale(temperature: float | None, scale: float | Tensor | None) -> Tensor:

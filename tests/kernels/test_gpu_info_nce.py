@@ -46,24 +46,6 @@ interpreted_alone = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def comparisons_are_cast(interpreted):
-    """The interpreter's comparisons have the dtype of what they compare, and `exact_bf16` takes
-    their cast to it for done: a store of int32 would then write one byte of four."""
-    if not interpreted:
-        yield
-        return
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, target):
-        if source.data.dtype == bool:
-            source = interpreter.TensorHandle(source.data, triton.language.int1)
-        return cast(self, source, target)
-
-    with mock.patch.object(interpreter.InterpreterBuilder, "cast_impl", cast_impl):
-        yield
-
-
-@pytest.fixture(autouse=True)
 def nothing_is_zero_by_luck():
     """Memory that nobody wrote is NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -92,8 +92,22 @@ def cast_kernel(x_ptr, y_ptr, VIA: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def positive_kernel(x_ptr, y_ptr, BLOCK_N: tl.constexpr):
+    offs_n = tl.arange(0, BLOCK_N)
+    is_positive = tl.load(x_ptr + offs_n) > 0
+    tl.store(y_ptr + offs_n, is_positive.to(tl.int32))
+
+
+@triton.jit
 def bf16_sum_kernel(x_ptr, y_ptr):
     tl.store(y_ptr, tl.load(x_ptr) + tl.load(x_ptr + 1))
+
+
+def test_comparisons_are_stored_in_whole_integers():
+    """A comparison's data are bytes, of which a store of int32 would write one of four."""
+    x, y = torch.tensor([1, -2, 3, -4], dtype=torch.int32), torch.full((4,), -1, dtype=torch.int32)
+    positive_kernel[(1,)](x, y, BLOCK_N=4)
+    assert y.tolist() == [1, 0, 1, 0]
 
 
 def test_clean_kernel_passes():
