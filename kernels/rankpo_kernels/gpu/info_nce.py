@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rankpo_kernels import objective
 from rankpo_kernels.gpu import products, rows, scores
-from rankpo_kernels.gpu.rows import Rows, Scale
+from rankpo_kernels.gpu.rows import Rows, Scale, absent
 from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Plain, Side
 from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores
 from rankpo_kernels.objective import (
@@ -189,8 +189,8 @@ class Block(NamedTuple):
     def rows(self) -> int:
         return len(self.a) if self.index is None else len(self.index)
 
-    def chunk(self, part: slice) -> tuple[Side, Side, Side | None, Side | None, Masks]:
-        guide = (None, None)
+    def chunk(self, part: slice) -> tuple[Side, Side, Side, Side, Masks]:
+        guide = (absent(Side), absent(Side))
         if self.guide is not None:
             ga, inverse_ga, gb, inverse_gb = self.guide
             guide = (_side(ga, inverse_ga, self.index, part), _side(gb, inverse_gb))
@@ -273,7 +273,8 @@ def _launch_statistics(
     tiles, R, N = problem.tiles, part.stop - part.start, len(block.b)
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._statistics_kernel[grid](
-        *block.chunk(part), row_parts, column_parts, positive_R, inverse_top, stored,
+        *block.chunk(part), row_parts or absent(Partials), column_parts or absent(Partials),
+        positive_R, inverse_top, stored,
         problem.number, R, N, 0 if stored is None else stored.stride(0),
         problem.dims, _guide_dims(block), block.curated, **_shape(tiles),
     )  # fmt: skip
@@ -289,8 +290,9 @@ def _launch_gradients(
         tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._gradients_kernel[grid](
-        *block.chunk(part), plain, row_slopes, column_slopes, label_slope_LR, inverse_top,
-        tile_parts, live, out_LRN, *along,
+        *block.chunk(part), plain or absent(Plain), row_slopes or absent(scores.Slopes),
+        column_slopes or absent(scores.Slopes), label_slope_LR, inverse_top, tile_parts, live,
+        out_LRN, *along,
         problem.number, filter_mass, 0 if plain is None else plain.parts.top.shape[1], R, N,
         out_LRN.stride(1), out_LRN.stride(0),
         problem.dims, _guide_dims(block), block.curated, only_over, **_shape(tiles),

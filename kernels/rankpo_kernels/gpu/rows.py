@@ -28,6 +28,11 @@ class Scale(NamedTuple):
     at: Tensor | None
 
 
+def absent(kind: type) -> tuple:
+    """Arguments a launch goes without: Triton 3.6 cannot ask of a tuple whether it is None."""
+    return kind(*[None] * len(kind._fields))
+
+
 @triton.jit
 def number(scale):
     """The scale as fp32."""
@@ -211,7 +216,7 @@ def _finish_kernel(
     if constant is not None:
         by = tl.load(constant) * number(scale)
     block = tl.program_id(0)
-    if second is None:
+    if second.g is None:
         _finish(first, block, by, DIMS, BLOCK_R, BLOCK_D)
     else:
         of_first = tl.cdiv(first.R, BLOCK_R)
@@ -231,6 +236,6 @@ def finish(
     if tensors:
         programs = sum(triton.cdiv(rows.R, BLOCK_R) for rows in tensors)
         _finish_kernel[(programs,)](
-            *tensors, *[None] * (2 - len(tensors)), constant, scale,
+            *tensors, *[absent(Rows)] * (2 - len(tensors)), constant, scale or absent(Scale),
             tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
         )  # fmt: skip

@@ -152,7 +152,7 @@ def _unrelated(
             key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=0)
             same_mn = class_m[:, None] == key_n[None, :]
             open_mn = open_mn & ~(same_mn & (at_n < stop_n)[None, :])
-    if guide_a is not None:
+    if guide_a.x is not None:
         rows_a, rows_b = _rows_of(guide_a, offs_m), _rows_of(guide_b, offs_n)
         judge_mn = _dots(
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_a * guide_a.stride,
@@ -296,10 +296,10 @@ def _statistics_kernel(
         )  # fmt: skip
         similarity_mn = _similarity(dots_mn, a, rows_a, b, rows_b, level)
         left_mn = open_mn
-        if guide_a is None:
+        if guide_a.x is None:
             left_mn = _judged(open_mn, similarity_mn, masks, safe_m, safe_n, level, CURATED)
         s_mn = scale * similarity_mn
-        if rows is not None:
+        if rows.top is not None:
             at = (level * tiles_n + pid_n) * R + offs_m
             top_m, e_mn = _part(s_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
             if stored is not None:
@@ -312,7 +312,7 @@ def _statistics_kernel(
                 to_mn = _tile_at(stored, pid_m, pid_n, stored_stride, BLOCK_M, BLOCK_N)
                 e_mn = e_mn.to(stored.dtype.element_ty)
                 tl.store(to_mn, e_mn, mask=mask_m[:, None] & mask_n[None, :])
-        if columns is not None:
+        if columns.top is not None:
             at = (level * tiles_m + pid_m) * N + offs_n
             _part(s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
 
@@ -383,7 +383,7 @@ def _gradients_kernel(
     lse_m = tl.zeros([BLOCK_M], tl.float32)
     pull_m = lse_m
     work = True
-    if plain is not None:
+    if plain.loss_R is not None:
         lse_m, gap_m, top_m, mean_m = _gap(plain, safe_m, R, n_parts, scale)
         keep_m = offs_m < tl.where(pid_n == 0, R, 0)
         pull_m = _leave(plain, safe_m, keep_m, gap_m, top_m, mean_m, scale)
@@ -418,23 +418,23 @@ def _gradients_kernel(
             )  # fmt: skip
             similarity_mn = _similarity(dots_mn, a, rows_a, b, rows_b, level)
             left_mn = open_mn
-            if guide_a is None:
+            if guide_a.x is None:
                 left_mn = _judged(open_mn, similarity_mn, masks, safe_m, safe_n, level, CURATED)
             s_mn = scale * similarity_mn
 
             g_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # d total / d s
-            if plain is not None:
+            if plain.loss_R is not None:
                 g_mn = tl.exp(s_mn - lse_m[:, None])
                 if plain.factor_R is None:
                     g_mn *= pull_m[:, None]
-            if row_slopes is not None:
+            if row_slopes.lse is not None:
                 at_m = level * row_slopes.stride + safe_m
                 g_mn += tl.load(row_slopes.soft + at_m)[:, None] * tl.exp(
                     s_mn - tl.load(row_slopes.lse + at_m)[:, None]
                 )
                 if row_slopes.flat is not None:
                     g_mn -= tl.load(row_slopes.flat + at_m)[:, None]
-            if column_slopes is not None:
+            if column_slopes.lse is not None:
                 at_n = level * column_slopes.stride + safe_n
                 g_mn += tl.load(column_slopes.soft + at_n)[None, :] * tl.exp(
                     s_mn - tl.load(column_slopes.lse + at_n)[None, :]
@@ -442,8 +442,8 @@ def _gradients_kernel(
                 if column_slopes.flat is not None:
                     g_mn -= tl.load(column_slopes.flat + at_n)[None, :]
             g_mn = tl.where(left_mn, g_mn, 0.0)
-            if label_slope_LR is not None or plain is not None:
-                if plain is not None:
+            if label_slope_LR is not None or plain.loss_R is not None:
+                if plain.loss_R is not None:
                     at_label_m = -pull_m
                     if plain.factor_R is not None:  # divided out; NaN comes back with it
                         at_label_m = tl.where(pull_m > 0, -1.0, 0.0)
