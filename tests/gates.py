@@ -37,3 +37,16 @@ def draw(M: int, N: int, D: int, dtype: torch.dtype, converged: bool, seed: int 
     if converged:
         p[labels] = q + 0.45 * torch.randn(M, D, generator=generator, dtype=torch.float64)
     return q.to(dtype), p.to(dtype), labels
+
+
+# What one rounding more or less can do: below it, a comparison with plain torch compares luck.
+FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+
+
+def plain_torch(q, p, labels, scale):
+    """Gradients by what one would write without us: cross entropy of the scores, in the inputs'
+    dtype."""
+    leaves = [q.clone().requires_grad_(), p.clone().requires_grad_()]
+    unit = torch.nn.functional.normalize
+    loss = torch.nn.functional.cross_entropy(scale * unit(leaves[0]) @ unit(leaves[1]).T, labels)
+    return torch.autograd.grad(loss, leaves)

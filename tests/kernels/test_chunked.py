@@ -1,118 +1,36 @@
 """InfoNCE on chunks, every option: losses and gradients are those of the dense definition."""
 
-import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from gates import error, gates
+from problems import EVERYTHING, GRID, M, N, exact, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels import chunked, native
-from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations, Settings, limits
+from rankpo_kernels.objective import Relations, Settings, limits
 
-M, N, D, G = 13, 29, 24, 7
 SCALE = 20.0
 PLAIN = Settings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
-
-
-def lists(lengths, high, generator):
-    """(offsets, columns) with rows of these lengths, without repetition in a row."""
-    rows = [torch.randperm(high, generator=generator)[:length] for length in lengths]
-    return torch.tensor([0, *itertools.accumulate(lengths)]), torch.cat(rows)
-
-
-def problem(*names, seed=0):
-    """(q, p, own, relations) in fp64, whose relations are those named; weights differ by query."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(rows, dims=D):
-        return torch.randn(rows, dims, generator=generator, dtype=torch.float64)
-
-    def integers(high, count):
-        return torch.randint(high, (count,), generator=generator)
-
-    q, p, own = draw(M), draw(N), None
-    labels = torch.randperm(N, generator=generator)[:M]
-    labels[4] = labels[2]
-    p[labels] += q
-    fields = {"labels_M": labels}
-    if "positives" in names:
-        offsets, columns = lists([i % 3 for i in range(M)], N, generator)
-        fields |= {"positive_offsets": offsets, "positive_columns": columns}
-    if "excluded" in names:
-        offsets, columns = lists([i % 5 for i in range(M)], N, generator)
-        fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
-    if "ids" in names:
-        fields |= {"query_ids_M": integers(8, M), "passage_ids_N": integers(20, N) * 10**12}
-    if "own" in names:
-        lengths = torch.tensor([2, 0, 1, 5, 0, 0, 3, 1, 1, 0, 4, 2, 0])
-        own = draw(int(lengths.sum()))
-        fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    if "curated" in names:
-        fields["curated_N"] = integers(M + 1, N) - 1
-    if "guide" in names:
-        fields |= {"guide_queries": draw(M, G), "guide_passages": draw(N, G)}
-    return q, p, own, Relations(**fields)
 
 
 def compare(q, p, own, relations, settings, dtype=torch.float64, scale=SCALE):
     """Largest errors (of the loss, of the gradients) against autograd through the definition."""
     weights = torch.linspace(0.5, 2, len(q), dtype=torch.float64)
     q, p, own = (x if x is None else x.to(dtype) for x in (q, p, own))
-    tensors = [x.double().clone().requires_grad_() for x in (q, p, own) if x is not None]
-    exact_scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    loss_M = info_nce_definition(
-        *tensors[:2], exact_scale, relations, settings, *tensors[2:]
-    )  # fmt: skip
-    truth = torch.autograd.grad((loss_M * weights).sum(), [*tensors, exact_scale])
+    loss_M, truth = exact(q, p, own, relations, settings, weights, scale=scale)
     result = chunked.info_nce(
         q, p, own, torch.tensor(scale, dtype=torch.float64), relations, settings, weights,
         (True,) * 4,
     )  # fmt: skip
     grads = [x for x in result[3:] if x is not None]
-    forward = chunked.info_nce(q, p, own, exact_scale.detach(), relations, settings, None)
+    forward = chunked.info_nce(q, p, own, torch.tensor(scale), relations, settings, None)
     assert forward[3:] == (None,) * 4
     assert error(forward.loss_M, result.loss_M) < 1e-6
     return error(result.loss_M, loss_M), max(map(error, grads, truth))
-
-
-GRID = {
-    "plain": ((), {}),
-    "not-cosine": ((), {"normalize": False}),
-    "ids": (("ids",), {}),
-    "excluded": (("ids", "excluded"), {}),
-    "margin": (("curated",), {"margin": 0.3}),
-    "relative-margin": (("curated", "ids"), {"margin": 0.6, "relative_margin": True}),
-    "guide": (("guide", "curated", "excluded"), {"margin": 0.4}),
-    "smoothing": (("ids",), {"label_smoothing": 0.1}),
-    "positives": (("positives", "ids"), {}),
-    "own": (("own",), {}),
-    "dims": ((), {"dims": (5, 16, 24), "dim_weights": (0.5, 1.0, 2.0)}),
-    "one-short-prefix": (("ids",), {"dims": (11,), "dim_weights": (1.5,)}),
-    "passage-to-query": (("ids",), {"directions": (PQ,)}),
-    "query-to-query": (("positives",), {"directions": (QQ,)}),
-    "passage-to-passage": (("positives", "curated"), {"directions": (PP,)}),
-    "symmetric": (("ids", "positives"), {"directions": (QP, PQ), "joint": False}),
-    "everything-one-way": (
-        ("ids", "excluded", "positives", "own", "curated"),
-        {"margin": 0.4, "label_smoothing": 0.2, "dims": (9, 20), "dim_weights": (1.0, 0.3)},
-    ),
-} | {
-    f"everything-{how}": (
-        ("ids", "excluded", "positives", "own", "curated", *more),
-        {
-            "directions": DIRECTIONS, "joint": joint, "label_smoothing": 0.2, "margin": 0.4,
-            "dims": (9, 20), "dim_weights": (1.0, 0.3), "normalize": how != "dots",
-            "relative_margin": how == "parts",
-        },
-    )
-    for how, joint, more in [
-        ("joint", True, ()), ("parts", False, ()), ("guided", True, ["guide"]), ("dots", True, ()),
-    ]
-}  # fmt: skip
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -200,11 +118,6 @@ def test_filter_keeps_its_bound():
     assert (off_M <= 1.01 * pull_M * scale * eps).all()
     off_N = (exact.dp_ND - rough.dp_ND).norm(dim=1)
     assert 0 < off_N.max() <= 1.01 * scale * eps / 400 * pull_M.sum()
-
-
-EVERYTHING = dict(
-    directions=DIRECTIONS, margin=0.4, label_smoothing=0.1, dims=(2, 4), dim_weights=(1.0, 2.0)
-)
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])

@@ -13,11 +13,10 @@ import hypothesis
 import pytest
 import torch
 import triton
-from gates import draw, error, gates
+from gates import FLOOR, draw, error, gates, plain_torch
 from hypothesis import strategies as st
 from interpreter import LAST_FIRST, grid_order, shadow_memory
-from kernels.test_chunked import EVERYTHING, GRID, lists
-from ops.test_info_nce import FLOOR, plain_torch
+from problems import EVERYTHING, GRID, D, M, N, exact, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter, jit
 
@@ -77,24 +76,6 @@ def launch(
     return Result(*(x if x is None else x.cpu() for x in result))
 
 
-def exact(q, p, own, relations, settings, weights, *, scale) -> tuple[torch.Tensor, list]:
-    """(loss_M, gradients of sum_i w_i loss_i) by autograd through the definition in fp64."""
-    leaves = [x.detach().double().requires_grad_() for x in (q, p, own) if x is not None]
-    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    judge = [x if x is None else x.double() for x in relations[-2:]]
-    relations = Relations(*relations[:-2], *judge)
-
-    def loss(settings):
-        return info_nce_definition(*leaves[:2], scale, relations, settings, *leaves[2:])
-
-    loss_M = loss(settings)
-    if settings.margin is not None:  # nothing lies so near a limit that rounding decides
-        for nudge in (-1e-5, 1e-5):
-            assert torch.equal(loss_M, loss(replace(settings, margin=settings.margin + nudge)))
-    grads = torch.autograd.grad((loss_M * weights.double()).sum(), [*leaves, scale])
-    return loss_M.detach(), list(grads)
-
-
 def gradients(result: Result) -> list[torch.Tensor]:
     return [x for x in result[3:] if x is not None]
 
@@ -146,43 +127,6 @@ def test_in_one_dimension_cosines_are_signs_without_gradient(pipeline):
     result = launch(*case, torch.ones(17) / 17, scale=20.0, stored=stored)
     assert error(result.loss_M, truth[0]) < gates(dtype, 0.05)[0]
     assert max(x.abs().max() for x in result[3:5]) < 20 * torch.finfo(dtype).eps
-
-
-M, N, D, G = 19, 37, 24, 7  # two tiles of rows, two of columns, none full
-
-
-def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
-    """(q, p, own, relations) with the relations that are named."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows, dims=D):
-        return torch.randn(rows, dims, generator=generator, dtype=torch.float64).to(dtype)
-
-    def integers(high, count):
-        return torch.randint(high, (count,), generator=generator)
-
-    q, p, own, labels = normal(M), normal(N), None, integers(N, M)
-    p[labels] += q
-    fields = {"labels_M": labels}
-    if "positives" in names:
-        offsets, columns = lists([i % 3 for i in range(M)], N - 1, generator)
-        columns += columns >= labels[torch.repeat_interleave(offsets.diff())]  # not the label
-        fields |= {"positive_offsets": offsets, "positive_columns": columns}
-    if "excluded" in names:
-        offsets, columns = lists([i % 5 for i in range(M)], N, generator)
-        fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
-    if "ids" in names:
-        fields |= {"query_ids_M": integers(12, M), "passage_ids_N": integers(25, N) * 10**12}
-    if "own" in names:
-        lengths = torch.arange(M) * 7 % 4  # none, or several
-        lengths[-1] = 0
-        own = normal(int(lengths.sum()))
-        fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    if "curated" in names:
-        fields["curated_N"] = integers(M + 1, N) - 1
-    if "guide" in names:
-        fields |= {"guide_queries": normal(M, G), "guide_passages": normal(N, G)}
-    return q, p, own, Relations(**fields)
 
 
 def uneven(M: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from gates import draw, error, gates
+from gates import FLOOR, draw, error, gates, plain_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,19 +99,6 @@ def test_loss_and_gradients_pass_the_gates(M, N, D, dtype, converged, temperatur
     for got, same_dtype, want in zip(result[1:3], plain, truth[1:3], strict=True):
         assert error(got, want) < grad_gate
         assert error(got, want) < 1.5 * error(same_dtype, want) + FLOOR[dtype]
-
-
-# What one rounding more or less can do: below it, a comparison with plain torch compares luck.
-FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
-
-
-def plain_torch(q, p, labels, scale):
-    """Gradients by what one would write without us: cross entropy of the scores, in the inputs'
-    dtype."""
-    leaves = [q.clone().requires_grad_(), p.clone().requires_grad_()]
-    unit = torch.nn.functional.normalize
-    loss = torch.nn.functional.cross_entropy(scale * unit(leaves[0]) @ unit(leaves[1]).T, labels)
-    return torch.autograd.grad(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

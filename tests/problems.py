@@ -1,0 +1,109 @@
+"""Problems for every option of InfoNCE: small, ragged, by name; and what their answers are."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+
+from rankpo_fast.ops.info_nce import info_nce_definition
+from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations
+
+M, N, D = 19, 37, 24  # two small tiles of rows, two of columns, none full
+
+# name: (relations, settings)
+GRID = {
+    "plain": ((), {}),
+    "not-cosine": ((), {"normalize": False}),
+    "ids": (("ids",), {}),
+    "excluded": (("ids", "excluded"), {}),
+    "margin": (("curated",), {"margin": 0.3}),
+    "relative-margin": (("curated", "ids"), {"margin": 0.6, "relative_margin": True}),
+    "guide": (("guide", "curated", "excluded"), {"margin": 0.4}),
+    "smoothing": (("ids",), {"label_smoothing": 0.1}),
+    "positives": (("positives", "ids"), {}),
+    "own": (("own",), {}),
+    "dims": ((), {"dims": (5, 16, 24), "dim_weights": (0.5, 1.0, 2.0)}),
+    "one-short-prefix": (("ids",), {"dims": (11,), "dim_weights": (1.5,)}),
+    "passage-to-query": (("ids",), {"directions": (PQ,)}),
+    "query-to-query": (("positives",), {"directions": (QQ,)}),
+    "passage-to-passage": (("positives", "curated"), {"directions": (PP,)}),
+    "symmetric": (("ids", "positives"), {"directions": (QP, PQ), "joint": False}),
+    "everything-one-way": (
+        ("ids", "excluded", "positives", "own", "curated"),
+        {"margin": 0.4, "label_smoothing": 0.2, "dims": (9, 20), "dim_weights": (1.0, 0.3)},
+    ),
+} | {
+    f"everything-{how}": (
+        ("ids", "excluded", "positives", "own", "curated", *more),
+        {
+            "directions": DIRECTIONS, "joint": joint, "label_smoothing": 0.2, "margin": 0.4,
+            "dims": (9, 20), "dim_weights": (1.0, 0.3), "normalize": how != "dots",
+            "relative_margin": how == "parts",
+        },
+    )
+    for how, joint, more in [
+        ("joint", True, ()), ("parts", False, ()), ("guided", True, ["guide"]), ("dots", True, ()),
+    ]
+}  # fmt: skip
+
+EVERYTHING = dict(
+    directions=DIRECTIONS, margin=0.4, label_smoothing=0.1, dims=(2, 4), dim_weights=(1.0, 2.0)
+)
+
+
+def lists(lengths, high, generator):
+    """(offsets, columns) with rows of these lengths, without repetition in a row."""
+    rows = [torch.randperm(high, generator=generator)[:length] for length in lengths]
+    return torch.tensor([0, *itertools.accumulate(lengths)]), torch.cat(rows)
+
+
+def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
+    """(q, p, own, relations) with the relations that are named."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows, dims=D):
+        return torch.randn(rows, dims, generator=generator, dtype=torch.float64).to(dtype)
+
+    def integers(high, count):
+        return torch.randint(high, (count,), generator=generator)
+
+    q, p, own, labels = normal(M), normal(N), None, integers(N, M)
+    p[labels] += q
+    fields = {"labels_M": labels}
+    if "positives" in names:
+        offsets, columns = lists([i % 3 for i in range(M)], N - 1, generator)
+        columns += columns >= labels[torch.repeat_interleave(offsets.diff())]  # not the label
+        fields |= {"positive_offsets": offsets, "positive_columns": columns}
+    if "excluded" in names:
+        offsets, columns = lists([i % 5 for i in range(M)], N, generator)
+        fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
+    if "ids" in names:
+        fields |= {"query_ids_M": integers(12, M), "passage_ids_N": integers(25, N) * 10**12}
+    if "own" in names:
+        lengths = torch.arange(M) * 7 % 4  # none, or several
+        lengths[-1] = 0
+        own = normal(int(lengths.sum()))
+        fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    if "curated" in names:
+        fields["curated_N"] = integers(M + 1, N) - 1
+    if "guide" in names:
+        fields |= {"guide_queries": normal(M, 7), "guide_passages": normal(N, 7)}
+    return q, p, own, Relations(**fields)
+
+
+def exact(q, p, own, relations, settings, weights, *, scale) -> tuple[torch.Tensor, list]:
+    """(loss_M, gradients of sum_i w_i loss_i) by autograd through the definition in fp64."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, p, own) if x is not None]
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    judge = [x if x is None else x.double() for x in relations[-2:]]
+    relations = Relations(*relations[:-2], *judge)
+
+    def loss(settings):
+        return info_nce_definition(*leaves[:2], scale, relations, settings, *leaves[2:])
+
+    loss_M = loss(settings)
+    if settings.margin is not None:  # nothing lies so near a limit that rounding decides
+        for nudge in (-1e-5, 1e-5):
+            assert torch.equal(loss_M, loss(replace(settings, margin=settings.margin + nudge)))
+    grads = torch.autograd.grad((loss_M * weights.double()).sum(), [*leaves, scale])
+    return loss_M.detach(), list(grads)
