@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "smoothing-without-pull", OBJECTIVE,
-        "slope_P += flat_P * count_P",
+        "slope_P += omega_P * smooth_P * count_P",
         "pass",
         CPU,
     ),

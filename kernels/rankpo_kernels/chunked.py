@@ -305,7 +305,8 @@ class Line(NamedTuple):
 
     @staticmethod
     def of(stats: Stats, slopes: Slopes) -> "Line":
-        return Line(stats.lse.masked_fill(stats.lse == -torch.inf, 0), *slopes)
+        flat = torch.zeros_like(slopes.soft) if slopes.flat is None else slopes.flat
+        return Line(stats.lse.masked_fill(stats.lse == -torch.inf, 0), slopes.soft, flat)
 
 
 Lines = list[dict[str, Line]]  # of each prefix, by direction
@@ -532,10 +533,11 @@ def _general(
             if owned is not None and QP in of:
                 of[QP] = merge(of[QP], _at(rows, own_stats[level]))
             loss_R, slopes, slope_LP[level, at_P], d_scale_level = combine(
-                part, s_LP[level, at_P], of, weights_M[rows] * weight, scale, settings
+                part, s_LP[level, at_P], of, weights_M[rows] * weight, scale, settings, needs[3]
             )
             loss_M[rows] += weight * loss_R
-            d_scale.add_(d_scale_level)
+            if needs[3]:
+                d_scale.add_(d_scale_level)
             lines.append({d: Line.of(of[d], slopes[d]) for d in of})
         if hardest_of in of:
             hardest_M[rows] = of[hardest_of].top / scale

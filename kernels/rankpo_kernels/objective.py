@@ -206,47 +206,59 @@ class Slopes(NamedTuple):
     """d total / d s of a negative: soft * exp(s - lse) - flat, of its row (or column)."""
 
     soft: Tensor
-    flat: Tensor
+    flat: Tensor | None  # with label smoothing
 
 
 def combine(
     pairs: Pairs, s_P: Tensor, stats: dict[str, Stats], weights_M: Tensor, scale: Tensor,
-    settings: Settings,
-) -> tuple[Tensor, dict[str, Slopes], Tensor, Tensor]:  # fmt: skip
-    """(loss_M, slopes per direction, d total / d s_P, d total / d scale) from the statistics of
-    each direction: rows of the block are queries, for passage_to_passage they are pairs; columns
-    are passages."""
-    row_of = {QP: pairs.rows_P, PQ: pairs.columns_P, QQ: pairs.rows_P, PP: None}
-    zeros = {d: torch.zeros_like(stat.lse) for d, stat in stats.items()}
-    slopes = {d: Slopes(zero, zero) for d, zero in zeros.items()}
+    settings: Settings, need_scale: bool,
+) -> tuple[Tensor, dict[str, Slopes], Tensor, Tensor | None]:  # fmt: skip
+    """(loss_M, slopes per direction, d total / d s_P, d total / d scale if needed) from the
+    statistics of each direction: rows of the block are queries, for passage_to_passage they are
+    pairs; columns are passages."""
+    # Each step is a launch on a GPU, where 4096 rows take no longer than one: none in vain.
+    labels_alone = len(s_P) == len(weights_M)
+    rows_P = None if labels_alone else pairs.rows_P
+    row_of = {QP: rows_P, PQ: pairs.columns_P, QQ: rows_P, PP: None}
+    slopes = {}
     parts = [tuple(stats)] if settings.joint else [(direction,) for direction in stats]
-    omega_P = weights_M[pairs.rows_P] * pairs.share_P / len(parts)
-    loss_P, slope_P = torch.zeros_like(s_P), torch.zeros_like(s_P)
+    omega_P = weights_M if labels_alone else weights_M[rows_P] * pairs.share_P
+    omega_P = omega_P / len(parts)
+    loss_P, slope_P = 0.0, 0.0
     for part in parts:
         listed = max(1, (QP in part) + (PQ in part))  # how often a joint softmax has the positive
-        of_pairs = {d: Stats(*(_at(x, row_of[d]) for x in stats[d])) for d in part}
-        lse_P = torch.logsumexp(torch.stack([s.lse for s in of_pairs.values()]), 0)
+        lse_of = {d: _at(stats[d].lse, row_of[d]) for d in part}
+        alone = len(part) == 1
+        lse_P = lse_of[part[0]] if alone else torch.logsumexp(torch.stack([*lse_of.values()]), 0)
         gap_P = lse_P - s_P - math.log(listed)
         loss_P += torch.logaddexp(gap_P, torch.zeros_like(gap_P)) + math.log(listed)
         pull_P = omega_P * gap_P.sigmoid()
         slope_P -= pull_P
-        count_P = sum(s.count for s in of_pairs.values())
-        flat_P = omega_P * settings.label_smoothing / (count_P + listed)
-        if settings.label_smoothing:
-            sum_P = sum(s.sum for s in of_pairs.values())
-            # a mean over all candidates, the positive among them
-            loss_P += settings.label_smoothing * (count_P * s_P - sum_P) / (count_P + listed)
-            slope_P += flat_P * count_P
-        finite_P = lse_P.masked_fill(lse_P == -torch.inf, 0)
-        for direction, of in of_pairs.items():
-            soft, flat = slopes[direction]
-            rows, size = row_of[direction], len(soft)
-            soft = soft + _summed(pull_P * (of.lse - finite_P).exp(), rows, size)
-            slopes[direction] = Slopes(soft, flat + _summed(flat_P, rows, size))
-    loss_M = _summed(loss_P * pairs.share_P / len(parts), pairs.rows_P, len(weights_M))
+        finite_P = None if alone else lse_P.masked_fill(lse_P == -torch.inf, 0)
+        for direction in part:
+            share_P = pull_P if alone else pull_P * (lse_of[direction] - finite_P).exp()
+            rows, size = row_of[direction], len(stats[direction].lse)
+            slopes[direction] = Slopes(_summed(share_P, rows, size), None)
+        if settings.label_smoothing:  # a mean over all candidates, the positive among them
+            count_P, sum_P = (
+                sum(_at(getattr(stats[d], of), row_of[d]) for d in part) for of in ("count", "sum")
+            )
+            smooth_P = settings.label_smoothing / (count_P + listed)
+            loss_P += smooth_P * (count_P * s_P - sum_P)
+            slope_P += omega_P * smooth_P * count_P
+            for direction in part:
+                rows, size = row_of[direction], len(stats[direction].lse)
+                flat = _summed(omega_P * smooth_P, rows, size)
+                slopes[direction] = slopes[direction]._replace(flat=flat)
+    loss_P = loss_P / len(parts)
+    loss_M = loss_P if labels_alone else _summed(loss_P * pairs.share_P, rows_P, len(weights_M))
+    if not need_scale:
+        return loss_M, slopes, slope_P, None
     d_logits = (slope_P * s_P).sum()
     for direction, (soft, flat) in slopes.items():
-        d_logits = d_logits + (soft * stats[direction].mean - flat * stats[direction].sum).sum()
+        d_logits = d_logits + (soft * stats[direction].mean).sum()
+        if flat is not None:
+            d_logits = d_logits - (flat * stats[direction].sum).sum()
     return loss_M, slopes, slope_P, d_logits / scale
 
 

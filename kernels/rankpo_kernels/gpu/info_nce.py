@@ -13,7 +13,7 @@ A chunk holds R rows of gradients [R, N] in the inputs' dtype; products accumula
 M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -453,28 +453,31 @@ def _general(
         if QP in stats:
             stats[QP] = merge(stats[QP], own.stats)
     rows_of_queries = next((d for d in (QP, QQ) if d in stats), None)
-    hardest_M = torch.full_like(p.similarity_LP[0, :M], -torch.inf)
-    if rows_of_queries is not None:
+    if rows_of_queries is None:
+        hardest_M = torch.full_like(p.similarity_LP[0, :M], -torch.inf)
+    else:
         hardest_M = stats[rows_of_queries].top[-1] / p.scale
 
-    loss_M, d_scale = torch.zeros_like(hardest_M), torch.zeros_like(p.scale)
+    loss_M = d_scale = 0.0
     slopes, slope_LP = [], []
-    weights = torch.ones_like(loss_M) if weights_M is None else weights_M
+    weights = torch.ones_like(hardest_M) if weights_M is None else weights_M
     for level, (_, weight) in enumerate(settings.levels(D)):
         of_level = {d: Stats(*(x[level] for x in stat)) for d, stat in stats.items()}
         s_P = p.similarity_LP[level] * p.scale
         level_loss, level_slopes, slope_P, level_scale = combine(
-            p.pairs, s_P, of_level, weights * weight, p.scale, settings
+            p.pairs, s_P, of_level, weights * weight, p.scale, settings, need_scale
         )
-        loss_M, d_scale = loss_M + weight * level_loss, d_scale + level_scale
+        loss_M = loss_M + weight * level_loss
+        if need_scale:
+            d_scale = d_scale + level_scale
         slopes.append(level_slopes)
         slope_LP.append(slope_P)
     result = Result(loss_M, p.similarity_LP[-1, :M], hardest_M)
     if weights_M is None:
         return result
-    slope_LP = torch.stack(slope_LP)
+    slope_LP = _stacked(slope_LP)
     slopes = {
-        d: objective.Slopes(*(torch.stack([s[d][i] for s in slopes]) for i in range(2)))
+        d: objective.Slopes(*(_stacked(of) for of in zip(*(s[d] for s in slopes), strict=True)))
         for d in stats
     }
 
@@ -494,7 +497,8 @@ def _general(
         if QP in stats:
             owner_H, stat, slope = own.owner_H, stats[QP], slopes[QP]
             g_LH = slope.soft[:, owner_H] * (own.logit_LH - stat.lse[:, owner_H]).exp()
-            g_LH = g_LH - slope.flat[:, owner_H]
+            if slope.flat is not None:
+                g_LH = g_LH - slope.flat[:, owner_H]
         products.own_gradients(
             p.q_MD, own_HD, p.inverse_q, own.inverse_LH, relations.own_offsets, g_LH * p.scale,
             g_LH * own.logit_LH, dq_MD, d_own, p.dims,
@@ -518,6 +522,13 @@ def _general(
     return result._replace(
         dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale if need_scale else None
     )
+
+
+def _stacked(levels: Sequence[Tensor | None]) -> Tensor | None:
+    """[L, ...]; one level is no copy."""
+    if levels[0] is None or len(levels) == 1:
+        return levels[0] if levels[0] is None else levels[0][None]
+    return torch.stack(levels)
 
 
 def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Stats]:
@@ -544,7 +555,8 @@ def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, 
             _reduce(of_columns, columns, number)
     if block.row_direction:
         stats[block.row_direction] = _stats(*(
-            None if x[0] is None else torch.cat(x, 2)[:, 0] for x in zip(*row_parts, strict=True)
+            None if x[0] is None else (x[0] if len(x) == 1 else torch.cat(x, 2))[:, 0]
+            for x in zip(*row_parts, strict=True)
         ))  # fmt: skip
     if block.column_direction:
         whole = _reduce(columns, _partials(L, 1, N, block.b, want))
@@ -589,12 +601,18 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     return Own(owner_H, inverse_LH, s_LH, stats)
 
 
+def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] += values; on the GPU by sorting, not by atomics, so always in one order."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, values)
+    else:
+        out.index_put_((index,), values, accumulate=True)
+
+
 def _add_at(out_LR: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """out[:, index] += values; on the GPU by sorting, not by atomics, so always in one order."""
-    if out_LR.device.type == "cpu":
-        return out_LR.index_add_(1, index, values)
+    """The same for each level."""
     for out_R, of_level in zip(out_LR, values, strict=True):
-        out_R.index_put_((index,), of_level, accumulate=True)
+        _add_rows(out_R, index, of_level)
     return out_LR
 
 
@@ -617,7 +635,6 @@ def _gradients(
     most = _rows_per_chunk(N, L * N * torch.empty((), dtype=dtype).element_size(), settings)
     chunks = list(_chunks(block.rows, most, tiles.BLOCK_M))
     out = torch.empty(L, chunks[0].stop, N, dtype=dtype, device=p.q_MD.device)
-    smooth = settings.label_smoothing > 0
     label_slope_LM = slope_LP[:, :M].contiguous() if scored else None
     for part in chunks:
         R = part.stop - part.start
@@ -630,8 +647,8 @@ def _gradients(
         G = out[:, :R]
         _launch_gradients(
             p, block, part, G, along=along,
-            row_slopes=_slopes(stats, slopes, block.row_direction, part, smooth),
-            column_slopes=_slopes(stats, slopes, block.column_direction, slice(None), smooth),
+            row_slopes=_slopes(stats, slopes, block.row_direction, part),
+            column_slopes=_slopes(stats, slopes, block.column_direction, slice(None)),
             label_slope_LR=label_slope_LM[:, part].contiguous() if scored else None,
         )  # fmt: skip
         if scored and len(p.pairs.rows_P) > M:
@@ -649,7 +666,7 @@ def _gradients(
                 else:
                     d_rows = torch.empty(R, last - dims.start, device=out.device)
                     _product(g_RN, b_ND, d_rows, False)
-                    _add_at(d_a[:, dims].T, index, d_rows.T)
+                    _add_rows(d_a[:, dims], index, d_rows)
             if d_b is not None:
                 _product(g_RN, a_RD[:, dims].to(dtype), d_b[:, dims], True, transpose=True)
         if along_q is not None:
@@ -665,11 +682,14 @@ def _gradients(
         _add_at(along_p, p.pairs.columns_P[more], gs_LK)
 
 
-def _slopes(stats, slopes, direction: str | None, part: slice, smooth: bool):
+def _slopes(stats, slopes, direction: str | None, part: slice):
     if direction is None:
         return None
-    lse, soft, flat = (x[:, part].contiguous() for x in (stats[direction].lse, *slopes[direction]))
-    return scores.Slopes(lse, soft, flat if smooth else None, lse.stride(0))
+    lse, soft, flat = (
+        None if x is None else x[:, part].contiguous()
+        for x in (stats[direction].lse, *slopes[direction])
+    )  # fmt: skip
+    return scores.Slopes(lse, soft, flat, lse.stride(0))
 
 
 def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
