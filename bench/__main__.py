@@ -1,19 +1,29 @@
-"""`python -m bench [--quick] [--device cpu|cuda] [--rounds N] [--output FILE]`"""
+"""`python -m bench [--quick] [--device cpu|cuda] [--rounds N] [--minutes T] [--output FILE]`"""
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from bench.cases import info_nce, rankpo
-from bench.measure import Row, measure
+from bench.measure import Case, Row, measure
 from rankpo_kernels import native
+
+CARD_SECONDS = 3.0  # rounds of a case on a card stop then
+PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy")
 
 
 def main() -> int:
@@ -26,33 +36,87 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each contender")
     parser.add_argument("--output", type=Path, help="where the JSON goes (default: build/bench)")
+    parser.add_argument("--minutes", type=float, help="start no case later than this")
+    parser.add_argument(
+        "--note", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"),
+        help="what the result file says besides, of tests for instance",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", type=int, metavar="D", help="on a card: only compile the kernels for these D"
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
     if args.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {args.rounds}")
 
-    about = machine(args.device)
+    if args.compile:
+        from bench.cases import tiles  # triton, which not every machine has
+
+        tiles.compile_all(args.compile)
+        return 0
+
+    about = machine(args.device) | dict(args.note)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print("time is a ratio to the first row, its 20th to 80th percentile behind it;")
     print("memory is the peak above inputs and gradients; error is against fp64\n")
     torch.manual_seed(0)
-    results = []
-    for module in (info_nce, rankpo):
-        for case in module.cases(args.device, args.quick):
-            print(f"{case.name}: {case.question}")
-            rows = measure(case, args.rounds)
-            print(table(rows), flush=True)
-            results.append(
-                {"case": case.name, "question": case.question, "shape": case.shape}
-                | {"rows": [dataclasses.asdict(row) for row in rows]}
-            )
     day = datetime.now(UTC).strftime("%Y-%m-%d")
     output = args.output or Path("build/bench") / f"{day}-{args.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+    results, red, started = [], [], time.monotonic()
+    write(output, about, results)
+    for case in all_cases(args.device, args.quick):
+        if args.minutes and time.monotonic() - started > 60 * args.minutes:
+            about["left out"] = f"from {case.name} on, after {args.minutes:g} minutes"
+            print(f"left out {about['left out']}")
+            write(output, about, results)
+            break
+        print(f"{case.name}: {case.question}")
+        rows = measure(case, args.rounds, CARD_SECONDS if args.device == "cuda" else math.inf)
+        print(table(rows), flush=True)
+        red += [f"{row.case}: {row.contender}" for row in rows if row.note and _is_ours(row)]
+        results.append(
+            {"case": case.name, "question": case.question, "shape": case.shape}
+            | {"rows": [_rounded(dataclasses.asdict(row)) for row in rows]}
+        )
+        write(output, about, results)  # what is measured stays, whatever comes
+        del case  # and its buffers, before the next ones are made
     print(f"written to {output}")
-    return 0
+    for name in red:
+        print(f"FAILED {name}")
+    return 1 if red else 0
+
+
+def write(output: Path, about: dict[str, str], results: list[dict]) -> None:
+    lines = ",\n".join(map(json.dumps, results))  # a line a case
+    machine = json.dumps(about, indent=1)
+    output.write_text(f'{{"machine": {machine},\n"results": [\n{lines}\n]}}\n')
+
+
+def all_cases(device: str, quick: bool) -> Iterator[Case]:
+    """The largest shapes last: a card's time may run out."""
+    if device == "cpu":
+        yield from info_nce.cases(device, quick)
+        yield from rankpo.cases(device, quick)
+        return
+    from bench.cases import tiles
+
+    of_losses = info_nce.cases(device, quick)
+    yield from itertools.islice(of_losses, info_nce.FIRST)
+    yield from rankpo.cases(device, quick)
+    yield from tiles.cases(device, quick)
+    yield from of_losses
+
+
+def _is_ours(row: Row) -> bool:
+    return row.contender.startswith("rankpo-fast")
+
+
+def _rounded(row: dict) -> dict:
+    """Four digits, and without what is None."""
+    four = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()}
+    return {key: x for key, x in four.items() if x is not None and x != "" and key != "case"}
 
 
 def table(rows: list[Row]) -> str:
@@ -71,22 +135,42 @@ def table(rows: list[Row]) -> str:
 
 def machine(device: str) -> dict[str, str]:
     """What a reader needs to judge the numbers."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
+    about = {}
     if device == "cuda":
-        card = torch.cuda.get_device_name()
+        about = {"device": torch.cuda.get_device_name(), "driver": _driver()}
+        about |= {"cuda": torch.version.cuda}
+        about |= {name: version for name in PACKAGES if (version := _version(name))}
     else:
         library = native.library()
         rows = library.rankpo_instruction_set().decode() if library else "torch"
-        card = f"{platform.machine()}, {torch.get_num_threads()} threads, rows by {rows}"
-    return {
-        "device": card,
+        about["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads, rows by {rows}"
+    return about | {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": os.environ.get("COMMIT") or commit.strip() or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    try:
+        import pynvml  # nvidia-ml-py
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:  # a figure to note, not to fail for
+        return f"unknown ({type(error).__name__})"
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ Times are compared within a round, so that a slow minute of a shared machine hit
 alike.
 """
 
+import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+BUSY_S = 0.01  # a card is timed over runs of so long
 Run = Callable[[], Sequence[Tensor]]  # one forward and backward; returns the loss and the gradients
 
 
@@ -28,8 +31,9 @@ class Case:
     contenders: dict[str, Run]
     floor: str  # the contender that ratios are taken against
     keep_bytes: int  # inputs' gradients, which every contender must make
-    errors: dict[str, float] = field(default_factory=dict)  # at a small shape, see `cases`
-    gate: float = float("inf")  # the error above which a time means nothing
+    errors: dict[str, float] = field(default_factory=dict)  # NaN where it could not be told
+    gate: float = math.inf  # the error above which a time of ours means nothing
+    peers: frozenset[str] = frozenset()  # timed whatever their error
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,33 @@ class Row:
     note: str = ""
 
 
-def measure(case: Case, rounds: int) -> list[Row]:
-    """Rows of all contenders; those with a red gate are not timed, those out of memory are a row
-    that says so."""
-    notes, peaks = {}, {}
+def measure(case: Case, rounds: int, limit_s: float = math.inf) -> list[Row]:
+    """Rows of all contenders, after so many rounds or seconds; those with a red gate are not timed,
+    those that memory or an error stops are a row that says so."""
+    notes, peaks, repeats = {}, {}, {}
     for name, run in case.contenders.items():
         error = case.errors.get(name, 0.0)
-        if not error <= case.gate:
+        if name not in case.peers and not error <= case.gate:
             notes[name] = f"error {error:.1e} above the gate {case.gate:.1e}"
             continue
-        try:
+        with noting(name, notes):
             peaks[name] = _peak_bytes(run, case.device) - case.keep_bytes  # and a warm-up
-        except (torch.OutOfMemoryError, MemoryError):
-            notes[name] = "out of memory"
+            if case.device == "cuda":
+                once = _seconds(run, case.device)
+                repeats[name] = max(1, min(20, int(BUSY_S / once)))
     seconds = {name: [] for name in peaks}
+    stop = time.perf_counter() + limit_s
     for number in range(rounds):
         order = list(peaks)
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            seconds[name].append(_seconds(case.contenders[name], case.device))
+            with noting(name, notes):
+                run = case.contenders[name]
+                seconds[name].append(_seconds(run, case.device, repeats.get(name, 1)))
+        if time.perf_counter() > stop:
+            break
 
+    if case.floor in notes:
+        notes = {name: f"no floor: {notes[case.floor]}" for name in peaks} | notes
     rows = []
     for name in case.contenders:
         error = case.errors.get(name)
@@ -85,21 +97,35 @@ def measure(case: Case, rounds: int) -> list[Row]:
     return rows
 
 
+@contextlib.contextmanager
+def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
+    """What stops a contender becomes its note: a machine with a card is too rare to stop for it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        notes[name] = "out of memory"
+    except Exception as error:
+        notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+
+
 def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest relative Frobenius error among loss and gradients."""
     pairs = zip(ours, exact, strict=True)
     return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
 
 
-def _seconds(run: Run, device: str) -> float:
+def _seconds(run: Run, device: str, repeats: int = 1) -> float:
+    """Of one run; a card is given `repeats` of them, which hide what the host takes for the
+    first."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        run()
+        for _ in range(repeats):
+            run()
         stop.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3
+        return start.elapsed_time(stop) / repeats / 1e3
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

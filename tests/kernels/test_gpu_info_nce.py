@@ -4,10 +4,8 @@ Without a GPU the kernels run in Triton's interpreter, where a program costs ten
 tiles are small, so that few elements take several of them and several chunks.
 """
 
-import contextlib
 import itertools
 from dataclasses import replace
-from unittest import mock
 
 import hypothesis
 import pytest
@@ -16,22 +14,32 @@ import triton
 from gates import FLOOR, draw, error, gates, plain_torch
 from hypothesis import strategies as st
 from interpreter import LAST_FIRST, grid_order, shadow_memory
+from launcher import (
+    ALL,
+    DEVICE,
+    LOW,
+    ROOMY,
+    SMALL,
+    TIGHT,
+    Work,
+    assert_equals_definition,
+    gradients,
+    launch,
+    launches,
+    on_device,
+    uneven,
+)  # fmt: skip
 from problems import EVERYTHING, GRID, D, M, N, exact, problem
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter, jit
 
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
 from rankpo_kernels.gpu import info_nce as module
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.gpu.tiles import Tiles
-from rankpo_kernels.objective import PP, PQ, QP, QQ, Relations, Result, Settings
+from rankpo_kernels.objective import PP, PQ, QP, QQ, Relations, Settings
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiles(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)
-ROOMY = Settings(normalize=True, workspace_bytes=1 << 20)
-ALL = (True,) * 4
 PIPELINES = {
     "fp32": (torch.float32, False),
     "bf16": (torch.bfloat16, False),
@@ -55,29 +63,6 @@ def nothing_is_zero_by_luck():
 def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
     """The workspace of R rows of the plain form."""
     return R * (12 * triton.cdiv(N, tiles.BLOCK_N) + N * dtype.itemsize)
-
-
-def on_device(x):
-    """Tensors, alone or in relations, to where the kernels take them."""
-    if isinstance(x, Relations):
-        return Relations(*map(on_device, x))
-    return x if x is None else x.to(DEVICE)
-
-
-def launch(
-    q, p, own, relations, settings, weights, *, scale, needs=ALL, tiles=SMALL, stored=False
-) -> Result:  # fmt: skip
-    """Results on the CPU; the scale is a tensor on the device, as one that is learned."""
-    q, p, own, relations, weights = map(on_device, (q, p, own, relations, weights))
-    result = info_nce(
-        q, p, own, torch.tensor(scale, device=DEVICE), relations, settings, weights, needs,
-        tiles=tiles, stored=stored,
-    )  # fmt: skip
-    return Result(*(x if x is None else x.cpu() for x in result))
-
-
-def gradients(result: Result) -> list[torch.Tensor]:
-    return [x for x in result[3:] if x is not None]
 
 
 @pytest.mark.parametrize(
@@ -129,13 +114,6 @@ def test_in_one_dimension_cosines_are_signs_without_gradient(pipeline):
     assert max(x.abs().max() for x in result[3:5]) < 20 * torch.finfo(dtype).eps
 
 
-def uneven(M: int) -> torch.Tensor:
-    """Weights of queries, one of them zero."""
-    weights = torch.linspace(0.5, 2, M)
-    weights[1:2] = 0
-    return weights
-
-
 def named(name: str, dtype=torch.float32, rows: int = 16):
     """A case of GRID, whose gradients have chunks of so many rows."""
     names, options = GRID[name]
@@ -143,23 +121,6 @@ def named(name: str, dtype=torch.float32, rows: int = 16):
     return *problem(*names, dtype=dtype), replace(
         ROOMY, workspace_bytes=rows * levels * N * 4, **options
     )
-
-
-def assert_equals_definition(
-    case, bounds, *, scale=20.0, stored=False, tiles=SMALL, weights=None
-) -> Result:  # fmt: skip
-    """Bounds are those of the loss, of gradients and of the scale's, which is a difference."""
-    weights = uneven(len(case[0])) if weights is None else weights
-    truth = exact(*case, weights, scale=scale)
-    result = launch(*case, weights, scale=scale, stored=stored, tiles=tiles)
-    pairs = zip([result.loss_M, *gradients(result)], [truth[0], *truth[1]], strict=True)
-    loss, *grads, of_scale = [error(got, want) for got, want in pairs]
-    assert loss < bounds[0] and max(grads) < bounds[1] and of_scale < bounds[2]
-    return result
-
-
-TIGHT = (1.5e-6, 5e-6, 4e-5)  # five times what was measured, in fp32
-LOW = {torch.bfloat16: (4e-6, 8e-3, 1e-4), torch.float16: (4e-6, 2e-3, 1e-4)}
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -386,43 +347,6 @@ def test_each_gradient_is_the_same_without_the_others(pipeline, name):
             assert got is None or error(got, want) < 1e-6
     forward = run((False,) * 4, None)
     assert forward[3:] == (None,) * 4 and max(map(error, forward[:3], whole[:3])) < 1e-6
-
-
-@contextlib.contextmanager
-def launches():
-    """The names of the kernels that are launched, in order."""
-    names = []
-    runner = interpreter.GridExecutor if triton.knobs.runtime.interpret else jit.JITFunction
-    method = "__call__" if triton.knobs.runtime.interpret else "run"
-    launch = getattr(runner, method)
-
-    def noted(self, *args, **kwargs):
-        names.append(self.fn.__name__)
-        return launch(self, *args, **kwargs)
-
-    with mock.patch.object(runner, method, noted):
-        yield names
-
-
-class Work(TorchDispatchMode):
-    """The torch ops that are kernels on a GPU, and the elements of the largest tensor.
-
-    Not allocations and views, nor the storages that the interpreter copies as bytes.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.ops, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not (func.is_view or name.startswith(("empty", "new_empty", "set_", "_local_scalar"))):
-            self.ops.append(name)
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.dtype != torch.uint8:
-                self.largest = max(self.largest, x.numel())
-        return out
 
 
 @pytest.mark.parametrize(

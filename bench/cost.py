@@ -1,0 +1,147 @@
+"""What InfoNCE should cost on an H100, from counting alone: nothing in this table is measured.
+
+`python -m bench.cost [--M 4096 ...] [--N ...] [--D 384 ...]`
+
+The launchers themselves run, on tensors that hold nothing: chunks and tiles are theirs, and each
+kernel and torch op is counted as it comes. A launch takes its flops at a rate that cuBLAS reaches,
+or its bytes at the memory's rate, whichever is longer, and a fixed time more: the sum is a floor.
+A tensor that a launch takes counts as moved once; the columns of a score kernel once per group of
+row tiles. M queries, N passages, D dims.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.aot import Card
+from bench.cases.info_nce import DIMS, cross_entropy
+from bench.launch import SYMMETRIC, launch
+from bench.meter import Meter
+from rankpo_kernels import chunked
+from rankpo_kernels.gpu.tiles import stores_scores
+from rankpo_kernels.objective import DIRECTIONS
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Assumed of an H100 SXM: of its 989 TFLOP/s in dense bf16 a product reaches 700 to 790."""
+
+    flops: float = 740e12
+    bytes: float = 3.35e12
+    launch: float = 3e-6
+
+    def seconds(self, meter: Meter) -> float:
+        return sum(
+            max(flops / self.flops, size / self.bytes) + self.launch
+            for _, flops, size in meter.launches
+        )
+
+
+H100 = Rates()
+# Two cores, of which three GEMMs in fp32 reached this: bench/results/2026-11-23-cpu.json.
+CPU = Rates(flops=188e9, bytes=20e9, launch=5e-6)
+SIZES = [4096, 16384, 32768, 65536]
+
+
+def plain_torch(q: Tensor, p: Tensor, labels: Tensor):
+    """bf16 logits, as autograd has it."""
+    leaves = [x.detach().requires_grad_() for x in (q, p)]
+    return torch.autograd.grad(cross_entropy(*leaves, labels, symmetric=False), leaves)
+
+
+def liger_like(q: Tensor, p: Tensor, labels: Tensor):
+    """Chunks of about M D logits in bf16, a kernel that turns them into gradients, two products."""
+    leaves = [x.detach().requires_grad_() for x in (q, p)]
+    units = [F.normalize(x, dim=1) for x in leaves]
+    a, b = (x.detach() for x in units)
+    da, db = torch.empty_like(a), torch.zeros_like(b)
+    rows = triton.next_power_of_2(triton.cdiv(len(a), triton.cdiv(len(b), a.shape[1])))
+    for a_RD, da_RD in zip(a.split(rows), da.split(rows), strict=True):
+        logits = a_RD @ b.T
+        logits.neg_()  # stands for that kernel
+        torch.mm(logits, b, out=da_RD)
+        db.addmm_(logits.T, a_RD)
+    return torch.autograd.grad(units, leaves, [da, db])
+
+
+PIPELINES = {
+    "exact": partial(launch, stored=False),
+    "stored": partial(launch, stored=True),
+    "forward": partial(launch, grads=False),
+    "symmetric": partial(launch, options=SYMMETRIC),
+    "four directions": partial(launch, options={"directions": DIRECTIONS}),
+    "plain torch": plain_torch,
+    "liger-like": liger_like,
+    "fused on a CPU": partial(launch, function=chunked.info_nce),
+}
+
+
+def count(pipeline: str, M: int, N: int, D: int) -> Meter:
+    on_cpu = pipeline.endswith("CPU")
+    device, dtype = ("cpu", torch.float32) if on_cpu else ("meta", torch.bfloat16)
+    with FakeTensorMode() if on_cpu else contextlib.nullcontext():
+        q, p = (torch.empty(n, D, dtype=dtype, device=device) for n in (M, N))
+        labels = torch.empty(M, dtype=torch.int64, device=device)
+        with Meter(q, p, labels) as meter:
+            kept = PIPELINES[pipeline](q, p, labels)
+    del kept  # results are held to the end
+    return meter
+
+
+def crossover(D: int) -> int:
+    """The smallest power of two M = N from which storing is never slower, by this model."""
+    sizes = [2**k for k in range(8, 17)]
+    of = lambda name, n: H100.seconds(count(name, n, n, D))  # noqa: E731
+    slower = [n for n in sizes if of("stored", n) > of("exact", n)]
+    return 2 * max(slower, default=sizes[0] // 2)
+
+
+def table(Ms: Sequence[int], Ns: Sequence[int] | None, Ds: Sequence[int]) -> str:
+    lines = [f"{'D':>5}{'M':>7}{'N':>7}  {'':16}{'flops/MND':>10}{'GB':>8}{'launches':>9}"
+             f"{'MiB':>8}{'us':>11}{'floors':>7}"]  # fmt: skip
+    for D in Ds:
+        for M, N in zip(Ms, Ns or Ms, strict=True):
+            for name in PIPELINES:
+                meter = count(name, M, N, D)
+                flops, size = (sum(part) for part in list(zip(*meter.launches, strict=True))[1:])
+                rates, itemsize = (CPU, 4) if name.endswith("CPU") else (H100, 2)
+                gradients = 0 if name == "forward" else itemsize * (M + N) * D
+                mnd = M * N * D
+                seconds, bare = rates.seconds(meter), round(flops / mnd) * mnd / rates.flops
+                lines.append(
+                    f"{D:5}{M:7}{N:7}  {name:16}{flops / mnd:10.2f}{size / 1e9:8.2f}"
+                    f"{len(meter.launches):9}{(meter.peak - gradients) / 2**20:8.0f}"
+                    f"{seconds * 1e6:11.0f}{seconds / bare:7.2f}"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cost", description=__doc__)
+    parser.add_argument("--M", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--N", type=int, nargs="+", help="one for each M; default: equal to it")
+    parser.add_argument("--D", type=int, nargs="+", default=DIMS)
+    args = parser.parse_args()
+    if args.N and len(args.N) != len(args.M):
+        parser.error(f"{len(args.M)} --M but {len(args.N)} --N")
+    if not torch.cuda.is_available():
+        triton.runtime.driver.set_active(Card(90))  # tiles are those of an H100
+    print(f"A MODEL, NOT MEASURED. Assumed of an H100 SXM, bf16: {H100}")
+    print("MiB: peak above inputs and gradients; floors: us over the flops alone at that rate\n")
+    print(table(args.M, args.N, args.D))
+    print("\nstoring exp(s) wins from M = N =, and the launcher stores from:")
+    for D in args.D:
+        says = next(n for n in (2**k for k in range(8, 24)) if stores_scores(n, D, n))
+        print(f"{D:5}{crossover(D):7}{says:7}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a call would launch on a card, told without one: the call runs on tensors that hold nothing
+(meta, or fake for the CPU's form), Triton's and the native library's launches are noted instead.
+"""
+
+import contextlib
+import weakref
+from unittest import mock
+
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import KernelInterface
+
+from rankpo_kernels import native
+
+FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1}  # where a product has its left factor
+# kernel: arguments that it takes but hardly touches
+UNTOUCHED = {"_rows_kernel": {"stored"}}
+ONLY_ROWS_OVER = {"plain"}  # all that a launch for rows that overflowed reads, as a rule
+
+
+class Meter(TorchDispatchMode):
+    """Counts what would run on the card: names, flops and bytes of launches, the peak of memory."""
+
+    def __init__(self, *inputs: Tensor):
+        super().__init__()
+        self.launches: list[tuple[str, int, int]] = []  # name, flops, bytes
+        self.held = self.peak = 0
+        self.storages = {x.untyped_storage()._cdata for x in inputs}
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        patch = lambda *of: self.patches.enter_context(mock.patch.object(*of))  # noqa: E731
+        patch(KernelInterface, "__getitem__", lambda kernel, grid: self._launcher(kernel))
+        patch(native, "usable", lambda *tensors: True)
+        for name in ("info_nce_rows", "inverse_norms", "tangent_"):
+            patch(native, name, lambda *args, name=name: self._launched(name, 0, args))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patches.close()
+
+    def _launched(self, name: str, flops: int, taken, again: int = 0) -> None:
+        self.launches.append((name, flops, again + _bytes(taken)))
+
+    def _launcher(self, kernel):
+        def launch(*args, **kwargs):
+            name, of = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            taken = {key: x for key, x in of.items() if key not in UNTOUCHED.get(name, ())}
+            flops = again = 0
+            if of.get("ONLY_OVER"):
+                taken = {key: of[key] for key in ONLY_ROWS_OVER}
+            elif "GROUP" in of:  # a score kernel
+                flops = 2 * of["R"] * of["N"] * (of["DIMS"][-1] + sum(of["GUIDE_DIMS"]))
+                walks = triton.cdiv(of["R"], of["BLOCK_M"] * of["GROUP"])
+                again = (walks - 1) * of["b"].x.nbytes
+            self._launched(name, flops, taken, again)
+
+        return launch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        for x in _tensors(out):
+            self._hold(x)
+        if _tensors(out) and not (
+            func.is_view or name.startswith(("empty", "new_empty", "detach"))
+        ):
+            product = FACTORS.get(name)
+            flops = 0 if product is None else 2 * out.numel() * args[product].shape[-1]
+            self._launched(name, flops, (args, out))
+        return out
+
+    def _hold(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if (key := storage._cdata) not in self.storages:
+            self.storages.add(key)
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self.storages.remove(key)
+        self.held -= size
+
+
+def _tensors(tree) -> list[Tensor]:
+    """Those that stand for memory; a real tensor is a number on the host."""
+    leaves = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+    return [x for x in leaves if x.is_meta or isinstance(x, FakeTensor)]
+
+
+def _bytes(tree) -> int:
+    return sum(x.nbytes for x in _tensors(tree))

@@ -1,0 +1,94 @@
+"""The cost model counts what the launcher launches, and its flops."""
+
+import pytest
+import torch
+from launcher import SMALL, Work, launches
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.cost import H100, PIPELINES, count, plain_torch
+from bench.launch import SYMMETRIC, launch
+from bench.meter import Meter
+from rankpo_kernels import chunked
+from rankpo_kernels.gpu.tiles import stores_scores
+from rankpo_kernels.objective import DIRECTIONS
+
+M, N, D = 40, 70, 24
+HOW = {
+    "exact": {"stored": False},
+    "stored": {"stored": True},
+    "forward": {"grads": False},
+    "symmetric": {"options": SYMMETRIC},
+    "four-directions": {"options": {"directions": DIRECTIONS}},
+}
+
+
+def on_meta(*sizes: int):
+    q, p = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in sizes)
+    return q, p, torch.empty(len(q), dtype=torch.int64, device="meta")
+
+
+@pytest.mark.parametrize("rows", [999, 16], ids=["one-chunk", "three-chunks"])
+@pytest.mark.parametrize("name", HOW)
+def test_kernels_and_products_are_those_that_run(interpreted, name, rows):
+    options = HOW[name].get("options", {}) | {"workspace_bytes": rows * (N * 2 + 12 * 3)}
+    how = HOW[name] | {"options": options, "tiles": SMALL}
+    device = "cpu" if interpreted else "cuda"
+    q, p = (torch.randn(n, D, device=device).to(torch.bfloat16) for n in (M, N))
+    with launches() as kernels, Work() as work:
+        launch(q, p, torch.arange(M, device=device), **how)
+    with Meter(*(meta := on_meta(M, N))) as meter:
+        launch(*meta, **how)
+    counted = [name for name, _, _ in meter.launches]
+    assert [name for name in counted if name.endswith("_kernel")] == kernels
+    assert sum("mm" in name for name in counted) == sum("mm" in op for op in work.ops)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "multiple"),
+    [("exact", 8), ("stored", 6), ("forward", 2), ("symmetric", 8), ("four directions", 24),
+     ("plain torch", 6), ("liger-like", 6), ("fused on a CPU", 6)],
+)  # fmt: skip
+def test_flops_are_those_of_the_design(pipeline, multiple):
+    size = 512
+    meter = count(pipeline, size, size, D)
+    assert sum(flops for _, flops, _ in meter.launches) == multiple * size * size * D
+
+
+def test_flops_of_products_are_those_that_torch_counts():
+    with Meter(*(meta := on_meta(M, N))) as meter:
+        plain_torch(*meta)
+    with FlopCounterMode(display=False) as counter:
+        plain_torch(*on_meta(M, N))
+    assert sum(flops for _, flops, _ in meter.launches) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("pipeline", ["exact", "stored", "symmetric"])
+def test_peak_of_memory_is_the_workspace_and_fp32_gradients(pipeline):
+    size, D = 32768, 256
+    meter = count(pipeline, size, size, D)
+    gradients, fp32 = 2 * size * D * 2, 2 * size * D * 4
+    assert 200 << 20 < meter.peak - gradients < (256 << 20) + 2 * fp32 < size * size * 2
+
+
+def test_bytes_are_at_least_what_must_move():
+    size, D = 4096, 1024
+    moved = sum(size for _, _, size in count("forward", size, size, D).launches)
+    assert 2 * size * D * 2 <= moved < 5 * 2 * size * D * 2
+    chunk = size * size * 2  # written once, read twice
+    assert sum(size for _, _, size in count("exact", size, size, D).launches) > moved + 3 * chunk
+
+
+def test_the_cpu_is_counted_by_its_own_form():
+    names = {name for name, _, _ in count("fused on a CPU", 512, 512, 64).launches}
+    assert "info_nce_rows" in names and not any(name.endswith("_kernel") for name in names)
+    assert PIPELINES["fused on a CPU"].keywords["function"] is chunked.info_nce
+
+
+@pytest.mark.parametrize("D", [384, 4096])
+def test_where_the_launcher_stores_the_model_finds_it_faster(D):
+    """Not the other way round: a launch takes the host longer than the model says."""
+    sizes = [size for size in (4096, 16384, 65536) if stores_scores(size, D, size)]
+    assert sizes
+    for size in sizes:
+        stored, exact = (H100.seconds(count(x, size, size, D)) for x in ("stored", "exact"))
+        assert stored < exact

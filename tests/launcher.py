@@ -1,0 +1,102 @@
+"""The Triton launcher of InfoNCE under test: run where it can be, compared, and spied on."""
+
+import contextlib
+from unittest import mock
+
+import torch
+import triton
+from gates import error
+from problems import exact
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter, jit
+
+from rankpo_kernels.gpu.info_nce import info_nce
+from rankpo_kernels.gpu.tiles import Tiles
+from rankpo_kernels.objective import Relations, Result, Settings
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Tiles(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)
+ROOMY = Settings(normalize=True, workspace_bytes=1 << 20)
+ALL = (True,) * 4
+TIGHT = (1.5e-6, 5e-6, 4e-5)  # five times what was measured, in fp32
+LOW = {torch.bfloat16: (4e-6, 8e-3, 1e-4), torch.float16: (4e-6, 2e-3, 1e-4)}
+
+
+def on_device(x):
+    """Tensors, alone or in relations, to where the kernels take them."""
+    if isinstance(x, Relations):
+        return Relations(*map(on_device, x))
+    return x if x is None else x.to(DEVICE)
+
+
+def launch(
+    q, p, own, relations, settings, weights, *, scale, needs=ALL, tiles=SMALL, stored=False
+) -> Result:  # fmt: skip
+    """Results on the CPU; the scale is a tensor on the device, as one that is learned."""
+    q, p, own, relations, weights = map(on_device, (q, p, own, relations, weights))
+    result = info_nce(
+        q, p, own, torch.tensor(scale, device=DEVICE), relations, settings, weights, needs,
+        tiles=tiles, stored=stored,
+    )  # fmt: skip
+    return Result(*(x if x is None else x.cpu() for x in result))
+
+
+def gradients(result: Result) -> list[torch.Tensor]:
+    return [x for x in result[3:] if x is not None]
+
+
+def uneven(M: int) -> torch.Tensor:
+    """Weights of queries, one of them zero."""
+    weights = torch.linspace(0.5, 2, M)
+    weights[1:2] = 0
+    return weights
+
+
+def assert_equals_definition(
+    case, bounds, *, scale=20.0, stored=False, tiles=SMALL, weights=None
+) -> Result:  # fmt: skip
+    """Bounds are those of the loss, of gradients and of the scale's, which is a difference."""
+    weights = uneven(len(case[0])) if weights is None else weights
+    truth = exact(*case, weights, scale=scale)
+    result = launch(*case, weights, scale=scale, stored=stored, tiles=tiles)
+    pairs = zip([result.loss_M, *gradients(result)], [truth[0], *truth[1]], strict=True)
+    loss, *grads, of_scale = [error(got, want) for got, want in pairs]
+    assert loss < bounds[0] and max(grads) < bounds[1] and of_scale < bounds[2]
+    return result
+
+
+@contextlib.contextmanager
+def launches():
+    """The names of the kernels that are launched, in order."""
+    names = []
+    runner = interpreter.GridExecutor if triton.knobs.runtime.interpret else jit.JITFunction
+    method = "__call__" if triton.knobs.runtime.interpret else "run"
+    launch = getattr(runner, method)
+
+    def noted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(runner, method, noted):
+        yield names
+
+
+class Work(TorchDispatchMode):
+    """The torch ops that are kernels on a GPU, and the elements of the largest tensor.
+
+    Not allocations and views, nor the storages that the interpreter copies as bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty", "set_", "_local_scalar"))):
+            self.ops.append(name)
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype != torch.uint8:
+                self.largest = max(self.largest, x.numel())
+        return out
