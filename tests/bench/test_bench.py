@@ -57,7 +57,9 @@ def test_rounds_stop_at_the_limit():
 def test_contenders_of_a_form_agree(form):
     q, p, labels = info_nce.draw(24, 24, 16, "cpu")
     assert max(info_nce.errors(form, 24, 24, 16, "cpu").values()) < info_nce.GATE["cpu"]
-    ours, *others = (run() for run in info_nce.contenders(form, q, p, labels).values())
+    runs = info_nce.contenders(form, q, p, labels)
+    runs.pop("rankpo-fast, every mask", None)  # another loss
+    ours, *others = (run() for run in runs.values())
     assert others and len(ours) == (3 if form.backward else 1)
     for other in others:
         assert relative_error(ours, other) < 1e-4
