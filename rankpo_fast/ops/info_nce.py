@@ -165,7 +165,8 @@ def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) 
     if q.device.type == "cpu":
         _check_values(relations, len(p), 0 if own is None else len(own))
     launcher = _launcher(q, settings)
-    with torch.autocast(q.device.type, enabled=False):
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         return launcher(q, p, own, scale, relations, settings, weights, needs)
 
 
@@ -407,7 +408,10 @@ def info_nce_loss_and_grads(
     if static.get("reduction") == "none":
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     batch = Batch(queries, passages, labels, **options)
-    arguments, weights = _arguments(batch, temperature, scale, InfoNCEOptions(**static))
+    # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
+    arguments, weights = _arguments(
+        batch, temperature, scale, InfoNCEOptions(**static), scale_on=queries.device
+    )
     own = batch.own_negatives
     loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = _info_nce_grads(
         *arguments, weights, [True, True, own is not None, True]
@@ -524,8 +528,9 @@ _STATIC = fields(InfoNCEOptions)
 
 
 def _arguments(
-    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions
-) -> tuple[tuple, Tensor]:
+    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
+    scale_on: torch.device | str = "cpu",
+) -> tuple[tuple, Tensor]:  # fmt: skip
     """The ops' arguments and the row weights, checked: everything that can be told without looking
     at values on a device."""
     M, N, device = _check_embeddings(batch, options)
@@ -566,7 +571,11 @@ def _arguments(
         dtype = torch.promote_types(dtype, own.dtype)
         own = own.to(dtype)
     weights = row_weights(batch.queries.to(dtype), batch.weights, M, options.reduction)
-    q, p, scale = batch.queries.to(dtype), batch.passages.to(dtype), _scale(temperature, scale)
+    q, p, scale = (
+        batch.queries.to(dtype),
+        batch.passages.to(dtype),
+        _scale(temperature, scale, scale_on),
+    )
     return (q, p, own, scale, list(relations), _text(settings)), weights
 
 
@@ -716,7 +725,9 @@ def _assert_in_range(relations: Relations, labels_given: bool, N: int) -> None:
         torch._assert_async((keys[1:] > keys[:-1]).all(), "positives repeat, or hold the label")
 
 
-def _scale(temperature: float | None, scale: float | Tensor | None) -> Tensor:
+def _scale(
+    temperature: float | None, scale: float | Tensor | None, device: torch.device | str
+) -> Tensor:
     if temperature is not None and scale is not None:
         raise ValueError(f"give temperature or scale, not both (got {temperature} and {scale})")
     if isinstance(scale, Tensor):
@@ -733,8 +744,9 @@ def _scale(temperature: float | None, scale: float | Tensor | None) -> Tensor:
         )
     if not 0 < value < math.inf or not 0 < 1 / value < math.inf:
         raise ValueError(f"{name} must be > 0 and finite, got {value}")
-    # fp64 on the CPU: the ops cast it once, to the dtype they compute in
-    return torch.full((), value if name == "scale" else 1 / value, dtype=torch.float64)
+    # fp64: the ops cast it once, to the dtype they compute in
+    value = value if name == "scale" else 1 / value
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _text(settings: Settings) -> str:
