@@ -46,8 +46,8 @@ class Rates:
 
 
 H100 = Rates()
-# Two cores, of which three GEMMs in fp32 reached this: bench/results/2026-11-23-cpu.json.
-CPU = Rates(flops=188e9, bytes=20e9, launch=5e-6)
+# Two cores, of which three GEMMs in fp32 reached this: bench/results/2026-11-24-cpu.json.
+CPU = Rates(flops=180e9, bytes=20e9, launch=5e-6)
 SIZES = [4096, 16384, 32768, 65536]
 
 
