@@ -719,6 +719,8 @@ def _assert_in_range(relations: Relations, labels_given: bool, N: int) -> None:
     for column in columns:
         if column is not None:
             torch._assert_async(((column >= 0) & (column < N)).all(), f"not all columns < {N}")
+    if relations.own_offsets is not None:
+        torch._assert_async(relations.own_offsets[0] == 0, "own_offsets do not start at 0")
     if relations.positive_offsets is not None:
         rows_P, columns_P, _ = positive_pairs(relations, torch.float32)
         keys = (rows_P * N + columns_P).sort().values

@@ -57,6 +57,10 @@ def info_nce(
 ) -> Result:  # fmt: skip
     """Losses and gradients as `chunked.info_nce`; `tiles` and `stored` override the tables."""
     needs = (False,) * 4 if weights_M is None else needs
+    # kernels read integers and weights one beside the other
+    integers = [None if x is None else x.contiguous() for x in relations[:9]]
+    relations = Relations(*integers, *relations[9:])
+    weights_M = None if weights_M is None else weights_M.contiguous()
     if not len(q_MD):
         return _nothing(q_MD, p_ND, own_HD, needs)
     plain = is_plain(relations, settings)
@@ -337,6 +341,7 @@ def _plain(
     top = None  # the largest inverse norm of a passage, beside which columns stay in range
     if relative:
         top = torch.ones((), device=p.q_MD.device) if p.inverse_p is None else p.inverse_p.amax()
+        top = top.clamp(min=1e-38)  # passages may all be zero
     for part in chunks:
         R = part.stop - part.start
         tile_parts = parts = _partials(1, tiles_n, R, p.q_MD, (need_scale, False))
@@ -369,7 +374,7 @@ def _plain(
         if relative:
             left_RD = weighted_RD[:R]
             if not stored:
-                by_R = factor_M[part] / (largest := factor_M[part].amax().clamp(min=1e-38))
+                by_R = factor_M[part] / (largest := factor_M[part].abs().amax().clamp(min=1e-38))
                 by_R = by_R if p.inverse_q is None else by_R * p.inverse_q[0, part]
                 left_RD.copy_(p.q_MD[part] * by_R[:, None])
         first = part.start == 0
@@ -377,7 +382,7 @@ def _plain(
             _product(out, p.p_ND, dq_RD[:R], False, live=live, tiles=tiles)
         if need_p and relative and not stored:  # the chunk's largest factor, back in fp32
             chunk_ND = torch.empty_like(dp_ND)
-            _product(out, left_RD, chunk_ND, False, transpose=True)
+            _product(out, left_RD, chunk_ND, False, transpose=True, live=live, tiles=tiles)
             chunk_ND *= largest
             dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
         elif need_p:

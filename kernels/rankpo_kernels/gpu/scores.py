@@ -195,7 +195,7 @@ class Plain(NamedTuple):
 
 
 SHIFT = tl.constexpr(30.0)  # exp(s - s_positive + SHIFT) is stored; bf16 has fp32's range, e^+-87,
-OVER = tl.constexpr(50.0)  # so rows whose gap is below OVER fit, and below -SHIFT - 87 they are 0
+OVER = tl.constexpr(35.0)  # so rows of gaps below OVER fit, and their e^-65 beside weights too
 
 
 @triton.jit
@@ -396,8 +396,8 @@ def _gradients_kernel(
             at = pid_n * R + safe_m
             mass_m = tl.load(tile_parts.z + at) * tl.exp(tl.load(tile_parts.top + at) - lse_m)
             label_m = tl.load(masks.label_R + safe_m)
-            holds_label = (label_m // BLOCK_N == pid_n) & (pull_m > 0)
-            heavy_m = ((mass_m > filter_mass) & (pull_m > 0)) | holds_label
+            holds_label = (label_m // BLOCK_N == pid_n) & (pull_m != 0)
+            heavy_m = ((mass_m > filter_mass) & (pull_m != 0)) | holds_label
             # NaN compares false and must not be filtered away
             heavy_m = heavy_m | (mass_m != mass_m)
             work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
@@ -446,7 +446,7 @@ def _gradients_kernel(
                 if plain.loss_R is not None:
                     at_label_m = -pull_m
                     if plain.factor_R is not None:  # divided out; NaN comes back with it
-                        at_label_m = tl.where(pull_m > 0, -1.0, 0.0)
+                        at_label_m = tl.where(pull_m != 0, -1.0, 0.0)
                 else:
                     at_label_m = tl.load(label_slope_LR + level * R + safe_m)
                 label_mn = tl.load(masks.label_R + safe_m)[:, None] == offs_n[None, :]
@@ -463,16 +463,16 @@ def _gradients_kernel(
                     g_mn *= relative_n[None, :]
             else:
                 g_mn = _similarity(scale * g_mn, a, rows_a, b, rows_b, level)
-            to_mn = out_mn + level * level_stride
-            tl.store(to_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
+            tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
+            out_mn += level_stride  # not level * level_stride: that may not fit 32 bits
         if len(DIMS) > 1:
             # A block of dims takes part in every prefix from its own on.
             tl.debug_barrier()
             sum_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for step in range(len(DIMS)):
-                to_mn = out_mn + (len(DIMS) - 1 - step) * level_stride
-                sum_mn += tl.load(to_mn, mask=write_mn, other=0.0).to(tl.float32)
-                tl.store(to_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
+            for _ in range(len(DIMS)):
+                out_mn -= level_stride
+                sum_mn += tl.load(out_mn, mask=write_mn, other=0.0).to(tl.float32)
+                tl.store(out_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
 
 
 @triton.jit
@@ -517,7 +517,7 @@ def _scatter_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[l, row - first_row, column] = value, for the pairs whose row is in this chunk."""
-    level = tl.program_id(1)
+    level = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_K + offs, mask=offs < K, other=-1) - first_row
     column = tl.load(columns_K + offs, mask=offs < K, other=0)
