@@ -169,7 +169,7 @@ MUTANTS = [
     Mutant(
         "prefixes-without-suffix-sums", SCORES,
         "sum_mn += tl.load(out_mn",
-        "sum_mn = tl.load(to_mn",
+        "sum_mn = tl.load(out_mn",
         OPTIONS,
     ),
     Mutant(

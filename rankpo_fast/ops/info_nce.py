@@ -473,6 +473,8 @@ class InfoNCEOptions:
             if getattr(self, name) not in allowed:
                 names = ", ".join([repr(value) for value in allowed])
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
+            raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         for name in ("false_negative_margin", "gradient_filter"):
@@ -556,7 +558,7 @@ def _arguments(
     relations = Relations(
         labels, *(batch.positives or (None, None)), batch.query_ids, batch.passage_ids,
         *(batch.excluded or (None, None)), own_offsets, curated,
-        *[x.detach() for x in batch.guide or ()],
+        *_guide(batch),
     )  # fmt: skip
     if settings.gradient_filter and not is_plain(relations, settings):
         raise ValueError(
@@ -617,6 +619,16 @@ def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, 
             f"matryoshka_dims must be distinct and of 1 to D={D}, got {options.matryoshka_dims}"
         )
     return M, N, device
+
+
+def _guide(batch: Batch) -> list[Tensor]:
+    """In one dtype, that of neither being above fp32 where the embeddings are not."""
+    if batch.guide is None:
+        return []
+    dtype = torch.promote_types(*[x.dtype for x in batch.guide])
+    if dtype == torch.float64 and batch.queries.dtype != dtype:
+        dtype = torch.float32
+    return [x.detach().to(dtype) for x in batch.guide]
 
 
 def _own_negatives(batch: Batch, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
