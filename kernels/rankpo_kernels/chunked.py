@@ -63,8 +63,8 @@ def info_nce(
     relations: Relations, settings: Settings, weights_M: Tensor | None,
     needs: tuple[bool, bool, bool, bool] = (False,) * 4,
 ) -> Result:  # fmt: skip
-    """Losses of all queries and, given weights, the gradients of sum_i w_i loss_i that `needs`
-    (q, p, own, scale) names.
+    """Losses of all queries and, given weights ([M], or [] for all), the gradients of
+    sum_i w_i loss_i that `needs` (q, p, own, scale) names.
 
     With settings.gradient_filter = eps, the two products of a chunk of the fused form leave out
     columns with |dS_ij| <= pull_i eps / N in every row, pull_i = w_i sigmoid(lse_i - s_i,label).
@@ -75,7 +75,7 @@ def info_nce(
     if weights_M is None:
         needs = (False,) * 4
     else:
-        weights_M = weights_M.to(dtype).contiguous()
+        weights_M = weights_M.to(device, dtype).expand(len(q_MD)).contiguous()
     needs = needs if own_HD is not None else (*needs[:2], False, needs[3])
     arguments = (scale, relations, settings, weights_M, needs)
     if is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype)):

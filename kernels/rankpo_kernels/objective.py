@@ -88,6 +88,7 @@ class Result(NamedTuple):
     dp_ND: Tensor | None = None
     d_own_HD: Tensor | None = None
     d_scale: Tensor | None = None
+    total: Tensor | None = None  # sum_i w_i loss_i, where it came along
 
 
 def gradient_dtype(stored: torch.dtype) -> torch.dtype:

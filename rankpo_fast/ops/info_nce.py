@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rankpo_fast.ops.common import Reduction, row_weights, unit_rows
+from rankpo_fast.ops.common import Reduction, row_weights, uniform_weight, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
@@ -139,7 +139,7 @@ def _info_nce_grads(
     relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """sum_i weights_i loss_i with its gradients of (q, p, own, scale), in 6MND flops; those not
-    needed are empty.
+    needed are empty. One weight of all is of shape () and on the CPU, where no launch fills it.
 
     Gradients of fp16 come in fp32: a loss scale still to be multiplied in would find them
     underflowed.
@@ -147,9 +147,12 @@ def _info_nce_grads(
     result = _launch(q, p, own, scale, relations, settings, weights, tuple(needs))
     grads = [
         empty if grad is None else grad.to(empty.device)
-        for grad, empty in zip(result[3:], _no_grads(q, scale), strict=True)
+        for grad, empty in zip(result[3:7], _no_grads(q, scale), strict=True)
     ]
-    return (weights * result.loss_M).sum(), *_apart(*result[:3]), *grads
+    total = result.total
+    if total is None:
+        total = (weights.to(q.device, result.loss_M.dtype) * result.loss_M).sum()
+    return total, *_apart(*result[:3]), *grads
 
 
 def _apart(*rows: Tensor) -> list[Tensor]:
@@ -552,7 +555,7 @@ def _arguments(
                 f"{N} passages do not divide by {M} queries"
             )
         group = N // max(M, 1)
-        labels = torch.arange(M, device=device) * group
+        labels = torch.arange(0, M * group, max(group, 1), device=device)
         if curated is None and M and (settings.margin is not None or PP in settings.directions):
             curated = torch.arange(N, device=device) // group
     relations = Relations(
@@ -572,7 +575,9 @@ def _arguments(
     if own is not None:
         dtype = torch.promote_types(dtype, own.dtype)
         own = own.to(dtype)
-    weights = row_weights(batch.queries.to(dtype), batch.weights, M, options.reduction)
+    weights = uniform_weight(M, options.reduction)
+    if batch.weights is not None:
+        weights = row_weights(batch.queries.to(dtype), batch.weights, M, options.reduction)
     q, p, scale = (
         batch.queries.to(dtype),
         batch.passages.to(dtype),
