@@ -308,7 +308,8 @@ def info_nce_loss(
         labels: [M] int64, the passage that is each query's positive. None: passages come in groups
             of N // M per query, positive first.
         temperature: similarities are divided by it; default 0.02.
-        scale: 1 / temperature, instead of it. As a tensor of one number it receives a gradient.
+        scale: 1 / temperature, instead of it. As a tensor of one number, on the CPU or with the
+            queries, it receives a gradient.
         normalize: similarities are cosines, else dot products. A zero vector has similarity and
             gradient 0.
         reduction: "mean" (weighted by `weights`), "sum", or "none" for [M].
