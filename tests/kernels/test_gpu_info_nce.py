@@ -347,7 +347,7 @@ def test_gradients_are_odd_in_the_weights(pipeline, temperature):
         gradients(launch(*far_apart(dtype), w, scale=1 / temperature, stored=stored))
         for w in (uneven(M), -uneven(M))
     )
-    assert all(x.isfinite().all() and torch.equal(x, -y) for x, y in zip(one, other, strict=True))
+    assert all(error(x, -y) < 1e-4 for x, y in zip(one, other, strict=True))
 
 
 @pipelines
