@@ -1,6 +1,7 @@
 """The Triton launcher of InfoNCE under test: run where it can be, compared, and spied on."""
 
 import contextlib
+import tempfile
 from unittest import mock
 
 import torch
@@ -64,6 +65,18 @@ def assert_equals_definition(
     loss, *grads, of_scale = [error(got, want) for got, want in pairs]
     assert loss < bounds[0] and max(grads) < bounds[1] and of_scale < bounds[2]
     return result
+
+
+def spread(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy with 2^30 elements from one index of a dim to the next, in a file of holes; as many
+    lie before it as an offset of 2^31 goes back where 32 bits are too few for it."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = 2**30
+    start = 2**31
+    size = start + max(0, x.shape[dim] - 1) * 2**30 + x.numel()
+    with tempfile.NamedTemporaryFile() as file:
+        memory = torch.from_file(file.name, shared=True, size=size, dtype=x.dtype)
+    return memory.as_strided(x.shape, strides, start).copy_(x)
 
 
 @contextlib.contextmanager

@@ -34,14 +34,18 @@ def gpu(names: str) -> tuple[str, ...]:
     return of("tests/kernels/test_gpu_info_nce.py", names)
 
 
+def ops(names: str) -> tuple[str, ...]:
+    return of("tests/ops/test_info_nce.py", names)
+
+
 OPTIONS = gpu("options_in_fp32")
 FAR_APART = gpu("too_far_apart or zero_vector")
 SMALL_CHUNKS = gpu("chunks_smaller or summed_beforehand")
 FILTER = gpu("filter")
 MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
-CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
-OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
+CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
+OPS_GRADIENTS = ops("gradcheck")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,30 @@ MUTANTS = [
         "(mass_m != mass_m)",
         "(mass_m < 0)",
         gpu("nan_is"),
+    ),
+    Mutant(
+        "filter-takes-negative-rows", SCORES,
+        "tl.load(row_slopes.soft + safe_m) != 0\n        mass_m",
+        "tl.load(row_slopes.soft + safe_m) > 0\n        mass_m",
+        FILTER,
+    ),
+    Mutant(
+        "negative-rows-without-label", SLOPES,
+        "tl.where(slope_k != 0, -1.0, 0.0)",
+        "tl.where(slope_k < 0, -1.0, 0.0)",
+        gpu("are_odd"),
+    ),
+    Mutant(
+        "stored-up-to-gaps-of-50", SLOPES,
+        "OVER = tl.constexpr(35.0)",
+        "OVER = tl.constexpr(50.0)",
+        gpu("keep_their_digits"),
+    ),
+    Mutant(
+        "scatter-in-32-bits", SCORES,
+        "level = tl.program_id(1).to(tl.int64)",
+        "level = tl.program_id(1)",
+        gpu("beyond_32"),
     ),
     Mutant(
         "prefixes-without-suffix-sums", SCORES,
@@ -316,6 +344,36 @@ MUTANTS = [
         "needs[:2]) and False\n    tiles",
         gpu("launches"),
     ),
+    Mutant(
+        "integers-have-gaps", LAUNCHER,
+        "else x.contiguous() for x in relations",
+        "else x for x in relations",
+        gpu("have_gaps"),
+    ),
+    Mutant(
+        "weights-have-gaps", LAUNCHER,
+        "else _number(weights_M.contiguous())",
+        "else _number(weights_M)",
+        gpu("have_gaps"),
+    ),
+    Mutant(
+        "zero-passages", LAUNCHER,
+        "top = top.clamp(min=1e-38)",
+        "pass",
+        gpu("all_be_zero"),
+    ),
+    Mutant(
+        "negative-factors", LAUNCHER,
+        "factor_R.abs().amax()",
+        "factor_R.amax()",
+        gpu("are_odd"),
+    ),
+    Mutant(
+        "dead-tiles-are-read", LAUNCHER,
+        "chunk_ND, False, transpose=True, live=live,",
+        "chunk_ND, False, transpose=True,",
+        FILTER,
+    ),
     # kernels/rankpo_kernels/objective.py
     Mutant(
         "merge-without-other-mean", OBJECTIVE,
@@ -360,6 +418,18 @@ MUTANTS = [
         "beta=0",
         CPU_CHUNKS,
     ),
+    Mutant(
+        "cpu-labels-have-gaps", CHUNKED,
+        "relations.labels_M.contiguous()",
+        "relations.labels_M",
+        ops("have_gaps"),
+    ),
+    Mutant(
+        "cpu-filter-keeps-negative-rows", CHUNKED,
+        "pull_R.abs() *",
+        "pull_R *",
+        ops("are_odd"),
+    ),
     # kernels/native/rows.cpp
     Mutant(
         "native-keeps-known-pairs", NATIVE,
@@ -379,6 +449,30 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
+    ),
+    Mutant(
+        "guides-of-two-dtypes", OPS,
+        "x.detach().to(dtype) for x in guide",
+        "x.detach() for x in guide",
+        ops("guide"),
+    ),
+    Mutant(
+        "guide-loses-fp64", OPS,
+        "dtype = compute_dtype(embeddings)",
+        "dtype = torch.float32",
+        ops("guide"),
+    ),
+    Mutant(
+        "own-offsets-start-anywhere", OPS,
+        "relations.own_offsets[0] == 0",
+        "relations.own_offsets[0] >= 0",
+        ops("device_asserts"),
+    ),
+    Mutant(
+        "workspace-of-a-fraction", OPS,
+        "not isinstance(self.workspace_bytes, int)",
+        "False",
+        ops("bad_arguments"),
     ),
 ]  # fmt: skip
 

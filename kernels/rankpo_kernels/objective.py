@@ -152,7 +152,7 @@ def known(relations: Relations, N: int) -> Known:
     excluded_offsets, excluded_columns = rest[:2]
     M, device = len(labels_M), labels_M.device
     class_M = torch.arange(M, device=device) if query_ids is None else query_ids
-    text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids
+    text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids.contiguous()
     classes, texts = [class_M], [text_N[labels_M]]
     for offsets, columns in (
         (positive_offsets, positive_columns),

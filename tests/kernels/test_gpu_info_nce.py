@@ -27,6 +27,7 @@ from launcher import (
     launch,
     launches,
     on_device,
+    spread,
     uneven,
 )  # fmt: skip
 from problems import EVERYTHING, GRID, D, M, N, exact, problem
@@ -222,6 +223,27 @@ def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline
     assert error(result.positive_M, sims.gather(1, relations.labels_M[:, None])[:, 0]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "name"),
+    [("fp32", "margin"), ("bf16-stored", "margin"), ("fp32", "everything-one-way")],
+    ids=["exact", "stored", "general"],
+)
+def test_integers_and_weights_may_have_gaps(pipeline, name):
+    dtype, how = PIPELINES[pipeline]
+    q, p, own, relations, settings = named(name, dtype)
+
+    def apart(x):  # what lies between would do as well, but for the result
+        return None if x is None else torch.stack([x, x.flip(0)], 1).to(DEVICE)[:, 0]
+
+    runs = [
+        launch(q, p, own, related, settings, weights, scale=20.0, **how)
+        for related, weights in [
+            (relations, uneven(M)), (Relations(*map(apart, relations)), apart(uneven(M))),
+        ]
+    ]  # fmt: skip
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True) if pair[0] is not None)
+
+
 # Extremes
 
 
@@ -297,12 +319,8 @@ def test_norms_neither_overflow_nor_underflow(pipeline, signs):
     assert error(result.dp_ND, truth[1][1]) < grad_gate
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.01])
-@pipelines
-def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperature):
-    """Gaps of almost 2 / temperature beside ordinary and negative ones; a zero vector must not turn
-    what overflows into NaN."""
-    dtype, how = PIPELINES[pipeline]
+def far_apart(dtype: torch.dtype):
+    """Gaps of almost 2 / temperature beside ordinary and negative ones, and a zero vector."""
     q, p, labels = draw(M, N, D, dtype, converged=False)
     free = [j for j in range(N) if j not in labels.tolist()]
     for i, away, near in [(2, labels[2], free[0]), (17, labels[17], free[1])]:
@@ -310,7 +328,15 @@ def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperatu
         p[near] += 3 * q[i]
     p[labels[18]] += 3 * q[18]
     p[free[2]] = 0
-    case = (q, p, None, Relations(labels), ROOMY)
+    return q, p, None, Relations(labels), ROOMY
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.01])
+@pipelines
+def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperature):
+    """A zero vector must not turn what overflows into NaN."""
+    dtype, how = PIPELINES[pipeline]
+    case = far_apart(dtype)
     truth = exact(*case, uneven(M), scale=1 / temperature)
     assert (truth[0] > 50).any() and (truth[0] < 1).any()
     result = launch(*case, uneven(M), scale=1 / temperature, **how)
@@ -318,6 +344,41 @@ def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperatu
     assert error(result.loss_M, truth[0]) < loss_gate
     assert error(result.dp_ND, truth[1][1]) < grad_gate
     assert max(map(error, result.dq_MD, truth[1][0])) < 2 * grad_gate  # each row by itself
+
+
+def test_stored_rows_keep_their_digits_beside_weights_of_a_large_batch():
+    """At a gap of 50 a row's factor, e^-80, times 2^-14 is next to nothing in bf16."""
+    q, p, labels = draw(M, N, D, torch.bfloat16, converged=False)
+    p[labels] -= q
+    case, weights = (q, p, None, Relations(labels), ROOMY), torch.full((M,), 2.0**-14)
+    truth = exact(*case, weights, scale=40.0)
+    assert ((truth[0] > 35) & (truth[0] < 50)).sum() > 5
+    result = launch(*case, weights, scale=40.0, stored=True)
+    for got, want in zip(result[3:5], truth[1][:2], strict=True):
+        assert max(map(error, got, want)) < 8e-3  # each row by itself
+
+
+@pipelines
+def test_passages_may_all_be_zero(pipeline):
+    """There is no largest inverse norm then."""
+    dtype, how = PIPELINES[pipeline]
+    q, p, labels = draw(M, N, D, dtype, converged=False)
+    case = (q, torch.zeros_like(p), None, Relations(labels), ROOMY)
+    result = launch(*case, uneven(M), scale=20.0, **how)
+    assert error(result.loss_M, torch.full((M,), N).log()) < 1e-6
+    assert not any(x.any() for x in gradients(result))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["ordinary", "far-apart"])
+@pipelines
+def test_gradients_are_odd_in_the_weights(pipeline, temperature):
+    """Weights hold upstream gradients, which are negative where a loss is subtracted."""
+    dtype, how = PIPELINES[pipeline]
+    one, other = (
+        gradients(launch(*far_apart(dtype), w, scale=1 / temperature, **how))
+        for w in (uneven(M), -uneven(M))
+    )
+    assert all(error(x, -y) < 1e-4 for x, y in zip(one, other, strict=True))
 
 
 @pipelines
@@ -476,8 +537,13 @@ def test_workspace_of_less_than_a_row_is_refused(name):
         launch(*case, replace(settings, workspace_bytes=99), uneven(M), scale=20.0)
 
 
-def test_filter_leaves_out_the_tiles_below_its_mass_and_nothing_else():
-    """One tile a little above the bound, and that of the labels far below it."""
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("pipeline", ["fp32", "bf16", "fp16"])
+def test_filter_leaves_out_the_tiles_below_its_mass_and_nothing_else(pipeline, sign):
+    """One tile a little above the bound, and that of the labels far below it. Weights may be those
+    of a loss that is subtracted; of what is left out nothing is written, nor read."""
+    dtype, _ = PIPELINES[pipeline]
+    bound = LOW.get(dtype, (0, 2e-6))[1]
     tiles, scale, each = replace(SMALL, BLOCK_N=16), 3.0, 16
     generator = torch.Generator().manual_seed(0)
     q, p = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (19, 5 * each))
@@ -485,20 +551,20 @@ def test_filter_leaves_out_the_tiles_below_its_mass_and_nothing_else():
     far = torch.tensor([0.0, -1.5, -1.3, 0.2, -0.9]).repeat_interleave(each)
     p[:, 0] += far
     labels = each + torch.arange(19) % each
-    relations, weights = Relations(labels), uneven(19).double()
-    q, p = q.float().double(), p.float().double()
+    relations, weights = Relations(labels), sign * uneven(19).double()
+    q, p = q.to(dtype).double(), p.to(dtype).double()
     s_MN = scale * q @ p.T
     positive_M = s_MN.gather(1, labels[:, None])[:, 0]
     open_MN = s_MN.scatter(1, labels[:, None], -torch.inf)
     soft_MN, pull_M = open_MN.softmax(1), weights * (open_MN.logsumexp(1) - positive_M).sigmoid()
-    counted_M = weights > 0
+    counted_M = weights != 0
     mass_bT = torch.stack([
         soft_MN[rows][counted_M[rows]].view(-1, 5, each).sum(2).amax(0)
         for rows in (slice(0, 16), slice(16, 19))
     ])  # fmt: skip
     eps = 5 * 0.9 * mass_bT.flatten().sort().values[5].item()
-    settings = Settings(False, rows_fit(16, 5 * each, torch.float32, tiles), gradient_filter=eps)
-    case = (q.float(), p.float(), None, relations)
+    settings = Settings(False, rows_fit(16, 5 * each, dtype, tiles), gradient_filter=eps)
+    case = (q.to(dtype), p.to(dtype), None, relations)
     rough = launch(*case, settings, weights.float(), scale=scale, tiles=tiles)
     live_bT = mass_bT > eps / 5
     assert not live_bT[:, 1].any()
@@ -507,11 +573,11 @@ def test_filter_leaves_out_the_tiles_below_its_mass_and_nothing_else():
     slope_MN = soft_MN * live_MN
     slope_MN[torch.arange(19), labels] = -1
     slope_MN *= scale * pull_M[:, None]
-    assert error(rough.dq_MD, slope_MN @ p) < 2e-6 and error(rough.dp_ND, slope_MN.T @ q) < 2e-6
+    assert error(rough.dq_MD, slope_MN @ p) < bound and error(rough.dp_ND, slope_MN.T @ q) < bound
     whole = launch(*case, replace(settings, gradient_filter=0.0), weights.float(), scale=scale)
     assert torch.equal(rough.loss_M, whole.loss_M) or error(rough.loss_M, whole.loss_M) < 1e-6
     off_M = (whole.dq_MD - rough.dq_MD).norm(dim=1)
-    bound_M = pull_M * scale * eps * p.norm(dim=1).amax()
+    bound_M = pull_M.abs() * scale * eps * p.norm(dim=1).amax()
     assert off_M.max() > 1e-4 * bound_M.max() and (off_M <= bound_M + 1e-6).all()
 
 
@@ -542,6 +608,48 @@ def run_form(name: str) -> list[torch.Tensor]:
 def test_no_address_lies_outside_and_no_program_races(form):
     with shadow_memory():
         run_form(form)
+
+
+@interpreted_alone
+def test_gradients_of_prefixes_may_lie_beyond_32_bits(monkeypatch):
+    """Three of them, 2^30 elements from one to the next."""
+    *case, settings = named("everything-one-way", torch.bfloat16)
+    settings = replace(settings, dims=(9, 20, 24), dim_weights=(1.0, 0.3, 0.5))
+    usual = launch(*case, settings, uneven(M), scale=20.0)
+
+    def far(function):
+        def launched(*args, **options):
+            (at,) = (i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.dim() == 3)
+            function(*args[:at], out := spread(args[at], 0), *args[at + 1 :], **options)
+            args[at].copy_(out)
+
+        return launched
+
+    for name in ("_launch_gradients", "_scatter_pairs"):
+        monkeypatch.setattr(module, name, far(getattr(module, name)))
+    apart = launch(*case, settings, uneven(M), scale=20.0)
+    assert all(map(torch.equal, gradients(apart), gradients(usual)))
+
+
+@interpreted_alone
+@pytest.mark.parametrize(
+    ("name", "stored", "options"),
+    [
+        pytest.param("plain", False, {"gradient_filter": 0.1}, id="filter"),
+        pytest.param("plain", True, {}, id="stored"),
+        pytest.param("own", False, {}, id="own"),
+    ],
+)
+def test_dims_of_embeddings_may_lie_beyond_32_bits(name, stored, options):
+    """Three of them, 2^30 elements from one to the next: many rows, transposed."""
+    q, p, own, relations = problem(*GRID[name][0], D=3, dtype=torch.bfloat16)
+    near, far = (
+        launch(
+            *embeddings, relations, replace(ROOMY, **options), uneven(M), scale=20.0, stored=stored
+        )
+        for embeddings in [(q, p, own), [x if x is None else spread(x, 1) for x in (q, p, own)]]
+    )
+    assert all(torch.equal(*pair) for pair in zip(near, far, strict=True) if pair[0] is not None)
 
 
 @interpreted_alone
