@@ -314,6 +314,13 @@ def _launch_gradients(
     )  # fmt: skip
 
 
+def _along(p: Problem, block: Block, R: int) -> tuple[Tensor, Tensor]:
+    """Memory for the parts of gradients along R rows and along all columns."""
+    L, N = len(p.dims), len(block.b)
+    tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
+    return p.new(L, tiles_n, R), p.new(L, tiles_m, N)
+
+
 def _guide_dims(block: Block) -> tuple[int, ...]:
     return () if block.guide is None else (block.guide[0].shape[1],)
 
@@ -356,15 +363,14 @@ def _settle(
     stored: Stored | None = None, part: slice = slice(None),
 ) -> Slopes | None:  # fmt: skip
     """Fill `found` from the statistics of all directions; returns the slopes of columns."""
-    M, N, settings = len(found.hardest_M), len(p.p_ND), p.settings
-    L, (plain, columns_P) = len(p.dims), (p.pairs is None, p.columns_P[part])
-    P, D = len(columns_P), p.dims[-1]
+    settings, columns_P = p.settings, p.columns_P[part]
+    M, N, P, L, D = len(found.hardest_M), len(p.p_ND), len(columns_P), len(p.dims), p.dims[-1]
     of = Softmaxes(*map(slopes.Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
     smoothing = settings.label_smoothing or None
     levels = tuple([weight for _, weight in settings.levels(D)])
     slopes._pairs_kernel[(triton.cdiv(M, slopes.BLOCK), L)](
         of, found, stored or absent(Stored), columns_P,
-        None if plain else p.relations.positive_offsets, p.similarity_LP[:, part],
+        p.relations.positive_offsets, p.similarity_LP[:, part],
         weights, smoothing, p.scale, M, N, P, D,
         levels, settings.joint, slopes.BLOCK, min(128, rows.block_d(D)),
         num_warps=8, **FUSION,
@@ -387,46 +393,34 @@ def _hardest(found: Found, directions: tuple[str, ...]) -> Tensor:
 
 
 def _is_one_chunk(p: Problem) -> bool:
-    """Queries against whole passages, whose gradients all fit the workspace: neither sorted lists
-    nor prefixes nor a filter come between."""
-    directions, (M, D), N = p.settings.directions, p.q_MD.shape, len(p.p_ND)
-    relations, bytes_each = p.relations, p.q_MD.element_size()
-    parts = 4 * (M * triton.cdiv(N, p.tiles.BLOCK_N) + N * triton.cdiv(M, p.tiles.BLOCK_M))
+    """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
+    filter, further positives or own negatives."""
+    settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
+    parts = M * triton.cdiv(N, p.tiles.BLOCK_N) + N * triton.cdiv(M, p.tiles.BLOCK_M)
     return (
         p.dims == (D,)
-        and not p.settings.gradient_filter
-        and QQ not in directions
-        and PP not in directions
+        and not settings.gradient_filter
+        and not {QQ, PP} & set(settings.directions)
         and relations.positive_offsets is None
         and relations.own_offsets is None
-        and M * N * bytes_each + 6 * parts <= p.settings.workspace_bytes
+        and M * N * p.q_MD.element_size() + 6 * 4 * parts <= settings.workspace_bytes
     )
 
 
 def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> Result:
     """All rows at once: where launches cost what flops do."""
-    M, N, tiles = len(p.q_MD), len(p.p_ND), p.tiles
+    M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
     need_q, need_p, _, need_scale = needs
-    whole, directions = slice(0, M), p.settings.directions
     block = _score_block(p, *(d if d in directions else None for d in (QP, PQ)))
-    tiles_m, tiles_n = triton.cdiv(M, tiles.BLOCK_M), triton.cdiv(N, tiles.BLOCK_N)
-    want = (need_scale, p.settings.label_smoothing > 0)
-    sums = {}
-    if QP in directions:
-        sums[QP] = _partials(p, tiles_n, M, want)
-    if PQ in directions:
-        sums[PQ] = _partials(p, tiles_m, N, want)
-    _launch_statistics(p, block, whole, sums.get(QP), sums.get(PQ))
+    sums = _statistics(p, block, (need_scale, p.settings.label_smoothing > 0))
     found = _found(p, True, need_scale)
     column_slopes = _settle(p, sums, None, weights, found)
     del sums
-    normalize = p.inverse_q is not None
-    along = (p.new(1, tiles_n, M), p.new(1, tiles_m, N)) if normalize else (None, None)
+    along = _along(p, block, M) if p.inverse_q is not None else (None, None)
     G_MN = p.new(M, N, dtype=p.q_MD.dtype)
-    row_slopes = found.qp if QP in directions else None
     _launch_gradients(
-        p, block, whole, G_MN[None], row_slopes=row_slopes, column_slopes=column_slopes,
-        label_slope_LR=found.slope_LP, along=along,
+        p, block, slice(0, M), G_MN[None], row_slopes=found.qp if QP in directions else None,
+        column_slopes=column_slopes, label_slope_LR=found.slope_LP, along=along,
     )  # fmt: skip
     new = lambda x, need: p.new(*x.shape, dtype=gradient_dtype(x.dtype)) if need else None  # noqa: E731
     dq_MD, dp_ND = new(p.q_MD, need_q), new(p.p_ND, need_p)
@@ -725,8 +719,7 @@ def _gradients(
         R = part.stop - part.start
         along = (None, None)
         if along_q is not None:
-            parts = triton.cdiv(N, tiles.BLOCK_N), triton.cdiv(R, tiles.BLOCK_M)
-            along = (p.new(L, parts[0], R), p.new(L, parts[1], N))
+            along = _along(p, block, R)
         G = out[:, :R]
         of_rows = row_slopes.get(block.row_direction)
         _launch_gradients(
