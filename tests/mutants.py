@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "kernels/rankpo_kernels/"
 CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
 SCORES, SLOPES, ROWS = (KERNELS + f"gpu/{name}.py" for name in ("scores", "slopes", "rows"))
-PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
+PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
+LAUNCHER = KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
 
 
@@ -298,8 +299,8 @@ MUTANTS = [
     ),
     Mutant(
         "chunks-overwrite-dp", LAUNCHER,
-        "_product(out, left_RD, dp_ND, not first,",
-        "_product(out, left_RD, dp_ND, False,",
+        "product(out, left_RD, dp_ND, not first,",
+        "product(out, left_RD, dp_ND, False,",
         SMALL_CHUNKS,
     ),
     Mutant(
@@ -333,7 +334,7 @@ MUTANTS = [
         gpu("without_the_others"),
     ),
     Mutant(
-        "workspace-exceeded", LAUNCHER,
+        "workspace-exceeded", BLOCKS,
         "// row_bytes) < 1:",
         "// row_bytes) < 0:",
         gpu("refused"),
@@ -352,8 +353,8 @@ MUTANTS = [
     ),
     Mutant(
         "weights-have-gaps", LAUNCHER,
-        "else _number(weights_M.contiguous())",
-        "else _number(weights_M)",
+        "else number(weights_M.contiguous())",
+        "else number(weights_M)",
         gpu("have_gaps"),
     ),
     Mutant(

@@ -198,8 +198,8 @@ def test_one_weight_of_all_rows_is_a_number(few):
 def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
     case = named("excluded")
     results = []
-    for number in (module._number, lambda x: module.Scale(torch.nan, x)):
-        monkeypatch.setattr(module, "_number", number)
+    for number in (module.number, lambda x: module.Scale(torch.nan, x)):
+        monkeypatch.setattr(module, "number", number)
         results.append(launch(*case, uneven(M), scale=20.0))
     assert max(map(error, *map(gradients, results))) < 1e-6
 

@@ -14,18 +14,26 @@ cuBLAS. A chunk holds R rows of gradients [R, N] in the inputs' dtype; products 
 M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from rankpo_kernels.gpu import products, rows, scores, slopes
+from rankpo_kernels.gpu.blocks import (
+    Block,
+    add_rows,
+    addressable,
+    chunks_of,
+    number,
+    product,
+    torch_number,
+)
 from rankpo_kernels.gpu.products import Product, Totals
 from rankpo_kernels.gpu.rows import Rows, Scale, absent
-from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Side, Slopes
+from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Slopes
 from rankpo_kernels.gpu.slopes import Found, Softmaxes, Stored
 from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores, takes_few_launches
 from rankpo_kernels.objective import (
@@ -60,11 +68,10 @@ def info_nce(
         return _nothing(q_MD, p_ND, own_HD, needs)
     # kernels read integers and weights one beside the other
     integers = [None if x is None else x.contiguous() for x in relations[:9]]
-    guides = [None if x is None else _addressable(x) for x in relations[9:]]
+    guides = [None if x is None else addressable(x) for x in relations[9:]]
     relations = Relations(*integers, *guides)
-    weights = Scale(1.0, None) if weights_M is None else _number(weights_M.contiguous())
-    # and count dims in 32 bits
-    q_MD, p_ND, own_HD = (None if x is None else _addressable(x) for x in (q_MD, p_ND, own_HD))
+    weights = Scale(1.0, None) if weights_M is None else number(weights_M.contiguous())
+    q_MD, p_ND, own_HD = (None if x is None else addressable(x) for x in (q_MD, p_ND, own_HD))
     plain = is_plain(relations, settings)
     if stored is None:
         stored = stores_scores(*q_MD.shape, len(p_ND))
@@ -80,15 +87,6 @@ def info_nce(
     if plain:
         return _plain(problem, weights, needs, stored)
     return _general(problem, own_HD, weights, needs)
-
-
-def _number(x: Tensor) -> Scale:
-    """For kernels: read here where the host has it, else where it lies."""
-    return Scale(float(x), None) if x.device.type == "cpu" and not x.dim() else Scale(0.0, x)
-
-
-def _addressable(x: Tensor) -> Tensor:
-    return x.contiguous() if x.stride(1) * x.shape[1] >= 2**31 else x
 
 
 def _nothing(q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, needs) -> Result:
@@ -154,83 +152,12 @@ def _problem(
         guide = (gq, gp, *inverses)
     related = any(x is not None for x in relations[1:7]) or QQ in settings.directions
     return Problem(
-        q_MD, p_ND, _number(scale),
+        q_MD, p_ND, number(scale),
         relations, settings, tiles, dims, pairs,
         known(relations, N) if related or PP in settings.directions else None,
         inverse_q, inverse_p, similarity_LP,
         None if settings.margin is None else limits(judged_LM, settings).contiguous(),
         guide,
-    )  # fmt: skip
-
-
-def _chunks(size: int, most: int, block: int) -> Iterator[slice]:
-    """About equal slices of at most `most` rows, whole tiles where that allows."""
-    count = -(-size // max(1, most))
-    each = -(-size // count)
-    if most >= block:
-        each = min(-(-each // block) * block, most // block * block)
-    for start in range(0, size, each):
-        yield slice(start, min(start + each, size))
-
-
-def _rows_per_chunk(N: int, row_bytes: int, settings: Settings) -> int:
-    if (most := settings.workspace_bytes // row_bytes) < 1:
-        raise ValueError(
-            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} "
-            f"passages: it takes {row_bytes}"
-        )
-    return most
-
-
-def _side(
-    x: Tensor, inverse_L: Tensor | None, index: Tensor | None = None, part: slice = slice(None)
-) -> Side:
-    """Rows `part` of x, or of x[index]."""
-    if index is not None:
-        index = index[part]
-    else:
-        x = x[part]
-        inverse_L = None if inverse_L is None else inverse_L[:, part]
-    stride = 0 if inverse_L is None else inverse_L.stride(0)
-    return Side(x, *x.stride(), index, inverse_L, stride)
-
-
-class Block(NamedTuple):
-    """One block of scores: rows of a against rows of b."""
-
-    a: Tensor
-    inverse_a: Tensor | None
-    index: Tensor | None  # rows of a, None for all
-    b: Tensor
-    inverse_b: Tensor | None
-    guide: tuple[Any, ...] | None  # (a, inverse of a, b, inverse of b)
-    masks: Masks  # of all rows
-    curated: int
-    row_direction: str | None
-    column_direction: str | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.a) if self.index is None else len(self.index)
-
-    def chunk(self, part: slice) -> tuple[Side, Side, Side, Side, Masks]:
-        guide = (absent(Side), absent(Side))
-        if self.guide is not None:
-            ga, inverse_ga, gb, inverse_gb = self.guide
-            guide = (_side(ga, inverse_ga, self.index, part), _side(gb, inverse_gb))
-        return (
-            _side(self.a, self.inverse_a, self.index, part), _side(self.b, self.inverse_b), *guide,
-            _part_of(self.masks, part),
-        )  # fmt: skip
-
-
-def _part_of(masks: Masks, part: slice) -> Masks:
-    limit = masks.limit_LR
-    pick = lambda x: None if x is None else x[part]  # noqa: E731
-    return masks._replace(
-        label_R=pick(masks.label_R), class_R=pick(masks.class_R), id_R=pick(masks.id_R),
-        limit_LR=None if limit is None else limit[:, part],
-        limit_stride=0 if limit is None else limit.stride(0),
     )  # fmt: skip
 
 
@@ -447,10 +374,8 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     relative = products_needed and (stored or dtype == torch.float16)
     block = _score_block(p, QP, None)
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
-    most = _rows_per_chunk(
-        N, 12 * tiles_n + (N * p.q_MD.element_size() if products_needed else 0), settings
-    )
-    chunks = list(_chunks(M, most, tiles.BLOCK_M))
+    row_bytes = 12 * tiles_n + (N * p.q_MD.element_size() if products_needed else 0)
+    chunks = chunks_of(M, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
     R0 = chunks[0].stop
 
     found = _found(p, products_needed, need_scale)
@@ -505,14 +430,14 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
         first = part.start == 0
         dq = dq_MD[part] if need_q and in_fp32 else dq_RD[:R] if need_q else None
         if need_q:
-            _product(out, p.p_ND, dq, False, live=live, tiles=tiles)
+            product(out, p.p_ND, dq, False, live=live, tiles=tiles)
         if need_p and relative and not stored:  # the chunk's largest factor, back in fp32
             chunk_ND = torch.empty_like(dp_ND)
-            _product(out, left_RD, chunk_ND, False, transpose=True, live=live, tiles=tiles)
+            product(out, left_RD, chunk_ND, False, transpose=True, live=live, tiles=tiles)
             chunk_ND *= largest
             dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
         elif need_p:
-            _product(out, left_RD, dp_ND, not first, transpose=True, live=live, tiles=tiles)
+            product(out, left_RD, dp_ND, not first, transpose=True, live=live, tiles=tiles)
         ready = []
         if need_q:
             inverse_q = None if p.inverse_q is None else p.inverse_q[:, part]
@@ -523,28 +448,6 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     d_scale = found.d_scale_LM.sum() if need_scale else None
     loss_M, hardest_M = found.loss_LM[0], found.hardest_M
     return Result(loss_M, p.similarity_LP[0], hardest_M, dq_MD, dp_out, None, d_scale)
-
-
-def _product(
-    g_RN: Tensor, b: Tensor, out: Tensor, add: bool, *, transpose: bool = False,
-    live: Tensor | None = None, tiles: Tiles | None = None,
-) -> None:  # fmt: skip
-    """out = (or +=) g b, or g' b, in fp32; of g the live tiles alone where they are told."""
-    a = g_RN.T if transpose else g_RN
-    if live is not None:
-        blocks = (tiles.BLOCK_M, tiles.BLOCK_N)
-        products.filtered(
-            a, b, live.T if transpose else live, out, add, tiles,
-            *(blocks[::-1] if transpose else blocks),
-        )  # fmt: skip
-    elif out.device.type == "cpu":  # the interpreter's: the CPU has no product of mixed dtypes
-        out.addmm_(a.float(), b.float(), beta=int(add))
-    elif a.dtype == torch.float32:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _general(
@@ -594,7 +497,7 @@ def _general(
             g_LH = g_LH - flat_LH
         products.own_gradients(
             p.q_MD, own_HD, p.inverse_q, own.inverse_LH, relations.own_offsets,
-            g_LH * _torch_number(p.scale), g_LH * own.logit_LH, dq_MD, d_own, p.dims,
+            g_LH * torch_number(p.scale), g_LH * own.logit_LH, dq_MD, d_own, p.dims,
         )  # fmt: skip
         if along_q is not None:
             _add_at(along_q, own.owner_H, g_LH * own.logit_LH)
@@ -616,11 +519,6 @@ def _general(
     return result._replace(dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale)
 
 
-def _torch_number(number: Scale) -> float | Tensor:
-    """For what torch computes with it."""
-    return number.value if number.at is None else number.at.float()
-
-
 def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Partials]:
     """Of a block's directions, each in parts: of its tiles, or of its chunks if there are more."""
     L, N, tiles = len(p.dims), len(block.b), p.tiles
@@ -628,10 +526,10 @@ def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, 
         return {}
     of_row = 4 * (2 + want[0] + 2 * want[1]) * L
     row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
-    chunks = list(_chunks(block.rows, _rows_per_chunk(N, row_bytes, p.settings), tiles.BLOCK_M))
+    chunks = chunks_of(block.rows, N, row_bytes, p.settings.workspace_bytes, tiles.BLOCK_M)
     sums, row_parts = {}, []
     columns = _partials(p, len(chunks), N, want) if block.column_direction else None
-    for number, part in enumerate(chunks):
+    for at, part in enumerate(chunks):
         R = part.stop - part.start
         of_rows = of_columns = None
         if block.row_direction:
@@ -645,7 +543,7 @@ def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, 
         if of_rows is not None:
             row_parts.append(slopes.reduce(of_rows, _partials(p, 1, R, want)))
         if of_columns is not None:
-            slopes.reduce(of_columns, columns, number)
+            slopes.reduce(of_columns, columns, at)
     if block.row_direction:
         sums[block.row_direction] = row_parts[0] if len(row_parts) == 1 else Partials(*(
             None if x[0] is None else torch.cat(x, 2) for x in zip(*row_parts, strict=True)
@@ -669,7 +567,7 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     inverse_LH, _, similarity_LH = rows.prepare(
         own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
     )
-    s_LH = similarity_LH * _torch_number(p.scale)
+    s_LH = similarity_LH * torch_number(p.scale)
     L, M = len(p.dims), len(p.q_MD)
     zeros_LM = s_LH.new_zeros(L, M)
     at_LH = owner_H.expand(L, -1)
@@ -681,18 +579,10 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     return Own(owner_H, inverse_LH, s_LH, Partials(*(x[:, None] for x in sums)))
 
 
-def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
-    """out[index] += values; on the GPU by sorting, not by atomics, so always in one order."""
-    if out.device.type == "cpu":
-        out.index_add_(0, index, values)
-    else:
-        out.index_put_((index,), values, accumulate=True)
-
-
 def _add_at(out_LR: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """The same for each level."""
     for out_R, of_level in zip(out_LR, values, strict=True):
-        _add_rows(out_R, index, of_level)
+        add_rows(out_R, index, of_level)
     return out_LR
 
 
@@ -712,8 +602,8 @@ def _gradients(
         return
     # Without one bound of both rows and columns, fp16 could overflow: its gradients stay fp32.
     dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
-    most = _rows_per_chunk(N, L * N * torch.empty((), dtype=dtype).element_size(), settings)
-    chunks = list(_chunks(block.rows, most, tiles.BLOCK_M))
+    row_bytes = L * N * dtype.itemsize
+    chunks = chunks_of(block.rows, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
     out = p.new(L, chunks[0].stop, N, dtype=dtype)
     for part in chunks:
         R = part.stop - part.start
@@ -739,13 +629,13 @@ def _gradients(
             if d_a is not None:
                 b_ND = block.b[:, dims].to(dtype)
                 if index is None:
-                    _product(g_RN, b_ND, d_a[part, dims], True)
+                    product(g_RN, b_ND, d_a[part, dims], True)
                 else:
                     d_rows = p.new(R, last - dims.start)
-                    _product(g_RN, b_ND, d_rows, False)
-                    _add_rows(d_a[:, dims], index, d_rows)
+                    product(g_RN, b_ND, d_rows, False)
+                    add_rows(d_a[:, dims], index, d_rows)
             if d_b is not None:
-                _product(g_RN, a_RD[:, dims].to(dtype), d_b[:, dims], True, transpose=True)
+                product(g_RN, a_RD[:, dims].to(dtype), d_b[:, dims], True, transpose=True)
         if along_q is not None:
             along_b += along[1].sum(1)
             if index is None:
@@ -754,7 +644,7 @@ def _gradients(
                 _add_at(along_a, index, along[0].sum(1))
     if along_q is not None and scored and p.pairs is not None:
         more = slice(M, None)
-        gs_LK = (slope_LP * p.similarity_LP * _torch_number(p.scale))[:, more]
+        gs_LK = (slope_LP * p.similarity_LP * torch_number(p.scale))[:, more]
         _add_at(along_q, p.pairs.rows_P[more], gs_LK)
         _add_at(along_p, p.pairs.columns_P[more], gs_LK)
 
@@ -767,7 +657,7 @@ def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> 
     """Write the gradients of further positives into a chunk; the labels' are there already."""
     more = slice(len(p.q_MD), None)
     rows_K, columns_K = p.pairs.rows_P[more], p.pairs.columns_P[more]
-    value_LK = slope_LP[:, more] * _torch_number(p.scale)
+    value_LK = slope_LP[:, more] * torch_number(p.scale)
     if p.inverse_q is not None:
         value_LK = value_LK * p.inverse_q[:, rows_K] * p.inverse_p[:, columns_K]
     value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes
