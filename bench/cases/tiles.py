@@ -1,7 +1,8 @@
 """Which tile, and which pipeline, is fastest on this card? The tables of `gpu/tiles.py` rest on it.
 
 Floor: three GEMMs. A row is a tile under one pipeline: exact (8MND) or stored (6MND). From 2k x 2k
-on the two stand beside each other with the tiles as shipped, for the size from which to store.
+on they stand side by side with the tiles as shipped, and with exact in few launches, for the size
+from which to store.
 """
 
 import functools
@@ -23,23 +24,26 @@ CANDIDATES = {
 }
 SIZE = 16384
 THRESHOLD = [(size, D) for size in (2048, 4096, 8192) for D in DIMS]
-STORED = {"exact": False, "stored": True}
+PIPELINES = {"exact": {"stored": False, "few": False}, "stored": {"stored": True}}
+SMALLER = PIPELINES | {"exact in few launches": {"stored": False, "few": True}}
 
 
-def contenders(q, p, labels, tiles: dict[str, Tiles | None]) -> dict[str, Callable]:
+def contenders(
+    q, p, labels, tiles: dict[str, Tiles | None], pipelines: dict[str, dict[str, bool]]
+) -> dict[str, Callable]:
     return {
-        f"{pipeline}, {name}": functools.partial(launch, q, p, labels, tiles=tile, stored=stored)
+        f"{pipeline}, {name}": functools.partial(launch, q, p, labels, tiles=tile, **how)
         for name, tile in tiles.items()
-        for pipeline, stored in STORED.items()
+        for pipeline, how in pipelines.items()
     }
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    swept = [(SIZE, D, CANDIDATES) for D in DIMS]
-    shipped = [(size, D, {"as shipped": None}) for size, D in THRESHOLD]
-    for size, D, tiles in [*swept, *shipped][: 1 if quick else None]:
+    swept = [(SIZE, D, CANDIDATES, PIPELINES) for D in DIMS]
+    shipped = [(size, D, {"as shipped": None}, SMALLER) for size, D in THRESHOLD]
+    for size, D, *how in [*swept, *shipped][: 1 if quick else None]:
         q, p, labels = (x.detach() for x in draw(size, size, D, device))
-        runs = contenders(q, p, labels, tiles)
+        runs = contenders(q, p, labels, *how)
         yield Case(
             name=f"tiles {size}x{size}x{D}",
             question=__doc__.splitlines()[0],
@@ -53,17 +57,15 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 
 
 def compile_all(D: int) -> None:
-    """Leave the kernels that the bench takes at these dims in Triton's cache: a short run of each,
-    where a tile sums few partial statistics itself and where a launch of their own sums many."""
-    for M, N in ((512, 4096), (512, 8192)):
-        q, p, labels = (x.detach() for x in draw(M, N, D, "cuda"))
-        runs = contenders(q, p, labels, CANDIDATES | {"as shipped": None})
-        for options in ({}, SYMMETRIC):
-            for grads in (True, False):
-                how = {"options": options, "grads": grads}
-                runs[f"{how}"] = functools.partial(launch, q, p, labels, **how)
-        for name, run in runs.items():
-            try:
-                run()
-            except Exception as error:  # as in the bench, where it is a row
-                print(f"D={D}, {name}: {type(error).__name__}: {error}"[:200])
+    """Leave the kernels that the bench takes at these dims in Triton's cache: short runs."""
+    q, p, labels = (x.detach() for x in draw(512, 4096, D, "cuda"))
+    runs = contenders(q, p, labels, CANDIDATES | {"as shipped": None}, SMALLER)
+    for options in ({}, SYMMETRIC):
+        for how in ({"few": False}, {"few": True}, {"grads": False}):
+            how = how | {"options": options}
+            runs[f"{how}"] = functools.partial(launch, q, p, labels, **how)
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception as error:  # as in the bench, where it is a row
+            print(f"D={D}, {name}: {type(error).__name__}: {error}"[:200])

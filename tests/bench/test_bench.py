@@ -78,9 +78,9 @@ def test_the_sweep_takes_the_tiles_it_names(interpreted):
     if not interpreted:
         q, p, labels = q.cuda(), p.cuda(), labels.cuda()
     q, p = q.to(torch.bfloat16), p.to(torch.bfloat16)
-    runs = tiles.contenders(q, p, labels, {"small": SMALL, "as shipped": None})
+    runs = tiles.contenders(q, p, labels, {"small": SMALL, "as shipped": None}, tiles.SMALLER)
     assert list(runs) == [
-        f"{how}, {name}" for name in ("small", "as shipped") for how in tiles.STORED
+        f"{how}, {name}" for name in ("small", "as shipped") for how in tiles.SMALLER
     ]
     results = [run() for run in runs.values()]
     for result in results[1:]:
