@@ -12,12 +12,14 @@ scores are never stored: the launchers walk chunks of them.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from rankpo_fast.ops import ranks
 from rankpo_fast.ops.common import Reduction, row_weights, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
@@ -35,6 +37,7 @@ from rankpo_kernels.objective import (
     gradient_dtype,
     is_plain,
     limits,
+    own_rows,
     positive_pairs,
 )
 
@@ -163,7 +166,7 @@ def _apart(*rows: Tensor) -> list[Tensor]:
 def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4) -> Result:
     relations, settings = Relations(*relations), Settings.parse(settings)
     if q.device.type == "cpu":
-        _check_values(relations, len(p), 0 if own is None else len(own))
+        _check_values(own_rows(relations, settings), len(p), 0 if own is None else len(own))
     launcher = _launcher(q, settings)
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
@@ -173,6 +176,10 @@ def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) 
 def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
     """Triton on CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
     on_gpu, exact = q.device.type == "cuda", q.dtype == torch.float64
+    if settings.window is not None:
+        return chunked.info_nce  # the kernels have no queries besides those with a loss
+    if settings.group is not None and not len(q):
+        return chunked.info_nce  # a rank without queries takes part in the collectives
     if settings.backend == "torch" or (settings.backend is None and (exact or not on_gpu)):
         return chunked.info_nce
     if exact:
@@ -202,13 +209,19 @@ def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
 
 
 @_info_nce.register_fake
-def _(q, *rest):
-    return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
+def _(q, p, own, scale, relations, settings):
+    return q.new_empty(_losses(q, settings), dtype=compute_dtype(q.dtype))
+
+
+def _losses(q: Tensor, settings: str) -> int:
+    window = Settings.parse(settings).window
+    return q.shape[0] if window is None else window[1] - window[0]
 
 
 @_info_nce_grads.register_fake
 def _(q, p, own, scale, relations, settings, weights, needs):
-    rows = [q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype)) for _ in range(3)]
+    dtype, M = compute_dtype(q.dtype), _losses(q, settings)
+    rows = [q.new_empty(M, dtype=dtype) for _ in range(3)]
     shapes = (q.shape, p.shape, own.shape if own is not None else (0,), ())
     grads = [
         empty.new_empty(shape) if need else empty
@@ -297,6 +310,7 @@ def info_nce_loss(
     gradient_filter: float = 0.0,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
@@ -359,12 +373,13 @@ def info_nce_loss(
     options = InfoNCEOptions(
         normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
         margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
+        process_group,
     )  # fmt: skip
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
         own_negatives, own_offsets, curated, guide,
     )  # fmt: skip
-    arguments, weights = _arguments(batch, temperature, scale, options)
+    arguments, weights, _ = _prepared(batch, temperature, scale, options)
     leaves = arguments[:4]
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if reduction == "none" or not any(needs):
@@ -409,13 +424,17 @@ def info_nce_loss_and_grads(
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     batch = Batch(queries, passages, labels, **options)
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
-    arguments, weights = _arguments(
+    arguments, weights, of_all = _prepared(
         batch, temperature, scale, InfoNCEOptions(**static), scale_on=queries.device
     )
     own = batch.own_negatives
     loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = _info_nce_grads(
         *arguments, weights, [True, True, own is not None, True]
     )
+    if of_all is not None:
+        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
+        if len(dq) != len(queries):
+            dq = ranks.sum_rows(dq, of_all.queries, of_all.group)
     has_negative_M = hardest_M > -torch.inf
     count = has_negative_M.sum().clamp(min=1)
     stats = InfoNCEStats(
@@ -461,6 +480,7 @@ class InfoNCEOptions:
     gradient_filter: float = 0.0
     workspace_bytes: int | None = None
     backend: str | None = None
+    process_group: ProcessGroup | None = None
 
     def __post_init__(self):
         one_of = {
@@ -529,6 +549,61 @@ class InfoNCEOptions:
 _STATIC = fields(InfoNCEOptions)
 
 
+def _prepared(
+    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
+    scale_on: torch.device | str = "cpu",
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
+    """`_arguments`, with the passages of all ranks where there are several."""
+    group, several = options.process_group, ranks.several(options.process_group)
+    if not several:
+        return *_arguments(batch, temperature, scale, options, scale_on), None
+
+    def prepare() -> ranks.Local:
+        of_sum = replace(options, reduction="sum")
+        arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
+        q, p, own, scale_, relations, text = arguments
+        relations = Relations(*relations)
+        _check_values(relations, len(p), 0 if own is None else len(own))
+        given = ("query_ids", "passage_ids", "guide")
+        needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p, scale_)]
+        of_options = {field.name: getattr(options, field.name) for field in _STATIC}
+        terms = of_options | {
+            "process_group": None,
+            "temperature": temperature,
+            "scale": None if isinstance(scale, Tensor) else scale,
+            "D": q.shape[1],
+            "dtype": q.dtype,
+            "requires_grad of queries, passages and scale": needs,
+            "what is given": [name for name in given if getattr(batch, name) is not None],
+            "G": None if batch.guide is None else batch.guide[1].shape[1],
+        }
+        counts = len(q), len(p), ranks.key_count(relations)
+        weight = weights.sum(dtype=torch.float64)
+        return ranks.Local(*counts, weight, terms, (arguments, weights))
+
+    ((q, p, own, scale, relations, text), weights), of_all = ranks.agree(
+        group, batch.queries.device, prepare
+    )
+    settings = Settings.parse(text)
+    N, dtype, window = sum(of_all.passages), compute_dtype(q.dtype), None
+    _check_workspace(settings, N, dtype)
+    if QQ in settings.directions:
+        own_queries = of_all.own(of_all.queries)
+        window = own_queries.start, own_queries.stop
+    settings = replace(
+        settings, window=window, group=group.group_name if PQ in settings.directions else None
+    )
+    relations = ranks.relations_of_all(
+        Relations(*relations), of_all, all_queries=window is not None
+    )
+    p = ranks.gather_rows(p, of_all.passages, group)
+    if window is not None:
+        q = ranks.gather_rows(q, of_all.queries, group)
+    if options.reduction == "mean":
+        weights = ranks.reduced_weights(weights, of_all)
+    return (q, p, own, scale, list(relations), _text(settings)), weights, of_all
+
+
 def _arguments(
     batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
     scale_on: torch.device | str = "cpu",
@@ -537,12 +612,7 @@ def _arguments(
     at values on a device."""
     M, N, device = _check_embeddings(batch, options)
     settings = options.settings(device.type)
-    row_bytes = N * compute_dtype(batch.queries.dtype).itemsize
-    if settings.workspace_bytes < row_bytes:
-        raise ValueError(
-            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} passages: "
-            f"it takes {row_bytes}"
-        )
+    _check_workspace(settings, N, compute_dtype(batch.queries.dtype))
     own, own_offsets = _own_negatives(batch, settings)
     labels, curated = batch.labels, batch.curated
     if labels is None:
@@ -579,6 +649,14 @@ def _arguments(
         _scale(temperature, scale, scale_on),
     )
     return (q, p, own, scale, list(relations), _text(settings)), weights
+
+
+def _check_workspace(settings: Settings, N: int, dtype: torch.dtype) -> None:
+    if settings.workspace_bytes < (row_bytes := N * dtype.itemsize):
+        raise ValueError(
+            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} passages: "
+            f"it takes {row_bytes}"
+        )
 
 
 def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, torch.device]:

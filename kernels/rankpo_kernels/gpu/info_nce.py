@@ -43,6 +43,7 @@ from rankpo_kernels.objective import (
     known,
     limits,
     merge,
+    of_all_ranks,
     positive_pairs,
 )  # fmt: skip
 
@@ -452,6 +453,8 @@ def _general(
     for block in blocks:
         stats |= _statistics(p, block, (need_scale, settings.label_smoothing > 0))
     stats = {direction: stats[direction] for direction in directions}
+    if PQ in stats:
+        stats[PQ] = of_all_ranks(stats[PQ], settings)
     own = None
     if own_HD is not None:
         own = _own(p, own_HD)

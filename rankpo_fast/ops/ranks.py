@@ -1,0 +1,231 @@
+"""Negatives across ranks: a rank scores its own queries against the passages of all ranks.
+
+    sum   loss_r = sum of its w_i loss_i            sum of loss_r over ranks  = loss of one process
+    mean  loss_r = W sum of its w_i loss_i / sum w  mean of loss_r over ranks = loss of one process
+
+So each rank calls backward on its own loss; gradients of rows that it gave to others come back
+summed over the ranks, and what DDP averages (mean) or sums is the gradient of one process.
+Collectives stand outside the ops, but for the two that a passage_to_query loss needs between its
+passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys, W ranks.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankpo_kernels.norms import compute_dtype
+from rankpo_kernels.objective import Relations, listed
+
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # torch < 2.13
+TERMS = 20  # places for what must be equal on all ranks
+
+
+class Local(NamedTuple):
+    """What a rank brings: how many rows, and what it has in common with the others."""
+
+    queries: int
+    passages: int
+    keys: int  # of (query text, passage) pairs to tell the others, 0 without query ids
+    weight: Tensor  # of all its queries, [] fp64
+    terms: dict[str, Any]
+    value: Any  # what it has prepared
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many rows each rank has."""
+
+    group: dist.ProcessGroup
+    queries: list[int]
+    passages: list[int]
+    keys: list[int]
+    weight: float  # of the queries of all ranks
+
+    def own(self, counts: Sequence[int]) -> slice:
+        """Where this rank's rows stand among those of all."""
+        stop = list(accumulate(counts))[self.group.rank()]
+        return slice(stop - counts[self.group.rank()], stop)
+
+
+def several(group: dist.ProcessGroup | None) -> bool:
+    """Whether there is anyone to talk to."""
+    if group is None:
+        return False
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"process_group must be one that this rank is in, got {group!r}")
+    return group.size() > 1
+
+
+@torch.compiler.disable
+def agree(
+    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
+) -> tuple[Any, Ranks]:
+    """(what is prepared, rows of all ranks), or an error on every rank: where one refuses its
+    arguments, or the terms differ. One collective of a few integers, and the host waits for it."""
+    local, refusal = None, None
+    try:
+        local = prepare()
+    except Exception as error:  # told to the others first, who would wait for ever
+        refusal = error
+    numbers = torch.zeros(5 + TERMS, dtype=torch.int64)
+    if local is not None:
+        digests = [zlib.crc32(repr(value).encode()) for value in local.terms.values()]
+        rows = (1, local.queries, local.passages, local.keys)
+        numbers[: 4 + len(digests)] = torch.tensor([*rows, *digests])
+    numbers = numbers.to(device)
+    if local is not None:
+        numbers[-1] = local.weight.view(torch.int64)
+    table = _gathered(numbers[None], [1] * group.size(), group).cpu()
+    if refusal is not None:
+        raise refusal
+    accepted, *columns = table.T.tolist()
+    if not all(accepted):
+        refused = [rank for rank, yes in enumerate(accepted) if not yes]
+        raise ValueError(f"arguments were refused on ranks {refused} of the process_group")
+    for (name, value), digests in zip(local.terms.items(), columns[3:], strict=False):
+        if len(set(digests)) > 1:
+            unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise ValueError(
+                f"{name} must be the same on all ranks: those of ranks {unlike} and rank 0 differ; "
+                f"rank {group.rank()} has {value!r}"
+            )
+    weight = table[:, -1].clone().view(torch.float64).sum().item()
+    return local.value, Ranks(group, *columns[:3], weight)
+
+
+def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks, in rank order, from the counts[rank] of each; gradients come back summed.
+
+    It is not overlapped: what needs no passages yet is a sort of integers.
+    """
+    return _GatherRows.apply(x, counts, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, counts, group):
+        ctx.counts, ctx.group = counts, group
+        return _gathered(x, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return sum_rows(grad, ctx.counts, ctx.group), None, None
+
+
+@torch.compiler.disable
+def _gathered(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    most = max(counts)
+    if len(x) < most:
+        x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    out = x.new_empty(len(counts) * most, *x.shape[1:])
+    _all_gather(out, x.contiguous(), group=group)
+    if min(counts) == most:
+        return out
+    return torch.cat([part[:n] for part, n in zip(out.split(most), counts, strict=True)])
+
+
+@torch.compiler.disable
+def sum_rows(grad: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Each rank's rows, summed over what all ranks have for them.
+
+    An all-to-all and a sum move the bytes of a reduce-scatter, take uneven counts, and round the
+    sum of W bf16 numbers once, in one order.
+    """
+    own = counts[group.rank()]
+    parts = grad.new_empty(len(counts), own, *grad.shape[1:])
+    dist.all_to_all_single(
+        parts.flatten(0, 1), grad.contiguous(), [own] * len(counts), list(counts), group=group
+    )
+    return parts.sum(0, dtype=compute_dtype(grad.dtype)).to(grad.dtype)
+
+
+def gather_lists(
+    lists: list[Tensor], counts: list[Sequence[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Each list over all ranks, counts[list][rank] long there, in one collective."""
+    if not lists:
+        return []
+    of_ranks = list(zip(*counts, strict=True))
+    joined = _gathered(torch.cat(lists), [sum(of_rank) for of_rank in of_ranks], group)
+    parts = joined.split([count for of_rank in of_ranks for count in of_rank])
+    return [torch.cat(parts[which :: len(lists)]) for which in range(len(lists))]
+
+
+def key_count(relations: Relations) -> int:
+    """Pairs that `relations_of_all` will tell the other ranks."""
+    if relations.query_ids_M is None:
+        return 0  # a query is like no other, then
+    columns = (relations.labels_M, relations.positive_columns, relations.excluded_columns)
+    return sum(len(x) for x in columns if x is not None)
+
+
+def relations_of_all(relations: Relations, ranks: Ranks, *, all_queries: bool) -> Relations:
+    """A rank's relations with the passages of all ranks; labels and guide are those of the queries
+    of all ranks where `all_queries` says so."""
+    group, own = ranks.group, ranks.own(ranks.passages)
+    shifted = {
+        name: column + own.start
+        for name in ("labels_M", "positive_columns", "excluded_columns")
+        if (column := getattr(relations, name)) is not None
+    }
+    relations = relations._replace(**shifted)
+    query_ids, passage_ids = relations[3:5]
+    lists, counts = [], []
+    if passage_ids is not None:
+        lists, counts = [passage_ids], [ranks.passages]
+    if query_ids is not None:
+        lists += listed(relations, query_ids)
+        counts += [ranks.keys] * 2
+    if all_queries:
+        lists.append(relations.labels_M)
+        counts.append(ranks.queries)
+    gathered = gather_lists(lists, counts, group)
+    changes = {}
+    if all_queries:
+        changes["labels_M"] = gathered.pop()
+    if passage_ids is not None:
+        changes["passage_ids_N"] = gathered.pop(0)
+    if query_ids is not None:
+        keys = _excluded(query_ids, relations.labels_M, *gathered)
+        changes["excluded_offsets"], changes["excluded_columns"] = keys
+    if relations.curated_N is not None:  # passages of other ranks are chosen for none of ours
+        curated_N = relations.curated_N.new_full((sum(ranks.passages),), -1)
+        curated_N[own] = relations.curated_N
+        changes["curated_N"] = curated_N
+    if relations.guide_passages is not None:
+        changes["guide_passages"] = _gathered(relations.guide_passages, ranks.passages, group)
+        if all_queries:
+            changes["guide_queries"] = _gathered(relations.guide_queries, ranks.queries, group)
+    return relations._replace(**changes)
+
+
+def _excluded(
+    class_M: Tensor, labels_M: Tensor, class_K: Tensor, column_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What queries anywhere know, as exclusions of an own query of the same text: lists that hold
+    all the rank's own. Without a host sync, so a key of no own query stays, as its first label."""
+    M = len(class_M)
+    if not M:
+        return class_M.new_zeros(1), class_M
+    sorted_M, order_M = class_M.sort()
+    at_K = torch.searchsorted(sorted_M, class_K).clamp(max=M - 1)
+    rows_K = torch.where(sorted_M[at_K] == class_K, order_M[at_K], 0)
+    columns_K = torch.where(class_M[rows_K] == class_K, column_K, labels_M[0])
+    rows_K, order_K = rows_K.sort(stable=True)
+    offsets = torch.searchsorted(rows_K, torch.arange(M + 1, device=rows_K.device))
+    return offsets, columns_K[order_K]
+
+
+def reduced_weights(weights_M: Tensor, ranks: Ranks) -> Tensor:
+    """Of a mean over the queries of all ranks, that is a mean of the ranks' losses."""
+    return weights_M * (len(ranks.queries) / ranks.weight if ranks.weight else 0.0)
