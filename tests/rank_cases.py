@@ -7,6 +7,7 @@ other. What a function returns or raises comes back from every rank; none may ha
 import contextlib
 import os
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from gates import error
 from problems import GRID, problem
 
-from rankpo_fast import info_nce_loss, info_nce_loss_and_grads
-from rankpo_kernels.objective import QP, Relations
+from rankpo_fast import info_nce_loss
+from rankpo_kernels.objective import Relations
 
 SECONDS = 60  # that any answer may take
-SIZES = {  # (M, N) of each rank, a world's from the front: uneven, one with no query, one with no row
+# (M, N) of each rank, a world takes them from the front
+SIZES = {
     "even": [(5, 9)] * 4,
     "uneven": [(5, 9), (8, 13), (0, 4), (1, 1)],
     "empty": [(7, 11), (0, 0), (3, 3), (0, 0)],
@@ -38,9 +40,9 @@ def processes(size: int, directory):
     for rank in ranks:
         rank.start()
 
-    def ask(function, *arguments):
+    def ask(function, *arguments, **options):
         for here, _ in pipes:
-            here.send((function, arguments))
+            here.send((function, arguments, options))
         answers, end = [], time.monotonic() + SECONDS
         for rank, (here, _) in enumerate(pipes):
             if not here.poll(max(0, end - time.monotonic())):
@@ -48,6 +50,7 @@ def processes(size: int, directory):
             answers.append(here.recv())
         return answers
 
+    ask.size = size
     try:
         yield ask
     finally:
@@ -63,10 +66,11 @@ def _serve(rank: int, size: int, meet, pipe) -> None:
         "gloo", f"file://{meet}", timedelta(seconds=SECONDS / 2), rank=rank, world_size=size
     )
     while True:
-        function, arguments = pipe.recv()
+        function, arguments, options = pipe.recv()
         try:
-            answer = function(*arguments)
+            answer = function(*arguments, **options)
         except Exception as failure:
+            failure.add_note(traceback.format_exc())  # it would not come through the pipe
             answer = failure
         pipe.send(answer)
 

@@ -311,6 +311,7 @@ def info_nce_loss(
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
     process_group: ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
 ) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
@@ -373,13 +374,16 @@ def info_nce_loss(
     options = InfoNCEOptions(
         normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
         margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
-        process_group,
+        process_group, exchange,
     )  # fmt: skip
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
         own_negatives, own_offsets, curated, guide,
     )  # fmt: skip
-    arguments, weights, _ = _prepared(batch, temperature, scale, options)
+    arguments, weights, of_all = _prepared(batch, temperature, scale, options)
+    if of_all is not None and exchange == "ring":
+        loss_M = ranks.ring_losses(*arguments, of_all)[0] * weights
+        return loss_M if reduction == "none" else loss_M.sum()
     leaves = arguments[:4]
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if reduction == "none" or not any(needs):
@@ -428,10 +432,12 @@ def info_nce_loss_and_grads(
         batch, temperature, scale, InfoNCEOptions(**static), scale_on=queries.device
     )
     own = batch.own_negatives
-    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = _info_nce_grads(
-        *arguments, weights, [True, True, own is not None, True]
-    )
-    if of_all is not None:
+    if of_all is not None and static.get("exchange") == "ring":
+        outputs = ranks.ring_grads(*arguments, of_all, weights)
+    else:
+        outputs = _info_nce_grads(*arguments, weights, [True, True, own is not None, True])
+    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = outputs
+    if of_all is not None and static.get("exchange") != "ring":
         dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
         if len(dq) != len(queries):
             dq = ranks.sum_rows(dq, of_all.queries, of_all.group)
@@ -481,6 +487,7 @@ class InfoNCEOptions:
     workspace_bytes: int | None = None
     backend: str | None = None
     process_group: ProcessGroup | None = None
+    exchange: str = "gather"
 
     def __post_init__(self):
         one_of = {
@@ -488,6 +495,7 @@ class InfoNCEOptions:
             "partition": ("joint", "per_direction"),
             "margin_type": ("absolute", "relative"),
             "backend": (None, "torch", "triton"),
+            "exchange": ("gather", "ring"),
         }
         for name, allowed in one_of.items():
             if getattr(self, name) not in allowed:
@@ -495,6 +503,8 @@ class InfoNCEOptions:
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
+        if self.exchange == "ring" and self.process_group is None:
+            raise ValueError("exchange='ring' is given without process_group")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         for name in ("false_negative_margin", "gradient_filter"):
@@ -564,6 +574,8 @@ def _prepared(
         q, p, own, scale_, relations, text = arguments
         relations = Relations(*relations)
         _check_values(relations, len(p), 0 if own is None else len(own))
+        if options.exchange == "ring":
+            _check_ring(relations, Settings.parse(text))
         given = ("query_ids", "passage_ids", "guide")
         needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p, scale_)]
         of_options = {field.name: getattr(options, field.name) for field in _STATIC}
@@ -586,7 +598,8 @@ def _prepared(
     )
     settings = Settings.parse(text)
     N, dtype, window = sum(of_all.passages), compute_dtype(q.dtype), None
-    _check_workspace(settings, N, dtype)
+    ring = options.exchange == "ring"
+    _check_workspace(settings, max(of_all.passages) if ring else N, dtype)
     if QQ in settings.directions:
         own_queries = of_all.own(of_all.queries)
         window = own_queries.start, own_queries.stop
@@ -596,7 +609,8 @@ def _prepared(
     relations = ranks.relations_of_all(
         Relations(*relations), of_all, all_queries=window is not None
     )
-    p = ranks.gather_rows(p, of_all.passages, group)
+    if not ring:
+        p = ranks.gather_rows(p, of_all.passages, group)
     if window is not None:
         q = ranks.gather_rows(q, of_all.queries, group)
     if options.reduction == "mean":
@@ -649,6 +663,20 @@ def _arguments(
         _scale(temperature, scale, scale_on),
     )
     return (q, p, own, scale, list(relations), _text(settings)), weights
+
+
+def _check_ring(relations: Relations, settings: Settings) -> None:
+    unlike = (relations.positive_offsets, relations.own_offsets, settings.margin)
+    if (
+        settings.directions != (QP,)
+        or any(x is not None for x in unlike)
+        or settings.gradient_filter
+        or settings.backend == "triton"
+    ):
+        raise ValueError(
+            "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
+            "false_negative_margin, gradient_filter and backend='triton'"
+        )
 
 
 def _check_workspace(settings: Settings, N: int, dtype: torch.dtype) -> None:

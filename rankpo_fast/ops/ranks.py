@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import Relations, listed
+from rankpo_kernels.objective import Relations, Settings, listed
+from rankpo_kernels.ring import Ring
 
 _all_gather = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )  # torch < 2.13
-TERMS = 20  # places for what must be equal on all ranks
+TERMS = 24  # places for what must be equal on all ranks
 
 
 class Local(NamedTuple):
@@ -229,3 +230,50 @@ def _excluded(
 def reduced_weights(weights_M: Tensor, ranks: Ranks) -> Tensor:
     """Of a mean over the queries of all ranks, that is a mean of the ranks' losses."""
     return weights_M * (len(ranks.queries) / ranks.weight if ranks.weight else 0.0)
+
+
+def ring_losses(
+    q: Tensor, p: Tensor, own: None, scale: Tensor, relations: list[Tensor | None], settings: str,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses, similarity of the label, of the hardest negative) [M] of a rank's own passages and
+    relations with those of all; the arguments are those of the ops."""
+    ring = Ring(Relations(*relations), Settings.parse(settings), tuple(ranks.passages), ranks.group)
+    return _RingLosses.apply(q, p, scale, ring)
+
+
+class _RingLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, p, scale, ring):
+        number = scale.to(q.device, compute_dtype(q.dtype))
+        with torch.autocast(q.device.type, enabled=False):
+            logits, stats = ring.statistics(q, p, number)
+            result = ring.losses(logits, stats, number, q.shape[1])
+        ctx.save_for_backward(q, p, scale, logits, stats)
+        ctx.ring = ring
+        ctx.mark_non_differentiable(*result[1:3])
+        return result[:3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weights_M, *_):
+        q, p, scale, logits, stats = ctx.saved_tensors
+        number, needs = scale.to(q.device, logits.dtype), ctx.needs_input_grad[:2]
+        with torch.autocast(q.device.type, enabled=False):
+            grads = ctx.ring.gradients(q, p, number, logits, stats, weights_M, needs)
+        leaves = (q, p, scale)
+        cast = [x if x is None else x.to(y) for x, y in zip(grads, leaves, strict=True)]
+        return *cast, None
+
+
+@torch.enable_grad()
+def ring_grads(
+    q: Tensor, p: Tensor, own: None, scale: Tensor, relations: list[Tensor | None], settings: str,
+    ranks: Ranks, weights_M: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As the op `info_nce_grads` has it."""
+    leaves = [x.detach().requires_grad_() for x in (q, p, scale)]
+    loss_M, *rows = ring_losses(*leaves[:2], own, leaves[2], relations, settings, ranks)
+    loss = (weights_M * loss_M).sum()
+    dq, dp, d_scale = torch.autograd.grad(loss, leaves)
+    return loss.detach(), loss_M, *rows, dq, dp, None, d_scale

@@ -21,7 +21,16 @@ def worst(answers) -> float:
     return max(max(errors) for errors in answers)
 
 
-@pytest.mark.parametrize("sizes", ["even", "uneven"])
 @pytest.mark.parametrize("name", GRID)
-def test_every_option_equals_one_process(ranks, name, sizes):
+def test_every_option_equals_one_process(ranks, name):
+    sizes = "uneven" if ranks.size == 4 else "even"
     assert worst(ranks(compare, name, sizes, torch.float64, "mean")) < 1e-12
+
+
+RINGS = ["plain", "not-cosine", "ids", "excluded", "smoothing", "dims", "one-short-prefix"]
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_a_ring_gives_the_same(ranks, name):
+    sizes = "empty" if ranks.size == 4 else "uneven"
+    assert worst(ranks(compare, name, sizes, torch.float64, "mean", exchange="ring")) < 1e-12
