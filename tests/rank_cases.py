@@ -1,78 +1,21 @@
-"""Processes that are the ranks of a gloo group, and what tests have them do.
-
-They start once for a group of tests, since each imports torch, and take one function after the
-other. What a function returns or raises comes back from every rank; none may hang.
-"""
-
-import contextlib
-import os
-import time
-import traceback
-from datetime import timedelta
+"""What tests have the ranks of a gloo group do; every function runs on each of them."""
 
 import torch
 import torch.distributed as dist
-from gates import error
+from gates import draw, error
 from problems import GRID, problem
+from torch import nn
 
-from rankpo_fast import info_nce_loss
+from bench.ranks import Account
+from rankpo_fast import InfoNCELoss, info_nce_loss, info_nce_loss_and_grads
 from rankpo_kernels.objective import Relations
 
-SECONDS = 60  # that any answer may take
 # (M, N) of each rank, a world takes them from the front
 SIZES = {
     "even": [(5, 9)] * 4,
     "uneven": [(5, 9), (8, 13), (0, 4), (1, 1)],
     "empty": [(7, 11), (0, 0), (3, 3), (0, 0)],
 }
-
-
-@contextlib.contextmanager
-def processes(size: int, directory):
-    """A function that has all ranks call one, and returns their answers: a value or an exception
-    each."""
-    context = torch.multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(size)]
-    ranks = [
-        context.Process(target=_serve, args=(rank, size, directory / "meet", there), daemon=True)
-        for rank, (_, there) in enumerate(pipes)
-    ]
-    for rank in ranks:
-        rank.start()
-
-    def ask(function, *arguments, **options):
-        for here, _ in pipes:
-            here.send((function, arguments, options))
-        answers, end = [], time.monotonic() + SECONDS
-        for rank, (here, _) in enumerate(pipes):
-            if not here.poll(max(0, end - time.monotonic())):
-                raise TimeoutError(f"rank {rank} of {size} gives no answer to {function.__name__}")
-            answers.append(here.recv())
-        return answers
-
-    ask.size = size
-    try:
-        yield ask
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
-def _serve(rank: int, size: int, meet, pipe) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", f"file://{meet}", timedelta(seconds=SECONDS / 2), rank=rank, world_size=size
-    )
-    while True:
-        function, arguments, options = pipe.recv()
-        try:
-            answer = function(*arguments, **options)
-        except Exception as failure:
-            failure.add_note(traceback.format_exc())  # it would not come through the pipe
-            answer = failure
-        pipe.send(answer)
 
 
 def problems(names, sizes: str, size: int, dtype) -> list[tuple]:
@@ -145,38 +88,122 @@ def losses(case, weights, upstream, **options):
     return [loss.detach(), *grads]
 
 
-def compare(name, sizes, dtype, reduction, group=None, **more):
-    """Relative errors of a rank's (loss, gradients) against its part of one process's; of loss and
-    scale, which are single numbers, the mean or sum over ranks is compared."""
+def compare(name, sizes, dtype, reduction, group=None, autocast=False, **more):
+    """Relative errors of a rank's (loss, gradients of q, p, scale, own) against its part of one
+    process's; loss and scale, single numbers, are compared as DDP takes them, over the ranks."""
     group = group or dist.group.WORLD
-    size, rank = group.size(), group.rank()
+    size, rank, none = group.size(), group.rank(), reduction == "none"
     names, settings = GRID[name]
     cases = problems(names, sizes, size, dtype)
-    counts = [[len(x) for x in of_ranks if x is not None] for of_ranks in zip(*cases, strict=True)]
-    of_M, of_N, of_H = (torch.tensor(c or [0] * size) for c in counts[:3])
+    ends = [
+        torch.tensor([0, *(0 if x is None else len(x) for x in of_ranks)]).cumsum(0).tolist()
+        for of_ranks in list(zip(*cases, strict=True))[:3]
+    ]
+    own_M, own_N, own_H = (slice(end[rank], end[rank + 1]) for end in ends)
     generator = torch.Generator().manual_seed(9)
-    weights, upstream = (torch.rand(int(of_M.sum()), generator=generator) for _ in range(2))
-    own_M = slice(int(of_M[:rank].sum()), int(of_M[: rank + 1].sum()))
-    single = torch.tensor(0.7)
-    settings = public(Relations(None), settings)
-    settings = {k: v for k, v in settings.items() if v is not None} | {"reduction": reduction}
-    none = reduction == "none"
-    want = losses(joined(cases), weights, upstream if none else single, **settings)
-    got = losses(
-        cases[rank], weights[own_M], upstream[own_M] if none else single, **settings, **more,
-        process_group=group,
-    )  # fmt: skip
+    weights, upstream = (torch.rand(ends[0][-1], generator=generator) for _ in range(2))
+    settings = {k: v for k, v in public(Relations(None), settings).items() if v is not None}
+    settings |= {"reduction": reduction}
+    if not none:
+        upstream = torch.tensor(0.7)
+    loss, *want = losses(joined(cases), weights, upstream, **settings)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        own_loss, *got = losses(
+            cases[rank], weights[own_M], upstream[own_M] if none else upstream, **settings, **more,
+            process_group=group,
+        )  # fmt: skip
+    share = size if reduction == "mean" else 1  # DDP takes the mean of gradients
     if none:
-        want[0] = want[0][own_M]
+        loss = loss[own_M]
     else:
-        dist.all_reduce(got[0], group=group)
-        got[0] /= size if reduction == "mean" else 1
-    dist.all_reduce(got[3], group=group)
-    # of a mean, DDP takes the mean of the gradients
-    share = size if reduction == "mean" else 1
-    got[3] = got[3] / share
-    own = [slice(int(c[:rank].sum()), int(c[: rank + 1].sum())) for c in (of_M, of_N, of_H)]
-    want[1], want[2] = want[1][own[0]] * share, want[2][own[1]] * share
-    if len(want) > 4:
-        want[4] = want[4][own[2]] * share
-    return [error(a, b) for a, b in zip(got, want, strict=True)]
+        dist.all_reduce(own_loss, group=group)
+        own_loss /= share
+    got[2] = got[2] / share
+    dist.all_reduce(got[2], group=group)
+    want = [want[0][own_M] * share, want[1][own_N] * share, want[2], *want[3:]]
+    want[3:] = [x[own_H] * share for x in want[3:]]
+    return [error(a, b) for a, b in zip([own_loss, *got], [loss, *want], strict=True)]
+
+
+def compare_without_autograd(name, exchange):
+    """`info_nce_loss_and_grads` against autograd, on the same ranks; its statistics are of the own
+    queries."""
+    group = dist.group.WORLD
+    names, settings = GRID[name]
+    case = problems(names, "uneven", group.size(), torch.float64)[group.rank()]
+    options = {"process_group": group, "exchange": exchange, "reduction": "sum"}
+    options |= {k: v for k, v in public(case[3], settings).items() if v is not None}
+    want = losses(case, None, torch.tensor(1.0), **options)
+    q, p, own, relations = case
+    options |= {} if own is None else {"own_negatives": own}
+    loss, *grads, stats = info_nce_loss_and_grads(q, p, scale=7.0, **options)[:5]
+    grads += [] if own is None else [info_nce_loss_and_grads(q, p, scale=7.0, **options)[5]]
+    D = settings.get("dims", q.shape[1:])[-1]
+    positive = nn.functional.cosine_similarity(q[:, :D], p[relations.labels_M, :D]).mean()
+    if len(q):
+        assert error(stats.positive_similarity, positive) < 1e-12
+    return [error(a, b) for a, b in zip([loss, *grads], want, strict=True)]
+
+
+class Trained(nn.Module):
+    """An encoder and the loss, as a trainer would hand them to DDP."""
+
+    def __init__(self, **options):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.encoder = nn.Linear(6, 8)
+        self.loss = InfoNCELoss(0.1, learn_temperature=True, **options)
+        self.double()
+
+    def forward(self, queries, passages):
+        return self.loss(self.encoder(queries), self.encoder(passages))
+
+
+def compare_ddp(**options):
+    """Errors of the parameters' gradients as DDP leaves them, against one process's."""
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    q, p, _ = draw(3 * size, 6 * size, 6, torch.float64, converged=False)
+    one, ours = Trained(), Trained(process_group=group, **options)
+    if "directions" in options:
+        one = Trained(directions=options["directions"])
+    one(q, p).backward()
+    ours = nn.parallel.DistributedDataParallel(ours)
+    ours(q.chunk(size)[rank], p.chunk(size)[rank]).backward()
+    pairs = zip(ours.parameters(), one.parameters(), strict=True)
+    return [error(a.grad, b.grad) for a, b in pairs]
+
+
+def talk_alone():
+    """(worst error, collectives) in a group of this rank alone."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    group = groups[dist.get_rank()]
+    with Account() as account:
+        errors = compare("everything-joint", "even", torch.float64, "mean", group)
+    return max(errors), account.messages
+
+
+BAD = {  # what rank 1 does unlike the others
+    "D": (dict(queries=torch.ones(3, 5), passages=torch.ones(6, 5)), r"D must be .* ranks \[1\]"),
+    "dtype": (dict(queries=torch.ones(3, 4).double()), "dtype must be the same on all ranks"),
+    "temperature": (dict(temperature=0.1), "temperature must be the same on all ranks"),
+    "options": (dict(label_smoothing=0.1), "label_smoothing must be the same on all ranks"),
+    "ids": (dict(query_ids=torch.arange(3)), "what is given must be the same on all ranks"),
+    "frozen": (dict(passages=torch.ones(6, 4)), "requires_grad of queries, passages and scale"),
+    "labels": (dict(labels=torch.arange(3) + 4), r"lie in \[4, 6\]|refused on ranks \[1\]"),
+    "groups": (dict(passages=torch.ones(7, 4)), r"7 passages do not|refused on ranks \[1\]"),
+    "no-tensors": (dict(labels="none"), r"no attribute|refused on ranks \[1\]"),
+}
+
+
+def err(name):
+    arguments = {"queries": torch.ones(3, 4), "passages": torch.ones(6, 4, requires_grad=True)}
+    if dist.get_rank() == 1:
+        arguments |= BAD[name][0]
+    info_nce_loss(**arguments, process_group=dist.group.WORLD)
+
+
+def take_a_ring(**options):
+    q, p = torch.ones(3, 4), torch.ones(6, 4)
+    info_nce_loss(q, p, process_group=dist.group.WORLD, exchange="ring", **options)

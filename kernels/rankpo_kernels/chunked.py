@@ -350,8 +350,8 @@ class Block:
         """Dot products, one chunk after the other in the same memory."""
         C, L, like = len(self.b.x_ND), len(self.bounds), self.b.x_ND
         buffers, memory = L + (self.guides is not None), None
-        rows = len(self.query_R) if C else 0  # a rank may bring no passages
-        for rows in _chunks(rows, C, buffers, like, self.settings.workspace_bytes):
+        count = len(self.query_R) if C else 0  # a rank may bring no passages
+        for rows in _chunks(count, C, buffers, like, self.settings.workspace_bytes):
             R = rows.stop - rows.start
             memory = like.new_empty(buffers, R * C) if memory is None else memory
             scores = [buffer[: R * C].view(R, C) for buffer in memory]

@@ -587,7 +587,9 @@ def _prepared(
             "dtype": q.dtype,
             "requires_grad of queries, passages and scale": needs,
             "what is given": [name for name in given if getattr(batch, name) is not None],
-            "G": None if batch.guide is None else batch.guide[1].shape[1],
+            "the guide": None
+            if batch.guide is None
+            else (relations[10].shape[1], relations[10].dtype),
         }
         counts = len(q), len(p), ranks.key_count(relations)
         weight = weights.sum(dtype=torch.float64)
@@ -650,7 +652,7 @@ def _arguments(
             "label_smoothing or matryoshka_dims"
         )
     _check_integers(relations, M, N, device)
-    if device.type == "cuda":
+    if device.type == "cuda" and not ranks.several(options.process_group):
         _assert_in_range(relations, batch.labels is not None, N)
     dtype = torch.promote_types(batch.queries.dtype, batch.passages.dtype)
     if own is not None:

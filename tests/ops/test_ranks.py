@@ -1,30 +1,68 @@
 """Negatives across ranks: what each rank gets is what one process with all rows gives."""
 
+import os
+import re
+
 import pytest
 import torch
 from problems import GRID
-from rank_cases import compare, processes
+from rank_cases import (
+    BAD,
+    compare,
+    compare_ddp,
+    compare_without_autograd,
+    err,
+    take_a_ring,
+    talk_alone,
+)
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+from bench.processes import processes
+from bench.ranks import count
+from rankpo_fast import info_nce_loss
+from rankpo_kernels.objective import PQ, QP, QQ
+
+TINY = {torch.float64: 1e-12, torch.float32: 1e-6}
+OF_SCALE = 2e-5  # in fp32: a difference of two sums, as in tests/launcher.py
+REDUCTIONS = ["mean", "sum", "none"]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
+    """A function that the ranks call; `sizes` by which rows are uneven there."""
     with processes(request.param, tmp_path_factory.mktemp("ranks")) as ask:
+        ask.sizes = {2: "even", 4: "uneven"}[request.param]
         yield ask
 
 
-def worst(answers) -> float:
+def answered(answers):
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
-    return max(max(errors) for errors in answers)
+    return answers
+
+
+def worst(answers) -> float:
+    return max(max(errors) for errors in answered(answers))
 
 
 @pytest.mark.parametrize("name", GRID)
 def test_every_option_equals_one_process(ranks, name):
-    sizes = "uneven" if ranks.size == 4 else "even"
-    assert worst(ranks(compare, name, sizes, torch.float64, "mean")) < 1e-12
+    assert worst(ranks(compare, name, ranks.sizes, torch.float64, "mean")) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["ids", "everything-joint"])
+def test_every_reduction_equals_one_process_in_fp32(ranks, name, reduction):
+    for errors in answered(ranks(compare, name, ranks.sizes, torch.float32, reduction)):
+        loss, dq, dp, d_scale, *d_own = errors
+        assert max(loss, dq, dp, *d_own) < 1e-6 and d_scale < OF_SCALE
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "ids", "symmetric", "query-to-query", "everything-guided"]
+)
+def test_a_rank_without_rows_takes_part(ranks, name):
+    assert worst(ranks(compare, name, "empty", torch.float64, "sum")) < 1e-12
 
 
 RINGS = ["plain", "not-cosine", "ids", "excluded", "smoothing", "dims", "one-short-prefix"]
@@ -32,5 +70,105 @@ RINGS = ["plain", "not-cosine", "ids", "excluded", "smoothing", "dims", "one-sho
 
 @pytest.mark.parametrize("name", RINGS)
 def test_a_ring_gives_the_same(ranks, name):
-    sizes = "empty" if ranks.size == 4 else "uneven"
+    sizes = {2: "uneven", 4: "empty"}[ranks.size]
     assert worst(ranks(compare, name, sizes, torch.float64, "mean", exchange="ring")) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_ring_gives_the_same_in_fp32(ranks, reduction):
+    answers = ranks(compare, "ids", ranks.sizes, torch.float32, reduction, exchange="ring")
+    for *errors, d_scale in answered(answers):
+        assert max(errors) < 1e-6 and d_scale < OF_SCALE
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_bf16_under_autocast(ranks, exchange):
+    answers = ranks(
+        compare, "ids", ranks.sizes, torch.bfloat16, "mean", autocast=True, exchange=exchange
+    )
+    for loss, *grads in answered(answers):
+        assert loss < 4e-6 and max(grads) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange"),
+    [("ids", "gather"), ("everything-joint", "gather"), ("ids", "ring")],
+)
+def test_gradients_without_autograd_are_the_same(ranks, name, exchange):
+    assert worst(ranks(compare_without_autograd, name, exchange)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"directions": (QP, QQ)}, {"directions": (QP, PQ)}, {"exchange": "ring"}], ids=str
+)
+def test_ddp_of_an_encoder_equals_one_process(ranks, options):
+    assert worst(ranks(compare_ddp, **options)) < 1e-12
+
+
+def test_triton_sums_columns_over_ranks(ranks):
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("gloo tests are on the CPU, where Triton needs its interpreter")
+    answers = ranks(compare, "symmetric", "empty", torch.float32, "mean", backend="triton")
+    for loss, dq, dp, d_scale in answered(answers):
+        assert max(loss, dq, dp) < 2e-6 and d_scale < OF_SCALE
+
+
+def test_a_rank_alone_talks_to_nobody(ranks):
+    for error, messages in answered(ranks(talk_alone)):
+        assert error < 1e-12 and messages == 0
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_one_rank_does_wrong_is_an_error_on_all(ranks, name):
+    answers = ranks(err, name)
+    for rank, answer in enumerate(answers):
+        assert isinstance(answer, Exception) and re.search(BAD[name][1], str(answer)), answer
+        assert isinstance(answer, ValueError) or rank == 1
+    if "refused" in BAD[name][1]:
+        assert "refused" not in str(answers[1]) and "refused" in str(answers[0])
+
+
+REFUSED = {
+    "directions": dict(directions=(QP, PQ)),
+    "positives": dict(positives=(torch.tensor([0, 1, 1, 1]), torch.tensor([1]))),
+    "own": dict(own_negatives=torch.ones(3, 1, 4)),
+    "margin": dict(false_negative_margin=0.1),
+    "filter": dict(gradient_filter=1e-3),
+    "backend": dict(backend="triton"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_ring_cannot_do_is_refused(ranks, name):
+    for answer in ranks(take_a_ring, **REFUSED[name]):
+        assert isinstance(answer, ValueError) and "exchange='ring' goes with" in str(answer)
+
+
+def test_arguments_that_need_a_group_or_none():
+    q, p = torch.ones(3, 4), torch.ones(6, 4)
+    with pytest.raises(ValueError, match="exchange='ring' is given without process_group"):
+        info_nce_loss(q, p, exchange="ring")
+    with pytest.raises(ValueError, match="exchange must be one of 'gather', 'ring', got 'tree'"):
+        info_nce_loss(q, p, exchange="tree")
+    with pytest.raises(ValueError, match="process_group must be one that this rank is in, got"):
+        info_nce_loss(q, p, process_group=object())
+
+
+@pytest.mark.parametrize(
+    ("case", "flops", "of_backward", "columns"),
+    [("gather", 6, 4, 0), ("ring", 8, None, 0), ("symmetric", 8, 4, 1)],
+)
+def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, of_backward, columns):
+    """Passages once to every other rank, as do their gradients; a column's six statistics and its
+    slope, two of seven for each rank, go round twice in an all-reduce."""
+    M, N, D, W = 16, 32, 8, ranks.size
+    header = 8 * (6 + 23) * (W - 1)
+    for forward, backward in answered(ranks(count, M, N, D, case)):
+        assert forward[0] + backward[0] == flops * M * N * W * D
+        passages = 4 * N * D * (W - 1)
+        statistics = columns * 7 * 2 * (W - 1) * 4 * N
+        assert abs(forward[2] - header - passages - statistics) <= 8 * 5 * W
+        if of_backward:
+            assert backward[2] == passages
+        else:  # the passages once more; their gradients go all the way round
+            assert backward[2] == passages + 4 * N * D * W - (4 * N * D * 0)
