@@ -362,14 +362,28 @@ def info_nce_loss(
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
             256 MiB on CUDA.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
+            query_to_query across ranks is always torch.
+        process_group: of torch.distributed. Each of its ranks scores its own queries against the
+            passages of all: the loss is that of one process with all rows in rank order, and
+            labels, positives, excluded and curated count in the rank's own rows. Every rank calls
+            with the same options and its own rows, few, many or none, and each calls backward or
+            none does. reduction "mean": the mean of the ranks' losses is the loss of one process,
+            and the mean of their parameter gradients, which DDP takes, its gradient. "sum": their
+            sum is. "none": losses of the own queries. Gradients of passages (in query_to_query of
+            queries) that others used are summed over the ranks; the scale's is that of the own
+            loss. The host waits once, for the ranks' numbers of rows.
+        exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
+            rank, holds those of two at a time, and computes the scores a second time in backward;
+            for query_to_passage without further positives, own negatives, margin and filter, in
+            torch.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2
         where a joint softmax lists its positive twice).
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
     options = InfoNCEOptions(
         normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
@@ -421,7 +435,7 @@ def info_nce_loss_and_grads(
     Returns:
         (loss, d_queries [M, D], d_passages [N, D], d_scale, stats), gradients in the dtypes of
         their inputs; with own_negatives also d_own_negatives, in their shape. Stats are those of
-        the labels, with the most dims.
+        the labels, with the most dims, and of a rank's own queries.
     """
     static = {field.name: options.pop(field.name) for field in _STATIC if field.name in options}
     if static.get("reduction") == "none":
@@ -564,59 +578,41 @@ def _prepared(
     scale_on: torch.device | str = "cpu",
 ) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
     """`_arguments`, with the passages of all ranks where there are several."""
-    group, several = options.process_group, ranks.several(options.process_group)
-    if not several:
+    group = options.process_group
+    if not ranks.several(group):
         return *_arguments(batch, temperature, scale, options, scale_on), None
+
+    ring = options.exchange == "ring"
 
     def prepare() -> ranks.Local:
         of_sum = replace(options, reduction="sum")
         arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
-        q, p, own, scale_, relations, text = arguments
-        relations = Relations(*relations)
+        q, p, own, number, relations, text = arguments
+        relations, settings = Relations(*relations), Settings.parse(text)
         _check_values(relations, len(p), 0 if own is None else len(own))
-        if options.exchange == "ring":
-            _check_ring(relations, Settings.parse(text))
-        given = ("query_ids", "passage_ids", "guide")
-        needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p, scale_)]
-        of_options = {field.name: getattr(options, field.name) for field in _STATIC}
-        terms = of_options | {
+        if ring:
+            _check_ring(relations, settings)
+        terms = {field.name: getattr(options, field.name) for field in _STATIC} | {
             "process_group": None,
             "temperature": temperature,
-            "scale": None if isinstance(scale, Tensor) else scale,
-            "D": q.shape[1],
-            "dtype": q.dtype,
-            "requires_grad of queries, passages and scale": needs,
-            "what is given": [name for name in given if getattr(batch, name) is not None],
-            "the guide": None
-            if batch.guide is None
-            else (relations[10].shape[1], relations[10].dtype),
+            "scale": scale.requires_grad if isinstance(scale, Tensor) else scale,
         }
-        counts = len(q), len(p), ranks.key_count(relations)
-        weight = weights.sum(dtype=torch.float64)
-        return ranks.Local(*counts, weight, terms, (arguments, weights))
+        return ranks.Local(q, p, relations, weights, terms, (own, number, settings))
 
-    ((q, p, own, scale, relations, text), weights), of_all = ranks.agree(
-        group, batch.queries.device, prepare
-    )
-    settings = Settings.parse(text)
-    N, dtype, window = sum(of_all.passages), compute_dtype(q.dtype), None
-    ring = options.exchange == "ring"
-    _check_workspace(settings, max(of_all.passages) if ring else N, dtype)
-    if QQ in settings.directions:
-        own_queries = of_all.own(of_all.queries)
-        window = own_queries.start, own_queries.stop
+    across = QQ in options.directions
+    local, of_all = ranks.spread(
+        group, batch.queries.device, prepare, options.reduction, all_queries=across,
+        all_passages=not ring,
+    )  # fmt: skip
+    q, p, relations, weights, _, (own, scale, settings) = local
+    most = max(of_all.passages) if ring else len(p)
+    _check_workspace(settings, most, compute_dtype(q.dtype))
+    own_queries = of_all.own(of_all.queries)
     settings = replace(
-        settings, window=window, group=group.group_name if PQ in settings.directions else None
+        settings,
+        group=group.group_name if PQ in settings.directions else None,
+        window=(own_queries.start, own_queries.stop) if across else None,
     )
-    relations = ranks.relations_of_all(
-        Relations(*relations), of_all, all_queries=window is not None
-    )
-    if not ring:
-        p = ranks.gather_rows(p, of_all.passages, group)
-    if window is not None:
-        q = ranks.gather_rows(q, of_all.queries, group)
-    if options.reduction == "mean":
-        weights = ranks.reduced_weights(weights, of_all)
     return (q, p, own, scale, list(relations), _text(settings)), weights, of_all
 
 

@@ -12,7 +12,6 @@ passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys, W 
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,25 +19,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankpo_fast.ops.common import Reduction
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import Relations, Settings, listed
 from rankpo_kernels.ring import Ring
 
-_all_gather = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # torch < 2.13
+# its name from torch 2.13 on, and before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 TERMS = 24  # places for what must be equal on all ranks
 
 
 class Local(NamedTuple):
-    """What a rank brings: how many rows, and what it has in common with the others."""
+    """The checked arguments of a loss: a rank's own, or with the passages of all."""
 
-    queries: int
-    passages: int
-    keys: int  # of (query text, passage) pairs to tell the others, 0 without query ids
-    weight: Tensor  # of all its queries, [] fp64
-    terms: dict[str, Any]
-    value: Any  # what it has prepared
+    q: Tensor
+    p: Tensor
+    relations: Relations
+    weights_M: Tensor  # a rank brings those of a sum
+    terms: dict[str, Any]  # by name, what must be the same on all ranks besides
+    rest: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ class Ranks:
     group: dist.ProcessGroup
     queries: list[int]
     passages: list[int]
-    keys: list[int]
+    keys: list[int]  # what it tells of its queries' texts
     weight: float  # of the queries of all ranks
 
     def own(self, counts: Sequence[int]) -> slice:
         """Where this rank's rows stand among those of all."""
-        stop = list(accumulate(counts))[self.group.rank()]
-        return slice(stop - counts[self.group.rank()], stop)
+        start = sum(counts[: self.group.rank()])
+        return slice(start, start + counts[self.group.rank()])
 
 
 def several(group: dist.ProcessGroup | None) -> bool:
@@ -66,25 +65,48 @@ def several(group: dist.ProcessGroup | None) -> bool:
     return group.size() > 1
 
 
+def spread(
+    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local],
+    reduction: Reduction, *, all_queries: bool = False, all_passages: bool = True,
+) -> tuple[Local, Ranks]:  # fmt: skip
+    """What `prepare` returns, with relations to the passages of all ranks, these passages, and the
+    weights of the reduction. With `all_queries` also the queries of all, with labels and guide.
+
+    No collective is overlapped: what needs no passages yet are a few sorts of integers.
+    """
+    local, ranks = agree(group, device, prepare)
+    q, p, relations, weights_M = local[:4]
+    relations = relations_of_all(relations, ranks, all_queries=all_queries)
+    if all_passages:
+        p = gather_rows(p, ranks.passages, group)
+    if all_queries:
+        q = gather_rows(q, ranks.queries, group)
+    if reduction == "mean":  # so that the mean over ranks is the mean over all queries
+        weights_M = weights_M * (group.size() / ranks.weight if ranks.weight else 0.0)
+    return Local(q, p, relations, weights_M, *local[4:]), ranks
+
+
 @torch.compiler.disable
 def agree(
     group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
-) -> tuple[Any, Ranks]:
-    """(what is prepared, rows of all ranks), or an error on every rank: where one refuses its
-    arguments, or the terms differ. One collective of a few integers, and the host waits for it."""
+) -> tuple[Local, Ranks]:
+    """What `prepare` returns and the rows of all ranks; or an error on every rank, where one
+    refuses its arguments or they do not go together. The host waits for one small collective."""
     local, refusal = None, None
+    numbers, names = torch.zeros(5 + TERMS, dtype=torch.int64), ()
     try:
         local = prepare()
-    except Exception as error:  # told to the others first, who would wait for ever
-        refusal = error
-    numbers = torch.zeros(5 + TERMS, dtype=torch.int64)
-    if local is not None:
-        digests = [zlib.crc32(repr(value).encode()) for value in local.terms.values()]
-        rows = (1, local.queries, local.passages, local.keys)
+        q, p, relations = local[:3]
+        names, values = zip(*(_terms(local) | local.terms).items(), strict=True)
+        digests = [zlib.crc32(repr(value).encode()) for value in values]
+        rows = (1, len(q), len(p), key_count(relations))
         numbers[: 4 + len(digests)] = torch.tensor([*rows, *digests])
+        weight = local.weights_M.sum(dtype=torch.float64).view(torch.int64)
+    except Exception as error:  # raised below: the others, who wait, are told first
+        refusal = error
     numbers = numbers.to(device)
-    if local is not None:
-        numbers[-1] = local.weight.view(torch.int64)
+    if refusal is None:
+        numbers[-1] = weight
     table = _gathered(numbers[None], [1] * group.size(), group).cpu()
     if refusal is not None:
         raise refusal
@@ -92,22 +114,33 @@ def agree(
     if not all(accepted):
         refused = [rank for rank, yes in enumerate(accepted) if not yes]
         raise ValueError(f"arguments were refused on ranks {refused} of the process_group")
-    for (name, value), digests in zip(local.terms.items(), columns[3:], strict=False):
+    for name, value, digests in zip(names, values, columns[3:], strict=False):
         if len(set(digests)) > 1:
             unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             raise ValueError(
                 f"{name} must be the same on all ranks: those of ranks {unlike} and rank 0 differ; "
                 f"rank {group.rank()} has {value!r}"
             )
-    weight = table[:, -1].clone().view(torch.float64).sum().item()
-    return local.value, Ranks(group, *columns[:3], weight)
+    total = table[:, -1].clone().view(torch.float64).sum().item()
+    return local, Ranks(group, *columns[:3], total)
+
+
+def _terms(local: Local) -> dict[str, Any]:
+    q, p, relations = local[:3]
+    guide = relations.guide_passages
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p)]
+    return {
+        "D": q.shape[1],
+        "dtype": q.dtype,
+        "requires_grad of queries and passages": needs,  # who gives none would not be there
+        "whether query_ids are given": relations.query_ids_M is not None,
+        "whether passage_ids are given": relations.passage_ids_N is not None,
+        "the guide": None if guide is None else (guide.shape[1], guide.dtype),
+    }
 
 
 def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks, in rank order, from the counts[rank] of each; gradients come back summed.
-
-    It is not overlapped: what needs no passages yet is a sort of integers.
-    """
+    """Rows of all ranks, counts[rank] of each, in their order; gradients come back summed."""
     return _GatherRows.apply(x, counts, group)
 
 
@@ -225,11 +258,6 @@ def _excluded(
     rows_K, order_K = rows_K.sort(stable=True)
     offsets = torch.searchsorted(rows_K, torch.arange(M + 1, device=rows_K.device))
     return offsets, columns_K[order_K]
-
-
-def reduced_weights(weights_M: Tensor, ranks: Ranks) -> Tensor:
-    """Of a mean over the queries of all ranks, that is a mean of the ranks' losses."""
-    return weights_M * (len(ranks.queries) / ranks.weight if ranks.weight else 0.0)
 
 
 def ring_losses(

@@ -19,9 +19,9 @@ from rank_cases import (
 from bench.processes import processes
 from bench.ranks import count
 from rankpo_fast import info_nce_loss
+from rankpo_fast.ops.ranks import TERMS
 from rankpo_kernels.objective import PQ, QP, QQ
 
-TINY = {torch.float64: 1e-12, torch.float32: 1e-6}
 OF_SCALE = 2e-5  # in fp32: a difference of two sums, as in tests/launcher.py
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -155,20 +155,16 @@ def test_arguments_that_need_a_group_or_none():
 
 
 @pytest.mark.parametrize(
-    ("case", "flops", "of_backward", "columns"),
-    [("gather", 6, 4, 0), ("ring", 8, None, 0), ("symmetric", 8, 4, 1)],
+    ("case", "flops", "sums", "gradients"),
+    [("gather", 6, 0, 0), ("ring", 8, 0, 1), ("symmetric", 8, 7, 0)],
 )
-def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, of_backward, columns):
-    """Passages once to every other rank, as do their gradients; a column's six statistics and its
-    slope, two of seven for each rank, go round twice in an all-reduce."""
-    M, N, D, W = 16, 32, 8, ranks.size
-    header = 8 * (6 + 23) * (W - 1)
+def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, sums, gradients):
+    """Passages go to every other rank, and so do their gradients; in a ring both go round once
+    more. An all-reduce of numbers per column (six statistics, one slope) sends each of them twice.
+    """
+    M, N, D, others = 16, 32, 8, ranks.size - 1
+    header, of_passages = 8 * (5 + TERMS), 4 * N * D
     for forward, backward in answered(ranks(count, M, N, D, case)):
-        assert forward[0] + backward[0] == flops * M * N * W * D
-        passages = 4 * N * D * (W - 1)
-        statistics = columns * 7 * 2 * (W - 1) * 4 * N
-        assert abs(forward[2] - header - passages - statistics) <= 8 * 5 * W
-        if of_backward:
-            assert backward[2] == passages
-        else:  # the passages once more; their gradients go all the way round
-            assert backward[2] == passages + 4 * N * D * W - (4 * N * D * 0)
+        assert forward[0] + backward[0] == flops * M * N * ranks.size * D
+        assert forward[2] == others * (header + of_passages + 2 * sums * 4 * N)
+        assert backward[2] == of_passages * (others + gradients * ranks.size)
