@@ -23,6 +23,7 @@ CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
 SCORES, ROWS = KERNELS + "gpu/scores.py", KERNELS + "gpu/rows.py"
 PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -41,6 +42,8 @@ FILTER = gpu("filter")
 MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
+RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
+RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
 
 
@@ -336,6 +339,67 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
+    ),
+    # several ranks
+    Mutant(
+        "ranks-labels-of-own-passages", ACROSS,
+        "column + own.start",
+        "column",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-keys-of-others-forgotten", ACROSS,
+        "== class_K, column_K, labels_M[0])",
+        "!= class_K, column_K, labels_M[0])",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-gradients-of-others-forgotten", ACROSS,
+        "return parts.sum(0, dtype=compute_dtype(grad.dtype)).to(grad.dtype)",
+        "return parts[group.rank()]",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-mean-of-own-queries", ACROSS,
+        "group.size() / ranks.weight if",
+        "1 / ranks.weight if",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-refusal-kept-quiet", ACROSS,
+        "        refusal = error\n",
+        "        raise error\n",
+        of("tests/ops/test_ranks.py", "wrong and 2-"),
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries", CHUNKED,
+        "whole = of_all_ranks(whole, settings)",
+        "pass",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries-gpu", LAUNCHER,
+        "stats[PQ] = of_all_ranks(stats[PQ], settings)",
+        "pass",
+        of("tests/ops/test_ranks.py", "triton and 2"),
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs", OBJECTIVE,
+        "if settings.group is not None and PQ in slopes:",
+        "if False:",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-queries-of-own-as-columns", CHUNKED,
+        "of = (queries, all_queries, None, each_M, _lists(keys, of_all.labels_M), None)",
+        "of = (queries, queries, None, each_M, _lists(keys, relations.labels_M), None)",
+        RANKS,
+    ),
+    Mutant(
+        "ring-gradients-left-behind", RING,
+        "own if dp is None else own.add_(dp)",
+        "own",
+        RANKS_RING,
     ),
 ]  # fmt: skip
 

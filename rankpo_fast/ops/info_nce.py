@@ -371,7 +371,8 @@ def info_nce_loss(
             and the mean of their parameter gradients, which DDP takes, its gradient. "sum": their
             sum is. "none": losses of the own queries. Gradients of passages (in query_to_query of
             queries) that others used are summed over the ranks; the scale's is that of the own
-            loss. The host waits once, for the ranks' numbers of rows.
+            loss. The host waits once, for the ranks' numbers of rows. query_to_query across ranks
+            is computed in torch, on CUDA too.
         exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
             rank, holds those of two at a time, and computes the scores a second time in backward;
             for query_to_passage without further positives, own negatives, margin and filter, in
@@ -582,7 +583,7 @@ def _prepared(
     if not ranks.several(group):
         return *_arguments(batch, temperature, scale, options, scale_on), None
 
-    ring = options.exchange == "ring"
+    ring, across = options.exchange == "ring", QQ in options.directions
 
     def prepare() -> ranks.Local:
         of_sum = replace(options, reduction="sum")
@@ -592,6 +593,8 @@ def _prepared(
         _check_values(relations, len(p), 0 if own is None else len(own))
         if ring:
             _check_ring(relations, settings)
+        if across and options.backend == "triton":
+            raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
         terms = {field.name: getattr(options, field.name) for field in _STATIC} | {
             "process_group": None,
             "temperature": temperature,
@@ -599,7 +602,6 @@ def _prepared(
         }
         return ranks.Local(q, p, relations, weights, terms, (own, number, settings))
 
-    across = QQ in options.directions
     local, of_all = ranks.spread(
         group, batch.queries.device, prepare, options.reduction, all_queries=across,
         all_passages=not ring,

@@ -12,7 +12,7 @@ from rank_cases import (
     compare_ddp,
     compare_without_autograd,
     err,
-    take_a_ring,
+    take,
     talk_alone,
 )
 
@@ -140,8 +140,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_ring_cannot_do_is_refused(ranks, name):
-    for answer in ranks(take_a_ring, **REFUSED[name]):
+    for answer in ranks(take, exchange="ring", **REFUSED[name]):
         assert isinstance(answer, ValueError) and "exchange='ring' goes with" in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(backend="triton", directions=(QP, QQ)), "backend='triton' has no query_to_query"),
+        (dict(workspace_bytes=4 * 7), "too small for one row of (12|24) passages"),
+    ],
+)
+def test_what_no_rank_can_do_is_refused(ranks, options, message):
+    for answer in ranks(take, **options):
+        assert isinstance(answer, ValueError) and re.search(message, str(answer))
 
 
 def test_arguments_that_need_a_group_or_none():
