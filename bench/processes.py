@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 60  # that any answer may take
+SECONDS = 120  # that any answer may take
 
 
 @contextlib.contextmanager

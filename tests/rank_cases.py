@@ -184,6 +184,27 @@ def talk_alone():
     return max(errors), account.messages
 
 
+def compare_halves(name, **more):
+    """`compare` in two groups at once, of every second rank."""
+    size = dist.get_world_size()
+    groups = [dist.new_group(list(range(first, size, 2))) for first in range(2)]
+    group = groups[dist.get_rank() % 2]
+    return compare(name, "uneven", torch.float64, "mean", group, **more)
+
+
+def compare_compiled(**options):
+    """Differences of gradients between a compiled step and the same as it is."""
+    q, p, _ = draw(4, 8, 8, torch.float32, converged=False, seed=dist.get_rank())
+    leaves = q.requires_grad_(), p.requires_grad_()
+
+    def step(q, p):
+        return info_nce_loss(2 * q, 2 * p, process_group=dist.group.WORLD, **options)
+
+    compiled = torch.compile(step, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, step))
+    return [error(a, b) for a, b in zip(got, want, strict=True)]
+
+
 BAD = {  # what rank 1 does unlike the others
     "D": (dict(queries=torch.ones(3, 5), passages=torch.ones(6, 5)), r"D must be .* ranks \[1\]"),
     "dtype": (dict(queries=torch.ones(3, 4).double()), "dtype must be the same on all ranks"),

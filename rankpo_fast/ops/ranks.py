@@ -26,6 +26,8 @@ from rankpo_kernels.ring import Ring
 
 # its name from torch 2.13 on, and before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch.compiler.disable without its import of dynamo, and of triton with it, at once
+_uncompiled = torch._disable_dynamo
 TERMS = 24  # places for what must be equal on all ranks
 
 
@@ -65,6 +67,7 @@ def several(group: dist.ProcessGroup | None) -> bool:
     return group.size() > 1
 
 
+@_uncompiled
 def spread(
     group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local],
     reduction: Reduction, *, all_queries: bool = False, all_passages: bool = True,
@@ -86,7 +89,6 @@ def spread(
     return Local(q, p, relations, weights_M, *local[4:]), ranks
 
 
-@torch.compiler.disable
 def agree(
     group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
 ) -> tuple[Local, Ranks]:
@@ -99,11 +101,12 @@ def agree(
         q, p, relations = local[:3]
         names, values = zip(*(_terms(local) | local.terms).items(), strict=True)
         digests = [zlib.crc32(repr(value).encode()) for value in values]
-        rows = (1, len(q), len(p), key_count(relations))
-        numbers[: 4 + len(digests)] = torch.tensor([*rows, *digests])
+        rows = len(q), len(p), key_count(relations)
+        numbers[1 : 4 + len(digests)] = torch.tensor([*rows, *digests])
         weight = local.weights_M.sum(dtype=torch.float64).view(torch.int64)
     except Exception as error:  # raised below: the others, who wait, are told first
         refusal = error
+    numbers[0] = refusal is None
     numbers = numbers.to(device)
     if refusal is None:
         numbers[-1] = weight
@@ -156,7 +159,6 @@ class _GatherRows(torch.autograd.Function):
         return sum_rows(grad, ctx.counts, ctx.group), None, None
 
 
-@torch.compiler.disable
 def _gathered(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     most = max(counts)
     if len(x) < most:
@@ -168,7 +170,7 @@ def _gathered(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Ten
     return torch.cat([part[:n] for part, n in zip(out.split(most), counts, strict=True)])
 
 
-@torch.compiler.disable
+@_uncompiled
 def sum_rows(grad: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Each rank's rows, summed over what all ranks have for them.
 
@@ -260,6 +262,7 @@ def _excluded(
     return offsets, columns_K[order_K]
 
 
+@_uncompiled
 def ring_losses(
     q: Tensor, p: Tensor, own: None, scale: Tensor, relations: list[Tensor | None], settings: str,
     ranks: Ranks,

@@ -9,7 +9,9 @@ from problems import GRID
 from rank_cases import (
     BAD,
     compare,
+    compare_compiled,
     compare_ddp,
+    compare_halves,
     compare_without_autograd,
     err,
     take,
@@ -116,6 +118,25 @@ def test_triton_sums_columns_over_ranks(ranks):
 def test_a_rank_alone_talks_to_nobody(ranks):
     for error, messages in answered(ranks(talk_alone)):
         assert error < 1e-12 and messages == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"exchange": "ring"}], ids=str)
+def test_groups_of_some_ranks_do_not_meet(ranks, options):
+    name = "ids" if options else "everything-joint"
+    assert worst(ranks(compare_halves, name, **options)) < 1e-12
+
+
+def test_the_filter_keeps_small_gradients_small(ranks):
+    answers = ranks(compare, "plain", "uneven", torch.float32, "mean", gradient_filter=1e-7)
+    for loss, dq, dp, _ in answered(answers):
+        assert loss < 1e-6 and max(dq, dp) < 1e-5
+
+
+def test_compiles_around_the_collectives(ranks):
+    if ranks.size > 2:
+        pytest.skip("seconds for each process")
+    assert worst(ranks(compare_compiled, directions=(QP, PQ, QQ))) < 1e-6
+    assert worst(ranks(compare_compiled, exchange="ring")) < 1e-6
 
 
 @pytest.mark.parametrize("name", BAD)
