@@ -4,8 +4,9 @@
     round 2   they pass by again, the gradients behind them, which so come home           6MND
 
 One softmax per query, on any device, in chunks of torch GEMMs: query_to_passage without further
-positives, own negatives and margins. A rank holds the block it looks at, the one that comes, and in
-round 2 the gradients of both in fp32. M queries, N passages of all ranks, D dims, L prefixes.
+positives, own negatives and margins. A rank holds the block it looks at and the one that comes; in
+round 2 also gradients in fp32: what it adds, what comes, what goes. M queries, N passages of all
+ranks, D dims, L prefixes.
 """
 
 from collections.abc import Iterator, Sequence

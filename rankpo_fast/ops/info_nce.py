@@ -362,7 +362,6 @@ def info_nce_loss(
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
             256 MiB on CUDA.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
-            query_to_query across ranks is always torch.
         process_group: of torch.distributed. Each of its ranks scores its own queries against the
             passages of all: the loss is that of one process with all rows in rank order, and
             labels, positives, excluded and curated count in the rank's own rows. Every rank calls
@@ -374,9 +373,8 @@ def info_nce_loss(
             loss. The host waits once, for the ranks' numbers of rows. query_to_query across ranks
             is computed in torch, on CUDA too.
         exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
-            rank, holds those of two at a time, and computes the scores a second time in backward;
-            for query_to_passage without further positives, own negatives, margin and filter, in
-            torch.
+            rank, holds those of two ranks at a time, and computes scores twice; in torch, for
+            query_to_passage without further positives, own negatives, margin and filter.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2

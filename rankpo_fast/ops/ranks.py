@@ -5,8 +5,8 @@
 
 So each rank calls backward on its own loss; gradients of rows that it gave to others come back
 summed over the ranks, and what DDP averages (mean) or sums is the gradient of one process.
-Collectives stand outside the ops, but for the two that a passage_to_query loss needs between its
-passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys, W ranks.
+Collectives stand outside the ops, but for the sums over columns that passage_to_query needs between
+its passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys, W ranks.
 """
 
 import zlib
