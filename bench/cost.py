@@ -73,7 +73,8 @@ def liger_like(q: Tensor, p: Tensor, labels: Tensor):
 
 
 PIPELINES = {
-    "exact": partial(launch, stored=False),
+    "exact": partial(launch, stored=False, few=False),
+    "few launches": partial(launch, stored=False, few=True),
     "stored": partial(launch, stored=True),
     "forward": partial(launch, grads=False),
     "symmetric": partial(launch, options=SYMMETRIC),

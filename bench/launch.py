@@ -16,11 +16,11 @@ def launch(
     options: dict | None = None, **overrides,
 ) -> Result:  # fmt: skip
     """Losses, and gradients of embeddings; `options` are those of Settings, overrides (tiles,
-    stored) the launcher's."""
+    stored, few) the launcher's."""
     workspace = DEFAULT_WORKSPACE["cpu" if function is not info_nce else "cuda"]
     settings = {"normalize": True, "workspace_bytes": workspace} | (options or {})
-    weights_M = torch.full((len(q),), 1 / max(1, len(q)), device=q.device) if grads else None
+    weight = torch.tensor(1 / max(1, len(q))) if grads else None  # of every query
     return function(
         q, p, None, torch.tensor(SCALE, dtype=torch.float64), Relations(labels),
-        Settings(**settings), weights_M, (grads, grads, False, False), **overrides,
+        Settings(**settings), weight, (grads, grads, False, False), **overrides,
     )  # fmt: skip

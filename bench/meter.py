@@ -16,9 +16,7 @@ from triton.runtime.jit import KernelInterface
 from rankpo_kernels import native
 
 FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1}  # where a product has its left factor
-# kernel: arguments that it takes but hardly touches
-UNTOUCHED = {"_rows_kernel": {"stored"}}
-ONLY_ROWS_OVER = {"plain"}  # all that a launch for rows that overflowed reads, as a rule
+ONLY_ROWS_OVER = {"row_slopes"}  # all that a launch for rows that overflowed reads, as a rule
 
 
 class Meter(TorchDispatchMode):
@@ -49,9 +47,13 @@ class Meter(TorchDispatchMode):
     def _launcher(self, kernel):
         def launch(*args, **kwargs):
             name, of = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            taken = {key: x for key, x in of.items() if key not in UNTOUCHED.get(name, ())}
-            flops = again = 0
-            if of.get("ONLY_OVER"):
+            taken, flops, again = of, 0, 0
+            if name == "_pairs_kernel":  # writes one element a row
+                taken = of | {"stored": of["stored"]._replace(exponentials=None)}
+            elif name == "_finished_kernel":
+                sides = [side for side in (of["first"], of["second"]) if side.R]
+                flops = sum(2 * side.R * side.N * of["D"] for side in sides)
+            elif of.get("ONLY_OVER"):
                 taken = {key: of[key] for key in ONLY_ROWS_OVER}
             elif "GROUP" in of:  # a score kernel
                 flops = 2 * of["R"] * of["N"] * (of["DIMS"][-1] + sum(of["GUIDE_DIMS"]))

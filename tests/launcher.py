@@ -1,6 +1,7 @@
 """The Triton launcher of InfoNCE under test: run where it can be, compared, and spied on."""
 
 import contextlib
+import tempfile
 from unittest import mock
 
 import torch
@@ -30,19 +31,20 @@ def on_device(x):
 
 
 def launch(
-    q, p, own, relations, settings, weights, *, scale, needs=ALL, tiles=SMALL, stored=False
+    q, p, own, relations, settings, weights, *, scale, needs=ALL, tiles=SMALL, stored=False,
+    few=False,
 ) -> Result:  # fmt: skip
     """Results on the CPU; the scale is a tensor on the device, as one that is learned."""
     q, p, own, relations, weights = map(on_device, (q, p, own, relations, weights))
     result = info_nce(
         q, p, own, torch.tensor(scale, device=DEVICE), relations, settings, weights, needs,
-        tiles=tiles, stored=stored,
+        tiles=tiles, stored=stored, few=few,
     )  # fmt: skip
     return Result(*(x if x is None else x.cpu() for x in result))
 
 
 def gradients(result: Result) -> list[torch.Tensor]:
-    return [x for x in result[3:] if x is not None]
+    return [x for x in result[3:7] if x is not None]
 
 
 def uneven(M: int) -> torch.Tensor:
@@ -53,16 +55,28 @@ def uneven(M: int) -> torch.Tensor:
 
 
 def assert_equals_definition(
-    case, bounds, *, scale=20.0, stored=False, tiles=SMALL, weights=None
+    case, bounds, *, scale=20.0, tiles=SMALL, weights=None, **how
 ) -> Result:  # fmt: skip
     """Bounds are those of the loss, of gradients and of the scale's, which is a difference."""
     weights = uneven(len(case[0])) if weights is None else weights
     truth = exact(*case, weights, scale=scale)
-    result = launch(*case, weights, scale=scale, stored=stored, tiles=tiles)
+    result = launch(*case, weights, scale=scale, tiles=tiles, **how)
     pairs = zip([result.loss_M, *gradients(result)], [truth[0], *truth[1]], strict=True)
     loss, *grads, of_scale = [error(got, want) for got, want in pairs]
     assert loss < bounds[0] and max(grads) < bounds[1] and of_scale < bounds[2]
     return result
+
+
+def spread(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy with 2^30 elements from one index of a dim to the next, in a file of holes; as many
+    lie before it as an offset of 2^31 goes back where 32 bits are too few for it."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = 2**30
+    start = 2**31
+    size = start + max(0, x.shape[dim] - 1) * 2**30 + x.numel()
+    with tempfile.NamedTemporaryFile() as file:
+        memory = torch.from_file(file.name, shared=True, size=size, dtype=x.dtype)
+    return memory.as_strided(x.shape, strides, start).copy_(x)
 
 
 @contextlib.contextmanager

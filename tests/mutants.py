@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "kernels/rankpo_kernels/"
 CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
-SCORES, ROWS = KERNELS + "gpu/scores.py", KERNELS + "gpu/rows.py"
+SCORES, SLOPES, ROWS = (KERNELS + f"gpu/{name}.py" for name in ("scores", "slopes", "rows"))
 PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
@@ -35,16 +35,20 @@ def gpu(names: str) -> tuple[str, ...]:
     return of("tests/kernels/test_gpu_info_nce.py", names)
 
 
+def ops(names: str) -> tuple[str, ...]:
+    return of("tests/ops/test_info_nce.py", names)
+
+
 OPTIONS = gpu("options_in_fp32")
 FAR_APART = gpu("too_far_apart or zero_vector")
 SMALL_CHUNKS = gpu("chunks_smaller or summed_beforehand")
 FILTER = gpu("filter")
 MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
-CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
+CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
+OPS_GRADIENTS = ops("gradcheck")
 RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
 RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
-OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
 
 
 @dataclass(frozen=True)
@@ -104,54 +108,6 @@ MUTANTS = [
         MEMORY,
     ),
     Mutant(
-        "parts-merge-without-rescale", SCORES,
-        "by = tl.exp(tl.load(plain.parts.top + at) - floor)",
-        "by = tl.full(floor.shape, 1.0, tl.float32)",
-        OPTIONS,
-    ),
-    Mutant(
-        "reduce-without-rescale", SCORES,
-        "by = tl.exp(tl.load(parts.top + at, mask=mask, other=0.0) - floor)",
-        "by = tl.full(floor.shape, 1.0, tl.float32)",
-        SMALL_CHUNKS,
-    ),
-    Mutant(
-        "losses-forget-log1p", SCORES,
-        "tl.where(one == 1.0, e, ",
-        "tl.where(one == 1.0, 0.0, ",
-        gpu("gates and converged and fp32"),
-    ),
-    Mutant(
-        "weights-forgotten", SCORES,
-        "pull *= tl.load(plain.weights_R + offs_m)",
-        "pull *= 1.0",
-        OPTIONS,
-    ),
-    Mutant(
-        "stored-weights-forgotten", SCORES,
-        "weight * _sigmoid(-gap)",
-        "_sigmoid(-gap)",
-        FAR_APART,
-    ),
-    Mutant(
-        "overflow-not-mended", SCORES,
-        "write_m = mask_m & (gap_m > OVER)",
-        "write_m = mask_m & (gap_m > 1e9)",
-        FAR_APART,
-    ),
-    Mutant(
-        "overflow-without-factor", SCORES,
-        "tl.exp(-SHIFT), pull)",
-        "tl.exp(-SHIFT), 0.0)",
-        FAR_APART,
-    ),
-    Mutant(
-        "label-pulls-the-other-way", SCORES,
-        "at_label_m = -pull_m",
-        "at_label_m = pull_m",
-        OPTIONS,
-    ),
-    Mutant(
         "filter-takes-more", SCORES,
         "mass_m > filter_mass",
         "mass_m > 2 * filter_mass",
@@ -170,15 +126,112 @@ MUTANTS = [
         gpu("nan_is"),
     ),
     Mutant(
+        "filter-takes-negative-rows", SCORES,
+        "tl.load(row_slopes.soft + safe_m) != 0\n        mass_m",
+        "tl.load(row_slopes.soft + safe_m) > 0\n        mass_m",
+        FILTER,
+    ),
+    Mutant(
+        "negative-rows-without-label", SLOPES,
+        "tl.where(slope_k != 0, -1.0, 0.0)",
+        "tl.where(slope_k < 0, -1.0, 0.0)",
+        gpu("are_odd"),
+    ),
+    Mutant(
+        "stored-up-to-gaps-of-50", SLOPES,
+        "OVER = tl.constexpr(35.0)",
+        "OVER = tl.constexpr(50.0)",
+        gpu("keep_their_digits"),
+    ),
+    Mutant(
+        "scatter-in-32-bits", SCORES,
+        "level = tl.program_id(1).to(tl.int64)",
+        "level = tl.program_id(1)",
+        gpu("beyond_32"),
+    ),
+    Mutant(
         "prefixes-without-suffix-sums", SCORES,
         "sum_mn += tl.load(out_mn",
         "sum_mn = tl.load(out_mn",
         OPTIONS,
     ),
     Mutant(
-        "two-programs-write-a-row", SCORES,
-        "tl.where(pid_n == 0, R, 0)",
-        "R",
+        "overflow-not-mended", SCORES,
+        "write_m = mask_m & (tl.load(row_slopes.soft + safe_m) != 0)",
+        "write_m = mask_m & (tl.load(row_slopes.soft + safe_m) > 2)",
+        FAR_APART,
+    ),
+    Mutant(
+        "along-before-rounding", SCORES,
+        "tl.where(write_mn, rounded_mn.to(tl.float32) * dots_mn, 0.0)",
+        "tl.where(write_mn, g_mn, 0.0)",
+        gpu("in_few_launches"),
+    ),
+    # kernels/rankpo_kernels/gpu/slopes.py
+    Mutant(
+        "parts-merge-without-rescale", SLOPES,
+        "by = tl.exp(tl.load(parts.top + at, mask=live, other=-float(\"inf\")) - floor[None, :])",
+        "by = tl.where(live, 1.0, 0.0)",
+        OPTIONS,
+    ),
+    Mutant(
+        "first-parts-alone", SLOPES,
+        "none, none, none, none\n    for first in range(0, n_parts, PARTS):",
+        "none, none, none, none\n    for first in range(0, 1):",
+        gpu("more_parts"),
+    ),
+    Mutant(
+        "losses-forget-log1p", SLOPES,
+        "tl.where(one == 1.0, e, ",
+        "tl.where(one == 1.0, 0.0, ",
+        gpu("gates and converged and fp32"),
+    ),
+    Mutant(
+        "weights-forgotten", SLOPES,
+        "omega_m = tl.load(weights.at + safe_m)",
+        "omega_m = none + 1.0",
+        OPTIONS,
+    ),
+    Mutant(
+        "stored-weights-forgotten", SLOPES,
+        "omega_m * sigmoid(-gap_m)",
+        "sigmoid(-gap_m)",
+        FAR_APART,
+    ),
+    Mutant(
+        "overflow-without-factor", SLOPES,
+        "tl.exp(-SHIFT), factor_m)",
+        "tl.exp(-SHIFT), 0.0)",
+        FAR_APART,
+    ),
+    Mutant(
+        "label-pulls-the-other-way", SLOPES,
+        "soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), -pull",
+        "soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), pull",
+        OPTIONS,
+    ),
+    Mutant(
+        "positive-listed-once", SLOPES,
+        "COPIES: tl.constexpr = 2 if",
+        "COPIES: tl.constexpr = 1 if",
+        OPTIONS,
+    ),
+    Mutant(
+        "rows-with-fewer-pairs-count", SLOPES,
+        "omega_k = tl.where(live_m, omega_m * share_m, 0.0)",
+        "omega_k = omega_m * share_m",
+        OPTIONS,
+    ),
+    Mutant(
+        "last-pairs-alone-pull-columns", SLOPES,
+        "soft_n += tl.sum(tl.where(hit_pn",
+        "soft_n = tl.sum(tl.where(hit_pn",
+        gpu("columns_have_more_pairs"),
+    ),
+    Mutant(
+        "rows-past-the-end-are-left", SLOPES,
+        "tl.store(found.loss_LM + level * M + offs_m, weight * loss_m, mask=mask_m)",
+        "tl.store(found.loss_LM + level * M + offs_m, weight * loss_m)",
         MEMORY,
     ),
     # kernels/rankpo_kernels/gpu/rows.py
@@ -204,6 +257,24 @@ MUTANTS = [
     ),
     # kernels/rankpo_kernels/gpu/products.py
     Mutant(
+        "finished-without-tangent", PRODUCTS,
+        "acc_rd -= (along_r * inverse_r)",
+        "acc_rd -= (0.0 * inverse_r)",
+        gpu("in_few_launches"),
+    ),
+    Mutant(
+        "totals-forget-the-weight", PRODUCTS,
+        "total *= totals.weights.value",
+        "total *= 1.0",
+        gpu("one_weight"),
+    ),
+    Mutant(
+        "one-program-too-few", PRODUCTS,
+        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)",
+        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N),)",
+        gpu("one_weight"),
+    ),
+    Mutant(
         "filtered-product-overwrites", PRODUCTS,
         "    if ADD:\n",
         "    if ADD and False:\n",
@@ -224,8 +295,8 @@ MUTANTS = [
     # kernels/rankpo_kernels/gpu/info_nce.py
     Mutant(
         "top-forgotten", LAUNCHER,
-        "(ready, p.dims, top, p.number)",
-        "(ready, p.dims, torch.ones_like(top) if relative else None, p.number)",
+        "(ready, p.dims, top, p.scale)",
+        "(ready, p.dims, torch.ones_like(top) if relative else None, p.scale)",
         FAR_APART,
     ),
     Mutant(
@@ -248,8 +319,8 @@ MUTANTS = [
     ),
     Mutant(
         "chunks-need-all-memory", LAUNCHER,
-        "out_RN = new(R0, N,",
-        "out_RN = new(M, N,",
+        "out_RN = p.new(R0, N,",
+        "out_RN = p.new(M, N,",
         gpu("never_stored"),
     ),
     Mutant(
@@ -260,8 +331,8 @@ MUTANTS = [
     ),
     Mutant(
         "unasked-gradient", LAUNCHER,
-        "d_scale=d_scale if need_scale else None",
-        "d_scale=d_scale",
+        "d_scale = p.new(L, M + of_columns) if need_scale else None",
+        "d_scale = p.new(L, M + of_columns)",
         gpu("without_the_others"),
     ),
     Mutant(
@@ -271,10 +342,40 @@ MUTANTS = [
         gpu("refused"),
     ),
     Mutant(
-        "one-launch-more", LAUNCHER,
-        "if tiles_n > INLINE_PARTS:",
-        "if tiles_n > 1:",
+        "few-launches-with-a-sum", LAUNCHER,
+        "needs[:2])\n    tiles",
+        "needs[:2]) and False\n    tiles",
         gpu("launches"),
+    ),
+    Mutant(
+        "integers-have-gaps", LAUNCHER,
+        "else x.contiguous() for x in relations",
+        "else x for x in relations",
+        gpu("have_gaps"),
+    ),
+    Mutant(
+        "weights-have-gaps", LAUNCHER,
+        "else _number(weights_M.contiguous())",
+        "else _number(weights_M)",
+        gpu("have_gaps"),
+    ),
+    Mutant(
+        "zero-passages", LAUNCHER,
+        "top = top.clamp(min=1e-38)",
+        "pass",
+        gpu("all_be_zero"),
+    ),
+    Mutant(
+        "negative-factors", LAUNCHER,
+        "factor_R.abs().amax()",
+        "factor_R.amax()",
+        gpu("are_odd"),
+    ),
+    Mutant(
+        "dead-tiles-are-read", LAUNCHER,
+        "chunk_ND, False, transpose=True, live=live,",
+        "chunk_ND, False, transpose=True,",
+        FILTER,
     ),
     # kernels/rankpo_kernels/objective.py
     Mutant(
@@ -320,6 +421,18 @@ MUTANTS = [
         "beta=0",
         CPU_CHUNKS,
     ),
+    Mutant(
+        "cpu-labels-have-gaps", CHUNKED,
+        "relations.labels_M.contiguous()",
+        "relations.labels_M",
+        ops("have_gaps"),
+    ),
+    Mutant(
+        "cpu-filter-keeps-negative-rows", CHUNKED,
+        "pull_R.abs() *",
+        "pull_R *",
+        ops("are_odd"),
+    ),
     # kernels/native/rows.cpp
     Mutant(
         "native-keeps-known-pairs", NATIVE,
@@ -339,6 +452,30 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
+    ),
+    Mutant(
+        "guides-of-two-dtypes", OPS,
+        "x.detach().to(dtype) for x in guide",
+        "x.detach() for x in guide",
+        ops("guide"),
+    ),
+    Mutant(
+        "guide-loses-fp64", OPS,
+        "dtype = compute_dtype(embeddings)",
+        "dtype = torch.float32",
+        ops("guide"),
+    ),
+    Mutant(
+        "own-offsets-start-anywhere", OPS,
+        "relations.own_offsets[0] == 0",
+        "relations.own_offsets[0] >= 0",
+        ops("device_asserts"),
+    ),
+    Mutant(
+        "workspace-of-a-fraction", OPS,
+        "not isinstance(self.workspace_bytes, int)",
+        "False",
+        ops("bad_arguments"),
     ),
     # several ranks
     Mutant(
@@ -379,15 +516,21 @@ MUTANTS = [
     ),
     Mutant(
         "ranks-columns-of-own-queries-gpu", LAUNCHER,
-        "stats[PQ] = of_all_ranks(stats[PQ], settings)",
+        "sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}",
         "pass",
         of("tests/ops/test_ranks.py", "triton and 2"),
     ),
     Mutant(
-        "ranks-slopes-of-own-pairs", OBJECTIVE,
-        "if settings.group is not None and PQ in slopes:",
-        "if False:",
+        "ranks-slopes-of-own-pairs", CHUNKED,
+        "zip(lines, add_ranks_(of_own, settings), strict=True)",
+        "zip(lines, of_own, strict=True)",
         RANKS,
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs-gpu", LAUNCHER,
+        "            add_ranks_(x, settings)",
+        "            pass",
+        of("tests/ops/test_ranks.py", "triton and 2"),
     ),
     Mutant(
         "ranks-queries-of-own-as-columns", CHUNKED,

@@ -27,6 +27,8 @@ GRID = {
     "passage-to-query": (("ids",), {"directions": (PQ,)}),
     "query-to-query": (("positives",), {"directions": (QQ,)}),
     "passage-to-passage": (("positives", "curated"), {"directions": (PP,)}),
+    "both-ways": (("excluded",), {"directions": (QP, PQ), "label_smoothing": 0.1}),
+    "both-ways-apart": ((), {"directions": (QP, PQ), "joint": False}),
     "symmetric": (("ids", "positives"), {"directions": (QP, PQ), "joint": False}),
     "everything-one-way": (
         ("ids", "excluded", "positives", "own", "curated"),

@@ -37,6 +37,7 @@ from rankpo_kernels.objective import (
     Settings,
     Slopes,
     Stats,
+    add_ranks_,
     combine,
     expand,
     gradient_dtype,
@@ -65,8 +66,8 @@ def info_nce(
     relations: Relations, settings: Settings, weights_M: Tensor | None,
     needs: tuple[bool, bool, bool, bool] = (False,) * 4,
 ) -> Result:  # fmt: skip
-    """Losses of all queries and, given weights, the gradients of sum_i w_i loss_i that `needs`
-    (q, p, own, scale) names.
+    """Losses of all queries and, given weights ([M], or [] for all), the gradients of
+    sum_i w_i loss_i that `needs` (q, p, own, scale) names.
 
     With settings.gradient_filter = eps, the two products of a chunk of the fused form leave out
     columns with |dS_ij| <= pull_i eps / N in every row, pull_i = w_i sigmoid(lse_i - s_i,label).
@@ -77,7 +78,8 @@ def info_nce(
     if weights_M is None:
         needs = (False,) * 4
     else:
-        weights_M = weights_M.to(dtype).contiguous()
+        M = len(own_rows(relations, settings).labels_M)
+        weights_M = weights_M.to(device, dtype).expand(M).contiguous()
     needs = needs if own_HD is not None else (*needs[:2], False, needs[3])
     arguments = (scale, relations, settings, weights_M, needs)
     if is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype)):
@@ -587,6 +589,11 @@ def _general(
                 if block.along_columns:
                     of[block.along_columns] = _at(level, whole)
         lines = settle(slice(0, M), slice(None), stats)
+        if PQ in settings.directions and with_gradients:
+            for name in ("soft", "flat")[: 1 + (settings.label_smoothing > 0)]:
+                of_own = torch.stack([getattr(of[PQ], name) for of in lines])
+                for of, whole in zip(lines, add_ranks_(of_own, settings), strict=True):
+                    of[PQ] = of[PQ]._replace(**{name: whole})
         for block in blocks:
             if block.a.grad_ND is None and block.b.grad_ND is None:
                 continue

@@ -103,6 +103,7 @@ class Result(NamedTuple):
     dp_ND: Tensor | None = None
     d_own_HD: Tensor | None = None
     d_scale: Tensor | None = None
+    total: Tensor | None = None  # sum_i w_i loss_i, where it came along
 
 
 def gradient_dtype(stored: torch.dtype) -> torch.dtype:
@@ -175,7 +176,7 @@ def known(relations: Relations, N: int) -> Known:
     labels_M, query_ids, passage_ids = relations.labels_M, *relations[3:5]
     M, device = len(labels_M), labels_M.device
     class_M = torch.arange(M, device=device) if query_ids is None else query_ids
-    text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids
+    text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids.contiguous()
     keys, columns = listed(relations, class_M)
     text_of_key = text_N[columns]
     order = keys.argsort(stable=True)
@@ -223,18 +224,23 @@ def of_all_ranks(stats: Stats, settings: Settings) -> Stats:
     """Statistics of columns over the queries of all ranks, from those over a rank's own."""
     if settings.group is None:
         return stats
-    lse, top = _reduced([stats.lse, stats.top], "MAX", settings.group)
+    lse, top = _reduced(torch.stack([stats.lse, stats.top]), "MAX", settings.group)
     share = (stats.lse - lse.masked_fill(lse == -torch.inf, 0)).exp()
     parts = [share, share * stats.mean, stats.sum, stats.count]
-    e, weighted, total, count = _reduced(parts, "SUM", settings.group)
+    e, weighted, total, count = _reduced(torch.stack(parts), "SUM", settings.group)
     return Stats(lse + e.log(), weighted / e.masked_fill(e == 0, 1), total, count, top)
 
 
-def _reduced(parts: list[Tensor], how: str, group: str) -> Tensor:
-    """One collective for tensors of one shape."""
-    stacked = torch.stack(parts)
-    c10d.all_reduce(stacked, getattr(c10d.ReduceOp, how), c10d._resolve_process_group(group))
-    return stacked
+def add_ranks_(of_columns: Tensor, settings: Settings) -> Tensor:
+    """In place: what the pairs of all ranks add to columns, from what a rank's own do."""
+    if settings.group is None:
+        return of_columns
+    return _reduced(of_columns, "SUM", settings.group)
+
+
+def _reduced(x: Tensor, how: str, group: str) -> Tensor:
+    c10d.all_reduce(x, getattr(c10d.ReduceOp, how), c10d._resolve_process_group(group))
+    return x
 
 
 class Slopes(NamedTuple):
@@ -250,7 +256,7 @@ def combine(
 ) -> tuple[Tensor, dict[str, Slopes], Tensor, Tensor | None]:  # fmt: skip
     """(loss_M, slopes per direction, d total / d s_P, d total / d scale if needed) from the
     statistics of each direction: rows of the block are queries, for passage_to_passage they are
-    pairs; columns are passages, and with a group their slopes those of the pairs of all ranks."""
+    pairs; columns are passages."""
     # Each step is a launch on a GPU, where 4096 rows take no longer than one: none in vain.
     labels_alone = len(s_P) == len(weights_M)
     rows_P = None if labels_alone else pairs.rows_P
@@ -287,18 +293,14 @@ def combine(
                 slopes[direction] = slopes[direction]._replace(flat=flat)
     loss_P = loss_P / len(parts)
     loss_M = loss_P if labels_alone else _summed(loss_P * pairs.share_P, rows_P, len(weights_M))
-    d_scale = None
-    if need_scale:
-        d_logits = (slope_P * s_P).sum()
-        for direction, (soft, flat) in slopes.items():
-            d_logits = d_logits + (soft * stats[direction].mean).sum()
-            if flat is not None:
-                d_logits = d_logits - (flat * stats[direction].sum).sum()
-        d_scale = d_logits / scale
-    if settings.group is not None and PQ in slopes:
-        of_own = [x for x in slopes[PQ] if x is not None]
-        slopes[PQ] = Slopes(*_reduced(of_own, "SUM", settings.group), *(None,) * (2 - len(of_own)))
-    return loss_M, slopes, slope_P, d_scale
+    if not need_scale:
+        return loss_M, slopes, slope_P, None
+    d_logits = (slope_P * s_P).sum()
+    for direction, (soft, flat) in slopes.items():
+        d_logits = d_logits + (soft * stats[direction].mean).sum()
+        if flat is not None:
+            d_logits = d_logits - (flat * stats[direction].sum).sum()
+    return loss_M, slopes, slope_P, d_logits / scale
 
 
 def _at(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -22,6 +22,12 @@ def unit_rows(x_ND: Tensor) -> Tensor:
     return x_ND / norm_N1.masked_fill(norm_N1 == 0, torch.inf)
 
 
+def uniform_weight(rows: int, reduction: Reduction) -> Tensor:
+    """The factor of every row, a number on the CPU: no launch fills it."""
+    value = 1 / max(rows, 1) if reduction == "mean" else 1.0
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Reduction) -> Tensor:
     """[rows] factors whose weighted sum of losses is the reduction; computed in fp32 (fp64)."""
     if reduction not in ("mean", "sum", "none"):

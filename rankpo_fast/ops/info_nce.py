@@ -10,6 +10,7 @@ M queries, N passages, H own negatives, P positive pairs, D dims, G dims of a gu
 scores are never stored: the launchers walk chunks of them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rankpo_fast.ops import ranks
-from rankpo_fast.ops.common import Reduction, row_weights, unit_rows
+from rankpo_fast.ops.common import Reduction, row_weights, uniform_weight, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
@@ -41,6 +42,7 @@ from rankpo_kernels.objective import (
     positive_pairs,
 )
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings
 Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
 
 
@@ -142,7 +144,7 @@ def _info_nce_grads(
     relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """sum_i weights_i loss_i with its gradients of (q, p, own, scale), in 6MND flops; those not
-    needed are empty.
+    needed are empty. One weight of all is of shape () and on the CPU, where no launch fills it.
 
     Gradients of fp16 come in fp32: a loss scale still to be multiplied in would find them
     underflowed.
@@ -150,9 +152,12 @@ def _info_nce_grads(
     result = _launch(q, p, own, scale, relations, settings, weights, tuple(needs))
     grads = [
         empty if grad is None else grad.to(empty.device)
-        for grad, empty in zip(result[3:], _no_grads(q, scale), strict=True)
+        for grad, empty in zip(result[3:7], _no_grads(q, scale), strict=True)
     ]
-    return (weights * result.loss_M).sum(), *_apart(*result[:3]), *grads
+    total = result.total
+    if total is None:
+        total = (weights.to(q.device, result.loss_M.dtype) * result.loss_M).sum()
+    return total, *_apart(*result[:3]), *grads
 
 
 def _apart(*rows: Tensor) -> list[Tensor]:
@@ -321,7 +326,8 @@ def info_nce_loss(
         labels: [M] int64, the passage that is each query's positive. None: passages come in groups
             of N // M per query, positive first.
         temperature: similarities are divided by it; default 0.02.
-        scale: 1 / temperature, instead of it. As a tensor of one number it receives a gradient.
+        scale: 1 / temperature, instead of it. As a tensor of one number, on the CPU or with the
+            queries, it receives a gradient.
         normalize: similarities are cosines, else dot products. A zero vector has similarity and
             gradient 0.
         reduction: "mean" (weighted by `weights`), "sum", or "none" for [M].
@@ -596,7 +602,9 @@ def _prepared(
         terms = {field.name: getattr(options, field.name) for field in _STATIC} | {
             "process_group": None,
             "temperature": temperature,
-            "scale": scale.requires_grad if isinstance(scale, Tensor) else scale,
+            "scale": "a tensor" if isinstance(scale, Tensor) else scale,
+            "whether there are gradients": torch.is_grad_enabled()
+            and any(x.requires_grad for x in (q, p, own, number) if x is not None),
         }
         return ranks.Local(q, p, relations, weights, terms, (own, number, settings))
 
@@ -624,7 +632,10 @@ def _arguments(
     at values on a device."""
     M, N, device = _check_embeddings(batch, options)
     settings = options.settings(device.type)
-    _check_workspace(settings, N, compute_dtype(batch.queries.dtype))
+    embeddings = (batch.queries, batch.passages, batch.own_negatives)
+    dtypes = [x.dtype for x in embeddings if x is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    _check_workspace(settings, N, compute_dtype(dtype))
     own, own_offsets = _own_negatives(batch, settings)
     labels, curated = batch.labels, batch.curated
     if labels is None:
@@ -634,13 +645,13 @@ def _arguments(
                 f"{N} passages do not divide by {M} queries"
             )
         group = N // max(M, 1)
-        labels = torch.arange(M, device=device) * group
+        labels = torch.arange(0, M * group, max(group, 1), device=device)
         if curated is None and M and (settings.margin is not None or PP in settings.directions):
             curated = torch.arange(N, device=device) // group
     relations = Relations(
         labels, *(batch.positives or (None, None)), batch.query_ids, batch.passage_ids,
         *(batch.excluded or (None, None)), own_offsets, curated,
-        *_guide(batch),
+        *_guide(batch.guide, dtype),
     )  # fmt: skip
     if settings.gradient_filter and not is_plain(relations, settings):
         raise ValueError(
@@ -650,16 +661,11 @@ def _arguments(
     _check_integers(relations, M, N, device)
     if device.type == "cuda" and not ranks.several(options.process_group):
         _assert_in_range(relations, batch.labels is not None, N)
-    dtype = torch.promote_types(batch.queries.dtype, batch.passages.dtype)
-    if own is not None:
-        dtype = torch.promote_types(dtype, own.dtype)
-        own = own.to(dtype)
-    weights = row_weights(batch.queries.to(dtype), batch.weights, M, options.reduction)
-    q, p, scale = (
-        batch.queries.to(dtype),
-        batch.passages.to(dtype),
-        _scale(temperature, scale, scale_on),
-    )
+    q, p, own = (x if x is None else x.to(dtype) for x in (batch.queries, batch.passages, own))
+    weights = uniform_weight(M, options.reduction)
+    if batch.weights is not None:
+        weights = row_weights(q, batch.weights, M, options.reduction)
+    scale = _scale(temperature, scale, scale_on, device)
     return (q, p, own, scale, list(relations), _text(settings)), weights
 
 
@@ -712,12 +718,15 @@ def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, 
                 f"guide queries have G={guide[0].shape[1]} but guide passages have "
                 f"G={guide[1].shape[1]}"
             )
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
+    for name, tensor in {"queries": queries, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
             raise ValueError(f"queries are on {device} but {name} are on {tensor.device}")
-    dtypes = [x.dtype for x in (queries, *others.values()) if x is not None]
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"embeddings must be floating point, got {', '.join(map(str, dtypes))}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {tensor.dtype}")
+        if tensor.shape[-1:] == (0,):
+            raise ValueError(f"{name} have no dims: {tuple(tensor.shape)}")
     if options.matryoshka_dims is not None and max(options.matryoshka_dims) > D:
         raise ValueError(
             f"matryoshka_dims must be distinct and of 1 to D={D}, got {options.matryoshka_dims}"
@@ -725,14 +734,14 @@ def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, 
     return M, N, device
 
 
-def _guide(batch: Batch) -> list[Tensor]:
-    """In one dtype, that of neither being above fp32 where the embeddings are not."""
-    if batch.guide is None:
+def _guide(guide: tuple[Tensor, Tensor] | None, embeddings: torch.dtype) -> list[Tensor]:
+    """In one dtype, above fp32 only where the embeddings are."""
+    if guide is None:
         return []
-    dtype = torch.promote_types(*[x.dtype for x in batch.guide])
-    if dtype == torch.float64 and batch.queries.dtype != dtype:
-        dtype = torch.float32
-    return [x.detach().to(dtype) for x in batch.guide]
+    dtype = torch.promote_types(*[x.dtype for x in guide])
+    if dtype == torch.float64:
+        dtype = compute_dtype(embeddings)
+    return [x.detach().to(dtype) for x in guide]
 
 
 def _own_negatives(batch: Batch, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
@@ -844,14 +853,22 @@ def _assert_in_range(relations: Relations, labels_given: bool, N: int) -> None:
 
 
 def _scale(
-    temperature: float | None, scale: float | Tensor | None, device: torch.device | str
-) -> Tensor:
+    temperature: float | None, scale: float | Tensor | None, scale_on: torch.device | str,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """The scale as a tensor: the caller's, or a new one on `scale_on`."""
     if temperature is not None and scale is not None:
         raise ValueError(f"give temperature or scale, not both (got {temperature} and {scale})")
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(
                 f"scale must be one number, got a tensor of shape {tuple(scale.shape)}"
+            )
+        if not scale.is_floating_point():
+            raise ValueError(f"scale must be floating point, got a tensor of {scale.dtype}")
+        if scale.device.type != "cpu" and scale.device != device:
+            raise ValueError(
+                f"scale must be on the CPU or with the queries on {device}, got {scale.device}"
             )
         return scale.reshape(())
     name, value = ("scale", scale) if scale is not None else ("temperature", temperature)
@@ -864,7 +881,7 @@ def _scale(
         raise ValueError(f"{name} must be > 0 and finite, got {value}")
     # fp64: the ops cast it once, to the dtype they compute in
     value = value if name == "scale" else 1 / value
-    return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.full((), value, dtype=torch.float64, device=scale_on)
 
 
 def _text(settings: Settings) -> str:

@@ -37,7 +37,7 @@ class Local(NamedTuple):
     q: Tensor
     p: Tensor
     relations: Relations
-    weights_M: Tensor  # a rank brings those of a sum
+    weights_M: Tensor  # [M], or [] for all; a rank brings those of a sum
     terms: dict[str, Any]  # by name, what must be the same on all ranks besides
     rest: Any = None
 
@@ -103,7 +103,7 @@ def agree(
         digests = [zlib.crc32(repr(value).encode()) for value in values]
         rows = len(q), len(p), key_count(relations)
         numbers[1 : 4 + len(digests)] = torch.tensor([*rows, *digests])
-        weight = local.weights_M.sum(dtype=torch.float64).view(torch.int64)
+        weight = local.weights_M.expand(len(q)).sum(dtype=torch.float64).view(torch.int64)
     except Exception as error:  # raised below: the others, who wait, are told first
         refusal = error
     numbers[0] = refusal is None

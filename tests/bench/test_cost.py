@@ -14,10 +14,12 @@ from rankpo_kernels.objective import DIRECTIONS
 
 M, N, D = 40, 70, 24
 HOW = {
-    "exact": {"stored": False},
+    "exact": {"stored": False, "few": False},
+    "few-launches": {"stored": False, "few": True},
+    "few-launches-both-ways": {"few": True, "options": SYMMETRIC},
     "stored": {"stored": True},
     "forward": {"grads": False},
-    "symmetric": {"options": SYMMETRIC},
+    "symmetric": {"options": SYMMETRIC, "few": False},
     "four-directions": {"options": {"directions": DIRECTIONS}},
 }
 
@@ -45,8 +47,8 @@ def test_kernels_and_products_are_those_that_run(interpreted, name, rows):
 
 @pytest.mark.parametrize(
     ("pipeline", "multiple"),
-    [("exact", 8), ("stored", 6), ("forward", 2), ("symmetric", 8), ("four directions", 24),
-     ("plain torch", 6), ("liger-like", 6), ("fused on a CPU", 6)],
+    [("exact", 8), ("few launches", 8), ("stored", 6), ("forward", 2), ("symmetric", 8),
+     ("four directions", 24), ("plain torch", 6), ("liger-like", 6), ("fused on a CPU", 6)],
 )  # fmt: skip
 def test_flops_are_those_of_the_design(pipeline, multiple):
     size = 512

@@ -1,6 +1,7 @@
 """InfoNCE: definition, ops, gradients, masks, options, and what torch expects of an op."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -556,6 +557,35 @@ def test_margin_and_guide_equal_those_of_gist(margin_type, negatives, monkeypatc
     assert abs(unguided - want) > 1e-3
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        pytest.param((torch.float32, torch.bfloat16), id="to-the-wider"),
+        pytest.param((torch.bfloat16, torch.float16), id="to-neither"),
+        pytest.param((torch.float64, torch.float16), id="to-fp32-as-the-embeddings"),
+    ],
+)
+def test_guides_of_two_dtypes_are_taken_to_one(dtypes, backend, interpreted):
+    if backend == "triton" and not interpreted:
+        pytest.skip("kernels are compiled: embeddings must be on CUDA")
+    world = World(dtype=torch.float32)
+    options = world.of(["guide"])
+    options["guide"] = [x.to(dtype) for x, dtype in zip(options["guide"], dtypes, strict=True)]
+    got = info_nce_loss(world.q, world.p, world.labels, **options, backend=backend)
+    options["guide"] = [x.float() for x in options["guide"]]
+    assert got == info_nce_loss(world.q, world.p, world.labels, **options, backend=backend)
+
+
+def test_a_guide_of_fp64_stays_so_beside_embeddings_of_fp64():
+    """It finds a passage a little above the limit, which fp32 could not tell."""
+    q, p = torch.ones(1, 4), torch.zeros(3, 4, dtype=torch.float64)
+    guide = torch.ones(1, 1), torch.tensor([[1.0], [1 + 1e-12], [0.0]], dtype=torch.float64)
+    options = {"guide": guide, "false_negative_margin": 0.0, "normalize": False}
+    loss = info_nce_loss(q, p, torch.tensor([0]), **options)
+    torch.testing.assert_close(loss.item(), math.log(2), rtol=1e-12, atol=0)
+
+
 def test_a_margin_spares_what_was_chosen_for_the_query():
     q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     p = torch.tensor([[1.0, 0.5], [1.0, 0.4], [0.1, 1.0], [0.9, 0.1]])
@@ -772,6 +802,35 @@ def test_any_shape_and_stride(M, extra, D, rows, layout, seed):
         assert (got.double() - want).norm() < 1e-5 * max(1.0, want.norm())
 
 
+def test_labels_ids_lists_and_weights_may_have_gaps(path):
+    world = World(dtype=torch.float32)
+    options = world.ids() | world.excluded() | world.curated()
+    options["weights"] = torch.linspace(0.5, 2, world.M)
+
+    def apart(x):
+        return torch.stack([x, x.flip(0)], 1)[:, 0] if isinstance(x, torch.Tensor) else x
+
+    gapped = {name: apart(value) for name, value in options.items()}
+    gapped["excluded"] = tuple(map(apart, options["excluded"]))
+    want = ours(world.q, world.p, world.labels, 5, **options)
+    got = ours(world.q, world.p, apart(world.labels), 5, **gapped)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("gradient_filter", [0.0, 0.1])
+def test_gradients_are_odd_in_upstream_ones(gradient_filter):
+    """Weights are >= 0, but what comes from above need not be."""
+    q, p, labels = draw(7, 60, 16, torch.float32, converged=False)
+    q.requires_grad_(), p.requires_grad_()
+    loss_M = info_nce_loss(q, p, labels, reduction="none", gradient_filter=gradient_filter)
+    above_M = torch.linspace(-1, 2, 7)
+    dq, dp = torch.autograd.grad(loss_M, (q, p), above_M, retain_graph=True)
+    opposite = torch.autograd.grad(loss_M, (q, p), -above_M)
+    assert torch.equal(dq, -opposite[0]) and torch.equal(dp, -opposite[1])
+    left_out = (dp == 0).all(1).sum()
+    assert left_out > 30 if gradient_filter else left_out == 0
+
+
 OPCHECKS = {
     "plain": {},
     "ids": {
@@ -869,6 +928,14 @@ BAD = {
     "negative": (dict(temperature=-1.0), "temperature must be > 0 and finite, got -1.0"),
     "both": (dict(temperature=0.1, scale=10), "temperature or scale, not both"),
     "scale": (dict(scale=torch.ones(2)), "scale must be one number"),
+    "scale-integer": (
+        dict(scale=torch.tensor(20)),
+        "scale must be floating point, got a tensor of torch.int64",
+    ),
+    "scale-elsewhere": (
+        dict(scale=torch.ones((), device="meta")),
+        "scale must be on the CPU or with the queries on cpu, got meta",
+    ),
     "labels-shape": (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
     "labels-dtype": (dict(labels=torch.zeros(4)), "labels must be int64"),
     "labels-range": (dict(labels=torch.tensor([0, 1, 2, 9])), r"lie in \[0, 9\] but there are 8"),
@@ -898,9 +965,21 @@ BAD = {
     ),
     "reduction": (dict(reduction="median"), "reduction must be"),
     "workspace": (dict(workspace_bytes=8), "too small for one row of 8 passages"),
+    "workspace-fraction": (dict(workspace_bytes=1e6), "must be an integer, got 1000000.0"),
     "dims": (dict(passages=torch.ones(8, 5)), "queries have D=6 but passages have D=5"),
     "groups": (dict(passages=torch.ones(7, 6)), "7 passages do not divide by 4 queries"),
-    "integers": (dict(queries=torch.ones(4, 6).int()), "floating point"),
+    "integers": (
+        dict(queries=torch.ones(4, 6).int()),
+        "queries must be fp64, fp32, bf16 or fp16, got torch.int32",
+    ),
+    "fp8": (
+        dict(passages=torch.ones(8, 6, dtype=torch.float8_e4m3fn)),
+        "passages must be fp64, fp32, bf16 or fp16, got torch.float8_e4m3fn",
+    ),
+    "no-dims": (
+        dict(queries=torch.ones(4, 0), passages=torch.ones(8, 0)),
+        r"queries have no dims: \(4, 0\)",
+    ),
     "rank": (dict(queries=torch.ones(6)), r"\[M, D\]"),
     "directions-unknown": (
         dict(directions=(QP, "query_to_doc")),
@@ -922,7 +1001,7 @@ BAD = {
     ),
     "guide-integers": (
         dict(guide=(torch.ones(4, 2).int(), torch.ones(8, 2)), false_negative_margin=0.1),
-        "floating point",
+        "guide queries must be fp64, fp32, bf16 or fp16, got torch.int32",
     ),
     "smoothing": (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
     "filter": (dict(gradient_filter=-1e-3), "gradient_filter must be >= 0 and finite, got -0.001"),
@@ -955,6 +1034,10 @@ BAD = {
     "own-offsets-range": (
         dict(own_negatives=torch.ones(3, 6), own_offsets=torch.arange(5)),
         r"own_offsets must rise from 0 to the 3 own_negatives, got 0 \.\.\. 4",
+    ),
+    "own-offsets-start": (
+        dict(own_negatives=torch.ones(4, 6), own_offsets=torch.tensor([1, 1, 2, 3, 4])),
+        r"own_offsets must rise from 0 to the 4 own_negatives, got 1 \.\.\. 4",
     ),
     "own-dims": (
         dict(own_negatives=torch.ones(4, 2, 5)),
@@ -991,3 +1074,23 @@ def test_bad_arguments_are_named(case):
     arguments = {"queries": torch.ones(4, 6), "passages": torch.ones(8, 6)} | change
     with pytest.raises(ValueError, match=message):
         info_nce_loss(arguments.pop("queries"), arguments.pop("passages"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"labels_M": torch.tensor([0, 3, 8])}, "not all columns < 8", id="labels"),
+        pytest.param({"excluded_columns": torch.tensor([-1])}, "not all columns", id="excluded"),
+        pytest.param({"own_offsets": torch.tensor([1, 1, 2, 3])}, "do not start at 0", id="own"),
+        pytest.param(
+            {"positive_offsets": torch.tensor([0, 1, 1, 1]), "positive_columns": torch.tensor([0])},
+            "positives repeat, or hold the label",
+            id="positives",
+        ),
+    ],
+)
+def test_what_a_device_asserts(change, message):
+    """On the CPU the same assertion raises at once."""
+    module._assert_in_range(Relations(torch.arange(3)), True, 8)
+    with pytest.raises(RuntimeError, match=message):
+        module._assert_in_range(Relations(**{"labels_M": torch.arange(3)} | change), True, 8)

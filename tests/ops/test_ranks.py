@@ -107,10 +107,11 @@ def test_ddp_of_an_encoder_equals_one_process(ranks, options):
     assert worst(ranks(compare_ddp, **options)) < 1e-12
 
 
-def test_triton_sums_columns_over_ranks(ranks):
+@pytest.mark.parametrize("name", ["symmetric", "both-ways"])
+def test_triton_sums_columns_over_ranks(ranks, name):
     if not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("gloo tests are on the CPU, where Triton needs its interpreter")
-    answers = ranks(compare, "symmetric", "empty", torch.float32, "mean", backend="triton")
+    answers = ranks(compare, name, "empty", torch.float32, "mean", backend="triton")
     for loss, dq, dp, d_scale in answered(answers):
         assert max(loss, dq, dp) < 2e-6 and d_scale < OF_SCALE
 

@@ -1,19 +1,20 @@
 """InfoNCE on a GPU: which kernels run, in which order, on which chunk of rows.
 
-    plain, exact    prepare | statistics, gradients, 2 products a chunk | finish        8MND
-    plain, stored   prepare | statistics that keep exp(s), rows, gradients of rows that
-                    overflowed, 2 products a chunk | finish                             6MND
-    general         prepare | statistics of every block | `objective.combine` |
+    few launches    prepare | statistics, pairs, columns, gradients | products that finish   8MND
+    plain, exact    prepare | statistics, pairs, gradients, 2 products a chunk | finish      8MND
+    plain, stored   prepare | statistics that keep exp(s), pairs, gradients of rows that
+                    overflowed, 2 products a chunk | finish                                  6MND
+    general         prepare | statistics of every block | pairs, columns |
                     gradients and products of every block | finish                      8MND a block
 
 plain is one softmax per query (`objective.is_plain`). Nothing waits for the device, and all but the
-general form's few list-making torch calls are kernels of `rows`, `scores`, `products` and cuBLAS.
-A chunk holds R rows of gradients [R, N] in the inputs' dtype; products accumulate in fp32.
+rarer options' list-making torch calls are kernels of `rows`, `scores`, `slopes`, `products` and
+cuBLAS. A chunk holds R rows of gradients [R, N] in the inputs' dtype; products accumulate in fp32.
 
 M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -21,59 +22,76 @@ import torch
 import triton
 from torch import Tensor
 
-from rankpo_kernels import objective
-from rankpo_kernels.gpu import products, rows, scores
+from rankpo_kernels.gpu import products, rows, scores, slopes
+from rankpo_kernels.gpu.products import Product, Totals
 from rankpo_kernels.gpu.rows import Rows, Scale, absent
-from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Plain, Side
-from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores
+from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Side, Slopes
+from rankpo_kernels.gpu.slopes import Found, Softmaxes, Stored
+from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores, takes_few_launches
 from rankpo_kernels.objective import (
     PP,
     PQ,
     QP,
     QQ,
     Known,
+    Pairs,
     Relations,
     Result,
     Settings,
     Stats,
-    combine,
+    add_ranks_,
     expand,
     gradient_dtype,
     is_plain,
     known,
     limits,
-    merge,
     of_all_ranks,
     positive_pairs,
 )  # fmt: skip
-
-INLINE_PARTS = 32  # partial statistics a gradient tile sums itself; more are summed by a launch
 
 
 def info_nce(
     q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, scale: Tensor, relations: Relations,
     settings: Settings, weights_M: Tensor | None,
     needs: tuple[bool, bool, bool, bool] = (False,) * 4,
-    *, tiles: Tiles | None = None, stored: bool | None = None,
+    *, tiles: Tiles | None = None, stored: bool | None = None, few: bool | None = None,
 ) -> Result:  # fmt: skip
-    """Losses and gradients as `chunked.info_nce`; `tiles` and `stored` override the tables."""
+    """Losses and gradients as `chunked.info_nce`; `tiles`, `stored` and `few` (launches) override
+    the tables."""
     needs = (False,) * 4 if weights_M is None else needs
-    # kernels read integers and weights one beside the other
-    integers = [None if x is None else x.contiguous() for x in relations[:9]]
-    relations = Relations(*integers, *relations[9:])
-    weights_M = None if weights_M is None else weights_M.contiguous()
     if not len(q_MD):
         return _nothing(q_MD, p_ND, own_HD, needs)
+    # kernels read integers and weights one beside the other
+    integers = [None if x is None else x.contiguous() for x in relations[:9]]
+    guides = [None if x is None else _addressable(x) for x in relations[9:]]
+    relations = Relations(*integers, *guides)
+    weights = Scale(1.0, None) if weights_M is None else _number(weights_M.contiguous())
+    # and count dims in 32 bits
+    q_MD, p_ND, own_HD = (None if x is None else _addressable(x) for x in (q_MD, p_ND, own_HD))
     plain = is_plain(relations, settings)
     if stored is None:
         stored = stores_scores(*q_MD.shape, len(p_ND))
     stored = stored and plain and any(needs[:2]) and q_MD.dtype == torch.bfloat16
     stored = stored and not settings.gradient_filter
-    tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored)
+    if few is None:
+        few = takes_few_launches(q_MD.dtype, *q_MD.shape, len(p_ND))
+    few = few and not stored and any(needs[:2])
+    tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored, few)
     problem = _problem(q_MD, p_ND, scale, relations, settings, tiles)
+    if few and _is_one_chunk(problem):
+        return _in_few_launches(problem, weights, needs)
     if plain:
-        return _plain(problem, weights_M, needs, stored)
-    return _general(problem, own_HD, weights_M, needs)
+        return _plain(problem, weights, needs, stored)
+    return _general(problem, own_HD, weights, needs)
+
+
+def _number(x: Tensor) -> Scale:
+    """For kernels: read here where the host has it, else where it lies."""
+    return Scale(float(x), None) if x.device.type == "cpu" and not x.dim() else Scale(0.0, x)
+
+
+def _addressable(x: Tensor) -> Tensor:
+    return x.contiguous() if x.stride(1) * x.shape[1] >= 2**31 else x
 
 
 def _nothing(q_MD: Tensor, p_ND: Tensor, own_HD: Tensor | None, needs) -> Result:
@@ -90,19 +108,31 @@ class Problem(NamedTuple):
 
     q_MD: Tensor
     p_ND: Tensor
-    scale: Tensor | None  # fp32, for what torch computes with it
-    number: Scale  # the same as kernels take it
+    scale: Scale
     relations: Relations
     settings: Settings
     tiles: Tiles
     dims: tuple[int, ...]
-    pairs: objective.Pairs | None  # None for a plain loss, which has the labels
+    pairs: Pairs | None  # None where there are the labels alone
     known: Known | None
     inverse_q: Tensor | None  # [L, M]
     inverse_p: Tensor | None  # [L, N]
     similarity_LP: Tensor  # of the positive pairs
     limit_LM: Tensor | None
     guide: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None  # and inverse norms
+
+    @property
+    def columns_P(self) -> Tensor:
+        return self.relations.labels_M if self.pairs is None else self.pairs.columns_P
+
+    @property
+    def rows_P(self) -> Tensor:
+        if self.pairs is None:
+            return torch.arange(len(self.q_MD), device=self.q_MD.device)
+        return self.pairs.rows_P
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q_MD.device)
 
 
 def _problem(
@@ -111,9 +141,10 @@ def _problem(
 ) -> Problem:  # fmt: skip
     M, N = len(q_MD), len(p_ND)
     dims = tuple(prefix for prefix, _ in settings.levels(q_MD.shape[1]))
-    plain = is_plain(relations, settings)
-    pairs = None if plain else positive_pairs(relations, torch.float32)
-    of_pairs = (None, relations.labels_M) if plain else pairs[:2]
+    pairs, of_pairs = None, (None, relations.labels_M)
+    if relations.positive_offsets is not None:
+        pairs = positive_pairs(relations, torch.float32)
+        of_pairs = pairs[:2]
     inverse_q, inverse_p, similarity_LP = rows.prepare(
         q_MD, p_ND, *of_pairs, dims, settings.normalize
     )
@@ -124,24 +155,15 @@ def _problem(
         labels_M, width = relations.labels_M, (gq.shape[1],)
         *inverses, judged_LM = rows.prepare(gq, gp, None, labels_M, width, settings.normalize)
         guide = (gq, gp, *inverses)
-    number = Scale(float(scale), None) if scale.device.type == "cpu" else Scale(0.0, scale)
     related = any(x is not None for x in relations[1:7]) or QQ in settings.directions
     return Problem(
-        q_MD, p_ND,
-        None if plain else _on_device(number, q_MD), number,
+        q_MD, p_ND, _number(scale),
         relations, settings, tiles, dims, pairs,
         known(relations, N) if related or PP in settings.directions else None,
         inverse_q, inverse_p, similarity_LP,
         None if settings.margin is None else limits(judged_LM, settings).contiguous(),
         guide,
     )  # fmt: skip
-
-
-def _on_device(number: Scale, like: Tensor) -> Tensor:
-    """Filled, not copied: a copy would make the host wait."""
-    if number.at is None:
-        return torch.full((), number.value, dtype=torch.float32, device=like.device)
-    return number.at.float()
 
 
 def _chunks(size: int, most: int, block: int) -> Iterator[slice]:
@@ -242,7 +264,7 @@ def _query_block(problem: Problem) -> Block:
 
 def _passage_block(problem: Problem) -> Block:
     """The passage of every positive pair against all passages."""
-    p, rows_P = problem, problem.pairs.rows_P
+    p, rows_P = problem, problem.rows_P
     owner_N = p.relations.curated_N
     limit_LP = None if p.limit_LM is None else p.limit_LM[:, rows_P].contiguous()
     masks = Masks(
@@ -250,25 +272,17 @@ def _passage_block(problem: Problem) -> Block:
         None if owner_N is None else rows_P, owner_N,
     )  # fmt: skip
     guide = p.guide and (p.guide[1], p.guide[3], p.guide[1], p.guide[3])
-    curated, index = 0 if owner_N is None else MASKED, p.pairs.columns_P
+    curated, index = 0 if owner_N is None else MASKED, p.columns_P
     return Block(p.p_ND, p.inverse_p, index, p.p_ND, p.inverse_p, guide, masks, curated, PP, None)
 
 
-def _partials(L: int, parts: int, rows: int, like: Tensor, want: tuple[bool, bool]) -> Partials:
+def _partials(p: Problem, parts: int, rows: int, want: tuple[bool, bool]) -> Partials:
     """`want`: the moment, for the scale's gradient; sum and count, for smoothing."""
     moment, counted = want
     return Partials(*[
-        torch.empty(L, parts, rows, dtype=torch.float32, device=like.device) if wanted else None
+        p.new(len(p.dims), parts, rows) if wanted else None
         for wanted in (True, True, moment, counted, counted)
     ])  # fmt: skip
-
-
-def _reduce(parts: Partials, out: Partials, out_part: int = 0) -> Partials:
-    L, n_parts, R = parts.top.shape
-    scores._reduce_kernel[(triton.cdiv(R, 128), L)](
-        parts, out, n_parts, out_part, out.top.shape[1], R, 128, **FUSION
-    )
-    return out
 
 
 def _launch_statistics(
@@ -280,13 +294,13 @@ def _launch_statistics(
     scores._statistics_kernel[grid](
         *block.chunk(part), row_parts or absent(Partials), column_parts or absent(Partials),
         positive_R, inverse_top, stored,
-        problem.number, R, N, 0 if stored is None else stored.stride(0),
+        problem.scale, R, N, 0 if stored is None else stored.stride(0),
         problem.dims, _guide_dims(block), block.curated, **_shape(tiles),
     )  # fmt: skip
 
 
 def _launch_gradients(
-    problem: Problem, block: Block, part: slice, out_LRN: Tensor, *, plain=None, row_slopes=None,
+    problem: Problem, block: Block, part: slice, out_LRN: Tensor, *, row_slopes=None,
     column_slopes=None, label_slope_LR=None, inverse_top=None, tile_parts=None, live=None,
     along=(None, None), filter_mass: float = 0.0, only_over: bool = False,
 ) -> None:  # fmt: skip
@@ -295,13 +309,19 @@ def _launch_gradients(
         tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._gradients_kernel[grid](
-        *block.chunk(part), plain or absent(Plain), row_slopes or absent(scores.Slopes),
-        column_slopes or absent(scores.Slopes), label_slope_LR, inverse_top, tile_parts, live,
-        out_LRN, *along,
-        problem.number, filter_mass, 0 if plain is None else plain.parts.top.shape[1], R, N,
-        out_LRN.stride(1), out_LRN.stride(0),
+        *block.chunk(part), row_slopes or absent(Slopes), column_slopes or absent(Slopes),
+        label_slope_LR, inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
+        problem.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
+        0 if label_slope_LR is None else label_slope_LR.stride(0),
         problem.dims, _guide_dims(block), block.curated, only_over, **_shape(tiles),
     )  # fmt: skip
+
+
+def _along(p: Problem, block: Block, R: int) -> tuple[Tensor, Tensor]:
+    """Memory for the parts of gradients along R rows and along all columns."""
+    L, N = len(p.dims), len(block.b)
+    tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
+    return p.new(L, tiles_n, R), p.new(L, tiles_m, N)
 
 
 def _guide_dims(block: Block) -> tuple[int, ...]:
@@ -312,9 +332,133 @@ def _shape(tiles: Tiles) -> dict[str, int]:
     return asdict(tiles) | FUSION
 
 
-def _plain(
-    problem: Problem, weights_M: Tensor | None, needs: tuple[bool, ...], stored: bool
-) -> Result:
+def _found(p: Problem, gradients: bool, need_scale: bool) -> Found:
+    """Memory for what the pairs leave."""
+    L, M, P = len(p.dims), len(p.q_MD), len(p.columns_P)
+    directions, smooth = p.settings.directions, p.settings.label_smoothing > 0
+
+    def slopes_of(direction: str, rows: int) -> Slopes:
+        if not gradients or direction not in directions:
+            return absent(Slopes)
+        return Slopes(p.new(L, rows), p.new(L, rows), p.new(L, rows) if smooth else None, rows)
+
+    by_columns = gradients and PQ in directions
+    of_columns = len(p.p_ND) if by_columns else 0  # whose share `_settle` adds
+    d_scale = p.new(L, M + of_columns) if need_scale else None
+    return Found(
+        p.new(L, M), p.new(M), p.new(L, P) if gradients else None,
+        slopes_of(QP, M), slopes_of(QQ, M), slopes_of(PP, P),
+        p.new(L, P) if by_columns else None, p.new(L, P) if by_columns and smooth else None,
+        d_scale, M + of_columns, None,
+    )  # fmt: skip
+
+
+def _part_of_found(found: Found, part: slice) -> Found:
+    """Of a plain loss, which has one level and a pair a row."""
+    pick = lambda x: None if x is None else x[..., part]  # noqa: E731
+    of_rows = found.qp._replace(lse=pick(found.qp.lse), soft=pick(found.qp.soft))
+    return Found(*map(pick, found[:3]), of_rows, *found[4:8], *map(pick, found[8:9]),
+                 found.d_scale_stride, pick(found.factor_M))  # fmt: skip
+
+
+def _settle(
+    p: Problem, sums: dict[str, Partials], own: Partials | None, weights: Scale, found: Found,
+    stored: Stored | None = None, part: slice = slice(None),
+) -> Slopes | None:  # fmt: skip
+    """Fill `found` from the statistics of all directions; returns the slopes of columns."""
+    settings, columns_P = p.settings, p.columns_P[part]
+    if settings.group is not None:
+        sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}
+    M, N, P, L, D = len(found.hardest_M), len(p.p_ND), len(columns_P), len(p.dims), p.dims[-1]
+    of = Softmaxes(*map(slopes.Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
+    smoothing = settings.label_smoothing or None
+    levels = tuple([weight for _, weight in settings.levels(D)])
+    slopes._pairs_kernel[(triton.cdiv(M, slopes.BLOCK), L)](
+        of, found, stored or absent(Stored), columns_P,
+        p.relations.positive_offsets, p.similarity_LP[:, part],
+        weights, smoothing, p.scale, M, N, P, D,
+        levels, settings.joint, slopes.BLOCK, min(128, rows.block_d(D)),
+        num_warps=8, **FUSION,
+    )  # fmt: skip
+    if found.pull_LP is None:
+        return None
+    out = Slopes(p.new(L, N), p.new(L, N), None if smoothing is None else p.new(L, N), N)
+    d_scale = found.d_scale_LM
+    slopes._columns_kernel[(triton.cdiv(N, 32), L)](
+        of.pq, columns_P, found.pull_LP, found.flat_LP, out,
+        None if d_scale is None else d_scale[:, M:], found.d_scale_stride, p.scale, N, P,
+        32, 256, **FUSION,
+    )  # fmt: skip
+    for x in (out.soft, out.flat):
+        if x is not None:
+            add_ranks_(x, settings)
+    return out
+
+
+def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
+    """Of columns, over the queries of all ranks: one part."""
+    want = (parts.zs is not None, parts.sum is not None)
+    one = slopes.reduce(parts, _partials(p, 1, len(p.p_ND), want))
+    top, z, *rest = one
+    none = torch.zeros_like(z)
+    zs, total, count = (none if x is None else x for x in rest)
+    lse, mean = top + z.log(), zs / z.masked_fill(z == 0, 1)  # z = 0: log is -inf, and so is top
+    stats = of_all_ranks(Stats(lse, mean, total, count, top), p.settings)
+    whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count)
+    return Partials(*(x if y is not None else None for x, y in zip(whole, one, strict=True)))
+
+
+def _hardest(found: Found, directions: tuple[str, ...]) -> Tensor:
+    of_rows = QP in directions or QQ in directions
+    return found.hardest_M if of_rows else found.hardest_M.fill_(-torch.inf)
+
+
+def _is_one_chunk(p: Problem) -> bool:
+    """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
+    filter, further positives or own negatives."""
+    settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
+    parts = M * triton.cdiv(N, p.tiles.BLOCK_N) + N * triton.cdiv(M, p.tiles.BLOCK_M)
+    return (
+        p.dims == (D,)
+        and not settings.gradient_filter
+        and not {QQ, PP} & set(settings.directions)
+        and relations.positive_offsets is None
+        and relations.own_offsets is None
+        and M * N * p.q_MD.element_size() + 6 * 4 * parts <= settings.workspace_bytes
+    )
+
+
+def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> Result:
+    """All rows at once: where launches cost what flops do."""
+    M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
+    need_q, need_p, _, need_scale = needs
+    block = _score_block(p, *(d if d in directions else None for d in (QP, PQ)))
+    sums = _statistics(p, block, (need_scale, p.settings.label_smoothing > 0))
+    found = _found(p, True, need_scale)
+    column_slopes = _settle(p, sums, None, weights, found)
+    del sums
+    along = _along(p, block, M) if p.inverse_q is not None else (None, None)
+    G_MN = p.new(M, N, dtype=p.q_MD.dtype)
+    _launch_gradients(
+        p, block, slice(0, M), G_MN[None], row_slopes=found.qp if QP in directions else None,
+        column_slopes=column_slopes, label_slope_LR=found.slope_LP, along=along,
+    )  # fmt: skip
+    new = lambda x, need: p.new(*x.shape, dtype=gradient_dtype(x.dtype)) if need else None  # noqa: E731
+    dq_MD, dp_ND = new(p.q_MD, need_q), new(p.p_ND, need_p)
+    total, d_scale = p.new(), p.new() if need_scale else None
+    products.finished(
+        G_MN,
+        Product.of(p.q_MD, p.p_ND, p.inverse_q, along[0], dq_MD, transpose=False),
+        Product.of(p.p_ND, p.q_MD, p.inverse_p, along[1], dp_ND, transpose=True),
+        Totals(found.loss_LM, weights, M, total, *found[8:10], d_scale),
+    )
+    return Result(
+        found.loss_LM[0], p.similarity_LP[0], _hardest(found, directions), dq_MD, dp_ND, None,
+        d_scale, total,
+    )  # fmt: skip
+
+
+def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bool) -> Result:
     """Every chunk of rows by itself: its softmax needs no other row."""
     p, tiles, settings = problem, problem.tiles, problem.settings
     (M, D), N, dtype = p.q_MD.shape, len(p.p_ND), p.q_MD.dtype
@@ -330,57 +474,59 @@ def _plain(
     chunks = list(_chunks(M, most, tiles.BLOCK_M))
     R0 = chunks[0].stop
 
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=p.q_MD.device)  # noqa: E731,E501
-    loss_M, hardest_M, d_scale_M = new(M), new(M), new(M) if need_scale else None
-    factor_M = new(M) if relative else None
-    dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
-    dq_RD = new(R0, D) if need_q else None
-    dp_ND = new(N, D) if need_p else None
-    dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
-    out_RN = new(R0, N, dtype=dtype) if products_needed else None
-    weighted_RD = new(R0, D, dtype=dtype) if relative else None
+    found = _found(p, products_needed, need_scale)
+    if relative:
+        found = found._replace(factor_M=p.new(M))
+    in_fp32 = gradient_dtype(dtype) == torch.float32  # then sums become results where they are
+    new = lambda x, need: p.new(*x.shape, dtype=gradient_dtype(dtype)) if need else None  # noqa: E731
+    dq_MD, dp_out = new(p.q_MD, need_q), new(p.p_ND, need_p)
+    dq_RD = p.new(R0, D) if need_q and not in_fp32 else None
+    dp_ND = dp_out if in_fp32 or not need_p else p.new(N, D)
+    out_RN = p.new(R0, N, dtype=dtype) if products_needed else None
+    weighted_RD = p.new(R0, D, dtype=dtype) if relative else None
     top = None  # the largest inverse norm of a passage, beside which columns stay in range
     if relative:
         top = torch.ones((), device=p.q_MD.device) if p.inverse_p is None else p.inverse_p.amax()
         top = top.clamp(min=1e-38)  # passages may all be zero
     for part in chunks:
         R = part.stop - part.start
-        tile_parts = parts = _partials(1, tiles_n, R, p.q_MD, (need_scale, False))
-        positive_R = p.similarity_LP[0, part]
+        parts = _partials(p, tiles_n, R, (need_scale, False))
         out = out_RN[:R] if products_needed else None
-        keep = {"positive_R": positive_R, "inverse_top": top, "stored": out} if stored else {}
+        keep = {}
+        if stored:
+            keep = {"positive_R": p.similarity_LP[0, part], "inverse_top": top, "stored": out}
         _launch_statistics(p, block, part, parts, None, **keep)
-        if tiles_n > INLINE_PARTS:
-            parts = _reduce(parts, _partials(1, 1, R, p.q_MD, (need_scale, False)))
-        plain = Plain(
-            parts, positive_R, None if weights_M is None else weights_M[part], loss_M[part],
-            hardest_M[part], None if d_scale_M is None else d_scale_M[part],
-            None if factor_M is None else factor_M[part],
-        )  # fmt: skip
-        if stored or not products_needed:
-            inverses = (p.inverse_q, p.inverse_p, top)
-            _launch_rows(p, plain, part, *inverses, out, weighted_RD)
+        beside = None
+        if stored:
+            q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[0, part]
+            inverse_p = None if p.inverse_p is None else p.inverse_p[0]
+            beside = Stored(
+                out, out.stride(0), weighted_RD, q_RD, *q_RD.stride(), inverse_q, inverse_p, top
+            )
+        of_weights = weights if weights.at is None else Scale(0.0, weights.at[part])
+        of_part = _part_of_found(found, part)
+        _settle(p, {QP: parts}, None, of_weights, of_part, beside, part)
         if not products_needed:
             continue
         live = None
         if settings.gradient_filter:
-            tiles_m = triton.cdiv(R, tiles.BLOCK_M)
-            live = new(tiles_m, tiles_n, dtype=torch.int32)
+            live = p.new(triton.cdiv(R, tiles.BLOCK_M), tiles_n, dtype=torch.int32)
         _launch_gradients(
-            p, block, part, out[None], plain=plain, inverse_top=top, tile_parts=tile_parts,
-            live=live, only_over=stored,
-            filter_mass=settings.gradient_filter * tiles.BLOCK_N / N,
+            p, block, part, out[None], row_slopes=of_part.qp, label_slope_LR=of_part.slope_LP,
+            inverse_top=top, tile_parts=None if live is None else parts, live=live,
+            only_over=stored, filter_mass=settings.gradient_filter * tiles.BLOCK_N / N,
         )  # fmt: skip
         left_RD = p.q_MD[part]
         if relative:
-            left_RD = weighted_RD[:R]
+            left_RD, factor_R = weighted_RD[:R], of_part.factor_M
             if not stored:
-                by_R = factor_M[part] / (largest := factor_M[part].abs().amax().clamp(min=1e-38))
+                by_R = factor_R / (largest := factor_R.abs().amax().clamp(min=1e-38))
                 by_R = by_R if p.inverse_q is None else by_R * p.inverse_q[0, part]
                 left_RD.copy_(p.q_MD[part] * by_R[:, None])
         first = part.start == 0
+        dq = dq_MD[part] if need_q and in_fp32 else dq_RD[:R] if need_q else None
         if need_q:
-            _product(out, p.p_ND, dq_RD[:R], False, live=live, tiles=tiles)
+            _product(out, p.p_ND, dq, False, live=live, tiles=tiles)
         if need_p and relative and not stored:  # the chunk's largest factor, back in fp32
             chunk_ND = torch.empty_like(dp_ND)
             _product(out, left_RD, chunk_ND, False, transpose=True, live=live, tiles=tiles)
@@ -391,27 +537,13 @@ def _plain(
         ready = []
         if need_q:
             inverse_q = None if p.inverse_q is None else p.inverse_q[:, part]
-            factor_R = None if factor_M is None else factor_M[part]
-            ready.append(Rows.of(dq_RD[:R], p.q_MD[part], inverse_q, factor_R, None, dq_MD[part]))
+            ready.append(Rows.of(dq, p.q_MD[part], inverse_q, of_part.factor_M, None, dq_MD[part]))
         if need_p and part.stop == M:
             ready.append(Rows.of(dp_ND, p.p_ND, p.inverse_p, None, None, dp_out))
-        rows.finish(ready, p.dims, top, p.number)
-    d_scale = d_scale_M.sum() if need_scale else None
+        rows.finish(ready, p.dims, top, p.scale)
+    d_scale = found.d_scale_LM.sum() if need_scale else None
+    loss_M, hardest_M = found.loss_LM[0], found.hardest_M
     return Result(loss_M, p.similarity_LP[0], hardest_M, dq_MD, dp_out, None, d_scale)
-
-
-def _launch_rows(
-    p: Problem, plain: Plain, part: slice, inverse_q, inverse_p, top, stored, weighted_RD
-) -> None:
-    D, R = p.dims[-1], part.stop - part.start
-    q_RD = p.q_MD[part]
-    scores._rows_kernel[(triton.cdiv(R, rows.BLOCK_R),)](
-        plain, p.relations.labels_M[part], q_RD,
-        None if inverse_q is None else inverse_q[0, part],
-        None if inverse_p is None else inverse_p[0], top, stored, weighted_RD,
-        p.number, plain.parts.top.shape[1], R, *q_RD.stride(),
-        0 if stored is None else stored.stride(0), D, rows.BLOCK_R, rows.block_d(D), **FUSION,
-    )  # fmt: skip
 
 
 def _product(
@@ -437,7 +569,7 @@ def _product(
 
 
 def _general(
-    problem: Problem, own_HD: Tensor | None, weights_M: Tensor | None, needs: tuple[bool, ...]
+    problem: Problem, own_HD: Tensor | None, weights: Scale, needs: tuple[bool, ...]
 ) -> Result:
     """Statistics of all blocks first: a column, or a joint softmax, knows its sum only then."""
     p, settings, relations = problem, problem.settings, problem.relations
@@ -449,67 +581,41 @@ def _general(
         blocks.append(_query_block(p))
     if PP in directions:
         blocks.append(_passage_block(p))
-    stats: dict[str, Stats] = {}  # [L, rows] each
+    sums: dict[str, Partials] = {}
     for block in blocks:
-        stats |= _statistics(p, block, (need_scale, settings.label_smoothing > 0))
-    stats = {direction: stats[direction] for direction in directions}
-    if PQ in stats:
-        stats[PQ] = of_all_ranks(stats[PQ], settings)
-    own = None
-    if own_HD is not None:
-        own = _own(p, own_HD)
-        if QP in stats:
-            stats[QP] = merge(stats[QP], own.stats)
-    rows_of_queries = next((d for d in (QP, QQ) if d in stats), None)
-    if rows_of_queries is None:
-        hardest_M = torch.full_like(p.similarity_LP[0, :M], -torch.inf)
-    else:
-        hardest_M = stats[rows_of_queries].top[-1] / p.scale
-
-    loss_M = d_scale = 0.0
-    slopes, slope_LP = [], []
-    weights = torch.ones_like(hardest_M) if weights_M is None else weights_M
-    for level, (_, weight) in enumerate(settings.levels(D)):
-        of_level = {d: Stats(*(x[level] for x in stat)) for d, stat in stats.items()}
-        s_P = p.similarity_LP[level] * p.scale
-        level_loss, level_slopes, slope_P, level_scale = combine(
-            p.pairs, s_P, of_level, weights * weight, p.scale, settings, need_scale
-        )
-        loss_M = loss_M + weight * level_loss
-        if need_scale:
-            d_scale = d_scale + level_scale
-        slopes.append(level_slopes)
-        slope_LP.append(slope_P)
-    result = Result(loss_M, p.similarity_LP[-1, :M], hardest_M)
-    if weights_M is None:
+        sums |= _statistics(p, block, (need_scale, settings.label_smoothing > 0))
+    own = None if own_HD is None or QP not in directions else _own(p, own_HD)
+    found = _found(p, any(needs), need_scale)
+    column_slopes = _settle(p, sums, own and own.sums, weights, found)
+    del sums  # as much memory as the chunk that comes now
+    loss_M = found.loss_LM[0] if L == 1 else found.loss_LM.sum(0)
+    result = Result(loss_M, p.similarity_LP[-1, :M], _hardest(found, directions))
+    if not any(needs):
         return result
-    slope_LP = _stacked(slope_LP)
-    slopes = {
-        d: objective.Slopes(*(_stacked(of) for of in zip(*(s[d] for s in slopes), strict=True)))
-        for d in stats
-    }
+    row_slopes = {QP: found.qp, QQ: found.qq, PP: found.pp}
 
-    new = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=p.q_MD.device)  # noqa: E731
-    dq_MD, dp_ND = new(M, D) if need_q else None, new(N, D) if need_p else None
+    zeros = lambda *shape: p.new(*shape).zero_()  # noqa: E731
+    dq_MD, dp_ND = zeros(M, D) if need_q else None, zeros(N, D) if need_p else None
     # what `finish` takes out along each row, of several levels
-    along_q, along_p = (new(L, M), new(L, N)) if L > 1 and settings.normalize else (None, None)
+    along_q, along_p = (None, None)
+    if L > 1 and settings.normalize:
+        along_q, along_p = zeros(L, M), zeros(L, N)
     if need_q or need_p:
         for block in blocks:
-            _gradients(p, block, stats, slopes, slope_LP, dq_MD, dp_ND, along_q, along_p)
+            _gradients(
+                p, block, row_slopes, column_slopes, found.slope_LP, dq_MD, dp_ND, along_q, along_p
+            )
     d_own = None
+    if own_HD is not None and need_own:
+        d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
     if own is not None and (need_q or need_own):
-        d_own = None
-        if need_own:
-            d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
-        g_LH = torch.zeros_like(own.logit_LH)  # d total / d logit
-        if QP in stats:
-            owner_H, stat, slope = own.owner_H, stats[QP], slopes[QP]
-            g_LH = slope.soft[:, owner_H] * (own.logit_LH - stat.lse[:, owner_H]).exp()
-            if slope.flat is not None:
-                g_LH = g_LH - slope.flat[:, owner_H]
+        lse_LH, soft_LH, flat_LH = (None if x is None else x[:, own.owner_H] for x in found.qp[:3])
+        g_LH = soft_LH * (own.logit_LH - lse_LH).exp()  # d total / d logit
+        if flat_LH is not None:
+            g_LH = g_LH - flat_LH
         products.own_gradients(
-            p.q_MD, own_HD, p.inverse_q, own.inverse_LH, relations.own_offsets, g_LH * p.scale,
-            g_LH * own.logit_LH, dq_MD, d_own, p.dims,
+            p.q_MD, own_HD, p.inverse_q, own.inverse_LH, relations.own_offsets,
+            g_LH * _torch_number(p.scale), g_LH * own.logit_LH, dq_MD, d_own, p.dims,
         )  # fmt: skip
         if along_q is not None:
             _add_at(along_q, own.owner_H, g_LH * own.logit_LH)
@@ -527,59 +633,47 @@ def _general(
             ready.append(Rows.of(grad, x, inverse, None, along, out))
         outs.append(out)
     rows.finish(ready, p.dims)
-    return result._replace(
-        dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale if need_scale else None
-    )
+    d_scale = found.d_scale_LM.sum() if need_scale else None
+    return result._replace(dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale)
 
 
-def _stacked(levels: Sequence[Tensor | None]) -> Tensor | None:
-    """[L, ...]; one level is no copy."""
-    if levels[0] is None or len(levels) == 1:
-        return levels[0] if levels[0] is None else levels[0][None]
-    return torch.stack(levels)
+def _torch_number(number: Scale) -> float | Tensor:
+    """For what torch computes with it."""
+    return number.value if number.at is None else number.at.float()
 
 
-def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Stats]:
-    """Of a block's directions, [L, rows] and [L, columns]."""
+def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Partials]:
+    """Of a block's directions, each in parts: of its tiles, or of its chunks if there are more."""
     L, N, tiles = len(p.dims), len(block.b), p.tiles
     if block.row_direction is None and block.column_direction is None:
         return {}
     of_row = 4 * (2 + want[0] + 2 * want[1]) * L
     row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
     chunks = list(_chunks(block.rows, _rows_per_chunk(N, row_bytes, p.settings), tiles.BLOCK_M))
-    stats, row_parts = {}, []
-    columns = _partials(L, len(chunks), N, block.b, want) if block.column_direction else None
+    sums, row_parts = {}, []
+    columns = _partials(p, len(chunks), N, want) if block.column_direction else None
     for number, part in enumerate(chunks):
         R = part.stop - part.start
         of_rows = of_columns = None
         if block.row_direction:
-            of_rows = _partials(L, triton.cdiv(N, tiles.BLOCK_N), R, block.b, want)
+            of_rows = _partials(p, triton.cdiv(N, tiles.BLOCK_N), R, want)
         if block.column_direction:
-            of_columns = _partials(L, triton.cdiv(R, tiles.BLOCK_M), N, block.b, want)
+            of_columns = _partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
         _launch_statistics(p, block, part, of_rows, of_columns)
+        if len(chunks) == 1:
+            row_parts, columns = [of_rows], of_columns
+            break
         if of_rows is not None:
-            row_parts.append(_reduce(of_rows, _partials(L, 1, R, block.b, want)))
+            row_parts.append(slopes.reduce(of_rows, _partials(p, 1, R, want)))
         if of_columns is not None:
-            _reduce(of_columns, columns, number)
+            slopes.reduce(of_columns, columns, number)
     if block.row_direction:
-        stats[block.row_direction] = _stats(*(
-            None if x[0] is None else (x[0] if len(x) == 1 else torch.cat(x, 2))[:, 0]
-            for x in zip(*row_parts, strict=True)
+        sums[block.row_direction] = row_parts[0] if len(row_parts) == 1 else Partials(*(
+            None if x[0] is None else torch.cat(x, 2) for x in zip(*row_parts, strict=True)
         ))  # fmt: skip
     if block.column_direction:
-        whole = _reduce(columns, _partials(L, 1, N, block.b, want))
-        stats[block.column_direction] = _stats(*(None if x is None else x[:, 0] for x in whole))
-    return stats
-
-
-def _stats(
-    top: Tensor, z: Tensor, zs: Tensor | None, total: Tensor | None, count: Tensor | None
-) -> Stats:
-    """What was not wanted is 0."""
-    none = torch.zeros_like(z)
-    lse = torch.where(z == 0, -torch.inf, top + z.log())
-    mean = none if zs is None else torch.where(z == 0, 0, zs / z)
-    return Stats(lse, mean, *(none if x is None else x for x in (total, count)), top)
+        sums[block.column_direction] = columns
+    return sums
 
 
 class Own(NamedTuple):
@@ -588,7 +682,7 @@ class Own(NamedTuple):
     owner_H: Tensor
     inverse_LH: Tensor | None
     logit_LH: Tensor
-    stats: Stats
+    sums: Partials
 
 
 def _own(p: Problem, own_HD: Tensor) -> Own:
@@ -596,17 +690,16 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     inverse_LH, _, similarity_LH = rows.prepare(
         own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
     )
-    s_LH = similarity_LH * p.scale
+    s_LH = similarity_LH * _torch_number(p.scale)
     L, M = len(p.dims), len(p.q_MD)
     zeros_LM = s_LH.new_zeros(L, M)
     at_LH = owner_H.expand(L, -1)
     top_LM = (zeros_LM - torch.inf).scatter_reduce(1, at_LH, s_LH, "amax")
     floor_LM = top_LM.masked_fill(top_LM == -torch.inf, 0)
     e_LH = (s_LH - floor_LM[:, owner_H]).exp()
-    z, zs, total = (_add_at(zeros_LM.clone(), owner_H, x) for x in (e_LH, e_LH * s_LH, s_LH))
-    count = _add_at(zeros_LM.clone(), owner_H, torch.ones_like(s_LH))
-    stats = _stats(top_LM, z, zs, total, count)
-    return Own(owner_H, inverse_LH, s_LH, stats)
+    sums = (e_LH, e_LH * s_LH, s_LH, torch.ones_like(s_LH))
+    sums = [top_LM, *(_add_at(zeros_LM.clone(), owner_H, x) for x in sums)]
+    return Own(owner_H, inverse_LH, s_LH, Partials(*(x[:, None] for x in sums)))
 
 
 def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
@@ -625,7 +718,7 @@ def _add_at(out_LR: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def _gradients(
-    p: Problem, block: Block, stats: dict[str, Stats], slopes: dict[str, objective.Slopes],
+    p: Problem, block: Block, row_slopes: dict[str, Slopes], column_slopes: Slopes | None,
     slope_LP: Tensor, dq_MD: Tensor | None, dp_ND: Tensor | None, along_q: Tensor | None,
     along_p: Tensor | None,
 ) -> None:  # fmt: skip
@@ -642,24 +735,21 @@ def _gradients(
     dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
     most = _rows_per_chunk(N, L * N * torch.empty((), dtype=dtype).element_size(), settings)
     chunks = list(_chunks(block.rows, most, tiles.BLOCK_M))
-    out = torch.empty(L, chunks[0].stop, N, dtype=dtype, device=p.q_MD.device)
-    label_slope_LM = slope_LP[:, :M].contiguous() if scored else None
+    out = p.new(L, chunks[0].stop, N, dtype=dtype)
     for part in chunks:
         R = part.stop - part.start
         along = (None, None)
         if along_q is not None:
-            new = lambda *shape: torch.empty(shape, device=p.q_MD.device)  # noqa: E731
-            along = (
-                new(L, triton.cdiv(N, tiles.BLOCK_N), R), new(L, triton.cdiv(R, tiles.BLOCK_M), N)
-            )  # fmt: skip
+            along = _along(p, block, R)
         G = out[:, :R]
+        of_rows = row_slopes.get(block.row_direction)
         _launch_gradients(
             p, block, part, G, along=along,
-            row_slopes=_slopes(stats, slopes, block.row_direction, part),
-            column_slopes=_slopes(stats, slopes, block.column_direction, slice(None)),
-            label_slope_LR=label_slope_LM[:, part].contiguous() if scored else None,
+            row_slopes=of_rows and _part_of_slopes(of_rows, part),
+            column_slopes=column_slopes if block.column_direction else None,
+            label_slope_LR=slope_LP[:, part] if scored else None,
         )  # fmt: skip
-        if scored and len(p.pairs.rows_P) > M:
+        if scored and p.pairs is not None:
             _scatter_pairs(p, G, slope_LP, part)
         index = None if block.index is None else block.index[part]
         a_RD = block.a[part] if index is None else block.a[index]
@@ -672,7 +762,7 @@ def _gradients(
                 if index is None:
                     _product(g_RN, b_ND, d_a[part, dims], True)
                 else:
-                    d_rows = torch.empty(R, last - dims.start, device=out.device)
+                    d_rows = p.new(R, last - dims.start)
                     _product(g_RN, b_ND, d_rows, False)
                     _add_rows(d_a[:, dims], index, d_rows)
             if d_b is not None:
@@ -683,28 +773,22 @@ def _gradients(
                 along_a[:, part] += along[0].sum(1)
             else:
                 _add_at(along_a, index, along[0].sum(1))
-    if along_q is not None and scored and len(p.pairs.rows_P) > M:
+    if along_q is not None and scored and p.pairs is not None:
         more = slice(M, None)
-        gs_LK = (slope_LP * p.similarity_LP * p.scale)[:, more]
+        gs_LK = (slope_LP * p.similarity_LP * _torch_number(p.scale))[:, more]
         _add_at(along_q, p.pairs.rows_P[more], gs_LK)
         _add_at(along_p, p.pairs.columns_P[more], gs_LK)
 
 
-def _slopes(stats, slopes, direction: str | None, part: slice):
-    if direction is None:
-        return None
-    lse, soft, flat = (
-        None if x is None else x[:, part].contiguous()
-        for x in (stats[direction].lse, *slopes[direction])
-    )  # fmt: skip
-    return scores.Slopes(lse, soft, flat, lse.stride(0))
+def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:
+    return Slopes(*(None if x is None else x[:, part] for x in slopes[:3]), slopes.stride)
 
 
 def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
     """Write the gradients of further positives into a chunk; the labels' are there already."""
     more = slice(len(p.q_MD), None)
     rows_K, columns_K = p.pairs.rows_P[more], p.pairs.columns_P[more]
-    value_LK = slope_LP[:, more] * p.scale
+    value_LK = slope_LP[:, more] * _torch_number(p.scale)
     if p.inverse_q is not None:
         value_LK = value_LK * p.inverse_q[:, rows_K] * p.inverse_p[:, columns_K]
     value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes

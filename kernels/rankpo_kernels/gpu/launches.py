@@ -38,7 +38,7 @@ def launches() -> Iterator[Launch]:
 
         def loss(
             relations=None, own=None, needs=(True, True, True, False), D=D, q=q, p=p, stored=False,
-            normalize=True, **options,
+            few=False, normalize=True, **options,
         ):  # fmt: skip
             arguments = (
                 q[:, :D], p[:, :D], own, torch.tensor(50.0, dtype=torch.float64),
@@ -46,7 +46,7 @@ def launches() -> Iterator[Launch]:
                 Settings(normalize, 1 << 30, **options),
                 torch.empty(M) if any(needs) else None, needs,
             )  # fmt: skip
-            return lambda: info_nce(*arguments, stored=stored)
+            return lambda: info_nce(*arguments, stored=stored, few=few)
 
         matryoshka = {"dims": DIMS, "dim_weights": (1.0,) * len(DIMS)}
         symmetric, learnt = {"directions": DIRECTIONS[:2]}, {"needs": (True,) * 4}
@@ -64,6 +64,15 @@ def launches() -> Iterator[Launch]:
                 "plain, stored": loss(stored=True),
                 "plain, stored, learnt scale": loss(stored=True, **learnt),
                 "plain, forward": loss(needs=(False,) * 4),
+                "few launches": loss(few=True),
+                "few launches, learnt scale, unnormalised": loss(
+                    few=True, normalize=False, **learnt
+                ),
+                "few launches, symmetric": loss(few=True, joint=False, **symmetric),
+                "few launches, ids, margin, smoothing": loss(
+                    ids, few=True, margin=0.1, label_smoothing=0.1
+                ),
+                "few launches, guide": loss(guide, few=True, margin=0.1),
                 "plain, odd D": loss(D=1000),
                 "plain, unnormalised": loss(normalize=False),
                 "plain, ids": loss(ids, stored=True),

@@ -1,21 +1,150 @@
-"""Gradient products that walk a list instead of all there is: live tiles only, or own rows only.
+"""Gradient products that cuBLAS has no form of: finished as they are, over live tiles only, or over
+own rows only.
 
+    finished   d q = G P, d p = G' Q, less their parts along q and p: both in one launch
     filtered   out_m = sum over live tiles n of G_mn B_n   (or G' A: then m and n change roles)
     own        d q_i += sum_h g_h n_h,  d n_h = g_h q_i,   h over the own negatives of query i
 
-Dense products belong to cuBLAS; these are for what it cannot skip. M queries, N passages, D dims,
+Large dense products belong to cuBLAS. M queries, N passages, D dims,
 H own negatives, L prefixes.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankpo_kernels.gpu.rows import block_d
-from rankpo_kernels.gpu.tiles import FUSION, Tiles
+from rankpo_kernels.gpu.rows import Scale, absent, block_d
+from rankpo_kernels.gpu.tiles import FUSION, PRODUCT, Tiles
 
 BLOCK_D = 128  # dims of a tile of a product
+
+
+class Product(NamedTuple):
+    """One side's gradients: out = G b - (along / |x|^2) x, with G or its transpose [R, N]."""
+
+    stride_gr: int
+    stride_gn: int
+    b: Tensor
+    stride_b: int
+    stride_bd: int
+    x: Tensor
+    stride_x: int
+    stride_xd: int
+    inverse_R: Tensor | None
+    along: Tensor | None  # parts of <G b, x> [parts, R]
+    parts: int
+    out: Tensor
+    R: int
+    N: int
+
+    @staticmethod
+    def of(
+        x_RD: Tensor, b_ND: Tensor, inverse_LR: Tensor | None, along: Tensor | None,
+        out_RD: Tensor | None, *, transpose: bool,
+    ) -> "Product":  # fmt: skip
+        """One level; G is contiguous."""
+        R, N = len(x_RD), len(b_ND)
+        if out_RD is None:
+            return absent(Product)
+        strides = (1, R) if transpose else (N, 1)
+        parts = 0 if along is None else along.shape[1]
+        return Product(*strides, b_ND, *b_ND.stride(), x_RD, *x_RD.stride(), inverse_LR, along,
+                       parts, out_RD, R, N)  # fmt: skip
+
+
+class Totals(NamedTuple):
+    """Sums that one program more takes: of weighted losses, and of the scale's gradients."""
+
+    loss_M: Tensor
+    weights: Scale
+    M: int
+    total: Tensor
+    d_scales: Tensor | None
+    size: int
+    d_scale: Tensor | None
+
+
+@triton.jit
+def _finished_tile(
+    g, side, pid, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of out [BLOCK_M rows, BLOCK_N dims]; programs side by side share their rows of G."""
+    tiles_d = tl.cdiv(D, BLOCK_N)
+    offs_r = pid // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = pid % tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_r, mask_d = offs_r < side.R, offs_d < D
+    row_r = tl.minimum(offs_r, side.R - 1).to(tl.int64)
+    acc_rd = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, side.N, BLOCK_K):
+        offs_n = start + tl.arange(0, BLOCK_K)
+        mask_n = offs_n < side.N
+        at_rn = row_r[:, None] * side.stride_gr + offs_n.to(tl.int64)[None, :] * side.stride_gn
+        g_rn = tl.load(g + at_rn, mask=mask_n[None, :], other=0.0)
+        at_nd = offs_n.to(tl.int64)[:, None] * side.stride_b + offs_d[None, :] * side.stride_bd
+        b_nd = tl.load(side.b + at_nd, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+        acc_rd = tl.dot(g_rn, b_nd, acc_rd, input_precision="ieee")
+    write_rd = mask_r[:, None] & mask_d[None, :]
+    if side.inverse_R is not None:
+        along_r = tl.zeros([BLOCK_M], tl.float32)
+        for part in range(0, side.parts):
+            along_r += tl.load(side.along + part * side.R + row_r)
+        inverse_r = tl.load(side.inverse_R + row_r)
+        x_rd = side.x + row_r[:, None] * side.stride_x + offs_d[None, :] * side.stride_xd
+        x = tl.load(x_rd, mask=write_rd, other=0.0).to(tl.float32)
+        acc_rd -= (along_r * inverse_r)[:, None] * (x * inverse_r[:, None])
+    to_rd = side.out + row_r[:, None] * D + offs_d[None, :]
+    tl.store(to_rd, acc_rd.to(side.out.dtype.element_ty), mask=write_rd)
+
+
+@triton.jit
+def _summed(x, weights, size, BLOCK: tl.constexpr):
+    """sum_i w_i x_i; without weights they are 1."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        value = tl.load(x + offs, mask=offs < size, other=0.0)
+        if weights is not None:
+            value *= tl.load(weights + offs, mask=offs < size, other=0.0)
+        sums += value
+    return tl.sum(sums)
+
+
+@triton.jit
+def _finished_kernel(
+    g, first, second, totals, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the first side, then of the second, then the sums."""
+    pid, tiles_d, of_first, of_second = tl.program_id(0), tl.cdiv(D, BLOCK_N), 0, 0
+    if first.out is not None:
+        of_first = tl.cdiv(first.R, BLOCK_M) * tiles_d
+        if pid < of_first:
+            _finished_tile(g, first, pid, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    if second.out is not None:
+        of_second = tl.cdiv(second.R, BLOCK_M) * tiles_d
+        if (pid >= of_first) & (pid < of_first + of_second):
+            _finished_tile(g, second, pid - of_first, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    if pid == of_first + of_second:
+        total = _summed(totals.loss_M, totals.weights.at, totals.M, BLOCK)
+        if totals.weights.at is None:
+            total *= totals.weights.value
+        tl.store(totals.total, total)
+        if totals.d_scale is not None:
+            tl.store(totals.d_scale, _summed(totals.d_scales, None, totals.size, BLOCK))
+
+
+def finished(g_MN: Tensor, first: Product, second: Product, totals: Totals) -> None:
+    """Gradients of both sides (each may be absent) in their last form, and the sums."""
+    D = next(side.x.shape[1] for side in (first, second) if side.out is not None)
+    rows = sum(triton.cdiv(side.R, PRODUCT.BLOCK_M) for side in (first, second) if side.R)
+    _finished_kernel[(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)](
+        g_MN, first, second, totals, D, PRODUCT.BLOCK_M, PRODUCT.BLOCK_N, PRODUCT.BLOCK_K, 1024,
+        num_warps=PRODUCT.num_warps, num_stages=PRODUCT.num_stages, **FUSION,
+    )  # fmt: skip
 
 
 @triton.jit

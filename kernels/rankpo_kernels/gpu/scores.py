@@ -182,20 +182,9 @@ def _part(s_mn, open_mn, partials, at, AXIS: tl.constexpr, mask):
     return top, e_mn
 
 
-class Plain(NamedTuple):
-    """What a row of the plain loss needs to find its own slopes, and what it leaves behind."""
-
-    parts: Partials  # [n_parts, R]
-    positive_R: Tensor  # similarity of the label
-    weights_R: Tensor | None
-    loss_R: Tensor
-    hardest_R: Tensor
-    d_scale_R: Tensor | None
-    factor_R: Tensor | None  # what was divided out of a stored row
-
-
-SHIFT = tl.constexpr(30.0)  # exp(s - s_positive + SHIFT) is stored; bf16 has fp32's range, e^+-87,
-OVER = tl.constexpr(35.0)  # so rows of gaps below OVER fit, and their e^-65 beside weights too
+# exp(s - s_positive + SHIFT) is stored; bf16 has fp32's range, e^+-87: rows of gaps below 35 fit,
+# and their e^-65 beside weights too
+SHIFT = tl.constexpr(30.0)
 
 
 @triton.jit
@@ -213,57 +202,6 @@ def _tile_at(out, pid_m, pid_n, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     """Pointers of a tile: one in 64 bits, offsets from it in 32."""
     out += (pid_m * BLOCK_M).to(tl.int64) * stride + pid_n * BLOCK_N
     return out + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
-
-
-@triton.jit
-def _gap(plain, offs_m, R, n_parts, scale):
-    """(lse, gap = lse - s_positive, top, softmax mean) of rows, from their parts."""
-    top = tl.full(offs_m.shape, -float("inf"), tl.float32)
-    for part in range(0, n_parts):
-        top = tl.maximum(top, tl.load(plain.parts.top + part * R + offs_m))
-    floor = tl.where(top == -float("inf"), 0.0, top)
-    z = tl.zeros(offs_m.shape, tl.float32)
-    zs = tl.zeros(offs_m.shape, tl.float32)
-    for part in range(0, n_parts):
-        at = part * R + offs_m
-        by = tl.exp(tl.load(plain.parts.top + at) - floor)
-        z += tl.load(plain.parts.z + at) * by
-        if plain.parts.zs is not None:
-            zs += tl.load(plain.parts.zs + at) * by
-    alone = z == 0
-    lse = tl.where(alone, -float("inf"), top + tl.log(z))
-    mean = tl.where(alone, 0.0, zs / z)
-    return lse, lse - scale * tl.load(plain.positive_R + offs_m), top, mean
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), all digits where it is tiny."""
-    e = tl.exp(-tl.abs(x))
-    one = 1.0 + e
-    # log1p: what rounding 1 + e lost comes back as a factor
-    log1p = tl.where(one == 1.0, e, tl.log(one) * e / tl.where(one == 1.0, 1.0, one - 1.0))
-    return tl.where(x > 0, x, 0.0) + log1p
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _leave(plain, offs_m, mask, gap, top, mean, scale):
-    """Store a row's loss and statistics, and return its weighted pull = -d total / d s_positive."""
-    pull = _sigmoid(gap)
-    s_positive = scale * tl.load(plain.positive_R + offs_m)
-    tl.store(plain.loss_R + offs_m, _softplus(gap), mask=mask)
-    tl.store(plain.hardest_R + offs_m, top / scale, mask=mask)
-    if plain.weights_R is not None:
-        pull *= tl.load(plain.weights_R + offs_m)
-        if plain.d_scale_R is not None:
-            tl.store(plain.d_scale_R + offs_m, pull * (mean - s_positive) / scale, mask=mask)
-    return pull
 
 
 @triton.jit
@@ -318,57 +256,16 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _rows_kernel(
-    plain, label_R, q, inverse_q, inverse_p, inverse_top, stored, weighted_q,
-    scale, n_parts, R, stride_q, stride_qd, stored_stride,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_R rows a program: their losses from the parts and, where exponentials are stored, their
-    factors, the elements of their positives, and the rows of factor * q that the product for
-    passages takes."""
-    scale = number(scale)
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    safe_r = tl.minimum(offs_r, R - 1)
-    lse, gap, top, mean = _gap(plain, safe_r, R, n_parts, scale)
-    pull = _leave(plain, safe_r, mask_r, gap, top, mean, scale)
-    if stored is not None:
-        # soft exp(s - lse) = factor exp(s - s_positive + SHIFT), and where that overflows the
-        # gradients kernel stores exp(s - lse)
-        fits = ~(gap > OVER)
-        weight = tl.load(plain.weights_R + safe_r)
-        factor = tl.where(fits, weight * _sigmoid(-gap) * tl.exp(-SHIFT), pull)
-        element = -tl.exp(tl.where(fits, gap + SHIFT, 0.0))
-        label = tl.load(label_R + safe_r)
-        by = factor
-        if inverse_p is not None:
-            element *= tl.load(inverse_p + label) / tl.load(inverse_top)
-            by *= tl.load(inverse_q + safe_r)
-        row_r = offs_r.to(tl.int64)
-        element = element.to(stored.dtype.element_ty)
-        tl.store(stored + row_r * stored_stride + label, element, mask_r)
-        tl.store(plain.factor_R + offs_r, factor, mask=mask_r)
-        for start in range(0, D, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D)
-            mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
-            x_rd = q + row_r[:, None] * stride_q + offs_d[None, :] * stride_qd
-            x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32) * by[:, None]
-            to_rd = weighted_q + row_r[:, None] * D + offs_d[None, :]
-            tl.store(to_rd, x.to(weighted_q.dtype.element_ty), mask=mask_rd)
-
-
-@triton.jit
 def _gradients_kernel(
-    a, b, guide_a, guide_b, masks, plain, row_slopes, column_slopes, label_slope_LR, inverse_top,
+    a, b, guide_a, guide_b, masks, row_slopes, column_slopes, label_slope_LR, inverse_top,
     tile_parts, live, out, along_rows, along_columns,
-    scale, filter_mass, n_parts, R, N, out_stride, level_stride,
+    scale, filter_mass, R, N, out_stride, level_stride, label_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr, ONLY_OVER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of d total / d dot a program, at each level the sum over it and longer prefixes.
 
-    plain: slopes are found here, and kept by the programs of the first column of tiles.
-    ONLY_OVER: only rows that `stored` exponentials could not hold.
+    ONLY_OVER: only rows with a slope, those that `stored` exponentials could not hold.
     live: tiles without any row of mass above filter_mass are marked 0 and left unwritten.
     """
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -380,28 +277,19 @@ def _gradients_kernel(
     safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)
 
     write_m = mask_m
-    lse_m = tl.zeros([BLOCK_M], tl.float32)
-    pull_m = lse_m
     work = True
-    if plain.loss_R is not None:
-        lse_m, gap_m, top_m, mean_m = _gap(plain, safe_m, R, n_parts, scale)
-        keep_m = offs_m < tl.where(pid_n == 0, R, 0)
-        pull_m = _leave(plain, safe_m, keep_m, gap_m, top_m, mean_m, scale)
-        if ONLY_OVER:
-            write_m = mask_m & (gap_m > OVER)
-            work = tl.max(write_m.to(tl.int32)) > 0
-        elif plain.factor_R is not None:
-            tl.store(plain.factor_R + safe_m, pull_m, mask=keep_m)
-        if live is not None:
-            at = pid_n * R + safe_m
-            mass_m = tl.load(tile_parts.z + at) * tl.exp(tl.load(tile_parts.top + at) - lse_m)
-            label_m = tl.load(masks.label_R + safe_m)
-            holds_label = (label_m // BLOCK_N == pid_n) & (pull_m != 0)
-            heavy_m = ((mass_m > filter_mass) & (pull_m != 0)) | holds_label
-            # NaN compares false and must not be filtered away
-            heavy_m = heavy_m | (mass_m != mass_m)
-            work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
-            tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
+    if ONLY_OVER:
+        write_m = mask_m & (tl.load(row_slopes.soft + safe_m) != 0)
+        work = tl.max(write_m.to(tl.int32)) > 0
+    if live is not None:
+        at_m = pid_n * R + safe_m
+        lse_m, pulls_m = tl.load(row_slopes.lse + safe_m), tl.load(row_slopes.soft + safe_m) != 0
+        mass_m = tl.load(tile_parts.z + at_m) * tl.exp(tl.load(tile_parts.top + at_m) - lse_m)
+        holds_label = tl.load(masks.label_R + safe_m) // BLOCK_N == pid_n
+        # NaN compares false and must not be filtered away
+        heavy_m = (((mass_m > filter_mass) | holds_label) & pulls_m) | (mass_m != mass_m)
+        work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
+        tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
     if work:
         open_mn = _unrelated(
             masks, guide_a, guide_b, safe_m, safe_n,
@@ -423,10 +311,6 @@ def _gradients_kernel(
             s_mn = scale * similarity_mn
 
             g_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # d total / d s
-            if plain.loss_R is not None:
-                g_mn = tl.exp(s_mn - lse_m[:, None])
-                if plain.factor_R is None:
-                    g_mn *= pull_m[:, None]
             if row_slopes.lse is not None:
                 at_m = level * row_slopes.stride + safe_m
                 g_mn += tl.load(row_slopes.soft + at_m)[:, None] * tl.exp(
@@ -442,28 +326,25 @@ def _gradients_kernel(
                 if column_slopes.flat is not None:
                     g_mn -= tl.load(column_slopes.flat + at_n)[None, :]
             g_mn = tl.where(left_mn, g_mn, 0.0)
-            if label_slope_LR is not None or plain.loss_R is not None:
-                if plain.loss_R is not None:
-                    at_label_m = -pull_m
-                    if plain.factor_R is not None:  # divided out; NaN comes back with it
-                        at_label_m = tl.where(pull_m != 0, -1.0, 0.0)
-                else:
-                    at_label_m = tl.load(label_slope_LR + level * R + safe_m)
+            if label_slope_LR is not None:
+                at_label_m = tl.load(label_slope_LR + level * label_stride + safe_m)
                 label_mn = tl.load(masks.label_R + safe_m)[:, None] == offs_n[None, :]
                 g_mn = tl.where(label_mn, at_label_m[:, None], g_mn)
-            if along_rows is not None:
-                gs_mn = tl.where(write_mn, g_mn * s_mn, 0.0)
-                at_m = (level * tiles_n + pid_n) * R + offs_m
-                tl.store(along_rows + at_m, tl.sum(gs_mn, 1), mask=mask_m)
-                at_n = (level * tiles_m + pid_m) * N + offs_n
-                tl.store(along_columns + at_n, tl.sum(gs_mn, 0), mask=mask_n)
             if inverse_top is not None:  # relative: row factors and the largest |b|^-1 come later
                 if b.inverse_L is not None:
                     relative_n = tl.load(b.inverse_L + rows_b) / tl.load(inverse_top)
                     g_mn *= relative_n[None, :]
             else:
                 g_mn = _similarity(scale * g_mn, a, rows_a, b, rows_b, level)
-            tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
+            rounded_mn = g_mn.to(out.dtype.element_ty)
+            tl.store(out_mn, rounded_mn, mask=write_mn)
+            if along_rows is not None:
+                # what the products will have along their rows, as it is rounded
+                along_mn = tl.where(write_mn, rounded_mn.to(tl.float32) * dots_mn, 0.0)
+                at_m = (level * tiles_n + pid_n) * R + offs_m
+                tl.store(along_rows + at_m, tl.sum(along_mn, 1), mask=mask_m)
+                at_n = (level * tiles_m + pid_m) * N + offs_n
+                tl.store(along_columns + at_n, tl.sum(along_mn, 0), mask=mask_n)
             out_mn += level_stride  # not level * level_stride: that may not fit 32 bits
         if len(DIMS) > 1:
             # A block of dims takes part in every prefix from its own on.
@@ -473,42 +354,6 @@ def _gradients_kernel(
                 out_mn -= level_stride
                 sum_mn += tl.load(out_mn, mask=write_mn, other=0.0).to(tl.float32)
                 tl.store(out_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
-
-
-@triton.jit
-def _reduce_kernel(
-    parts, out, n_parts, out_part, out_parts, R, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Many parts of a softmax to part `out_part` of `out`; one program BLOCK rows of a level."""
-    level = tl.program_id(1)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < R
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
-    for part in range(0, n_parts):
-        at = (level * n_parts + part) * R + offs
-        top = tl.maximum(top, tl.load(parts.top + at, mask=mask, other=-float("inf")))
-    floor = tl.where(top == -float("inf"), 0.0, top)
-    z = tl.zeros([BLOCK], tl.float32)
-    zs = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, n_parts):
-        at = (level * n_parts + part) * R + offs
-        by = tl.exp(tl.load(parts.top + at, mask=mask, other=0.0) - floor)
-        z += tl.load(parts.z + at, mask=mask, other=0.0) * by
-        if parts.zs is not None:
-            zs += tl.load(parts.zs + at, mask=mask, other=0.0) * by
-        if parts.sum is not None:
-            total += tl.load(parts.sum + at, mask=mask, other=0.0)
-            count += tl.load(parts.count + at, mask=mask, other=0.0)
-    to = (level * out_parts + out_part) * R + offs
-    tl.store(out.top + to, top, mask=mask)
-    tl.store(out.z + to, z, mask=mask)
-    if parts.zs is not None:
-        tl.store(out.zs + to, zs, mask=mask)
-    if parts.sum is not None:
-        tl.store(out.sum + to, total, mask=mask)
-        tl.store(out.count + to, count, mask=mask)
 
 
 @triton.jit

@@ -30,28 +30,36 @@ class Tiles:
 WIDE = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 SLIM = Tiles(128, 64, 64, num_warps=8, num_stages=3)
 SMALL = Tiles(64, 64, 32, num_warps=8, num_stages=4)
+PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
 
 
 def score_tiles(
-    dtype: torch.dtype, relations: Relations, settings: Settings, stored: bool
-) -> Tiles:
+    dtype: torch.dtype, relations: Relations, settings: Settings, stored: bool, few: bool
+) -> Tiles:  # fmt: skip
     if dtype == torch.float32:
         return FULL
     if relations.guide_queries is not None or len(settings.dims) > 1:
         return SMALL  # two accumulators, or one that outlives several epilogues
     masked = settings.margin is not None or any(x is not None for x in relations[1:7])
-    if masked or settings.gradient_filter or not is_plain(relations, settings):
-        return SLIM
+    if masked or few or settings.gradient_filter or not is_plain(relations, settings):
+        return SLIM  # few launches: their gradients keep dot products beside the slopes
     # tensor memory of sm_100 comes as 64 columns a thread, with wgmma they are 32
-    return SLIM if stored and _architecture() >= 100 else WIDE
+    relative = stored or dtype == torch.float16
+    return SLIM if relative and _architecture() >= 100 else WIDE
 
 
 def _architecture() -> int:
     if triton.knobs.runtime.interpret:
         return 0
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def takes_few_launches(dtype: torch.dtype, M: int, D: int, N: int) -> bool:
+    """Whether Triton's products, which finish what they multiply, replace cuBLAS' and the launch
+    after them: where a launch counts. In fp32 they would run on the plain cores."""
+    return dtype == torch.bfloat16 and not stores_scores(M, D, N)
 
 
 def stores_scores(M: int, D: int, N: int) -> bool:
