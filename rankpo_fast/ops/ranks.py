@@ -28,7 +28,7 @@ from rankpo_kernels.ring import Ring
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # torch.compiler.disable without its import of dynamo, and of triton with it, at once
 _uncompiled = torch._disable_dynamo
-TERMS = 24  # places for what must be equal on all ranks
+TERMS = 32  # places for what must be equal on all ranks
 
 
 class Local(NamedTuple):
