@@ -18,7 +18,8 @@ class InfoNCELoss(nn.Module):
 
     options: what does not change with the batch (`rankpo_fast.ops.info_nce.InfoNCEOptions`):
     normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
-    margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend.
+    margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
+    process_group, exchange.
     Wrong ones raise ValueError here.
     """
 

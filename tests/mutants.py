@@ -24,6 +24,7 @@ SCORES, SLOPES, ROWS = (KERNELS + f"gpu/{name}.py" for name in ("scores", "slope
 PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
 LAUNCHER = KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -47,6 +48,8 @@ MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
 OPS_GRADIENTS = ops("gradcheck")
+RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
+RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 
 
 @dataclass(frozen=True)
@@ -474,6 +477,73 @@ MUTANTS = [
         "not isinstance(self.workspace_bytes, int)",
         "False",
         ops("bad_arguments"),
+    ),
+    # several ranks
+    Mutant(
+        "ranks-labels-of-own-passages", ACROSS,
+        "column + own.start",
+        "column",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-keys-of-others-forgotten", ACROSS,
+        "== class_K, column_K, labels_M[0])",
+        "!= class_K, column_K, labels_M[0])",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-gradients-of-others-forgotten", ACROSS,
+        "return parts.sum(0, dtype=compute_dtype(grad.dtype)).to(grad.dtype)",
+        "return parts[group.rank()]",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-mean-of-own-queries", ACROSS,
+        "group.size() / ranks.weight if",
+        "1 / ranks.weight if",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-refusal-kept-quiet", ACROSS,
+        "        refusal = error\n",
+        "        raise error\n",
+        of("tests/ops/test_ranks.py", "wrong and 2-"),
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries", CHUNKED,
+        "whole = of_all_ranks(whole, settings)",
+        "pass",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries-gpu", LAUNCHER,
+        "sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}",
+        "pass",
+        of("tests/ops/test_ranks.py", "triton and 2"),
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs", CHUNKED,
+        "zip(lines, add_ranks_(of_own, settings), strict=True)",
+        "zip(lines, of_own, strict=True)",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs-gpu", LAUNCHER,
+        "            add_ranks_(x, settings)",
+        "            pass",
+        of("tests/ops/test_ranks.py", "triton and 2"),
+    ),
+    Mutant(
+        "ranks-queries-of-own-as-columns", CHUNKED,
+        "of = (queries, all_queries, None, each_M, _lists(keys, of_all.labels_M), None)",
+        "of = (queries, queries, None, each_M, _lists(keys, relations.labels_M), None)",
+        RANKS,
+    ),
+    Mutant(
+        "ring-gradients-left-behind", RING,
+        "own if dp is None else own.add_(dp)",
+        "own",
+        RANKS_RING,
     ),
 ]  # fmt: skip
 

@@ -56,6 +56,7 @@ EVERYTHING = dict(
 def lists(lengths, high, generator):
     """(offsets, columns) with rows of these lengths, without repetition in a row."""
     rows = [torch.randperm(high, generator=generator)[:length] for length in lengths]
+    rows.append(torch.empty(0, dtype=torch.int64))  # there may be no row
     return torch.tensor([0, *itertools.accumulate(lengths)]), torch.cat(rows)
 
 
@@ -67,7 +68,7 @@ def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
         return torch.randn(rows, dims, generator=generator, dtype=torch.float64).to(dtype)
 
     def integers(high, count):
-        return torch.randint(high, (count,), generator=generator)
+        return torch.randint(max(high, 1), (count,), generator=generator)
 
     q, p, own, labels = normal(M), normal(N), None, integers(N, M)
     p[labels] += q
@@ -83,7 +84,7 @@ def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
         fields |= {"query_ids_M": integers(12, M), "passage_ids_N": integers(25, N) * 10**12}
     if "own" in names:
         lengths = torch.arange(M) * 7 % 4  # none, or several
-        lengths[-1] = 0
+        lengths[-1:] = 0
         own = normal(int(lengths.sum()))
         fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if "curated" in names:

@@ -37,6 +37,7 @@ from rankpo_kernels.objective import (
     Settings,
     Slopes,
     Stats,
+    add_ranks_,
     combine,
     expand,
     gradient_dtype,
@@ -44,6 +45,8 @@ from rankpo_kernels.objective import (
     known,
     limits,
     merge,
+    of_all_ranks,
+    own_rows,
     positive_pairs,
 )
 
@@ -75,7 +78,8 @@ def info_nce(
     if weights_M is None:
         needs = (False,) * 4
     else:
-        weights_M = weights_M.to(device, dtype).expand(len(q_MD)).contiguous()
+        M = len(own_rows(relations, settings).labels_M)
+        weights_M = weights_M.to(device, dtype).expand(M).contiguous()
     needs = needs if own_HD is not None else (*needs[:2], False, needs[3])
     arguments = (scale, relations, settings, weights_M, needs)
     if is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype)):
@@ -170,6 +174,12 @@ class Side:
             ratio_LN = inverse_LN / last_N.masked_fill(last_N == 0, torch.inf)
         grad_ND = x_ND.new_zeros(x_ND.shape) if need else None
         return Side(x_ND, inverse_LN, ratio_LN, grad_ND, torch.zeros_like(inverse_LN))
+
+    def part(self, rows: slice) -> "Side":
+        """These vectors alone, in the same memory."""
+        grad_ND = None if self.grad_ND is None else self.grad_ND[rows]
+        x_ND, along_LN = self.x_ND[rows], self.along_LN[:, rows]
+        return Side(x_ND, self.inverse_LN[:, rows], self.ratio_LN[:, rows], grad_ND, along_LN)
 
     def unit(self, rows: slice | Tensor) -> Tensor:
         return self.x_ND[rows] * self.inverse_LN[-1, rows, None]
@@ -312,7 +322,7 @@ class Line(NamedTuple):
 Lines = list[dict[str, Line]]  # of each prefix, by direction
 
 
-def _at(rows: slice, lines: NamedTuple) -> NamedTuple:
+def _at(rows: slice | int, lines: NamedTuple) -> NamedTuple:
     return type(lines)(*(x[rows] for x in lines))
 
 
@@ -342,7 +352,8 @@ class Block:
         """Dot products, one chunk after the other in the same memory."""
         C, L, like = len(self.b.x_ND), len(self.bounds), self.b.x_ND
         buffers, memory = L + (self.guides is not None), None
-        for rows in _chunks(len(self.query_R), C, buffers, like, self.settings.workspace_bytes):
+        count = len(self.query_R) if C else 0  # a rank may bring no passages
+        for rows in _chunks(count, C, buffers, like, self.settings.workspace_bytes):
             R = rows.stop - rows.start
             memory = like.new_empty(buffers, R * C) if memory is None else memory
             scores = [buffer[: R * C].view(R, C) for buffer in memory]
@@ -460,22 +471,26 @@ class Chunk:
 
 
 def _blocks(
-    queries: Side, passages: Side, pairs: Pairs, similarity_LM: Tensor, scale: Tensor,
-    bounds: list, relations: Relations, settings: Settings,
+    all_queries: Side, passages: Side, pairs: Pairs, similarity_LM: Tensor, scale: Tensor,
+    bounds: list, of_all: Relations, settings: Settings,
 ) -> list[Block]:  # fmt: skip
     """The blocks that the directions read."""
-    M, keys = len(queries.x_ND), known(relations, len(passages.x_ND))
-    each_M = torch.arange(M, device=scale.device)
+    own, relations = _window(settings), own_rows(of_all, settings)
+    queries, keys = all_queries.part(own), known(relations, len(passages.x_ND))
+    each_M = torch.arange(len(queries.x_ND), device=scale.device)
     of_passages = _lists(keys)
     limit_LM, guides, curated_N = None, None, relations.curated_N
     if settings.margin is not None:
         if relations.guide_queries is not None:
             guides = tuple(
                 Side.of(x, [(0, x.shape[1])], scale.dtype, settings.normalize, False)
-                for x in (relations.guide_queries, relations.guide_passages)
+                for x in (of_all.guide_queries, of_all.guide_passages)
             )
+            guides = (guides[0].part(own), *guides)
             one, dims = torch.ones_like(scale), [(0, guides[0].x_ND.shape[1])]
-            similarity_LM = _pair_logits(*guides, each_M, relations.labels_M, one, dims)
+            similarity_LM = _pair_logits(
+                guides[0], guides[2], each_M, relations.labels_M, one, dims
+            )
         limit_LM = limits(similarity_LM, settings)
 
     blocks = []
@@ -484,13 +499,13 @@ def _blocks(
     if any(wanted):
         exempt_N = None if limit_LM is None else curated_N
         of = (queries, passages, None, each_M, of_passages, exempt_N)
-        blocks.append(Block(*of, *wanted, guides, *rest))
+        blocks.append(Block(*of, *wanted, guides and guides[::2], *rest))
     if QQ in settings.directions:
-        of = (queries, queries, None, each_M, _lists(keys, relations.labels_M), None)
-        blocks.append(Block(*of, QQ, None, guides and (guides[0], guides[0]), *rest))
+        of = (queries, all_queries, None, each_M, _lists(keys, of_all.labels_M), None)
+        blocks.append(Block(*of, QQ, None, guides and guides[:2], *rest))
     if PP in settings.directions:
         of = (passages, passages, pairs.columns_P, pairs.rows_P, of_passages, curated_N)
-        blocks.append(Block(*of, PP, None, guides and (guides[1], guides[1]), *rest))
+        blocks.append(Block(*of, PP, None, guides and (guides[2], guides[2]), *rest))
     return blocks
 
 
@@ -500,14 +515,16 @@ def _general(
     needs: tuple[bool, bool, bool, bool],
 ) -> Result:  # fmt: skip
     """Every option, in torch."""
-    (M, D), device = q_MD.shape, q_MD.device
+    D, device = q_MD.shape[1], q_MD.device
+    of_all, relations = relations, own_rows(relations, settings)
+    M = len(relations.labels_M)
     prefixes, level_weights = zip(*settings.levels(D), strict=True)
     bounds = list(zip((0, *prefixes), prefixes, strict=False))
-    queries, passages, owned = (
+    all_queries, passages, owned = (
         None if x is None else Side.of(x, bounds, scale.dtype, settings.normalize, need)
         for x, need in zip((q_MD, p_ND, own_HD), needs, strict=False)
     )
-    pairs = positive_pairs(relations, scale.dtype)
+    queries, pairs = all_queries.part(_window(settings)), positive_pairs(relations, scale.dtype)
     s_LP = _pair_logits(queries, passages, *pairs[:2], scale, bounds)
     similarity_LM = s_LP[:, :M] / scale
     if owned is not None:
@@ -543,7 +560,7 @@ def _general(
             hardest_M[rows] = of[hardest_of].top / scale
         return lines
 
-    blocks = _blocks(queries, passages, pairs, similarity_LM, scale, bounds, relations, settings)
+    blocks = _blocks(all_queries, passages, pairs, similarity_LM, scale, bounds, of_all, settings)
     want = (needs[3], settings.label_smoothing > 0)  # mean for d_scale, total for smoothing
     if settings.directions == (QP,):
         lines_of_chunks = []
@@ -562,13 +579,21 @@ def _general(
             if block.along_columns:
                 columns = [ColumnStats(s_LP, len(block.b.x_ND)) for _ in bounds]
             chunks = [chunk.stats(columns, *want) for chunk in block.chunks()]
+            if block.along_columns:  # of all levels at once: across ranks it is a collective
+                whole = Stats(*map(torch.stack, zip(*(x.result() for x in columns), strict=True)))
+                whole = of_all_ranks(whole, settings)
             for level, of in enumerate(stats):
                 if block.along_rows:
                     none = Stats(*s_LP.new_empty(5, 0))
                     of[block.along_rows] = _joined([none, *(chunk[level] for chunk in chunks)])
                 if block.along_columns:
-                    of[block.along_columns] = columns[level].result()
+                    of[block.along_columns] = _at(level, whole)
         lines = settle(slice(0, M), slice(None), stats)
+        if PQ in settings.directions and with_gradients:
+            for name in ("soft", "flat")[: 1 + (settings.label_smoothing > 0)]:
+                of_own = torch.stack([getattr(of[PQ], name) for of in lines])
+                for of, whole in zip(lines, add_ranks_(of_own, settings), strict=True):
+                    of[PQ] = of[PQ]._replace(**{name: whole})
         for block in blocks:
             if block.a.grad_ND is None and block.b.grad_ND is None:
                 continue
@@ -591,9 +616,14 @@ def _general(
         _add_pairs(queries, owned, *own_pairs, slope_LH, s_LH, scale, bounds)
     grads = (
         side.gradient(bounds, D, settings.normalize) if need else None
-        for side, need in zip((queries, passages, owned), needs, strict=False)
+        for side, need in zip((all_queries, passages, owned), needs, strict=False)
     )
     return Result(*result[:3], *grads, d_scale if needs[3] else None)
+
+
+def _window(settings: Settings) -> slice:
+    """The queries that have a loss, among all of q."""
+    return ALL if settings.window is None else slice(*settings.window)
 
 
 def _pairs_of(rows: slice, relations: Relations) -> Tensor:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 QP, PQ = "query_to_passage", "passage_to_query"
 QQ, PP = "query_to_query", "passage_to_passage"
@@ -46,6 +47,10 @@ class Settings:
     dim_weights: tuple[float, ...] = ()
     gradient_filter: float = 0.0
     backend: str | None = None
+    # Of several ranks: the process group whose queries all count in a column; and the rows of q
+    # that are a rank's own where q (with its labels and guide) holds the queries of all.
+    group: str | None = None
+    window: tuple[int, int] | None = None
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -76,6 +81,16 @@ class Relations(NamedTuple):
     curated_N: Tensor | None = None  # the query a passage was chosen for, -1 if none
     guide_queries: Tensor | None = None  # [M, G], whose similarities decide the margin
     guide_passages: Tensor | None = None  # [N, G]
+
+
+def own_rows(relations: Relations, settings: Settings) -> Relations:
+    """The relations of the queries that have a loss."""
+    if settings.window is None:
+        return relations
+    own, guide = slice(*settings.window), relations.guide_queries
+    return relations._replace(
+        labels_M=relations.labels_M[own], guide_queries=None if guide is None else guide[own]
+    )
 
 
 class Result(NamedTuple):
@@ -146,22 +161,24 @@ class Known(NamedTuple):
     keys: Tensor
 
 
+def listed(relations: Relations, class_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(class, column) of every label, further positive and exclusion."""
+    classes, columns = [class_M], [relations.labels_M]
+    for offsets, of_queries in (relations[1:3], relations[5:7]):
+        if offsets is not None:
+            classes.append(class_M[expand(offsets.diff(), len(of_queries))])
+            columns.append(of_queries)
+    return torch.cat(classes), torch.cat(columns)
+
+
 def known(relations: Relations, N: int) -> Known:
     """Sorts of M + N integers; no host sync."""
-    labels_M, positive_offsets, positive_columns, query_ids, passage_ids, *rest = relations
-    excluded_offsets, excluded_columns = rest[:2]
+    labels_M, query_ids, passage_ids = relations.labels_M, *relations[3:5]
     M, device = len(labels_M), labels_M.device
     class_M = torch.arange(M, device=device) if query_ids is None else query_ids
     text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids.contiguous()
-    classes, texts = [class_M], [text_N[labels_M]]
-    for offsets, columns in (
-        (positive_offsets, positive_columns),
-        (excluded_offsets, excluded_columns),
-    ):
-        if offsets is not None:
-            classes.append(class_M[expand(offsets.diff(), len(columns))])
-            texts.append(text_N[columns])
-    keys, text_of_key = torch.cat(classes), torch.cat(texts)
+    keys, columns = listed(relations, class_M)
+    text_of_key = text_N[columns]
     order = keys.argsort(stable=True)
     order = order[text_of_key[order].argsort(stable=True)]  # by text, then by class
     keys, text_of_key = keys[order], text_of_key[order]
@@ -201,6 +218,29 @@ def merge(a: Stats, b: Stats) -> Stats:
     finite = lse.masked_fill(lse == -torch.inf, 0)
     mean = (a.lse - finite).exp() * a.mean + (b.lse - finite).exp() * b.mean
     return Stats(lse, mean, a.sum + b.sum, a.count + b.count, torch.maximum(a.top, b.top))
+
+
+def of_all_ranks(stats: Stats, settings: Settings) -> Stats:
+    """Statistics of columns over the queries of all ranks, from those over a rank's own."""
+    if settings.group is None:
+        return stats
+    lse, top = _reduced(torch.stack([stats.lse, stats.top]), "MAX", settings.group)
+    share = (stats.lse - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    parts = [share, share * stats.mean, stats.sum, stats.count]
+    e, weighted, total, count = _reduced(torch.stack(parts), "SUM", settings.group)
+    return Stats(lse + e.log(), weighted / e.masked_fill(e == 0, 1), total, count, top)
+
+
+def add_ranks_(of_columns: Tensor, settings: Settings) -> Tensor:
+    """In place: what the pairs of all ranks add to columns, from what a rank's own do."""
+    if settings.group is None:
+        return of_columns
+    return _reduced(of_columns, "SUM", settings.group)
+
+
+def _reduced(x: Tensor, how: str, group: str) -> Tensor:
+    c10d.all_reduce(x, getattr(c10d.ReduceOp, how), c10d._resolve_process_group(group))
+    return x
 
 
 class Slopes(NamedTuple):

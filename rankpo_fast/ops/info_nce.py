@@ -13,12 +13,14 @@ scores are never stored: the launchers walk chunks of them.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from rankpo_fast.ops import ranks
 from rankpo_fast.ops.common import Reduction, row_weights, uniform_weight, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
@@ -36,6 +38,7 @@ from rankpo_kernels.objective import (
     gradient_dtype,
     is_plain,
     limits,
+    own_rows,
     positive_pairs,
 )
 
@@ -168,7 +171,7 @@ def _apart(*rows: Tensor) -> list[Tensor]:
 def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4) -> Result:
     relations, settings = Relations(*relations), Settings.parse(settings)
     if q.device.type == "cpu":
-        _check_values(relations, len(p), 0 if own is None else len(own))
+        _check_values(own_rows(relations, settings), len(p), 0 if own is None else len(own))
     launcher = _launcher(q, settings)
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
@@ -178,6 +181,10 @@ def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) 
 def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
     """Triton on CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
     on_gpu, exact = q.device.type == "cuda", q.dtype == torch.float64
+    if settings.window is not None:
+        return chunked.info_nce  # the kernels have no queries besides those with a loss
+    if settings.group is not None and not len(q):
+        return chunked.info_nce  # a rank without queries takes part in the collectives
     if settings.backend == "torch" or (settings.backend is None and (exact or not on_gpu)):
         return chunked.info_nce
     if exact:
@@ -207,13 +214,19 @@ def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
 
 
 @_info_nce.register_fake
-def _(q, *rest):
-    return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
+def _(q, p, own, scale, relations, settings):
+    return q.new_empty(_losses(q, settings), dtype=compute_dtype(q.dtype))
+
+
+def _losses(q: Tensor, settings: str) -> int:
+    window = Settings.parse(settings).window
+    return q.shape[0] if window is None else window[1] - window[0]
 
 
 @_info_nce_grads.register_fake
 def _(q, p, own, scale, relations, settings, weights, needs):
-    rows = [q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype)) for _ in range(3)]
+    dtype, M = compute_dtype(q.dtype), _losses(q, settings)
+    rows = [q.new_empty(M, dtype=dtype) for _ in range(3)]
     shapes = (q.shape, p.shape, own.shape if own is not None else (0,), ())
     grads = [
         empty.new_empty(shape) if need else empty
@@ -302,6 +315,8 @@ def info_nce_loss(
     gradient_filter: float = 0.0,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
 ) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
@@ -353,24 +368,41 @@ def info_nce_loss(
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
             256 MiB on CUDA.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
+        process_group: of torch.distributed. Each of its ranks scores its own queries against the
+            passages of all: the loss is that of one process with all rows in rank order, and
+            labels, positives, excluded and curated count in the rank's own rows. Every rank calls
+            with the same options and its own rows, few, many or none, and each calls backward or
+            none does. reduction "mean": the mean of the ranks' losses is the loss of one process,
+            and the mean of their parameter gradients, which DDP takes, its gradient. "sum": their
+            sum is. "none": losses of the own queries. Gradients of passages (in query_to_query of
+            queries) that others used are summed over the ranks; the scale's is that of the own
+            loss. The host waits once, for the ranks' numbers of rows. query_to_query across ranks
+            is computed in torch, on CUDA too.
+        exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
+            rank, holds those of two ranks at a time, and computes scores twice; in torch, for
+            query_to_passage without further positives, own negatives, margin and filter.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2
         where a joint softmax lists its positive twice).
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
     options = InfoNCEOptions(
         normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
         margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
+        process_group, exchange,
     )  # fmt: skip
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
         own_negatives, own_offsets, curated, guide,
     )  # fmt: skip
-    arguments, weights = _arguments(batch, temperature, scale, options)
+    arguments, weights, of_all = _prepared(batch, temperature, scale, options)
+    if of_all is not None and exchange == "ring":
+        loss_M = ranks.ring_losses(*arguments, of_all)[0] * weights
+        return loss_M if reduction == "none" else loss_M.sum()
     leaves = arguments[:4]
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if reduction == "none" or not any(needs):
@@ -408,20 +440,26 @@ def info_nce_loss_and_grads(
     Returns:
         (loss, d_queries [M, D], d_passages [N, D], d_scale, stats), gradients in the dtypes of
         their inputs; with own_negatives also d_own_negatives, in their shape. Stats are those of
-        the labels, with the most dims.
+        the labels, with the most dims, and of a rank's own queries.
     """
     static = {field.name: options.pop(field.name) for field in _STATIC if field.name in options}
     if static.get("reduction") == "none":
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     batch = Batch(queries, passages, labels, **options)
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
-    arguments, weights = _arguments(
+    arguments, weights, of_all = _prepared(
         batch, temperature, scale, InfoNCEOptions(**static), scale_on=queries.device
     )
     own = batch.own_negatives
-    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = _info_nce_grads(
-        *arguments, weights, [True, True, own is not None, True]
-    )
+    if of_all is not None and static.get("exchange") == "ring":
+        outputs = ranks.ring_grads(*arguments, of_all, weights)
+    else:
+        outputs = _info_nce_grads(*arguments, weights, [True, True, own is not None, True])
+    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = outputs
+    if of_all is not None and static.get("exchange") != "ring":
+        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
+        if len(dq) != len(queries):
+            dq = ranks.sum_rows(dq, of_all.queries, of_all.group)
     has_negative_M = hardest_M > -torch.inf
     count = has_negative_M.sum().clamp(min=1)
     stats = InfoNCEStats(
@@ -467,6 +505,8 @@ class InfoNCEOptions:
     gradient_filter: float = 0.0
     workspace_bytes: int | None = None
     backend: str | None = None
+    process_group: ProcessGroup | None = None
+    exchange: str = "gather"
 
     def __post_init__(self):
         one_of = {
@@ -474,6 +514,7 @@ class InfoNCEOptions:
             "partition": ("joint", "per_direction"),
             "margin_type": ("absolute", "relative"),
             "backend": (None, "torch", "triton"),
+            "exchange": ("gather", "ring"),
         }
         for name, allowed in one_of.items():
             if getattr(self, name) not in allowed:
@@ -481,6 +522,8 @@ class InfoNCEOptions:
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
+        if self.exchange == "ring" and self.process_group is None:
+            raise ValueError("exchange='ring' is given without process_group")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         for name in ("false_negative_margin", "gradient_filter"):
@@ -535,6 +578,52 @@ class InfoNCEOptions:
 _STATIC = fields(InfoNCEOptions)
 
 
+def _prepared(
+    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
+    scale_on: torch.device | str = "cpu",
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
+    """`_arguments`, with the passages of all ranks where there are several."""
+    group = options.process_group
+    if not ranks.several(group):
+        return *_arguments(batch, temperature, scale, options, scale_on), None
+
+    ring, across = options.exchange == "ring", QQ in options.directions
+
+    def prepare() -> ranks.Local:
+        of_sum = replace(options, reduction="sum")
+        arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
+        q, p, own, number, relations, text = arguments
+        relations, settings = Relations(*relations), Settings.parse(text)
+        _check_values(relations, len(p), 0 if own is None else len(own))
+        if ring:
+            _check_ring(relations, settings)
+        if across and options.backend == "triton":
+            raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
+        terms = {field.name: getattr(options, field.name) for field in _STATIC} | {
+            "process_group": None,
+            "temperature": temperature,
+            "scale": "a tensor" if isinstance(scale, Tensor) else scale,
+            "whether there are gradients": torch.is_grad_enabled()
+            and any(x.requires_grad for x in (q, p, own, number) if x is not None),
+        }
+        return ranks.Local(q, p, relations, weights, terms, (own, number, settings))
+
+    local, of_all = ranks.spread(
+        group, batch.queries.device, prepare, options.reduction, all_queries=across,
+        all_passages=not ring,
+    )  # fmt: skip
+    q, p, relations, weights, _, (own, scale, settings) = local
+    most = max(of_all.passages) if ring else len(p)
+    _check_workspace(settings, most, compute_dtype(q.dtype))
+    own_queries = of_all.own(of_all.queries)
+    settings = replace(
+        settings,
+        group=group.group_name if PQ in settings.directions else None,
+        window=(own_queries.start, own_queries.stop) if across else None,
+    )
+    return (q, p, own, scale, list(relations), _text(settings)), weights, of_all
+
+
 def _arguments(
     batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
     scale_on: torch.device | str = "cpu",
@@ -546,12 +635,7 @@ def _arguments(
     embeddings = (batch.queries, batch.passages, batch.own_negatives)
     dtypes = [x.dtype for x in embeddings if x is not None]
     dtype = functools.reduce(torch.promote_types, dtypes)
-    row_bytes = N * compute_dtype(dtype).itemsize
-    if settings.workspace_bytes < row_bytes:
-        raise ValueError(
-            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} passages: "
-            f"it takes {row_bytes}"
-        )
+    _check_workspace(settings, N, compute_dtype(dtype))
     own, own_offsets = _own_negatives(batch, settings)
     labels, curated = batch.labels, batch.curated
     if labels is None:
@@ -575,7 +659,7 @@ def _arguments(
             "label_smoothing or matryoshka_dims"
         )
     _check_integers(relations, M, N, device)
-    if device.type == "cuda":
+    if device.type == "cuda" and not ranks.several(options.process_group):
         _assert_in_range(relations, batch.labels is not None, N)
     q, p, own = (x if x is None else x.to(dtype) for x in (batch.queries, batch.passages, own))
     weights = uniform_weight(M, options.reduction)
@@ -583,6 +667,28 @@ def _arguments(
         weights = row_weights(q, batch.weights, M, options.reduction)
     scale = _scale(temperature, scale, scale_on, device)
     return (q, p, own, scale, list(relations), _text(settings)), weights
+
+
+def _check_ring(relations: Relations, settings: Settings) -> None:
+    unlike = (relations.positive_offsets, relations.own_offsets, settings.margin)
+    if (
+        settings.directions != (QP,)
+        or any(x is not None for x in unlike)
+        or settings.gradient_filter
+        or settings.backend == "triton"
+    ):
+        raise ValueError(
+            "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
+            "false_negative_margin, gradient_filter and backend='triton'"
+        )
+
+
+def _check_workspace(settings: Settings, N: int, dtype: torch.dtype) -> None:
+    if settings.workspace_bytes < (row_bytes := N * dtype.itemsize):
+        raise ValueError(
+            f"workspace_bytes={settings.workspace_bytes} is too small for one row of {N} passages: "
+            f"it takes {row_bytes}"
+        )
 
 
 def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, torch.device]:

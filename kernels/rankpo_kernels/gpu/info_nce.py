@@ -46,11 +46,14 @@ from rankpo_kernels.objective import (
     Relations,
     Result,
     Settings,
+    Stats,
+    add_ranks_,
     expand,
     gradient_dtype,
     is_plain,
     known,
     limits,
+    of_all_ranks,
     positive_pairs,
 )  # fmt: skip
 
@@ -291,6 +294,8 @@ def _settle(
 ) -> Slopes | None:  # fmt: skip
     """Fill `found` from the statistics of all directions; returns the slopes of columns."""
     settings, columns_P = p.settings, p.columns_P[part]
+    if settings.group is not None:
+        sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}
     M, N, P, L, D = len(found.hardest_M), len(p.p_ND), len(columns_P), len(p.dims), p.dims[-1]
     of = Softmaxes(*map(slopes.Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
     smoothing = settings.label_smoothing or None
@@ -311,7 +316,23 @@ def _settle(
         None if d_scale is None else d_scale[:, M:], found.d_scale_stride, p.scale, N, P,
         32, 256, **FUSION,
     )  # fmt: skip
+    for x in (out.soft, out.flat):
+        if x is not None:
+            add_ranks_(x, settings)
     return out
+
+
+def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
+    """Of columns, over the queries of all ranks: one part."""
+    want = (parts.zs is not None, parts.sum is not None)
+    one = slopes.reduce(parts, _partials(p, 1, len(p.p_ND), want))
+    top, z, *rest = one
+    none = torch.zeros_like(z)
+    zs, total, count = (none if x is None else x for x in rest)
+    lse, mean = top + z.log(), zs / z.masked_fill(z == 0, 1)  # z = 0: log is -inf, and so is top
+    stats = of_all_ranks(Stats(lse, mean, total, count, top), p.settings)
+    whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count)
+    return Partials(*(x if y is not None else None for x, y in zip(whole, one, strict=True)))
 
 
 def _hardest(found: Found, directions: tuple[str, ...]) -> Tensor:
