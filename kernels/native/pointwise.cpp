@@ -9,22 +9,9 @@
 namespace RANKPO_ISA {
 namespace {
 
-struct Pair {
-    float loss, slope;
-};
-
-// softplus(x) and its slope sigmoid(x).
-inline Pair softplus_pair(float x) {
-    const float e = exp_nonpositive(-std::fabs(x));
-    return {(x < 0.0f ? 0.0f : x) + log1p_unit(e), (x < 0.0f ? e : 1.0f) / (1.0f + e)};
-}
-
-template <bool kHinge>
-inline Pair pair_of(float x, float smoothing) {
-    if (kHinge) return {x <= -1.0f ? 0.0f : 1.0f + x, x > -1.0f ? 1.0f : 0.0f};  // NaN stays NaN in the loss
-    const Pair pair = softplus_pair(x);
-    return {pair.loss - smoothing * x, pair.slope - smoothing};
-}
+// Both of x and e = exp(-|x|); NaN stays NaN.
+inline float softplus(float x, float e) { return (x < 0.0f ? 0.0f : x) + log1p_unit(e); }
+inline float sigmoid(float x, float e) { return (x < 0.0f ? e : 1.0f) / (1.0f + e); }
 
 template <bool kHinge, bool kReference, bool kSft>
 void pair_row(const PairRows& in, int64_t i) {
@@ -59,14 +46,17 @@ void pair_row(const PairRows& in, int64_t i) {
             const bool open = s[j] != kMasked;
             const float similarity = open ? s[j] : 0.0f;
             const float x = scale * (similarity - anchor - (kReference ? r[j] * reference_scale[j] : 0.0f)) + bias;
-            Pair pair = pair_of<kHinge>(x, smoothing);
-            pair = {weight * pair.loss, weight * scale * pair.slope};
+            const float e = kHinge ? 0.0f : exp_nonpositive(-std::fabs(x));
+            float f = weight * (kHinge ? (x <= -1.0f ? 0.0f : 1.0f + x) : softplus(x, e) - smoothing * x);
+            float g = weight * scale * (kHinge ? (x > -1.0f ? 1.0f : 0.0f) : sigmoid(x, e) - smoothing);
             if (kSft) {
-                const Pair sft = softplus_pair(sft_scale * (similarity - positive));
-                pair = {pair.loss + sft_weight * sft.loss, pair.slope + sft_weight * sft_scale * sft.slope};
+                const float y = sft_scale * (similarity - positive), of_y = exp_nonpositive(-std::fabs(y));
+                f += sft_weight * softplus(y, of_y);
+                g += sft_weight * sft_scale * sigmoid(y, of_y);
             }
-            const float g = open ? pair.slope : 0.0f;
-            loss += open ? pair.loss : 0.0f;
+            f = open ? f : 0.0f;
+            g = open ? g : 0.0f;
+            loss += f;
             slope += g;
             moment += g * similarity;
             total += open ? x : 0.0f;
@@ -82,9 +72,9 @@ void pair_row(const PairRows& in, int64_t i) {
     }
     double label_slope = -slopes;
     if (siglip) {
-        const Pair pair = softplus_pair(-(scale * positive + bias));
-        losses += pair.loss;
-        label_slope = -scale * pair.slope;
+        const float x = scale * positive + bias, e = exp_nonpositive(-std::fabs(x));
+        losses += softplus(-x, e);
+        label_slope = -scale * sigmoid(-x, e);
     }
     s[label] = static_cast<float>(row_weight * label_slope) * column_scale[label];
     in.loss[i] = static_cast<float>(losses);
