@@ -99,28 +99,29 @@ def _tiles_kernel(
     open_mn = _unrelated(
         masks, no_guide, no_guide, safe_m, safe_n, (), 0, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    open_mn = open_mn & mask_m[:, None] & mask_n[None, :]
+    write_mn = mask_m[:, None] & mask_n[None, :]
+    open_mn = open_mn & write_mn
     positive_m = tl.load(positive_R + safe_m)
-    over_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # what x is scale times of
     if reference_a.x is not None:
         rows_a, rows_b = _rows_of(reference_a, safe_m), _rows_of(reference_b, safe_n)
         r_mn = _dots(
-            over_mn, reference_a.x, rows_a * reference_a.stride, reference_a.stride_d,
-            reference_b.x, rows_b * reference_b.stride, reference_b.stride_d,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), reference_a.x, rows_a * reference_a.stride,
+            reference_a.stride_d, reference_b.x, rows_b * reference_b.stride, reference_b.stride_d,
             0, REFERENCE_DIMS, BLOCK_K,
         )  # fmt: skip
         r_mn = _similarity(r_mn, reference_a, rows_a, reference_b, rows_b, 0)
-        over_mn = tl.load(reference_R + safe_m)[:, None] - r_mn
+        r_mn -= tl.load(reference_R + safe_m)[:, None]
     rows_a, rows_b = _rows_of(a, safe_m), _rows_of(b, safe_n)
     s_mn = _dots(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), a.x, rows_a * a.stride, a.stride_d,
         b.x, rows_b * b.stride, b.stride_d, 0, DIMS, BLOCK_K,
     )  # fmt: skip
     s_mn = _similarity(s_mn, a, rows_a, b, rows_b, 0)
+    over_mn = s_mn  # what x is scale times of
     if not SIGLIP:
-        over_mn += s_mn - positive_m[:, None]
-    else:
-        over_mn = s_mn
+        over_mn -= positive_m[:, None]
+    if reference_a.x is not None:
+        over_mn -= r_mn
     x_mn = scale * over_mn + bias
     at_m = pid_n * R + offs_m
     tl.store(sums.top + at_m, tl.max(tl.where(open_mn, s_mn, -float("inf")), 1), mask=mask_m)
@@ -152,7 +153,6 @@ def _tiles_kernel(
         else:
             g_mn = _similarity(g_mn * tl.load(weights_R + safe_m)[:, None], a, rows_a, b, rows_b, 0)
         out_mn = _tile_at(out, pid_m, pid_n, out_stride, BLOCK_M, BLOCK_N)
-        write_mn = mask_m[:, None] & mask_n[None, :]
         tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
 
 
