@@ -259,8 +259,7 @@ def in_batch_rankpo_loss_and_grads(
     """
     if options.get("reduction") == "none":
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    margin = {field.name: options.pop(field.name) for field in _MARGIN if field.name in options}
-    margin = MarginOptions(**margin)
+    margin, options = split_margin(options)
     arguments, weights = _rankpo_arguments(queries, passages, labels, margin, **options)
     loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _pair_losses_grads(
         *arguments, weights, [True, True, False, False]
@@ -316,7 +315,11 @@ def siglip_loss(
     return _reduced(arguments, weights, reduction)
 
 
-_MARGIN = fields(MarginOptions)
+def split_margin(options: dict[str, Any]) -> tuple[MarginOptions, dict[str, Any]]:
+    """The options of margins, checked, and the others."""
+    names = {field.name for field in fields(MarginOptions)}
+    margin = {name: value for name, value in options.items() if name in names}
+    return MarginOptions(**margin), {k: v for k, v in options.items() if k not in names}
 
 
 def _rankpo_arguments(
@@ -345,13 +348,15 @@ def _arguments(
     reference: tuple[Tensor, Tensor] | None, scale: float | Tensor, bias: float | Tensor,
     form: dict[str, Any], *, weights: Tensor | None = None, query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None,
-    **static: Any,
+    normalize: bool = True, reduction: Reduction = "mean", workspace_bytes: int | None = None,
+    backend: str | None = None,
 ) -> tuple[tuple, Tensor]:  # fmt: skip
     """The ops' arguments and the row weights, checked."""
+    options = InfoNCEOptions(normalize, reduction, workspace_bytes=workspace_bytes, backend=backend)
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, guide=reference
     )
-    q, p, _, relations, settings, weights = _checked(batch, InfoNCEOptions(**static), "reference")
+    q, p, _, relations, settings, weights = _checked(batch, options, "reference")
     settings = PairSettings(**asdict(settings) | form)
     scale, bias = _scale(None, scale, "cpu"), _bias(bias)
     return (q, p, scale, bias, list(relations), _text(settings)), weights
