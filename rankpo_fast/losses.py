@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankpo_fast.ops.common import Reduction
 from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_margin
 from rankpo_fast.ops.info_nce import InfoNCEOptions, info_nce_loss
-from rankpo_fast.ops.rankpo import LossType, rankpo_loss
+from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
 
 
 class InfoNCELoss(nn.Module):
@@ -108,7 +108,8 @@ class InBatchRankPOLoss(nn.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        InfoNCEOptions(**split_margin(options)[1])  # names what is wrong
+        margin, others = split_margin(options)
+        MarginOptions(**margin), InfoNCEOptions(**others)  # name what is wrong
         self.options = options
 
     def forward(

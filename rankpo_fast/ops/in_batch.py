@@ -221,9 +221,11 @@ def in_batch_rankpo_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
             of range are a device-side assertion instead.
     """
-    margin = MarginOptions(
-        beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight
-    )
+    margin = {
+        "beta": beta, "temperature": temperature, "gamma_beta_ratio": gamma_beta_ratio,
+        "label_smoothing": label_smoothing, "loss_type": loss_type, "sft_weight": sft_weight,
+        "rankpo_weight": rankpo_weight,
+    }  # fmt: skip
     arguments, weights = _rankpo_arguments(
         queries, passages, labels, margin, reference_queries=reference_queries,
         reference_passages=reference_passages, normalize=normalize, reduction=reduction,
@@ -267,7 +269,7 @@ def in_batch_rankpo_loss_and_grads(
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
-        -total_M.sum() / pairs / margin.beta,
+        -total_M.sum() / pairs / margin.get("beta", MarginOptions.beta),
         positive_M.mean(),
         hardest_M.masked_fill(~has_pair_M, 0).sum() / has_pair_M.sum().clamp(min=1),
     )
@@ -315,20 +317,20 @@ def siglip_loss(
     return _reduced(arguments, weights, reduction)
 
 
-def split_margin(options: dict[str, Any]) -> tuple[MarginOptions, dict[str, Any]]:
-    """The options of margins, checked, and the others."""
+def split_margin(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of margins, and the others."""
     names = {field.name for field in fields(MarginOptions)}
-    margin = {name: value for name, value in options.items() if name in names}
-    return MarginOptions(**margin), {k: v for k, v in options.items() if k not in names}
+    margin = {name: options[name] for name in options if name in names}
+    return margin, {name: options[name] for name in options if name not in names}
 
 
 def _rankpo_arguments(
-    queries: Tensor, passages: Tensor, labels: Tensor | None, margin: MarginOptions, *,
+    queries: Tensor, passages: Tensor, labels: Tensor | None, margin: dict[str, Any], *,
     reference_queries: Tensor | None = None, reference_passages: Tensor | None = None,
     **options: Any,
 ) -> tuple[tuple, Tensor]:  # fmt: skip
     """x = -beta * margin, see `rankpo_kernels.pointwise`."""
-    reference = None
+    margin, reference = MarginOptions(**margin), None
     if (reference_queries is None) != (reference_passages is None):
         missing = "queries" if reference_queries is None else "passages"
         raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")

@@ -21,6 +21,7 @@ from launcher import (
     ROOMY,
     SMALL,
     TIGHT,
+    NoSync,
     Work,
     assert_equals_definition,
     gradients,
@@ -30,7 +31,6 @@ from launcher import (
     uneven,
 )  # fmt: skip
 from problems import EVERYTHING, GRID, D, M, N, exact, problem
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
@@ -370,25 +370,6 @@ def test_launches_of_the_plain_form_in_one_chunk(pipeline, with_gradients, kerne
     # the scale's gradient is a sum, and stored rows have the largest inverse norm for a unit
     others = [op for op in work.ops if "mm" not in op and "copy" not in op]
     assert others == (["amax", "clamp"] * stored + ["sum"] if with_gradients else [])
-
-
-SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
-
-
-class NoSync(TorchDispatchMode):
-    """Fails where the host would wait for a device, except for `known`, which it has."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = known
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        of_known = args and args[0] is self.known
-        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if not of_known and (name in SYNCS or unsized):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16-stored", "fp16", "filter", "everything-guided"])
