@@ -23,6 +23,8 @@ CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
 SCORES, ROWS = KERNELS + "gpu/scores.py", KERNELS + "gpu/rows.py"
 PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
+PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -42,6 +44,9 @@ MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
 OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
+PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
+PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
+PAIR_MEMORY = of("tests/kernels/test_gpu_pointwise.py", "outside")
 
 
 @dataclass(frozen=True)
@@ -336,6 +341,93 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
+    ),
+    # kernels/rankpo_kernels/gpu/pointwise.py
+    Mutant(
+        "pairs-past-the-end", PAIRS,
+        "open_mn = open_mn & write_mn",
+        "pass",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "pairs-without-reference", PAIRS,
+        "over_mn -= r_mn",
+        "over_mn -= 0.0 * r_mn",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "pairs-without-the-label", PAIRS,
+        "element_r = -slope_r",
+        "element_r = 0.0 * slope_r",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "siglip-without-its-positive", PAIRS,
+        "loss_r += _softplus(z_r)",
+        "loss_r += 0.0",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "hinge-swallows-nan", PAIRS,
+        "tl.where(x_mn <= -1.0, 0.0, 1.0 + x_mn)",
+        "tl.where(x_mn > -1.0, 1.0 + x_mn, 0.0)",
+        of("tests/ops/test_in_batch.py", "nan_in and triton"),
+    ),
+    Mutant(
+        "pairs-of-fp16-underflow", PAIRS,
+        "1.0 / tl.where(size_r < 1e-30, 1e-30, size_r) * SUM",
+        "1.0 + 0.0 * size_r",
+        of("tests/kernels/test_gpu_pointwise.py", "small_gradients"),
+    ),
+    Mutant(
+        "pair-chunks-overwrite-dp", PAIRS,
+        "_product(out, left, dp_ND, not first,",
+        "_product(out, left, dp_ND, False,",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "no-last-row-of-pairs-stands-in", PAIRS,
+        "safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)",
+        "safe_m, safe_n = offs_m, offs_n",
+        PAIR_MEMORY,
+    ),
+    Mutant(
+        "later-parts-forgotten", PAIRS,
+        "loss_r += tl.sum(tl.load(sums.loss",
+        "loss_r = tl.sum(tl.load(sums.loss",
+        of("tests/kernels/test_gpu_pointwise.py", "small-chunks"),
+    ),
+    # kernels/rankpo_kernels/pointwise.py, objective.py, kernels/native/pointwise.cpp
+    Mutant(
+        "cpu-pair-chunks-overwrite-dp", PAIR_CHUNKS,
+        "beta=0 if rows.start == 0 else 1",
+        "beta=0",
+        PAIR_OPTIONS_CPU,
+    ),
+    Mutant(
+        "others-are-counted-by-text", OBJECTIVE,
+        "scatter_add(0, stop_N, -ones_N)",
+        "scatter_add(0, stop_N, -0 * ones_N)",
+        of("tests/ops/test_in_batch.py", "counted"),
+    ),
+    Mutant(
+        "native-keeps-known-passages", PAIR_NATIVE,
+        "s[in.known_columns[k]] = kMasked",
+        "(void)k",
+        PAIR_OPTIONS_CPU,
+    ),
+    # rankpo_fast/ops/in_batch.py
+    Mutant(
+        "gradients-of-the-sum", PAIR_OPS,
+        "weights.to(dtype) * share",
+        "weights.to(dtype)",
+        PAIR_OPTIONS_CPU,
+    ),
+    Mutant(
+        "upstream-pairs-forgotten", PAIR_OPS,
+        "ctx.settings, grad_loss_M.contiguous(), needs",
+        "ctx.settings, torch.ones_like(grad_loss_M), needs",
+        of("tests/ops/test_in_batch.py", "gradcheck"),
     ),
 ]  # fmt: skip
 

@@ -119,12 +119,14 @@ def _launch(
     if any(x is not None for x in relations[3:7]):  # ids or exclusions, else it is the label alone
         keys = known(relations, len(p))
         count_M = count_others(keys).to(dtype)
-    share_M = 1 / count_M.clamp(min=1) if settings.kind != SIGLIP else torch.ones_like(count_M)
-    weights = None if weights is None else weights.to(dtype) * share_M
+    share = 1.0  # of a pair in its row's loss: a number where all rows have as many
+    if settings.kind != SIGLIP:
+        share = 1 / max(len(p) - 1, 1) if keys is None else 1 / count_M.clamp(min=1)
+    weights = None if weights is None else weights.to(dtype) * share
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         result = launcher(q, p, scale, bias, relations, keys, settings, weights, needs)
-    return result._replace(loss_M=result.loss_M * share_M), count_M
+    return result._replace(loss_M=result.loss_M * share), count_M
 
 
 def _no_grads(q: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
