@@ -381,8 +381,8 @@ MUTANTS = [
     ),
     Mutant(
         "pair-chunks-overwrite-dp", PAIRS,
-        "_product(out, left, dp_ND, not first,",
-        "_product(out, left, dp_ND, False,",
+        "_product(out, q_MD[part], dp_ND, not first,",
+        "_product(out, q_MD[part], dp_ND, False,",
         PAIR_OPTIONS,
     ),
     Mutant(

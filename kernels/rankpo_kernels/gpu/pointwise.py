@@ -229,52 +229,37 @@ def pair_losses(
     needs: tuple[bool, bool, bool, bool] = (False,) * 4, *, tiles: Tiles | None = None,
 ) -> PairResult:  # fmt: skip
     """Row sums and gradients as `pointwise.pair_losses`; `tiles` overrides the table."""
-    (M, D), N, dtype = q_MD.shape, len(p_ND), q_MD.dtype
+    (M, D), N, dtype, normalize = q_MD.shape, len(p_ND), q_MD.dtype, settings.normalize
     need_q, need_p, need_scale, need_bias = needs if weights_M is not None else (False,) * 4
     products_needed = need_q or need_p
     relative = products_needed and dtype == torch.float16
-    reference = relations.guide_queries is not None
+    block, positive_M, reference_M = _block(q_MD, p_ND, relations, known, normalize)
+    inverse_q, inverse_p = block.inverse_a, block.inverse_b
     if tiles is None:
-        heavy = reference or settings.sft_weight > 0 or need_scale  # in registers beside the tile
-        tiles = FULL if dtype == torch.float32 else SMALL if heavy else SLIM
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q_MD.device)  # noqa: E731,E501
-    dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
-    if not M and need_p:
-        dp_out.zero_()
-    dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
-    # of all rows, and empty sums where there are none
-    wanted = (True,) * 4 + (need_scale, need_bias, relative, relative)
-    outcome = Outcome(*[new(M) if want else None for want in wanted])
-
-    labels_M = relations.labels_M.contiguous()
-    inverse_q, inverse_p, (positive_M,) = rows.prepare(
-        q_MD, p_ND, None, labels_M, (D,), settings.normalize
-    )
-    guide, reference_M, reference_dims = None, None, ()
-    if reference:
-        rq, rp = relations[-2:]
-        reference_dims = (rq.shape[1],)
-        inverse_rq, inverse_rp, (reference_M,) = rows.prepare(
-            rq, rp, None, labels_M, reference_dims, settings.normalize
-        )
-        guide = (rq, inverse_rq, rp, inverse_rp)
-    keys = (None,) * 4
-    if known is not None:
-        keys = (known.class_M, known.start_N, known.stop_N, known.keys)
-    masks = Masks(labels_M, *keys, None, 0, None, None)
-    block = Block(q_MD, inverse_q, None, p_ND, inverse_p, guide, masks, 0, None, None)
+        tiles = _tiles(dtype, reference_M is not None or settings.sft_weight > 0 or need_scale)
     numbers = Numbers(
         _number(scale), _number(bias), settings.label_smoothing, settings.rankpo_weight,
         settings.sft_weight, settings.sft_scale,
     )  # fmt: skip
-    siglip, form = settings.kind == SIGLIP, (settings.kind == HINGE, settings.sft_weight > 0)
+    constants = {
+        "HINGE": settings.kind == HINGE, "SIGLIP": settings.kind == SIGLIP,
+        "SFT": settings.sft_weight > 0, "DIMS": (D,),
+        "REFERENCE_DIMS": () if block.guide is None else (block.guide[0].shape[1],),
+    }  # fmt: skip
+
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q_MD.device)  # noqa: E731,E501
+    wanted = (True,) * 4 + (need_scale, need_bias, relative, relative)
+    outcome = Outcome(*[new(M) if want else None for want in wanted])
+    dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
+    dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
+    if need_p and not M:
+        dp_out.zero_()
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
     row_bytes = 24 * tiles_n + (N * q_MD.element_size() if products_needed else 0)
     chunks = list(_chunks(M, _rows_per_chunk(N, row_bytes, settings), tiles.BLOCK_M)) if M else []
-    R0 = chunks[0].stop if M else 0
+    R0 = chunks[0].stop if chunks else 0
     dq_RD, dp_ND = new(R0, D) if need_q else None, new(N, D) if need_p else None
     out_RN = new(R0, N, dtype=dtype) if products_needed else None
-    left_RD = new(R0, D, dtype=dtype) if relative else None
     top = None  # the largest inverse norm of a passage, beside which columns stay in range
     if relative:
         top = torch.ones((), device=q_MD.device) if inverse_p is None else inverse_p.amax()
@@ -282,51 +267,39 @@ def pair_losses(
     for part in chunks:
         R, first = part.stop - part.start, part.start == 0
         a, b, *references, masks = block.chunk(part)
-        sums = Sums(
-            *[new(tiles_n, R) if name != "moment" or need_scale else None for name in Sums._fields]
-        )
-        of_part = Outcome(*[None if x is None else x[part] for x in outcome])
+        sums = [new(tiles_n, R) if of != "moment" or need_scale else None for of in Sums._fields]
+        sums, of_part = Sums(*sums), Outcome(*[None if x is None else x[part] for x in outcome])
         of_rows = positive_M[part], None if weights_M is None else weights_M[part]
         for look in range(1 + relative):
             out = out_RN[:R] if products_needed and look == relative else None
-            out_stride = 0 if out is None else out.stride(0)
-            grid = (triton.cdiv(R, tiles.BLOCK_M) * tiles_n,)
-            _tiles_kernel[grid](
+            sizes = (R, N, 0 if out is None else out.stride(0))
+            _tiles_kernel[(triton.cdiv(R, tiles.BLOCK_M) * tiles_n,)](
                 a, b, *references, absent(Side), masks, sums, of_rows[0],
                 None if reference_M is None else reference_M[part], of_rows[1],
-                of_part.by_R if look else None, top, out,
-                numbers, R, N, out_stride, form[0], siglip, form[1], (D,), reference_dims,
-                **asdict(tiles), **FUSION,
+                of_part.by_R if look else None, top, out, numbers, *sizes,
+                **constants, **asdict(tiles), **FUSION,
             )  # fmt: skip
             _settle_kernel[(triton.cdiv(R, BLOCK_R),)](
                 sums, of_part, masks.label_R, *of_rows,
                 None if inverse_q is None else inverse_q[0, part],
-                None if inverse_p is None else inverse_p[0], top, out,
-                numbers, tiles_n, R, N, out_stride, siglip, BLOCK_R, BLOCK_P, **FUSION,
+                None if inverse_p is None else inverse_p[0],
+                top, out, numbers, tiles_n, *sizes, constants["SIGLIP"], BLOCK_R, BLOCK_P, **FUSION,
             )  # fmt: skip
-        if not products_needed:
-            continue
-        left, largest = q_MD[part], None
-        if relative:
-            largest = of_part.factor_R.abs().amax().clamp(min=1e-38)
-            by_R = of_part.factor_R / largest
-            by_R = by_R if inverse_q is None else by_R * inverse_q[0, part]
-            left = left_RD[:R].copy_(q_MD[part] * by_R[:, None])
-        if need_q:
-            _product(out, p_ND, dq_RD[:R], False)
-        if need_p and relative:  # the chunk's largest factor, back in fp32
-            chunk_ND = torch.empty_like(dp_ND)
-            _product(out, left, chunk_ND, False, transpose=True)
-            chunk_ND *= largest
-            dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
-        elif need_p:
-            _product(out, left, dp_ND, not first, transpose=True)
         ready = []
         if need_q:
+            _product(out, p_ND, dq_RD[:R], False)
             inverse = None if inverse_q is None else inverse_q[:, part]
-            ready.append(
-                Rows.of(dq_RD[:R], q_MD[part], inverse, of_part.factor_R, None, dq_MD[part])
-            )
+            of_chunk = (dq_RD[:R], q_MD[part], inverse, of_part.factor_R, None, dq_MD[part])
+            ready.append(Rows.of(*of_chunk))
+        if need_p and relative:
+            by_R = of_part.factor_R / (largest := of_part.factor_R.abs().amax().clamp(min=1e-38))
+            by_R = by_R if inverse_q is None else by_R * inverse_q[0, part]
+            left, chunk_ND = (q_MD[part] * by_R[:, None]).to(dtype), torch.empty_like(dp_ND)
+            _product(out, left, chunk_ND, False, transpose=True)
+            chunk_ND *= largest  # back in fp32
+            dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
+        elif need_p:
+            _product(out, q_MD[part], dp_ND, not first, transpose=True)
         if need_p and part.stop == M:
             ready.append(Rows.of(dp_ND, p_ND, inverse_p, None, None, dp_out))
         rows.finish(ready, (D,), top, Scale(1.0, None))
@@ -335,6 +308,34 @@ def pair_losses(
     return PairResult(
         loss_M, positive_M, hardest_M, wins_M, total_M, dq_MD, dp_out, d_scale, d_bias
     )
+
+
+def _block(
+    q_MD: Tensor, p_ND: Tensor, relations: Relations, known: Known | None, normalize: bool
+) -> tuple[Block, Tensor, Tensor | None]:
+    """The scores, and the similarities of labels under the model and the reference."""
+    labels_M, reference = relations.labels_M.contiguous(), relations[-2:]
+    inverses = rows.prepare(q_MD, p_ND, None, labels_M, (q_MD.shape[1],), normalize)
+    guide, reference_M = None, None
+    if reference[0] is not None:
+        *of_guide, (reference_M,) = rows.prepare(
+            *reference, None, labels_M, (reference[0].shape[1],), normalize
+        )
+        guide = (reference[0], of_guide[0], reference[1], of_guide[1])
+    keys = (None,) * 4
+    if known is not None:
+        keys = (known.class_M, known.start_N, known.stop_N, known.keys)
+    masks = Masks(labels_M, *keys, None, 0, None, None)
+    inverse_q, inverse_p, (positive_M,) = inverses
+    block = Block(q_MD, inverse_q, None, p_ND, inverse_p, guide, masks, 0, None, None)
+    return block, positive_M, reference_M
+
+
+def _tiles(dtype: torch.dtype, more: bool) -> Tiles:
+    """`more`: than the scores and x stands in registers, a reference, SFT or the scale's moment."""
+    if dtype == torch.float32:
+        return FULL
+    return SMALL if more else SLIM
 
 
 def _number(value: Tensor) -> Scale:
