@@ -251,7 +251,7 @@ def test_a_positive_far_below_the_others_does_not_overflow(loss, options):
     assert value == (400 if loss == "rankpo" else 800) and dq.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["everything", "everything-hinge", "siglip"])
+@pytest.mark.parametrize("name", ["everything", "hinge", "siglip"])
 def test_nan_in_one_query_stays_in_its_row(name, options):
     loss, q, p, given = problem(name, torch.float32)
     given = given | options | {"reduction": "none", "weights": None}
