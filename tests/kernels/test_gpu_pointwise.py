@@ -6,10 +6,12 @@ triton is one of the paths.
 
 from dataclasses import replace
 
+import hypothesis
 import pytest
 import torch
 import triton
 from gates import error
+from hypothesis import strategies as st
 from interpreter import LAST_FIRST, grid_order, shadow_memory
 from launcher import SMALL, NoSync, Work, launches, on_device
 from pairs import D, M, N, exact, ours, problem, relations_of
@@ -89,17 +91,45 @@ def test_results_are_those_of_the_chunks_of_torch(
     monkeypatch.setattr(pointwise, "BLOCK_P", parts)
     sizes = dict(zip("MND", sizes, strict=True))
     case = case_of(name, EVERYTHING if name == "everything" else PLAIN, dtype, rows, **sizes)
+    of_gradients = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+    bounds = [2e-6] * 5 + [of_gradients] * 2 + [5e-6] * 2
+    for x, want, bound in zip(launch(case, tiles), by_torch(case), bounds, strict=False):
+        assert error(x, want) < bound
+
+
+def by_torch(case):
+    """The same in fp64 on the CPU, whose own tests are those of the definition."""
     q, p, scale, bias, relations, *rest = case
     judge = [x if x is None else x.double() for x in relations[-2:]]
     relations = relations._replace(guide_queries=judge[0], guide_passages=judge[1])
     rest[1] = replace(rest[1], workspace_bytes=1 << 20)
-    want = chunks.pair_losses(q.double(), p.double(), scale, bias, relations, *rest)
-    got = launch(case, tiles)
-    of_gradients = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
-    bounds = [2e-6] * 5 + [of_gradients] * 2 + [5e-6] * 2
-    want = [x for x in want if x is not None]
-    for x, exact_x, bound in zip(got, want, bounds[: len(want)], strict=True):
-        assert error(x, exact_x) < bound
+    result = chunks.pair_losses(q.double(), p.double(), scale, bias, relations, *rest)
+    return [x for x in result if x is not None]
+
+
+LAYOUTS = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "every-second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "rows-apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 19), st.integers(1, 37), st.integers(3, 33)),
+    name=st.sampled_from(["everything", "everything-hinge", "siglip-everything"]),
+    layout=st.sampled_from(list(LAYOUTS)), rows=st.integers(1, 20), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_and_stride(sizes, name, layout, rows, seed):
+    loss = "hinge" if name == "everything-hinge" else "sigmoid"
+    sizes = dict(zip("MND", sizes, strict=True), seed=seed)
+    q, p, *rest = case_of(name, replace(PLAIN, kind=loss), rows=rows, **sizes)
+    case = (LAYOUTS[layout](q), LAYOUTS[layout](p), *rest)
+    for got, want in zip(launch(case), by_torch(case), strict=True):
+        got, want = (x.double().nan_to_num(neginf=-2) for x in (got, want))  # hardest of no pair
+        assert (got - want).norm() < 2e-5 * max(1.0, want.norm())
 
 
 @pytest.mark.parametrize("loss", ["rankpo", "siglip"])
