@@ -332,7 +332,8 @@ def _block(
 
 
 def _tiles(dtype: torch.dtype, more: bool) -> Tiles:
-    """`more`: than the scores and x stands in registers, a reference, SFT or the scale's moment."""
+    """`more`: what stands in registers beside the scores and x, which spill in tiles twice as wide:
+    a reference, SFT or the scale's moment."""
     if dtype == torch.float32:
         return FULL
     return SMALL if more else SLIM
