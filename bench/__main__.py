@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import info_nce, rankpo
+from bench.cases import in_batch, info_nce, rankpo
 from bench.measure import Case, Row, measure
 from rankpo_kernels import native
 
@@ -98,12 +98,14 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
     """The largest shapes last: a card's time may run out."""
     if device == "cpu":
         yield from info_nce.cases(device, quick)
+        yield from in_batch.cases(device, quick)
         yield from rankpo.cases(device, quick)
         return
     from bench.cases import tiles
 
     of_losses = info_nce.cases(device, quick)
     yield from itertools.islice(of_losses, info_nce.FIRST)
+    yield from in_batch.cases(device, quick)
     yield from rankpo.cases(device, quick)
     yield from tiles.cases(device, quick)
     yield from of_losses

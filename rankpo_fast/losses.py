@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rankpo_fast.ops.common import Reduction
+from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_margin
 from rankpo_fast.ops.info_nce import InfoNCEOptions, info_nce_loss
-from rankpo_fast.ops.rankpo import LossType, rankpo_loss
+from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
 
 
 class InfoNCELoss(nn.Module):
@@ -97,3 +98,56 @@ class RankPOLoss(nn.Module):
         """queries, chosen, rejected [B, D]; reference_margins and weights [B] of this batch."""
         rows = {"reference_margins": reference_margins, "weights": weights}
         return rankpo_loss(queries, chosen, rejected, **self.options, **rows)
+
+
+class InBatchRankPOLoss(nn.Module):
+    """`in_batch_rankpo_loss` with its settings.
+
+    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend.
+    Wrong ones raise ValueError here.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        margin, others = split_margin(options)
+        MarginOptions(**margin), InfoNCEOptions(**others)  # name what is wrong
+        self.options = options
+
+    def forward(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        labels: Tensor | None = None,
+        **batch: Tensor | tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """queries [M, D], passages [N, D]; `batch`: reference_queries, reference_passages, weights,
+        query_ids, passage_ids, excluded of this batch."""
+        return in_batch_rankpo_loss(queries, passages, labels, **self.options, **batch)
+
+
+class SigLIPLoss(nn.Module):
+    """`siglip_loss` with a learnt scale and bias, which start where the paper starts.
+
+    options: normalize, reduction, workspace_bytes, backend. Wrong ones raise ValueError here.
+    """
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0, **options: Any):
+        super().__init__()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be > 0 and finite, got {scale}")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        InfoNCEOptions(**options)  # names what is wrong
+        self.options = options
+
+    def forward(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        labels: Tensor | None = None,
+        **batch: Tensor | tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """queries [M, D], passages [N, D]; `batch`: weights, query_ids, passage_ids, excluded of
+        this batch."""
+        numbers = {"scale": self.log_scale.exp(), "bias": self.bias}
+        return siglip_loss(queries, passages, labels, **numbers, **self.options, **batch)

@@ -114,3 +114,22 @@ class Work(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.dtype != torch.uint8:
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where the host would wait for a device, except for `known`, which it has."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = known
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        of_known = args and any(args[0] is x for x in self.known)
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if not of_known and (name in SYNCS or unsized):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)

@@ -25,6 +25,8 @@ PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
 LAUNCHER = KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
+PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
+PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -50,6 +52,9 @@ CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
 OPS_GRADIENTS = ops("gradcheck")
 RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
 RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
+PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
+PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
+PAIR_MEMORY = of("tests/kernels/test_gpu_pointwise.py", "outside")
 
 
 @dataclass(frozen=True)
@@ -325,9 +330,9 @@ MUTANTS = [
         gpu("never_stored"),
     ),
     Mutant(
-        "host-waits", LAUNCHER,
-        ".amax().clamp(min=1e-38)",
-        ".amax().clamp(min=1e-38).item()",
+        "host-waits", BLOCKS,
+        "largest = factor_R.abs().amax().clamp(min=LEAST)",
+        "largest = factor_R.abs().amax().clamp(min=LEAST).item()",
         gpu("does_not_wait"),
     ),
     Mutant(
@@ -356,26 +361,26 @@ MUTANTS = [
     ),
     Mutant(
         "weights-have-gaps", LAUNCHER,
-        "else number(weights_M.contiguous())",
-        "else number(weights_M)",
+        "else as_number(weights_M.contiguous())",
+        "else as_number(weights_M)",
         gpu("have_gaps"),
     ),
     Mutant(
-        "zero-passages", LAUNCHER,
-        "top = top.clamp(min=1e-38)",
-        "pass",
+        "zero-passages", BLOCKS,
+        "inverse_LN.amax().clamp(min=LEAST)",
+        "inverse_LN.amax()",
         gpu("all_be_zero"),
     ),
     Mutant(
-        "negative-factors", LAUNCHER,
+        "negative-factors", BLOCKS,
         "factor_R.abs().amax()",
         "factor_R.amax()",
         gpu("are_odd"),
     ),
     Mutant(
-        "dead-tiles-are-read", LAUNCHER,
-        "chunk_ND, False, transpose=True, live=live,",
-        "chunk_ND, False, transpose=True,",
+        "dead-tiles-are-read", BLOCKS,
+        "of_chunk, False, transpose=True, **of_live)",
+        "of_chunk, False, transpose=True)",
         FILTER,
     ),
     # kernels/rankpo_kernels/objective.py
@@ -544,6 +549,93 @@ MUTANTS = [
         "own if dp is None else own.add_(dp)",
         "own",
         RANKS_RING,
+    ),
+    # kernels/rankpo_kernels/gpu/pointwise.py
+    Mutant(
+        "pairs-past-the-end", PAIRS,
+        "open_mn = open_mn & write_mn",
+        "pass",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "pairs-without-reference", PAIRS,
+        "over_mn -= r_mn",
+        "over_mn -= 0.0 * r_mn",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "pairs-without-the-label", PAIRS,
+        "element_r = -slope_r",
+        "element_r = 0.0 * slope_r",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "siglip-without-its-positive", PAIRS,
+        "loss_r += softplus(z_r)",
+        "loss_r += 0.0",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "hinge-swallows-nan", PAIRS,
+        "tl.where(x_mn <= -1.0, 0.0, 1.0 + x_mn)",
+        "tl.where(x_mn > -1.0, 1.0 + x_mn, 0.0)",
+        of("tests/ops/test_in_batch.py", "nan_in and triton"),
+    ),
+    Mutant(
+        "pairs-of-fp16-underflow", PAIRS,
+        "1.0 / tl.where(size_r < 1e-30, 1e-30, size_r) * SUM",
+        "1.0 + 0.0 * size_r",
+        of("tests/kernels/test_gpu_pointwise.py", "small_gradients"),
+    ),
+    Mutant(
+        "pair-chunks-overwrite-dp", PAIRS,
+        "product(out, q_RD, dp_ND, not first,",
+        "product(out, q_RD, dp_ND, False,",
+        PAIR_OPTIONS,
+    ),
+    Mutant(
+        "no-last-row-of-pairs-stands-in", PAIRS,
+        "safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)",
+        "safe_m, safe_n = offs_m, offs_n",
+        PAIR_MEMORY,
+    ),
+    Mutant(
+        "later-parts-forgotten", PAIRS,
+        "loss_r += tl.sum(tl.load(sums.loss",
+        "loss_r = tl.sum(tl.load(sums.loss",
+        of("tests/kernels/test_gpu_pointwise.py", "small-chunks"),
+    ),
+    # kernels/rankpo_kernels/pointwise.py, objective.py, kernels/native/pointwise.cpp
+    Mutant(
+        "cpu-pair-chunks-overwrite-dp", PAIR_CHUNKS,
+        "beta=0 if rows.start == 0 else 1",
+        "beta=0",
+        PAIR_OPTIONS_CPU,
+    ),
+    Mutant(
+        "others-are-counted-by-text", OBJECTIVE,
+        "scatter_add(0, stop_N, -ones_N)",
+        "scatter_add(0, stop_N, -0 * ones_N)",
+        of("tests/ops/test_in_batch.py", "counted"),
+    ),
+    Mutant(
+        "native-keeps-known-passages", PAIR_NATIVE,
+        "s[in.known_columns[k]] = kMasked",
+        "(void)k",
+        PAIR_OPTIONS_CPU,
+    ),
+    # rankpo_fast/ops/in_batch.py
+    Mutant(
+        "gradients-of-the-sum", PAIR_OPS,
+        "expand(len(q)) * share",
+        "weights.to(dtype)",
+        PAIR_OPTIONS_CPU,
+    ),
+    Mutant(
+        "upstream-pairs-forgotten", PAIR_OPS,
+        "ctx.settings, grad_loss_M.contiguous(), needs",
+        "ctx.settings, torch.ones_like(grad_loss_M), needs",
+        of("tests/ops/test_in_batch.py", "gradcheck"),
     ),
 ]  # fmt: skip
 

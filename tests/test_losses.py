@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from rankpo_fast import InfoNCELoss, RankPOLoss, info_nce_loss, rankpo_loss
+from rankpo_fast import (
+    InBatchRankPOLoss,
+    InfoNCELoss,
+    RankPOLoss,
+    SigLIPLoss,
+    in_batch_rankpo_loss,
+    info_nce_loss,
+    rankpo_loss,
+    siglip_loss,
+)
 
 
 def test_info_nce_module_equals_the_function():
@@ -47,6 +56,24 @@ def test_rankpo_module_equals_the_function():
     assert RankPOLoss(**options)(q, c, r, reference_margins=reference, weights=weights) == want
 
 
+def test_in_batch_rankpo_module_equals_the_function():
+    q, p, rq, rp = (torch.randn(n, 8) for n in (4, 12, 4, 12))
+    options = {"beta": 1.5, "loss_type": "hinge", "sft_weight": 0.5, "reduction": "sum"}
+    batch = {"reference_queries": rq, "reference_passages": rp, "weights": torch.rand(4)}
+    want = in_batch_rankpo_loss(q, p, **options, **batch)
+    assert InBatchRankPOLoss(**options)(q, p, **batch) == want
+
+
+def test_siglip_module_learns_its_scale_and_bias_from_the_given_ones():
+    q, p, ids = torch.randn(4, 8), torch.randn(12, 8), torch.tensor([0, 1, 0, 2])
+    loss = SigLIPLoss(5.0, -2.0, reduction="sum")
+    value = loss(q, p, query_ids=ids)
+    want = siglip_loss(q, p, scale=5.0, bias=-2.0, query_ids=ids, reduction="sum")
+    torch.testing.assert_close(value, want)
+    value.backward()
+    assert loss.log_scale.grad != 0 and loss.bias.grad != 0
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -61,6 +88,21 @@ def test_bad_options_are_named_when_the_module_is_made(option, message):
         InfoNCELoss(**option)
     with pytest.raises(TypeError, match="query_ids"):
         InfoNCELoss(query_ids=torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InBatchRankPOLoss(beta=0), "beta must be > 0 and finite, got 0"),
+        (lambda: InBatchRankPOLoss(reduction="median"), "reduction must be one of"),
+        (lambda: SigLIPLoss(0.0), "scale must be > 0 and finite, got 0.0"),
+        (lambda: SigLIPLoss(backend="cuda"), "backend must be one of"),
+    ],
+    ids=["margin", "reduction", "scale", "backend"],
+)
+def test_bad_options_of_pair_losses_are_named_when_the_module_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_bad_temperature_is_named_when_the_module_is_made():

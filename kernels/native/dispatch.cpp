@@ -10,6 +10,7 @@ namespace {
 struct RowFunctions {
     const char* name;
     decltype(&baseline::info_nce_rows) info_nce_rows;
+    decltype(&baseline::pair_rows) pair_rows;
     decltype(&baseline::inverse_norms) inverse_norms;
     decltype(&baseline::tangent) tangent;
     decltype(&baseline::pair_forward) pair_forward;
@@ -17,7 +18,8 @@ struct RowFunctions {
 };
 
 #define RANKPO_TABLE(ISA) \
-    {#ISA, ISA::info_nce_rows, ISA::inverse_norms, ISA::tangent, ISA::pair_forward, ISA::pair_backward}
+    {#ISA,         ISA::info_nce_rows, ISA::pair_rows,    ISA::inverse_norms, \
+     ISA::tangent, ISA::pair_forward,  ISA::pair_backward}
 
 RowFunctions choose() {
 #ifdef RANKPO_HAS_avx512
@@ -51,13 +53,19 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 2; }
+int32_t rankpo_abi_version() { return 3; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 
 void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
     share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
         chosen().info_nce_rows(*chunk, begin, end);
+    });
+}
+
+void rankpo_pair_rows(const PairRows* chunk, int32_t threads) {
+    share(chunk->rows, 1.5 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
+        chosen().pair_rows(*chunk, begin, end);
     });
 }
 

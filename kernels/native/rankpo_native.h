@@ -35,6 +35,30 @@ struct InfoNCERows {
     float scale;        // 1 / temperature, > 0
 };
 
+// One chunk of rows of a loss that is a sum over pairs. `scores` [R, N] holds dot products; times column_scale they are
+// similarities s. Overwritten by d(sum_i w_i loss_i)/d(dot_ij). Open to row i is what it does not know, as above.
+//   x_ij = scale (s_ij - a_i - (r_ij - r_i,label)) + bias,   a_i = s_i,label, 0 for siglip
+//   loss_i = sum of rankpo_weight f(x_ij) + sft_weight softplus(sft_scale (s_ij - s_i,label)),   and softplus(-x_i,label)
+//   for siglip; f = softplus(x) - label_smoothing x, or max(0, 1 + x) for the hinge
+struct PairRows {
+    float* scores;              // [R, N]
+    const float* column_scale;  // [N]
+    const int64_t* labels;      // [R]
+    const int64_t *first, *last;   // [R] or null
+    const int64_t *start, *stop;   // [E]
+    const int64_t* known_columns;  // [N], by text
+    const float* reference;        // [R, N] or null: dot products, r when times reference_scale
+    const float* reference_scale;  // [N]
+    const float* row_weights;      // [R]
+    float *loss, *positive;        // [R]
+    float* hardest;                // [R] largest open s, -inf if there is none
+    float *wins, *total;           // [R] of the open x: how many are < 0, and their sum
+    float *d_scale, *d_bias;       // [R] sum_j of d(w_i loss_i) of siglip
+    int64_t rows, columns;
+    int64_t kind;  // 0 sigmoid, 1 hinge, 2 siglip
+    float scale, bias, label_smoothing, rankpo_weight, sft_weight, sft_scale;
+};
+
 // B triples (query, chosen, rejected) of [B, D] each, rows `*_stride` apart, dims contiguous.
 struct PairTensors {
     const float *query, *chosen, *rejected;
@@ -52,6 +76,7 @@ struct Rows {
 RANKPO_API int32_t rankpo_abi_version();
 RANKPO_API const char* rankpo_instruction_set();
 RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
+RANKPO_API void rankpo_pair_rows(const PairRows* chunk, int32_t threads);
 // 1 / |x_i| [R]; 0 for a zero vector.
 RANKPO_API void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads);
 // In place: grad_i := factor_i (grad_i - <grad_i, u_i> u_i), u = x / |x|; grad [R, D] contiguous, factor [R] or null.

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+from rankpo_kernels.objective import KINDS, PairSettings
+
+ABI_VERSION = 3
 
 
 class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_native.h
@@ -41,6 +43,26 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("first_row", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
+
+
+class _PairRows(ctypes.Structure):  # PairRows of kernels/native/rankpo_native.h
+    _fields_ = [
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                "scores", "column_scale", "labels", "first", "last", "start", "stop",
+                "known_columns", "reference", "reference_scale", "row_weights", "loss", "positive",
+                "hardest", "wins", "total", "d_scale", "d_bias",
+            )
+        ],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "kind")],
+        *[
+            (name, ctypes.c_float)
+            for name in (
+                "scale", "bias", "label_smoothing", "rankpo_weight", "sft_weight", "sft_scale",
+            )
+        ],
+    ]  # fmt: skip
 
 
 class _Rows(ctypes.Structure):  # Rows of kernels/native/rankpo_native.h
@@ -88,14 +110,15 @@ def library() -> ctypes.CDLL | None:
         return None
     threads, pointer = ctypes.c_int32, ctypes.c_void_p
     lib.rankpo_info_nce_rows.argtypes = [ctypes.POINTER(_InfoNCERows), threads]
+    lib.rankpo_pair_rows.argtypes = [ctypes.POINTER(_PairRows), threads]
     lib.rankpo_inverse_norms.argtypes = [ctypes.POINTER(_Rows), pointer, threads]
     lib.rankpo_tangent.argtypes = [ctypes.POINTER(_Rows), pointer, pointer, pointer, threads]
     lib.rankpo_pair_forward.argtypes = [ctypes.POINTER(_PairTensors), pointer, pointer, threads]
     backward = [ctypes.POINTER(_PairTensors), *[pointer] * 6, threads]
     lib.rankpo_pair_backward.argtypes = backward
     for function in (
-        lib.rankpo_info_nce_rows, lib.rankpo_inverse_norms, lib.rankpo_tangent,
-        lib.rankpo_pair_forward, lib.rankpo_pair_backward,
+        lib.rankpo_info_nce_rows, lib.rankpo_pair_rows, lib.rankpo_inverse_norms,
+        lib.rankpo_tangent, lib.rankpo_pair_forward, lib.rankpo_pair_backward,
     ):  # fmt: skip
         function.restype = None
     return lib
@@ -134,6 +157,24 @@ def info_nce_rows(
     )  # fmt: skip
     chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale)
     library().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+
+
+def pair_rows(
+    scores_RN: Tensor, column_scale: Tensor, labels: Tensor,
+    known: tuple[Tensor, ...] | None,  # first [R], last [R], start [E], stop [E], columns [N]
+    reference: tuple[Tensor, Tensor] | None, row_weights: Tensor, outputs: list[Tensor],
+    scale: float, bias: float, settings: PairSettings,
+) -> None:  # fmt: skip
+    """One chunk of rows, in place; the arguments are the fields of `PairRows`."""
+    tensors = (
+        scores_RN, column_scale, labels, *(known or (None,) * 5), *(reference or (None,) * 2),
+        row_weights, *outputs,
+    )  # fmt: skip
+    chunk = _PairRows(
+        *map(_pointer, tensors), *scores_RN.shape, KINDS.index(settings.kind), scale, bias,
+        settings.label_smoothing, settings.rankpo_weight, settings.sft_weight, settings.sft_scale,
+    )  # fmt: skip
+    library().rankpo_pair_rows(ctypes.byref(chunk), torch.get_num_threads())
 
 
 def inverse_norms(x_ND: Tensor, inverse_N: Tensor) -> None:

@@ -18,9 +18,10 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
@@ -55,16 +56,29 @@ class Settings:
     def text(self) -> str:
         return json.dumps(asdict(self))
 
-    @staticmethod
+    @classmethod
     @functools.lru_cache(maxsize=256)
-    def parse(text: str) -> "Settings":
+    def parse(cls, text: str) -> Self:
         fields = json.loads(text)
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return Settings(**fields | lists)
+        return cls(**fields | lists)
 
     def levels(self, D: int) -> list[tuple[int, float]]:
         """(prefix, weight) of each level."""
         return list(zip(self.dims, self.dim_weights, strict=True)) if self.dims else [(D, 1.0)]
+
+
+SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
+
+
+@dataclass(frozen=True)
+class PairSettings(Settings):
+    """Of a loss that is a sum over pairs, see `pointwise`."""
+
+    kind: str = SIGMOID
+    rankpo_weight: float = 1.0
+    sft_weight: float = 0.0
+    sft_scale: float = 0.0
 
 
 class Relations(NamedTuple):
@@ -175,7 +189,7 @@ def known(relations: Relations, N: int) -> Known:
     """Sorts of M + N integers; no host sync."""
     labels_M, query_ids, passage_ids = relations.labels_M, *relations[3:5]
     M, device = len(labels_M), labels_M.device
-    class_M = torch.arange(M, device=device) if query_ids is None else query_ids
+    class_M = torch.arange(M, device=device) if query_ids is None else query_ids.contiguous()
     text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids.contiguous()
     keys, columns = listed(relations, class_M)
     text_of_key = text_N[columns]
@@ -193,6 +207,19 @@ def known(relations: Relations, N: int) -> Known:
     start_N = torch.searchsorted(text_of_run, text_N)
     stop_N = torch.searchsorted(text_of_run, text_N, right=True)
     return Known(class_M, text_N, start_N, stop_N, keys)
+
+
+def count_others(known: Known) -> Tensor:
+    """[M]: how many columns are not known to each query; no host sync, no M x N mask."""
+    class_M, text_N, start_N, stop_N, keys = known
+    ones_N = torch.ones_like(start_N)
+    edges = keys.new_zeros(len(keys) + 1)  # columns start_j : stop_j of the keys know column j
+    edges = edges.scatter_add(0, start_N, ones_N).scatter_add(0, stop_N, -ones_N)
+    classes, order = keys.sort()
+    columns = F.pad(edges.cumsum(0)[:-1][order].cumsum(0), (1, 0))
+    first_M = torch.searchsorted(classes, class_M)
+    last_M = torch.searchsorted(classes, class_M, right=True)
+    return len(text_N) - (columns[last_M] - columns[first_M])
 
 
 def limits(positive: Tensor, settings: Settings) -> Tensor:

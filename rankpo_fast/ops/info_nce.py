@@ -179,14 +179,22 @@ def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) 
 
 
 def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
-    """Triton on CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
+    if not takes_triton(q, settings):
+        return chunked.info_nce
+    from rankpo_kernels.gpu import info_nce  # triton: Linux alone has it
+
+    return info_nce.info_nce
+
+
+def takes_triton(q: Tensor, settings: Settings) -> bool:
+    """On CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
     on_gpu, exact = q.device.type == "cuda", q.dtype == torch.float64
     if settings.window is not None:
-        return chunked.info_nce  # the kernels have no queries besides those with a loss
+        return False  # the kernels have no queries besides those with a loss
     if settings.group is not None and not len(q):
-        return chunked.info_nce  # a rank without queries takes part in the collectives
+        return False  # a rank without queries takes part in the collectives
     if settings.backend == "torch" or (settings.backend is None and (exact or not on_gpu)):
-        return chunked.info_nce
+        return False
     if exact:
         raise ValueError("backend='triton' computes in fp32: embeddings of fp64 take 'torch'")
     if not on_gpu and not _is_interpreted():
@@ -194,9 +202,7 @@ def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
             f"backend='triton' needs CUDA, but the embeddings are on {q.device}: take 'torch', or "
             "set TRITON_INTERPRET=1 before triton is imported to debug its kernels"
         )
-    from rankpo_kernels.gpu import info_nce  # triton: Linux alone has it
-
-    return info_nce.info_nce
+    return True
 
 
 def _is_interpreted() -> bool:
@@ -270,7 +276,7 @@ def _save_grads(ctx, inputs, output):
 
 def _scaled_grads(ctx, grad_loss, *others):
     if any(other is not None for other in others):
-        raise RuntimeError("info_nce_loss has no second derivative")
+        raise RuntimeError("the loss has no second derivative")
     grads = [None] * 4
     if grad_loss is not None:
         # In place unless the graph is kept for another backward: no second copy of the gradients.
@@ -628,9 +634,18 @@ def _arguments(
     batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
     scale_on: torch.device | str = "cpu",
 ) -> tuple[tuple, Tensor]:  # fmt: skip
-    """The ops' arguments and the row weights, checked: everything that can be told without looking
-    at values on a device."""
-    M, N, device = _check_embeddings(batch, options)
+    """The ops' arguments and the row weights."""
+    q, p, own, relations, settings, weights = _checked(batch, options)
+    scale = _scale(temperature, scale, scale_on, q.device)
+    return (q, p, own, scale, list(relations), _text(settings)), weights
+
+
+def _checked(
+    batch: Batch, options: InfoNCEOptions, judge: str = "guide"
+) -> tuple[Tensor, Tensor, Tensor | None, Relations, Settings, Tensor]:
+    """(q, p, own, relations, settings, row weights): everything that can be told without looking at
+    values on a device. `judge` is what the batch's guide is called."""
+    M, N, device = _check_embeddings(batch, options, judge)
     settings = options.settings(device.type)
     embeddings = (batch.queries, batch.passages, batch.own_negatives)
     dtypes = [x.dtype for x in embeddings if x is not None]
@@ -665,8 +680,7 @@ def _arguments(
     weights = uniform_weight(M, options.reduction)
     if batch.weights is not None:
         weights = row_weights(q, batch.weights, M, options.reduction)
-    scale = _scale(temperature, scale, scale_on, device)
-    return (q, p, own, scale, list(relations), _text(settings)), weights
+    return q, p, own, relations, settings, weights
 
 
 def _check_ring(relations: Relations, settings: Settings) -> None:
@@ -691,7 +705,9 @@ def _check_workspace(settings: Settings, N: int, dtype: torch.dtype) -> None:
         )
 
 
-def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, torch.device]:
+def _check_embeddings(
+    batch: Batch, options: InfoNCEOptions, judge: str
+) -> tuple[int, int, torch.device]:
     queries, passages = batch.queries, batch.passages
     if queries.dim() != 2 or passages.dim() != 2:
         raise ValueError(
@@ -705,17 +721,17 @@ def _check_embeddings(batch: Batch, options: InfoNCEOptions) -> tuple[int, int, 
         raise ValueError(f"embeddings are on {device}: the losses run on cpu and cuda")
     others = {"passages": passages, "own_negatives": batch.own_negatives}
     if batch.guide is not None:
-        others["guide queries"], others["guide passages"] = guide = batch.guide
-        if options.false_negative_margin is None:
+        others[f"{judge} queries"], others[f"{judge} passages"] = guide = batch.guide
+        if judge == "guide" and options.false_negative_margin is None:
             raise ValueError("guide decides about the false_negative_margin, which is not given")
         if [x.dim() for x in guide] != [2, 2] or [len(x) for x in guide] != [M, N]:
             raise ValueError(
-                f"guide must be [{M}, G] and [{N}, G], got {tuple(guide[0].shape)} and "
+                f"{judge} must be [{M}, G] and [{N}, G], got {tuple(guide[0].shape)} and "
                 f"{tuple(guide[1].shape)}"
             )
         if guide[0].shape[1] != guide[1].shape[1]:
             raise ValueError(
-                f"guide queries have G={guide[0].shape[1]} but guide passages have "
+                f"{judge} queries have G={guide[0].shape[1]} but {judge} passages have "
                 f"G={guide[1].shape[1]}"
             )
     for name, tensor in {"queries": queries, **others}.items():

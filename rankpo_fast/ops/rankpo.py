@@ -11,6 +11,7 @@ B pairs, D dims. The op reads the [B, D] embeddings once forward and once backwa
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -122,20 +123,9 @@ def margin_loss(
 ) -> Tensor:
     """Losses [B] of advantages [B] = similarity of chosen minus that of rejected; options as in
     `rankpo_loss`."""
-    for name, value in (("beta", beta), ("temperature", temperature)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
-    if not math.isfinite(gamma_beta_ratio):
-        raise ValueError(f"gamma_beta_ratio must be finite, got {gamma_beta_ratio}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if loss_type not in ("sigmoid", "hinge"):
-        raise ValueError(f"loss_type must be 'sigmoid' or 'hinge', got {loss_type!r}")
-    if not (sft_weight >= 0 and rankpo_weight >= 0 and 0 < sft_weight + rankpo_weight < math.inf):
-        raise ValueError(
-            f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft_weight} and "
-            f"{rankpo_weight}"
-        )
+    MarginOptions(
+        beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight
+    )
     if reference_margins is not None:
         if (
             reference_margins.shape != advantage.shape
@@ -151,11 +141,6 @@ def margin_loss(
         over = advantage if reference_margins is None else advantage - reference_margins
         logit = beta * (over / temperature - gamma_beta_ratio)
         if loss_type == "hinge":
-            if label_smoothing:
-                warnings.warn(
-                    f"label_smoothing={label_smoothing} has no effect with loss_type='hinge'",
-                    stacklevel=3,
-                )
             rankpo = torch.relu(1 - logit)
         else:
             rankpo = -(1 - label_smoothing) * F.logsigmoid(logit)
@@ -165,6 +150,41 @@ def margin_loss(
     if sft_weight:
         loss = loss - sft_weight * F.logsigmoid(advantage / temperature)
     return loss
+
+
+@dataclass(frozen=True)
+class MarginOptions:
+    """What stays from batch to batch, as `rankpo_loss` takes it; wrong values are named when it is
+    made."""
+
+    beta: float = 2.0
+    temperature: float = 0.1
+    gamma_beta_ratio: float = 0.0
+    label_smoothing: float = 0.0
+    loss_type: LossType = "sigmoid"
+    sft_weight: float = 0.0
+    rankpo_weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("beta", "temperature"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        if not math.isfinite(self.gamma_beta_ratio):
+            raise ValueError(f"gamma_beta_ratio must be finite, got {self.gamma_beta_ratio}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.loss_type not in ("sigmoid", "hinge"):
+            raise ValueError(f"loss_type must be 'sigmoid' or 'hinge', got {self.loss_type!r}")
+        sft, rankpo = self.sft_weight, self.rankpo_weight
+        if not (sft >= 0 and rankpo >= 0 and 0 < sft + rankpo < math.inf):
+            raise ValueError(
+                f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft} and {rankpo}"
+            )
+        if self.loss_type == "hinge" and self.rankpo_weight and self.label_smoothing:
+            warnings.warn(
+                f"label_smoothing={self.label_smoothing} has no effect with loss_type='hinge'",
+                stacklevel=5,
+            )
 
 
 def rankpo_loss(

@@ -8,7 +8,7 @@ import torch
 from launcher import SMALL
 
 from bench import __main__ as bench
-from bench.cases import info_nce, tiles
+from bench.cases import in_batch, info_nce, tiles
 from bench.measure import Case, measure, relative_error
 
 
@@ -64,6 +64,15 @@ def test_contenders_of_a_form_agree(form):
     for other in others:
         assert relative_error(ours, other) < 1e-4
     info_nce.gemms(form, q, p)()
+
+
+@pytest.mark.parametrize("form", in_batch.FORMS, ids=lambda form: form.replace(" ", "-"))
+def test_contenders_of_a_pair_loss_agree(form):
+    q, p, labels = in_batch.draw(24, 24, 16, "cpu")
+    ours, plain = (run() for run in in_batch.contenders(form, q, p, labels).values())
+    assert relative_error(ours, plain) < 1e-4
+    assert max(in_batch.errors(form, 16, "cpu").values()) < in_batch.GATE["cpu"]
+    in_batch.gemms(in_batch.FORMS[form], q, p)()
 
 
 def test_a_card_has_the_sizes_that_matter_first():

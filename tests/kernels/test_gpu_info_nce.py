@@ -21,6 +21,7 @@ from launcher import (
     ROOMY,
     SMALL,
     TIGHT,
+    NoSync,
     Work,
     assert_equals_definition,
     gradients,
@@ -31,7 +32,6 @@ from launcher import (
     uneven,
 )  # fmt: skip
 from problems import EVERYTHING, GRID, D, M, N, exact, problem
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
@@ -198,8 +198,8 @@ def test_one_weight_of_all_rows_is_a_number(few):
 def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
     case = named("excluded")
     results = []
-    for number in (module.number, lambda x: module.Scale(torch.nan, x)):
-        monkeypatch.setattr(module, "number", number)
+    for number in (module.as_number, lambda x: module.Scale(torch.nan, x)):
+        monkeypatch.setattr(module, "as_number", number)
         results.append(launch(*case, uneven(M), scale=20.0))
     assert max(map(error, *map(gradients, results))) < 1e-6
 
@@ -471,25 +471,6 @@ def test_launches_in_one_chunk(pipeline, name, with_gradients, kernels, others):
     assert names == [f"_{name}_kernel" for name in kernels.split()]
     ops = [op.replace("addmm_", "mm").replace("addmm", "mm") for op in work.ops if "copy" not in op]
     assert sorted(ops) == sorted(others.split())
-
-
-SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
-
-
-class NoSync(TorchDispatchMode):
-    """Fails where the host would wait for a device, except for `known`, which it has."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = known
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        of_known = args and args[0] is self.known
-        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if not of_known and (name in SYNCS or unsized):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", [*PIPELINES, "filter", "everything-guided"])

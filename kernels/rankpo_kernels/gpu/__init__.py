@@ -1,5 +1,6 @@
 """Triton kernels of the losses and their launchers; importing anything here imports triton.
 
 `rows` are kernels that walk embeddings row by row, `scores` those that tile the scores, `products`
-the gradient products that skip dead tiles; `info_nce` launches them, `tiles` says how large.
+the gradient products that skip dead tiles; `info_nce` launches them, `tiles` says how large,
+and `pointwise` has the losses that are sums over pairs.
 """

@@ -14,8 +14,10 @@ from rankpo_kernels.gpu.rows import Scale, absent
 from rankpo_kernels.gpu.scores import Masks, Side
 from rankpo_kernels.gpu.tiles import Tiles
 
+LEAST = torch.finfo(torch.float32).tiny  # a card may take what is smaller for 0
 
-def number(x: Tensor) -> Scale:
+
+def as_number(x: Tensor) -> Scale:
     """For kernels: read here where the host has it, else where it lies."""
     return Scale(float(x), None) if x.device.type == "cpu" and not x.dim() else Scale(0.0, x)
 
@@ -125,3 +127,25 @@ def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
         out.index_add_(0, index, values)
     else:
         out.index_put_((index,), values, accumulate=True)
+
+
+def largest_inverse(inverse_LN: Tensor | None, like: Tensor) -> Tensor:
+    """Of the norms of columns, beside which relative ones stay in range; they may all be 0."""
+    if inverse_LN is None:
+        return torch.ones((), device=like.device)
+    return inverse_LN.amax().clamp(min=LEAST)
+
+
+def add_relative(
+    g_RN: Tensor, q_RD: Tensor, factor_R: Tensor, inverse_R: Tensor | None, dp_ND: Tensor,
+    first: bool, **of_live: Any,
+) -> None:  # fmt: skip
+    """dp (=, or += after the first chunk) g' (factor q / |q|) for rows of g that were divided by
+    their factors: the largest one joins in fp32, where fp16 would lose it."""
+    largest = factor_R.abs().amax().clamp(min=LEAST)
+    by_R = factor_R / largest
+    by_R = by_R if inverse_R is None else by_R * inverse_R
+    of_chunk = torch.empty_like(dp_ND)
+    product(g_RN, (q_RD * by_R[:, None]).to(g_RN.dtype), of_chunk, False, transpose=True, **of_live)
+    of_chunk *= largest
+    dp_ND.copy_(of_chunk) if first else dp_ND.add_(of_chunk)

@@ -24,10 +24,12 @@ from torch import Tensor
 from rankpo_kernels.gpu import products, rows, scores, slopes
 from rankpo_kernels.gpu.blocks import (
     Block,
+    add_relative,
     add_rows,
     addressable,
+    as_number,
     chunks_of,
-    number,
+    largest_inverse,
     product,
     torch_number,
 )
@@ -73,7 +75,7 @@ def info_nce(
     integers = [None if x is None else x.contiguous() for x in relations[:9]]
     guides = [None if x is None else addressable(x) for x in relations[9:]]
     relations = Relations(*integers, *guides)
-    weights = Scale(1.0, None) if weights_M is None else number(weights_M.contiguous())
+    weights = Scale(1.0, None) if weights_M is None else as_number(weights_M.contiguous())
     q_MD, p_ND, own_HD = (None if x is None else addressable(x) for x in (q_MD, p_ND, own_HD))
     plain = is_plain(relations, settings)
     if stored is None:
@@ -155,7 +157,7 @@ def _problem(
         guide = (gq, gp, *inverses)
     related = any(x is not None for x in relations[1:7]) or QQ in settings.directions
     return Problem(
-        q_MD, p_ND, number(scale),
+        q_MD, p_ND, as_number(scale),
         relations, settings, tiles, dims, pairs,
         known(relations, N) if related or PP in settings.directions else None,
         inverse_q, inverse_p, similarity_LP,
@@ -408,11 +410,8 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     dq_RD = p.new(R0, D) if need_q and not in_fp32 else None
     dp_ND = dp_out if in_fp32 or not need_p else p.new(N, D)
     out_RN = p.new(R0, N, dtype=dtype) if products_needed else None
-    weighted_RD = p.new(R0, D, dtype=dtype) if relative else None
-    top = None  # the largest inverse norm of a passage, beside which columns stay in range
-    if relative:
-        top = torch.ones((), device=p.q_MD.device) if p.inverse_p is None else p.inverse_p.amax()
-        top = top.clamp(min=1e-38)  # passages may all be zero
+    weighted_RD = p.new(R0, D, dtype=dtype) if stored else None
+    top = largest_inverse(p.inverse_p, p.p_ND) if relative else None
     for part in chunks:
         R = part.stop - part.start
         parts = _partials(p, tiles_n, R, (need_scale, False))
@@ -441,28 +440,20 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
             inverse_top=top, tile_parts=None if live is None else parts, live=live,
             only_over=stored, filter_mass=settings.gradient_filter * tiles.BLOCK_N / N,
         )  # fmt: skip
-        left_RD = p.q_MD[part]
-        if relative:
-            left_RD, factor_R = weighted_RD[:R], of_part.factor_M
-            if not stored:
-                by_R = factor_R / (largest := factor_R.abs().amax().clamp(min=1e-38))
-                by_R = by_R if p.inverse_q is None else by_R * p.inverse_q[0, part]
-                left_RD.copy_(p.q_MD[part] * by_R[:, None])
+        q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
         first = part.start == 0
         dq = dq_MD[part] if need_q and in_fp32 else dq_RD[:R] if need_q else None
         if need_q:
             product(out, p.p_ND, dq, False, live=live, tiles=tiles)
-        if need_p and relative and not stored:  # the chunk's largest factor, back in fp32
-            chunk_ND = torch.empty_like(dp_ND)
-            product(out, left_RD, chunk_ND, False, transpose=True, live=live, tiles=tiles)
-            chunk_ND *= largest
-            dp_ND.copy_(chunk_ND) if first else dp_ND.add_(chunk_ND)
+        if need_p and relative and not stored:
+            of_rows = (of_part.factor_M, None if inverse_q is None else inverse_q[0])
+            add_relative(out, q_RD, *of_rows, dp_ND, first, live=live, tiles=tiles)
         elif need_p:
+            left_RD = weighted_RD[:R] if stored else q_RD
             product(out, left_RD, dp_ND, not first, transpose=True, live=live, tiles=tiles)
         ready = []
         if need_q:
-            inverse_q = None if p.inverse_q is None else p.inverse_q[:, part]
-            ready.append(Rows.of(dq, p.q_MD[part], inverse_q, of_part.factor_M, None, dq_MD[part]))
+            ready.append(Rows.of(dq, q_RD, inverse_q, of_part.factor_M, None, dq_MD[part]))
         if need_p and part.stop == M:
             ready.append(Rows.of(dp_ND, p.p_ND, p.inverse_p, None, None, dp_out))
         rows.finish(ready, p.dims, top, p.scale)

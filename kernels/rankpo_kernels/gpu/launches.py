@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from rankpo_kernels.gpu.info_nce import info_nce
-from rankpo_kernels.objective import DIRECTIONS, Relations, Settings
+from rankpo_kernels.gpu.pointwise import pair_losses
+from rankpo_kernels.objective import DIRECTIONS, PairSettings, Relations, Settings, known
 
 
 class Launch(NamedTuple):
@@ -83,3 +84,37 @@ def launches() -> Iterator[Launch]:
             }
         for options, run in cases.items():
             yield Launch("info_nce", str(dtype).removeprefix("torch."), options, run, True)
+
+        def pairs(
+            relations=None, needs=(True, True, False, False), D=D, q=q, p=p, normalize=True,
+            **options,
+        ):  # fmt: skip
+            relations = Relations(integers[:M], **(relations or {}))
+            arguments = (
+                q[:, :D], p[:, :D], torch.tensor(20.0), torch.tensor(0.0), relations,
+                None if relations.query_ids_M is None else known(relations, N),
+                PairSettings(normalize, 1 << 30, **options),
+                torch.empty(M) if any(needs) else None, needs,
+            )  # fmt: skip
+            return lambda: pair_losses(*arguments)
+
+        sft = {"sft_weight": 0.5, "sft_scale": 10.0}
+        cases = {
+            "rankpo": pairs(),
+            "rankpo, everything": pairs(ids | guide, label_smoothing=0.1, **sft),
+            "siglip, learnt, ids": pairs(ids, kind="siglip", **learnt),
+        }
+        if dtype == torch.bfloat16:
+            cases |= {
+                "rankpo, forward": pairs(needs=(False,) * 4),
+                "rankpo, odd D": pairs(D=1000),
+                "rankpo, unnormalised": pairs(normalize=False),
+                "rankpo, ids": pairs(ids),
+                "rankpo, reference": pairs(guide),
+                "rankpo, sft": pairs(**sft),
+                "hinge": pairs(kind="hinge"),
+                "hinge, everything": pairs(ids | guide, kind="hinge", **sft),
+                "siglip, ids": pairs(ids, kind="siglip"),
+            }
+        for options, run in cases.items():
+            yield Launch("pair_losses", str(dtype).removeprefix("torch."), options, run, True)
