@@ -2,7 +2,14 @@
 
 from rankpo_fast.losses import InfoNCELoss, RankPOLoss
 from rankpo_fast.ops.info_nce import info_nce_loss, info_nce_loss_and_grads
-from rankpo_fast.ops.rankpo import rankpo_loss
+from rankpo_fast.ops.rankpo import rankpo_loss, rankpo_loss_and_grads
 
 __version__ = "0.1.0"
-__all__ = ["InfoNCELoss", "RankPOLoss", "info_nce_loss", "info_nce_loss_and_grads", "rankpo_loss"]
+__all__ = [
+    "InfoNCELoss",
+    "RankPOLoss",
+    "info_nce_loss",
+    "info_nce_loss_and_grads",
+    "rankpo_loss",
+    "rankpo_loss_and_grads",
+]

@@ -3,6 +3,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "rows.h"
 
 namespace {
@@ -12,12 +16,10 @@ struct RowFunctions {
     decltype(&baseline::info_nce_rows) info_nce_rows;
     decltype(&baseline::inverse_norms) inverse_norms;
     decltype(&baseline::tangent) tangent;
-    decltype(&baseline::pair_forward) pair_forward;
-    decltype(&baseline::pair_backward) pair_backward;
+    decltype(&baseline::ranked_rows) ranked_rows;
 };
 
-#define RANKPO_TABLE(ISA) \
-    {#ISA, ISA::info_nce_rows, ISA::inverse_norms, ISA::tangent, ISA::pair_forward, ISA::pair_backward}
+#define RANKPO_TABLE(ISA) {#ISA, ISA::info_nce_rows, ISA::inverse_norms, ISA::tangent, ISA::ranked_rows}
 
 RowFunctions choose() {
 #ifdef RANKPO_HAS_avx512
@@ -51,7 +53,7 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 2; }
+int32_t rankpo_abi_version() { return 3; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 
@@ -73,17 +75,16 @@ void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* fact
     });
 }
 
-void rankpo_pair_forward(const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads) {
-    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
-        chosen().pair_forward(*in, similarities, inverse_norms, begin, end);
+void rankpo_ranked_rows(const RankedRows* in, int32_t threads) {
+    share(in->rows, 0.5 * in->count * in->dims, threads, [=](int64_t begin, int64_t end) {
+        chosen().ranked_rows(*in, begin, end);
     });
 }
 
-void rankpo_pair_backward(
-    const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
-    float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads) {
-    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
-        chosen().pair_backward(
-            *in, similarities, inverse_norms, similarity_grads, query_grad, chosen_grad, rejected_grad, begin, end);
-    });
+void rankpo_will_be_written([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE  // as numpy does: a fault for 2 MiB instead of 512 of them, which cost more than the row work
+    const uintptr_t page = 4096, address = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (bytes >= (1 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
