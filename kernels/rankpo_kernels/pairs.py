@@ -51,32 +51,39 @@ def ranked(
     rule: Rule, weights_B: Tensor | None = None, needs: Sequence[bool] = (),
 ) -> Result:  # fmt: skip
     """Passages are [B, D] or [B, K, D] each, one after the other; without grades there are two, and
-    the first is preferred. The reference has similarities of the first C, 0 for the others.
+    the first is preferred. A passage whose grade is NaN is not there. The reference has
+    similarities of the first C, 0 for the others.
 
-    `needs`: which gradients, for queries and each of the passages; they want weights. A passage
-    whose grade is NaN is not there.
+    `needs`: which gradients, for queries and each of the passages; they want weights.
     """
-    dtype = compute_dtype(q_BD.dtype)
+    rows, result = prepared(q_BD, passages, grades_BK, reference_BC, weights_B, needs)
+    on_cpu, K = q_BD.device.type == "cpu", result.similarity_BK.shape[1]
+    if on_cpu and q_BD.dtype in native.TYPES and K <= native.MOST_PASSAGES and native.usable():
+        q_BD, *passages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BD, *passages))
+        dq, *dps = result.grads
+        each = [of for x, dx in zip(passages, dps, strict=True) for of in _each(x, dx)]
+        native.ranked_rows(q_BD, *zip(*each, strict=True), *rows, *result[:2], dq, rule)
+    else:
+        _in_slabs(q_BD, passages, *rows, rule, result)
+    return result
+
+
+def prepared(
+    q_BD: Tensor, passages: Sequence[Tensor], grades_BK: Tensor | None, reference_BC: Tensor | None,
+    weights_B: Tensor | None, needs: Sequence[bool],
+) -> tuple[list[Tensor | None], Result]:  # fmt: skip
+    """Grades, reference and weights as launchers read them, and a result to be filled."""
+    B, K = len(q_BD), sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+    dtype, tensors = compute_dtype(q_BD.dtype), (q_BD, *passages)
     rows = [
         None if x is None else x.to(dtype).contiguous()
         for x in (grades_BK, reference_BC, weights_B)
     ]
-    tensors = (q_BD, *passages)
-    of = gradient_dtype(q_BD.dtype)
     grads = [
-        native.new_empty(x, of) if need else None
+        native.new_empty(x, gradient_dtype(x.dtype)) if need else None
         for x, need in zip(tensors, needs or [False] * len(tensors), strict=True)
     ]
-    B, K = len(q_BD), sum(x.shape[1] if x.dim() == 3 else 1 for x in passages)
-    result = Result(q_BD.new_empty(B, dtype=dtype), q_BD.new_empty(B, K, dtype=dtype), grads)
-    on_cpu = q_BD.device.type == "cpu"
-    if on_cpu and q_BD.dtype in native.TYPES and K <= native.MOST_PASSAGES and native.usable():
-        q_BD, *passages = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-        each = [(p, d) for x, dx in zip(passages, grads[1:], strict=True) for p, d in _each(x, dx)]
-        native.ranked_rows(q_BD, *zip(*each, strict=True), *rows, *result[:2], grads[0], rule)
-    else:
-        _in_slabs(q_BD, passages, *rows, rule, result)
-    return result
+    return rows, Result(q_BD.new_empty(B, dtype=dtype), q_BD.new_empty(B, K, dtype=dtype), grads)
 
 
 def _each(x: Tensor, dx: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:

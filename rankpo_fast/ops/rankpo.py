@@ -11,6 +11,7 @@ in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_gro
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,9 +89,19 @@ def _rankpo_grads(
 
 
 def _launch(q, passages, grades, reference, rule, weights=None, needs=()) -> Result:
-    launcher = pairs.ranked
+    launcher = _launcher(q, sum([x.shape[1] if x.dim() == 3 else 1 for x in passages]))
+    # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         return launcher(q, passages, grades, reference, Rule(*rule), weights, needs)
+
+
+def _launcher(q: Tensor, K: int) -> Callable[..., Result]:
+    """Triton on CUDA, except in fp64 and for groups that do not fit a tile."""
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return pairs.ranked
+    from rankpo_kernels.gpu import pairs as gpu  # triton: Linux alone has it
+
+    return gpu.ranked if K <= gpu.MOST_PASSAGES else pairs.ranked
 
 
 def _similarities(q: Tensor, passages: list[Tensor]) -> Tensor:
