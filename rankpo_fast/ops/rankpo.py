@@ -203,7 +203,8 @@ class Ranking(NamedTuple):
                     f"{name} must be {list(shape)} on {queries.device}, got {list(values.shape)} "
                     f"on {values.device}"
                 )
-            values = values.detach().to(compute_dtype(dtype)).reshape(len(queries), -1)
+            values = values.detach().to(compute_dtype(dtype))
+            values = values if values.dim() == 2 else values[:, None]
         return Ranking(
             queries.to(dtype), [x.to(dtype) for x in passages.values()], grades, values,
             [float(number) for number in rule],

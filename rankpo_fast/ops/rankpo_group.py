@@ -1,7 +1,7 @@
 """RankPO for graded groups: several passages of a query, some preferred to others.
 
     pairs:          mean of `rankpo_loss` over the ordered pairs (a, b) with grade_a > grade_b
-    plackett_luce:  -sum over a of log(exp(r_a) / (exp(r_a) + sum over b of lower grade of exp(r_b)))
+    plackett_luce:  -sum over a of log(exp(r_a) / (exp(r_a) + sum over b of lower grade exp(r_b)))
                     r = beta (s - s_reference) / temperature, over the a that have such a b
 
 The second is the likelihood of the ranking under Plackett and Luce's model (Rafailov et al. 2023,
@@ -68,8 +68,8 @@ def rankpo_group_loss(
     Args:
         queries: [B, D] of fp64, fp32, bf16 or fp16.
         passages: [B, K, D], same device; where dtypes differ, the wider one is taken.
-        grades: [B, K], the higher the better; only their order counts. NaN is padding: no passage,
-            whatever its embedding.
+        grades: [B, K], the higher the better; only their order in fp32 counts. NaN is padding: no
+            passage, whatever its embedding.
         form: "pairs", the mean over all pairs of different grades (0 if there is none), or
             "plackett_luce", the negative log-likelihood of the ranking, which is a sum over
             passages and is not divided by their number.
