@@ -1,5 +1,7 @@
 // Picks the best instruction set of this machine once, and shares the rows among threads.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -21,14 +23,17 @@ struct RowFunctions {
 
 #define RANKPO_TABLE(ISA) {#ISA, ISA::info_nce_rows, ISA::inverse_norms, ISA::tangent, ISA::ranked_rows}
 
+// RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
+    const char* asked = std::getenv("RANKPO_INSTRUCTION_SET");
+    [[maybe_unused]] const auto may = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
 #ifdef RANKPO_HAS_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
+    if (may("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
         return RANKPO_TABLE(avx512);
 #endif
 #ifdef RANKPO_HAS_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RANKPO_TABLE(avx2);
+    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RANKPO_TABLE(avx2);
 #endif
     return RANKPO_TABLE(baseline);
 }

@@ -31,12 +31,13 @@ class Tile:
 
 
 def tile(K: int, D: int) -> Tile:
-    """16 numbers a thread, 32 where that keeps a long pair in registers. What a group compares
-    stands beside its rows: 8 warps, so that a thread has 255 registers."""
+    """16 numbers a thread; a long pair has 32, which keeps it in registers, and a large group 8
+    beside its comparisons."""
     block_k, block_d = triton.next_power_of_2(K), triton.next_power_of_2(D)
-    most, warps = (16384, 16) if K <= 2 else (4096, 8)
-    block_d = min(block_d, most // block_k)
-    return Tile(block_k, block_d, max(1, min(warps, block_k * block_d // 512)))
+    if K > 2:
+        return Tile(block_k, min(block_d, 2048 // block_k), 4 if K <= 32 else 8)
+    block_d = min(block_d, 16384 // block_k)
+    return Tile(block_k, block_d, max(1, min(16, block_k * block_d // 512)))
 
 
 class Passages(NamedTuple):
@@ -242,7 +243,7 @@ def ranked(
         q_BD, *of, *[absent(Passages)] * (2 - len(of)), grades_BK, reference_BC, weights_B,
         result.loss_B, result.similarity_BK, dq,
         *q_BD.stride(), q_BD.shape[1], K, 0 if reference_BC is None else reference_BC.shape[1],
-        rule, bool(rule.normalize), bool(rule.hinge), bool(rule.listwise),
+        Rule(*map(float, rule)), bool(rule.normalize), bool(rule.hinge), bool(rule.listwise),
         q_BD.shape[1] <= shape.BLOCK_D, shape.BLOCK_K, shape.BLOCK_D,
         num_warps=shape.num_warps, **FUSION,
     )  # fmt: skip
