@@ -23,6 +23,7 @@ CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
 SCORES, ROWS = KERNELS + "gpu/scores.py", KERNELS + "gpu/rows.py"
 PRODUCTS, LAUNCHER = KERNELS + "gpu/products.py", KERNELS + "gpu/info_nce.py"
 OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+GPU_PAIRS, NATIVE_PAIRS = KERNELS + "gpu/pairs.py", "kernels/native/pairs.cpp"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -42,6 +43,10 @@ MEMORY = gpu("outside")
 CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = of("tests/ops/test_info_nce.py", "gates and nothing-round and float32 and native")
 OPS_GRADIENTS = of("tests/ops/test_info_nce.py", "gradcheck")
+PAIRS = of("tests/ops/test_rankpo.py", "gates or upstream or extreme or nan")
+GROUPS = of("tests/ops/test_rankpo_group.py", "gates or padding or two_passages")
+RANKED = of("tests/kernels/test_gpu_pairs.py", "gates or norms or nan or padding or outside")
+SANITIZER = of("tests/kernels/test_sanitizer.py", "strays")
 
 
 @dataclass(frozen=True)
@@ -336,6 +341,76 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
+    ),
+    # kernels/rankpo_kernels/gpu/pairs.py
+    Mutant(
+        "squares-do-not-fade", GPU_PAIRS,
+        "square_k = square_k * fade_k * fade_k",
+        "square_k = square_k",
+        RANKED,
+    ),
+    Mutant(
+        "padding-is-compared", GPU_PAIRS,
+        "live_k = live_k & (grade_k == grade_k)",
+        "pass",
+        RANKED,
+    ),
+    Mutant(
+        "losers-are-not-pushed", GPU_PAIRS,
+        "(tl.sum(slope, 1) - tl.sum(slope, 0)) / pairs",
+        "tl.sum(slope, 1) / pairs",
+        RANKED,
+    ),
+    Mutant(
+        "weights-of-rows-forgotten", GPU_PAIRS,
+        "slope_k = slope_k * tl.load(weights_ptr + row)",
+        "pass",
+        RANKED,
+    ),
+    Mutant(
+        "last-dims-unmasked", GPU_PAIRS,
+        "mask_d = offs_d < D\n    q =",
+        "mask_d = offs_d < D + 1\n    q =",
+        RANKED,
+    ),
+    # kernels/native/pairs.cpp
+    Mutant(
+        "native-radial-part-kept", NATIVE_PAIRS,
+        "sum[d] = -radial * widen(x[d])",
+        "sum[d] = 0",
+        PAIRS,
+    ),
+    Mutant(
+        "native-half-infinity-is-a-number", NATIVE_PAIRS,
+        "magnitude >= 0x0f800000u",
+        "magnitude > 0x7f800000u",
+        of("tests/ops/test_rankpo.py", "every_number"),
+    ),
+    Mutant(
+        "native-ties-count", NATIVE_PAIRS,
+        "!(grades[a] > grades[b]) : a >= b",
+        "!(grades[a] >= grades[b]) : a >= b",
+        GROUPS,
+    ),
+    Mutant(
+        "native-blocks-overrun", NATIVE_PAIRS,
+        "in.dims - start < kBlock ? in.dims - start : kBlock;\n        const T* x",
+        "kBlock;\n        const T* x",
+        SANITIZER,
+    ),
+    # rankpo_fast/ops/rankpo.py
+    Mutant(
+        "upstream-pairs-forgotten", "rankpo_fast/ops/rankpo.py",
+        "ctx.rule, loss_grads_B.contiguous(), needs",
+        "ctx.rule, torch.ones_like(loss_grads_B), needs",
+        PAIRS,
+    ),
+    # rankpo_fast/ops/common.py
+    Mutant(
+        "any-upstream-gradient-is-one", "rankpo_fast/ops/common.py",
+        'by.device.type == "cpu" and by == 1',
+        'by.device.type == "cpu"',
+        PAIRS,
     ),
 ]  # fmt: skip
 

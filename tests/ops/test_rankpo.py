@@ -46,6 +46,12 @@ def definition(q, c, r, weights=None, normalize=True, **options):
     return loss_B.mean() if weights is None else (weights * loss_B).sum()
 
 
+def pair_dots(q, c, r):
+    """Dot products, as the op has them."""
+    rule = [2.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    return _rankpo(q, [c, r], None, None, rule)[1].unbind(1)
+
+
 def authors_loss(chosen, rejected, reference, beta, temperature, gamma, smoothing, kind):
     """The loss of similarities as the authors' trainer computes it, a step a line."""
     advantages = chosen - rejected
@@ -240,6 +246,19 @@ def test_nan_stays_in_its_row(where, kind, path):
     for ours, want in zip(got[1:], clean[1:], strict=True):
         assert torch.equal(ours[[0, 2]], want[[0, 2]])
     assert got[1 + where][1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", ["infinity", "nan", "largest", "smallest"])
+def test_every_number_of_a_dtype_is_read(bits, dtype, path):
+    value = {
+        "infinity": torch.inf, "nan": torch.nan, "largest": torch.finfo(dtype).max,
+        "smallest": torch.finfo(dtype).smallest_normal / 2 if dtype != torch.bfloat16 else 1e-38,
+    }[bits]  # fmt: skip
+    q, c, r = torch.ones(3, 1, 1, dtype=dtype)
+    c[0] = value
+    chosen, _ = pair_dots(q, c, r)
+    assert torch.equal(chosen.isnan(), c[0].isnan()) and (c[0].isnan() or chosen == c[0].double())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
