@@ -297,7 +297,8 @@ def rankpo_loss(
         queries, chosen, rejected: [B, D] of fp64, fp32, bf16 or fp16, on one device; where dtypes
             differ, the widest one is taken. A zero vector has similarity and gradient 0.
         reference_margins: [B], similarity of chosen minus that of rejected under the frozen
-            reference model. None is the reference-free form (SimRankPO).
+            reference model, which receives no gradient. None is the reference-free form
+            (SimRankPO).
         beta: > 0, how sharply the margin counts.
         temperature: > 0, similarities are divided by it.
         gamma_beta_ratio: a margin to be exceeded, in the units of margins.
