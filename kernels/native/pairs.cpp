@@ -1,5 +1,5 @@
 // Passages ranked for their query: similarities, loss and gradients of a row while it lies in the first-level cache.
-// Compiled once per instruction set, as rows.cpp is and under the same rule; the formulas are in rankpo_kernels/pairs.py.
+// Compiled once per instruction set, as rows.cpp is and under the same rule; formulas: rankpo_kernels/pairs.py.
 #include "row_math.h"
 #include "rows.h"
 

@@ -1,5 +1,6 @@
-// The plain C face of the native library. Tensors are row-major, and fp32 where they have no type; strides count elements; pointers marked
-// "or null" may be null. Letters: R rows of a chunk, N passages, B pairs, D dims.
+// The plain C face of the native library. Tensors are row-major, and fp32 where they have no type; strides count
+// elements; pointers marked "or null" may be null. Letters: R rows of a chunk, N passages, B queries with K ranked
+// passages each, D dims.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +36,13 @@ struct InfoNCERows {
     float scale;        // 1 / temperature, > 0
 };
 
-// B queries with K ranked passages each, loss and gradients. A type is 0 for fp32, 1 for bf16, 2 for fp16; gradients have
-// the type of the embeddings, but fp32 for fp16. Rows are `*_stride` elements apart, dims contiguous.
+// B queries with K ranked passages each, loss and gradients. A type is 0 for fp32, 1 for bf16, 2 for fp16; gradients
+// have the type of the embeddings, but fp32 for fp16. Rows are `*_stride` elements apart, dims contiguous.
 struct RankedRows {
     const void* query;               // [B, D]
     const void* const* passages;     // [K] of [B, D]
     const int64_t* passage_strides;  // [K]
-    const float* grades;             // [B, K], NaN where there is no passage; or null: two passages, the first preferred
+    const float* grades;             // [B, K], NaN: no passage; or null: two passages, the first preferred
     const float* reference;          // [B, C] or null: similarities of the first C passages, 0 for the others
     const float* weights;            // [B] or null without gradients
     float* loss;                     // [B], unweighted

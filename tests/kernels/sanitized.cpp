@@ -1,5 +1,5 @@
-// Calls the native library with random shapes, strides and types, every buffer a heap block of just its size: built with
-// -fsanitize=address,undefined, whatever strays ends the program. `sanitized SEED` prints what it did.
+// Calls the native library with random shapes, strides and types, every buffer a heap block of just its size: built
+// with -fsanitize=address,undefined, whatever strays ends the program. `sanitized SEED` prints what it did.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
