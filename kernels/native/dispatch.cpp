@@ -90,6 +90,6 @@ void rankpo_will_be_written([[maybe_unused]] void* memory, [[maybe_unused]] int6
 #ifdef MADV_HUGEPAGE  // as numpy does: a fault for 2 MiB instead of 512 of them, which cost more than the row work
     const uintptr_t page = 4096, address = reinterpret_cast<uintptr_t>(memory);
     const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (bytes >= (1 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    if (bytes >= (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

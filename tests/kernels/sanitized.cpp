@@ -111,7 +111,7 @@ int main(int, char** arguments) {
     generator.seed(static_cast<unsigned>(std::atoi(arguments[1])));
     const int calls = 500;
     for (int i = 0; i < calls; ++i) draw(0, 3) ? ranked() : norms();
-    std::vector<char> fresh(3 << 20);
-    rankpo_will_be_written(fresh.data() + 7, (3 << 20) - 7);
+    std::vector<char> fresh(5 << 20);
+    rankpo_will_be_written(fresh.data() + 7, (5 << 20) - 7);
     std::printf("%d calls, %s\n", calls, rankpo_instruction_set());
 }
