@@ -11,6 +11,7 @@ from rankpo_fast.ops.common import Reduction
 from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_margin
 from rankpo_fast.ops.info_nce import InfoNCEOptions, info_nce_loss
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
+from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
 
 class InfoNCELoss(nn.Module):
@@ -98,6 +99,31 @@ class RankPOLoss(nn.Module):
         """queries, chosen, rejected [B, D]; reference_margins and weights [B] of this batch."""
         rows = {"reference_margins": reference_margins, "weights": weights}
         return rankpo_loss(queries, chosen, rejected, **self.options, **rows)
+
+
+class RankPOGroupLoss(nn.Module):
+    """`rankpo_group_loss` with its settings: form, beta, temperature, gamma_beta_ratio,
+    label_smoothing, loss_type, normalize, reduction."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        one = torch.zeros(1, 1)
+        rankpo_group_loss(one, one[:, None], one, **options)  # names what is wrong
+        self.options = options
+
+    def forward(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        grades: Tensor,
+        *,
+        reference_similarities: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """queries [B, D], passages [B, K, D], grades [B, K]; reference_similarities [B, K] and
+        weights [B] of this batch."""
+        rows = {"reference_similarities": reference_similarities, "weights": weights}
+        return rankpo_group_loss(queries, passages, grades, **self.options, **rows)
 
 
 class InBatchRankPOLoss(nn.Module):

@@ -27,6 +27,7 @@ OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
 PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
+GPU_PAIRS, NATIVE_PAIRS = KERNELS + "gpu/pairs.py", "kernels/native/pairs.cpp"
 
 
 def of(file: str, names: str) -> tuple[str, ...]:
@@ -55,6 +56,10 @@ RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
 PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
 PAIR_MEMORY = of("tests/kernels/test_gpu_pointwise.py", "outside")
+PAIR_LOSS = of("tests/ops/test_rankpo.py", "gates or upstream or extreme or nan")
+GROUPS = of("tests/ops/test_rankpo_group.py", "gates or padding or two_passages")
+RANKED = of("tests/kernels/test_gpu_pairs.py", "gates or norms or nan or padding or outside")
+SANITIZER = of("tests/kernels/test_sanitizer.py", "strays")
 
 
 @dataclass(frozen=True)
@@ -448,9 +453,9 @@ MUTANTS = [
     ),
     # rankpo_fast/ops/info_nce.py
     Mutant(
-        "grad-output-forgotten", OPS,
-        "times(grad, grad_loss.to(grad.device))",
-        "grad",
+        "grad-output-forgotten", "rankpo_fast/ops/common.py",
+        "times(grad, by.to(grad.device)).to(dtype)",
+        "grad.to(dtype)",
         OPS_GRADIENTS,
     ),
     Mutant(
@@ -628,7 +633,7 @@ MUTANTS = [
     Mutant(
         "gradients-of-the-sum", PAIR_OPS,
         "expand(len(q)) * share",
-        "weights.to(dtype)",
+        "expand(len(q)) * 1.0",
         PAIR_OPTIONS_CPU,
     ),
     Mutant(
@@ -636,6 +641,76 @@ MUTANTS = [
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         of("tests/ops/test_in_batch.py", "gradcheck"),
+    ),
+    # kernels/rankpo_kernels/gpu/pairs.py
+    Mutant(
+        "squares-do-not-fade", GPU_PAIRS,
+        "square_k = square_k * fade_k * fade_k",
+        "square_k = square_k",
+        RANKED,
+    ),
+    Mutant(
+        "padding-is-compared", GPU_PAIRS,
+        "live_k = live_k & (grade_k == grade_k)",
+        "pass",
+        RANKED,
+    ),
+    Mutant(
+        "losers-are-not-pushed", GPU_PAIRS,
+        "(tl.sum(slope, 1) - tl.sum(slope, 0)) / pairs",
+        "tl.sum(slope, 1) / pairs",
+        RANKED,
+    ),
+    Mutant(
+        "weights-of-rows-forgotten", GPU_PAIRS,
+        "slope_k = slope_k * tl.load(weights_ptr + row)",
+        "pass",
+        RANKED,
+    ),
+    Mutant(
+        "last-dims-unmasked", GPU_PAIRS,
+        "mask_d = offs_d < D\n    q =",
+        "mask_d = offs_d < D + 1\n    q =",
+        RANKED,
+    ),
+    # kernels/native/pairs.cpp
+    Mutant(
+        "native-radial-part-kept", NATIVE_PAIRS,
+        "sum[d] = -radial * widen(x[d])",
+        "sum[d] = 0",
+        PAIR_LOSS,
+    ),
+    Mutant(
+        "native-half-infinity-is-a-number", NATIVE_PAIRS,
+        "magnitude >= 0x0f800000u",
+        "magnitude > 0x7f800000u",
+        of("tests/ops/test_rankpo.py", "every_number"),
+    ),
+    Mutant(
+        "native-ties-count", NATIVE_PAIRS,
+        "!(grades[a] > grades[b]) : a >= b",
+        "!(grades[a] >= grades[b]) : a >= b",
+        GROUPS,
+    ),
+    Mutant(
+        "native-blocks-overrun", NATIVE_PAIRS,
+        "in.dims - start < kBlock ? in.dims - start : kBlock;\n        const T* x",
+        "kBlock;\n        const T* x",
+        SANITIZER,
+    ),
+    # rankpo_fast/ops/rankpo.py
+    Mutant(
+        "upstream-pairs-forgotten", "rankpo_fast/ops/rankpo.py",
+        "ctx.rule, loss_grads_B.contiguous(), needs",
+        "ctx.rule, torch.ones_like(loss_grads_B), needs",
+        PAIR_LOSS,
+    ),
+    # rankpo_fast/ops/common.py
+    Mutant(
+        "any-upstream-gradient-is-one", "rankpo_fast/ops/common.py",
+        'by.device.type == "cpu" and by == 1',
+        'by.device.type == "cpu"',
+        PAIR_LOSS,
     ),
 ]  # fmt: skip
 

@@ -1,7 +1,13 @@
 // Picks the best instruction set of this machine once, and shares the rows among threads.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "rows.h"
 
@@ -13,22 +19,23 @@ struct RowFunctions {
     decltype(&baseline::pair_rows) pair_rows;
     decltype(&baseline::inverse_norms) inverse_norms;
     decltype(&baseline::tangent) tangent;
-    decltype(&baseline::pair_forward) pair_forward;
-    decltype(&baseline::pair_backward) pair_backward;
+    decltype(&baseline::ranked_rows) ranked_rows;
 };
 
 #define RANKPO_TABLE(ISA) \
-    {#ISA,         ISA::info_nce_rows, ISA::pair_rows,    ISA::inverse_norms, \
-     ISA::tangent, ISA::pair_forward,  ISA::pair_backward}
+    {#ISA, ISA::info_nce_rows, ISA::pair_rows, ISA::inverse_norms, ISA::tangent, ISA::ranked_rows}
 
+// RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
+    const char* asked = std::getenv("RANKPO_INSTRUCTION_SET");
+    [[maybe_unused]] const auto may = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
 #ifdef RANKPO_HAS_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
+    if (may("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
         return RANKPO_TABLE(avx512);
 #endif
 #ifdef RANKPO_HAS_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RANKPO_TABLE(avx2);
+    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RANKPO_TABLE(avx2);
 #endif
     return RANKPO_TABLE(baseline);
 }
@@ -53,7 +60,7 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 3; }
+int32_t rankpo_abi_version() { return 4; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 
@@ -81,17 +88,16 @@ void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* fact
     });
 }
 
-void rankpo_pair_forward(const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads) {
-    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
-        chosen().pair_forward(*in, similarities, inverse_norms, begin, end);
+void rankpo_ranked_rows(const RankedRows* in, int32_t threads) {
+    share(in->rows, 0.5 * in->count * in->dims, threads, [=](int64_t begin, int64_t end) {
+        chosen().ranked_rows(*in, begin, end);
     });
 }
 
-void rankpo_pair_backward(
-    const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
-    float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads) {
-    share(in->pairs, 0.5 * in->dims, threads, [=](int64_t begin, int64_t end) {
-        chosen().pair_backward(
-            *in, similarities, inverse_norms, similarity_grads, query_grad, chosen_grad, rejected_grad, begin, end);
-    });
+void rankpo_will_be_written([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE  // as numpy does: a fault for 2 MiB instead of 512 of them, which cost more than the row work
+    const uintptr_t page = 4096, address = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (bytes >= (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }

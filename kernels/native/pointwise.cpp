@@ -1,17 +1,10 @@
 // The row work of losses that are sums over pairs; independent per row, so threads cannot change a result. Compiled once
 // per instruction set like rows.cpp, under the same rule: nothing from the standard library may be instantiated here.
-#include <cmath>
-#include <cstring>
-
-#include "lanes.h"
+#include "row_math.h"
 #include "rows.h"
 
 namespace RANKPO_ISA {
 namespace {
-
-// Both of x and e = exp(-|x|); NaN stays NaN.
-inline float softplus(float x, float e) { return (x < 0.0f ? 0.0f : x) + log1p_unit(e); }
-inline float sigmoid(float x, float e) { return (x < 0.0f ? e : 1.0f) / (1.0f + e); }
 
 template <bool kHinge, bool kReference, bool kSft>
 void pair_row(const PairRows& in, int64_t i) {

@@ -1,5 +1,6 @@
-// The plain C face of the native library. All tensors are fp32 and row-major; strides count elements; pointers marked
-// "or null" may be null. Letters: R rows of a chunk, N passages, B pairs, D dims.
+// The plain C face of the native library. Tensors are row-major, and fp32 where they have no type; strides count
+// elements; pointers marked "or null" may be null. Letters: R rows of a chunk, N passages, B queries with K ranked
+// passages each, D dims.
 #pragma once
 
 #include <cstdint>
@@ -59,13 +60,25 @@ struct PairRows {
     float scale, bias, label_smoothing, rankpo_weight, sft_weight, sft_scale;
 };
 
-// B triples (query, chosen, rejected) of [B, D] each, rows `*_stride` apart, dims contiguous.
-struct PairTensors {
-    const float *query, *chosen, *rejected;
-    int64_t query_stride, chosen_stride, rejected_stride;
-    int64_t pairs, dims;
-    int32_t normalize;
+// B queries with K ranked passages each, loss and gradients. A type is 0 for fp32, 1 for bf16, 2 for fp16; gradients
+// have the type of the embeddings, but fp32 for fp16. Rows are `*_stride` elements apart, dims contiguous.
+struct RankedRows {
+    const void* query;               // [B, D]
+    const void* const* passages;     // [K] of [B, D]
+    const int64_t* passage_strides;  // [K]
+    const float* grades;             // [B, K], NaN: no passage; or null: two passages, the first preferred
+    const float* reference;          // [B, C] or null: similarities of the first C passages, 0 for the others
+    const float* weights;            // [B] or null without gradients
+    float* loss;                     // [B], unweighted
+    float* similarities;             // [B, K]
+    void* query_grad;                // [B, D], contiguous, or null
+    void* const* passage_grads;      // [K] of [B, D], each null or not
+    const int64_t* grad_strides;     // [K]
+    int64_t query_stride, rows, dims, count, reference_count;  // count: K, at most RANKPO_MOST_PASSAGES
+    float beta, temperature, gamma_beta_ratio, label_smoothing, sft_weight, rankpo_weight;
+    int32_t type, hinge, listwise, normalize;
 };
+#define RANKPO_MOST_PASSAGES 256
 
 // Rows [R, D] with dims contiguous: the embeddings of one side.
 struct Rows {
@@ -82,10 +95,6 @@ RANKPO_API void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_
 // In place: grad_i := factor_i (grad_i - <grad_i, u_i> u_i), u = x / |x|; grad [R, D] contiguous, factor [R] or null.
 RANKPO_API void rankpo_tangent(
     const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads);
-// similarities [2, B] (chosen, rejected); inverse_norms [3, B] (query, chosen, rejected), ones without normalize.
-RANKPO_API void rankpo_pair_forward(
-    const PairTensors* in, float* similarities, float* inverse_norms, int32_t threads);
-// similarity_grads [2, B] -> gradients [B, D], contiguous.
-RANKPO_API void rankpo_pair_backward(
-    const PairTensors* in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
-    float* query_grad, float* chosen_grad, float* rejected_grad, int32_t threads);
+RANKPO_API void rankpo_ranked_rows(const RankedRows* in, int32_t threads);
+// Says of memory that was just allocated that all of it will be written: the kernel may back it by huge pages.
+RANKPO_API void rankpo_will_be_written(void* memory, int64_t bytes);

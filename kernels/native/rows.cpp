@@ -1,23 +1,11 @@
 // The row work of the losses: everything here is independent per row, so threads cannot change a result.
 // Compiled once per instruction set into namespace RANKPO_ISA; nothing from the standard library may be instantiated
 // here, or the linker could hand an AVX-512 copy of it to a machine without AVX-512.
+#include "row_math.h"
 #include "rows.h"
-
-#include <cmath>
-#include <cstring>
-
-#include "lanes.h"
 
 namespace RANKPO_ISA {
 namespace {
-
-// softplus(x) = log(1 + exp(x)) without overflow, and with full relative accuracy where it is tiny.
-inline float softplus(float x) { return std::fmax(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
-
-inline float sigmoid(float x) {
-    const float e = std::exp(-std::fabs(x));
-    return (x >= 0 ? 1.0f : e) / (1.0f + e);
-}
 
 // One row's logits that its judge finds above the limit are masked.
 template <bool kJudge, bool kCurated>
@@ -118,39 +106,6 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     if (in.d_logits) in.d_logits[i] = pull * (top - positive + static_cast<float>(sums.moment / sum));
 }
 
-// Squares within these bounds neither overflow fp32 nor lose digits to its subnormal numbers.
-inline bool safe(float square) { return square > 1e-30f && square < 1e37f; }
-
-// A vector too short for its norm to be inverted in fp32 counts as zero: similarity 0, gradient 0.
-inline double inverse_norm(double square) { return square < 1.4e-76 ? 0.0 : 1.0 / std::sqrt(square); }
-
-struct Dots {
-    double qq, cc, rr, qc, qr;
-};
-
-Dots pair_dots(const float* q, const float* c, const float* r, int64_t dims) {
-    float qq = 0, cc = 0, rr = 0, qc = 0, qr = 0;
-#pragma omp simd reduction(+ : qq, cc, rr, qc, qr)
-    for (int64_t d = 0; d < dims; ++d) {
-        qq += q[d] * q[d];
-        cc += c[d] * c[d];
-        rr += r[d] * r[d];
-        qc += q[d] * c[d];
-        qr += q[d] * r[d];
-    }
-    if (safe(qq) && safe(cc) && safe(rr)) return {qq, cc, rr, qc, qr};
-    Dots dots{};  // squares that leave fp32's range: once more in fp64
-    for (int64_t d = 0; d < dims; ++d) {
-        const double x = q[d], y = c[d], z = r[d];
-        dots.qq += x * x;
-        dots.cc += y * y;
-        dots.rr += z * z;
-        dots.qc += x * y;
-        dots.qr += x * z;
-    }
-    return dots;
-}
-
 }  // namespace
 
 void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
@@ -183,51 +138,6 @@ void tangent(
         for (int64_t d = 0; d < x.dims; ++d) along += g[d] * (row[d] * inverse);
 #pragma omp simd
         for (int64_t d = 0; d < x.dims; ++d) g[d] = scale * (g[d] - along * (row[d] * inverse));
-    }
-}
-
-void pair_forward(const PairTensors& in, float* similarities, float* inverse_norms, int64_t begin, int64_t end) {
-    const int64_t pairs = in.pairs;
-    for (int64_t b = begin; b < end; ++b) {
-        const Dots dots = pair_dots(
-            in.query + b * in.query_stride, in.chosen + b * in.chosen_stride, in.rejected + b * in.rejected_stride,
-            in.dims);
-        const double iq = in.normalize ? inverse_norm(dots.qq) : 1.0;
-        const double ic = in.normalize ? inverse_norm(dots.cc) : 1.0;
-        const double ir = in.normalize ? inverse_norm(dots.rr) : 1.0;
-        similarities[b] = static_cast<float>(dots.qc * iq * ic);
-        similarities[pairs + b] = static_cast<float>(dots.qr * iq * ir);
-        inverse_norms[b] = static_cast<float>(iq);
-        inverse_norms[pairs + b] = static_cast<float>(ic);
-        inverse_norms[2 * pairs + b] = static_cast<float>(ir);
-    }
-}
-
-// d cos(q, c)/dq = (c / |c| - cos q / |q|) / |q|: each gradient is a sum of the three rows with one factor per row.
-void pair_backward(
-    const PairTensors& in, const float* similarities, const float* inverse_norms, const float* similarity_grads,
-    float* query_grad, float* chosen_grad, float* rejected_grad, int64_t begin, int64_t end) {
-    const int64_t pairs = in.pairs, dims = in.dims;
-    for (int64_t b = begin; b < end; ++b) {
-        const float* q = in.query + b * in.query_stride;
-        const float* c = in.chosen + b * in.chosen_stride;
-        const float* r = in.rejected + b * in.rejected_stride;
-        const float iq = inverse_norms[b], ic = inverse_norms[pairs + b], ir = inverse_norms[2 * pairs + b];
-        const float grad_c = similarity_grads[b], grad_r = similarity_grads[pairs + b];
-        const float along_c = in.normalize ? grad_c * similarities[b] : 0.0f;
-        const float along_r = in.normalize ? grad_r * similarities[pairs + b] : 0.0f;
-        const float qc = grad_c * ic, qr = grad_r * ir, qq = (along_c + along_r) * iq;
-        const float cq = grad_c * iq, cc = along_c * ic;
-        const float rq = grad_r * iq, rr = along_r * ir;
-        float* dq = query_grad + b * dims;
-        float* dc = chosen_grad + b * dims;
-        float* dr = rejected_grad + b * dims;
-#pragma omp simd
-        for (int64_t d = 0; d < dims; ++d) {
-            dq[d] = iq * (qc * c[d] + qr * r[d] - qq * q[d]);
-            dc[d] = ic * (cq * q[d] - cc * c[d]);
-            dr[d] = ir * (rq * q[d] - rr * r[d]);
-        }
     }
 }
 

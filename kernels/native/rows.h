@@ -10,11 +10,7 @@
     void inverse_norms(const Rows& x, float* inverse_norms, int64_t begin, int64_t end);                            \
     void tangent(                                                                                                   \
         const Rows& x, const float* inverse_norms, const float* factor, float* grad, int64_t begin, int64_t end);   \
-    void pair_forward(const PairTensors& in, float* similarities, float* inverse_norms, int64_t begin, int64_t end); \
-    void pair_backward(                                                                                             \
-        const PairTensors& in, const float* similarities, const float* inverse_norms,                               \
-        const float* similarity_grads, float* query_grad, float* chosen_grad, float* rejected_grad, int64_t begin,  \
-        int64_t end);                                                                                               \
+    void ranked_rows(const RankedRows& in, int64_t begin, int64_t end);                                             \
     }
 
 RANKPO_ROW_FUNCTIONS(baseline)

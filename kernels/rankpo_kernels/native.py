@@ -1,4 +1,4 @@
-"""The native CPU library through ctypes: row work in one pass over memory, for fp32 tensors.
+"""The native CPU library through ctypes: row work in one pass over memory.
 
 Where the library was not built, or does not match this file, `library()` says so once and the
 callers use torch.
@@ -9,6 +9,7 @@ reads it.
 import ctypes
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from rankpo_kernels.objective import KINDS, PairSettings
 
-ABI_VERSION = 3
+ABI_VERSION = 4
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `RankedRows` counts them
+MOST_PASSAGES = 256  # RANKPO_MOST_PASSAGES
 
 
 class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_native.h
@@ -74,16 +77,33 @@ class _Rows(ctypes.Structure):  # Rows of kernels/native/rankpo_native.h
     ]
 
 
-class _PairTensors(ctypes.Structure):  # PairTensors of kernels/native/rankpo_native.h
+class _RankedRows(ctypes.Structure):  # RankedRows of kernels/native/rankpo_native.h
     _fields_ = [
         ("query", ctypes.c_void_p),
-        ("chosen", ctypes.c_void_p),
-        ("rejected", ctypes.c_void_p),
+        ("passages", ctypes.c_void_p),
+        ("passage_strides", ctypes.c_void_p),
+        ("grades", ctypes.c_void_p),
+        ("reference", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("loss", ctypes.c_void_p),
+        ("similarities", ctypes.c_void_p),
+        ("query_grad", ctypes.c_void_p),
+        ("passage_grads", ctypes.c_void_p),
+        ("grad_strides", ctypes.c_void_p),
         ("query_stride", ctypes.c_int64),
-        ("chosen_stride", ctypes.c_int64),
-        ("rejected_stride", ctypes.c_int64),
-        ("pairs", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
         ("dims", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("reference_count", ctypes.c_int64),
+        ("beta", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+        ("gamma_beta_ratio", ctypes.c_float),
+        ("label_smoothing", ctypes.c_float),
+        ("sft_weight", ctypes.c_float),
+        ("rankpo_weight", ctypes.c_float),
+        ("type", ctypes.c_int32),
+        ("hinge", ctypes.c_int32),
+        ("listwise", ctypes.c_int32),
         ("normalize", ctypes.c_int32),
     ]
 
@@ -113,12 +133,11 @@ def library() -> ctypes.CDLL | None:
     lib.rankpo_pair_rows.argtypes = [ctypes.POINTER(_PairRows), threads]
     lib.rankpo_inverse_norms.argtypes = [ctypes.POINTER(_Rows), pointer, threads]
     lib.rankpo_tangent.argtypes = [ctypes.POINTER(_Rows), pointer, pointer, pointer, threads]
-    lib.rankpo_pair_forward.argtypes = [ctypes.POINTER(_PairTensors), pointer, pointer, threads]
-    backward = [ctypes.POINTER(_PairTensors), *[pointer] * 6, threads]
-    lib.rankpo_pair_backward.argtypes = backward
+    lib.rankpo_ranked_rows.argtypes = [ctypes.POINTER(_RankedRows), threads]
+    lib.rankpo_will_be_written.argtypes = [pointer, ctypes.c_int64]
     for function in (
         lib.rankpo_info_nce_rows, lib.rankpo_pair_rows, lib.rankpo_inverse_norms,
-        lib.rankpo_tangent, lib.rankpo_pair_forward, lib.rankpo_pair_backward,
+        lib.rankpo_tangent, lib.rankpo_ranked_rows, lib.rankpo_will_be_written,
     ):  # fmt: skip
         function.restype = None
     return lib
@@ -191,33 +210,35 @@ def tangent_(grad_ND: Tensor, x_ND: Tensor, inverse_N: Tensor, factor_N: Tensor 
     )
 
 
-def _pair_tensors(q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool) -> _PairTensors:
-    pointers = [t.data_ptr() for t in (q_BD, c_BD, r_BD)]
-    return _PairTensors(
-        *pointers, *[t.stride(0) for t in (q_BD, c_BD, r_BD)], *q_BD.shape, normalize
-    )
+def new_empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous memory of the same shape, in huge pages where the kernel has some."""
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    if out.device.type == "cpu" and usable():
+        library().rankpo_will_be_written(out.data_ptr(), out.nbytes)
+    return out
 
 
-def pair_forward(
-    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool,
-    similarities_2B: Tensor, inverse_norms_3B: Tensor,
+def ranked_rows(
+    q_BD: Tensor, passages: Sequence[Tensor], passage_grads: Sequence[Tensor | None],
+    grades_BK: Tensor | None, reference_BC: Tensor | None, weights_B: Tensor | None,
+    loss_B: Tensor, similarity_BK: Tensor, dq_BD: Tensor | None, rule: Sequence[float],
 ) -> None:  # fmt: skip
-    """Fill the similarities (chosen, rejected) and inverse norms (query, chosen, rejected)."""
-    tensors = _pair_tensors(q_BD, c_BD, r_BD, normalize)
-    library().rankpo_pair_forward(
-        ctypes.byref(tensors), _pointer(similarities_2B), _pointer(inverse_norms_3B),
-        torch.get_num_threads(),
+    """Fill losses, similarities and the gradients that are there; the arguments are the fields of
+    `RankedRows`."""
+    pointers, integers = ctypes.c_void_p * len(passages), ctypes.c_int64 * len(passages)
+    address = lambda x: None if x is None else x.data_ptr()  # noqa: E731
+    stride = lambda x: 0 if x is None else x.stride(0)  # noqa: E731
+    lists = (
+        pointers(*map(address, passages)), integers(*map(stride, passages)),
+        pointers(*map(address, passage_grads)), integers(*map(stride, passage_grads)),
     )  # fmt: skip
-
-
-def pair_backward(
-    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool,
-    similarities_2B: Tensor, inverse_norms_3B: Tensor, similarity_grads_2B: Tensor,
-    dq_BD: Tensor, dc_BD: Tensor, dr_BD: Tensor,
-) -> None:  # fmt: skip
-    """Fill the gradients from those of the similarities."""
-    tensors = _pair_tensors(q_BD, c_BD, r_BD, normalize)
-    rest = (similarities_2B, inverse_norms_3B, similarity_grads_2B, dq_BD, dc_BD, dr_BD)
-    library().rankpo_pair_backward(
-        ctypes.byref(tensors), *map(_pointer, rest), torch.get_num_threads()
-    )
+    p, p_strides, dp, dp_strides = map(ctypes.addressof, lists)
+    rows = map(_pointer, (grades_BK, reference_BC, weights_B, loss_B, similarity_BK))
+    *numbers, hinge, listwise, normalize = rule
+    chunk = _RankedRows(
+        q_BD.data_ptr(), p, p_strides, *rows, address(dq_BD), dp, dp_strides,
+        q_BD.stride(0), *q_BD.shape, len(passages),
+        0 if reference_BC is None else reference_BC.shape[1],
+        *numbers, TYPES[q_BD.dtype], *map(int, (hinge, listwise, normalize)),
+    )  # fmt: skip
+    library().rankpo_ranked_rows(ctypes.byref(chunk), torch.get_num_threads())

@@ -1,66 +1,183 @@
-"""Similarities of (query, chosen, rejected) rows and their gradients, in one pass over each.
+"""Losses of passages ranked for a query, and their gradients, from one read of the embeddings.
 
-    similarity_b = <q_b, x_b> * a_b * i_b,   a = 1/|q|, i = 1/|x| (ones without normalisation)
-    d similarity/dq = a (i x - similarity a q),   d similarity/dx = i (a q - similarity i x)
+    s_k = <q, p_k> / (|q| |p_k|),   d s_k/dq = (p_k/|p_k| - s_k q/|q|) / |q|,  d s_k/dp_k likewise
+    pair(a, b) = rankpo_weight f(x_ab) + sft_weight softplus(-(s_a - s_b) / T)
+    x_ab = beta (((s_a - s_b) - (ref_a - ref_b)) / T - gamma_beta_ratio)
+    f(x) = (1 - e) softplus(-x) + e softplus(x),  e = label_smoothing;   hinge: max(0, 1 - x)
+    pairs:          mean of pair(a, b) over the pairs of which a has the higher grade
+    plackett_luce:  sum over a of softplus(logsumexp of r_b, b of lower grade, - r_a),
+                    r = beta (s - ref) / T, over the a that have a lower-graded b
 
-B pairs, D dims. fp32 on the CPU goes to the native library, which reads each row once; everything
-else is torch.
-Both return the same: similarities [2, B] (chosen, rejected) and inverse norms [3, B] (query,
-chosen, rejected).
+B queries, K passages of each, D dims. On the CPU the native library takes a row at a time, in fp32,
+bf16 and fp16; fp64, and CUDA without Triton, is torch, a slab of rows at a time.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms
+from rankpo_kernels.objective import gradient_dtype
+
+SLAB = 1 << 20  # elements of the torch form's temporaries
 
 
-def pair_forward(
-    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Similarities [2, B] and inverse norms [3, B], in fp32 (fp64 for fp64 inputs)."""
-    q_BD, c_BD, r_BD = _computable(q_BD, c_BD, r_BD)
-    pairs, dtype = q_BD.shape[0], q_BD.dtype
-    similarities_2B = q_BD.new_empty(2, pairs)
-    inverse_3B = q_BD.new_empty(3, pairs)
-    if native.usable(q_BD, c_BD, r_BD):
-        native.pair_forward(q_BD, c_BD, r_BD, normalize, similarities_2B, inverse_3B)
-        return similarities_2B, inverse_3B
-    for inverse_B, x_BD in zip(inverse_3B, (q_BD, c_BD, r_BD), strict=True):
-        inverse_B.copy_(inverse_norms(x_BD, dtype)) if normalize else inverse_B.fill_(1)
-    q_BD = q_BD * inverse_3B[0, :, None]
-    for similarity_B, x_BD, inverse_B in zip(
-        similarities_2B, (c_BD, r_BD), inverse_3B[1:], strict=True
-    ):
-        similarity_B.copy_((q_BD * x_BD).sum(1) * inverse_B)
-    return similarities_2B, inverse_3B
+class Rule(NamedTuple):
+    """What a ranking costs. Numbers all, as an op takes them."""
+
+    beta: float
+    temperature: float
+    gamma_beta_ratio: float = 0.0
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    rankpo_weight: float = 1.0
+    hinge: float = False
+    listwise: float = False  # plackett_luce
+    normalize: float = True
 
 
-def pair_backward(
-    q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool,
-    similarities_2B: Tensor, inverse_3B: Tensor, similarity_grads_2B: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, chosen and rejected [B, D] in the inputs' dtype."""
-    stored = q_BD.dtype
-    q_BD, c_BD, r_BD = _computable(q_BD, c_BD, r_BD)
-    grads_2B = similarity_grads_2B.contiguous()
-    if native.usable(q_BD, c_BD, r_BD):
-        dq_BD, dc_BD, dr_BD = (q_BD.new_empty(q_BD.shape) for _ in range(3))
-        native.pair_backward(
-            q_BD, c_BD, r_BD, normalize, similarities_2B, inverse_3B, grads_2B, dq_BD, dc_BD, dr_BD
+class Result(NamedTuple):
+    loss_B: Tensor  # unweighted; fp32 (fp64)
+    similarity_BK: Tensor
+    grads: list[Tensor | None]  # of sum_b weights_b loss_b, for queries and each of the passages
+
+
+def ranked(
+    q_BD: Tensor, passages: Sequence[Tensor], grades_BK: Tensor | None, reference_BC: Tensor | None,
+    rule: Rule, weights_B: Tensor | None = None, needs: Sequence[bool] = (),
+) -> Result:  # fmt: skip
+    """Passages are [B, D] or [B, K, D] each, one after the other; without grades there are two, and
+    the first is preferred. A passage whose grade is NaN is not there. The reference has
+    similarities of the first C, 0 for the others.
+
+    `needs`: which gradients, for queries and each of the passages; they want weights.
+    """
+    rows, result = prepared(q_BD, passages, grades_BK, reference_BC, weights_B, needs)
+    on_cpu, K = q_BD.device.type == "cpu", result.similarity_BK.shape[1]
+    if on_cpu and q_BD.dtype in native.TYPES and K <= native.MOST_PASSAGES and native.usable():
+        q_BD, *passages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BD, *passages))
+        dq, *dps = result.grads
+        each = [of for x, dx in zip(passages, dps, strict=True) for of in _each(x, dx)]
+        native.ranked_rows(q_BD, *zip(*each, strict=True), *rows, *result[:2], dq, rule)
+    else:
+        _in_slabs(q_BD, passages, *rows, rule, result)
+    return result
+
+
+def prepared(
+    q_BD: Tensor, passages: Sequence[Tensor], grades_BK: Tensor | None, reference_BC: Tensor | None,
+    weights_B: Tensor | None, needs: Sequence[bool],
+) -> tuple[list[Tensor | None], Result]:  # fmt: skip
+    """Grades, reference and weights as launchers read them, and a result to be filled."""
+    B, K = len(q_BD), sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+    dtype, tensors = compute_dtype(q_BD.dtype), (q_BD, *passages)
+    rows = [
+        None if x is None else x.to(dtype).contiguous()
+        for x in (grades_BK, reference_BC, weights_B)
+    ]
+    grads = [
+        native.new_empty(x, gradient_dtype(x.dtype)) if need else None
+        for x, need in zip(tensors, needs or [False] * len(tensors), strict=True)
+    ]
+    return rows, Result(q_BD.new_empty(B, dtype=dtype), q_BD.new_empty(B, K, dtype=dtype), grads)
+
+
+def _each(x: Tensor, dx: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """[B, D] of every passage of a query, with its gradient."""
+    if x.dim() == 2:
+        return [(x, dx)]
+    return list(zip(x.unbind(1), [None] * x.shape[1] if dx is None else dx.unbind(1), strict=True))
+
+
+def _in_slabs(
+    q_BD: Tensor, passages: Sequence[Tensor], grades_BK: Tensor | None, reference_BC: Tensor | None,
+    weights_B: Tensor | None, rule: Rule, result: Result,
+) -> None:  # fmt: skip
+    (B, D), K, dtype = q_BD.shape, result.similarity_BK.shape[1], result.loss_B.dtype
+    size = max(1, SLAB // max(1, K * D))
+    for rows in (slice(start, start + size) for start in range(0, B, size)):
+        parts = [x[rows] if x.dim() == 3 else x[rows, None] for x in passages]
+        q_R1D, p_RKD = q_BD[rows, None].to(dtype), torch.cat(parts, 1).to(dtype)
+        grades_RK, reference_RC = (
+            None if x is None else x[rows] for x in (grades_BK, reference_BC)
         )
-        return dq_BD.to(stored), dc_BD.to(stored), dr_BD.to(stored)
-    # Unit rows: [B, D]; without normalisation the factors are ones and the radial part is absent.
-    iq_B1, ic_B1, ir_B1 = inverse_3B[:, :, None]
-    q_BD, c_BD, r_BD = q_BD * iq_B1, c_BD * ic_B1, r_BD * ir_B1
-    gc_B1, gr_B1 = grads_2B[:, :, None]
-    along_c_B1, along_r_B1 = (grads_2B * similarities_2B * normalize)[:, :, None]
-    dq_BD = iq_B1 * (gc_B1 * c_BD + gr_B1 * r_BD - (along_c_B1 + along_r_B1) * q_BD)
-    dc_BD = ic_B1 * (gc_B1 * q_BD - along_c_B1 * c_BD)
-    dr_BD = ir_B1 * (gr_B1 * q_BD - along_r_B1 * r_BD)
-    return dq_BD.to(stored), dc_BD.to(stored), dr_BD.to(stored)
+        absent_RK = None if grades_RK is None else grades_RK.isnan()
+        if absent_RK is not None:
+            p_RKD = p_RKD.masked_fill(absent_RK[:, :, None], 0)
+        inverse_q, inverse_p = 1.0, 1.0
+        if rule.normalize:
+            inverse_q = inverse_norms(q_R1D[:, 0], dtype)[:, None, None]
+            inverse_p = inverse_norms(p_RKD.flatten(0, 1), dtype).view(-1, K, 1)
+            q_R1D, p_RKD = q_R1D * inverse_q, p_RKD * inverse_p
+        s_RK = (q_R1D * p_RKD).sum(2)
+        loss_R, slope_RK = loss_and_slopes(s_RK, grades_RK, reference_RC, rule)
+        result.loss_B[rows], result.similarity_BK[rows] = loss_R, s_RK
+        if weights_B is None:
+            continue
+        slope_RK = (slope_RK * weights_B[rows, None])[:, :, None]
+        along_RK = slope_RK * s_RK[:, :, None] if rule.normalize else torch.zeros_like(slope_RK)
+        dq, *dps = result.grads
+        if dq is not None:
+            sum_RD = (slope_RK * p_RKD).sum(1, keepdim=True) - along_RK.sum(1, keepdim=True) * q_R1D
+            dq[rows] = (inverse_q * sum_RD)[:, 0].to(dq.dtype)
+        first = 0
+        for part, dp in zip(parts, dps, strict=True):
+            k = slice(first, first := first + part.shape[1])
+            if dp is not None:
+                dp_RkD = slope_RK[:, k] * q_R1D - along_RK[:, k] * p_RKD[:, k]
+                if rule.normalize:
+                    dp_RkD *= inverse_p[:, k]
+                dp[rows] = dp_RkD.view_as(dp[rows]).to(dp.dtype)
 
 
-def _computable(*tensors: Tensor) -> list[Tensor]:
-    dtype = compute_dtype(tensors[0].dtype)
-    return [t.to(dtype) if t.stride(-1) == 1 else t.to(dtype).contiguous() for t in tensors]
+def loss_and_slopes(
+    s_RK: Tensor, grades_RK: Tensor | None, reference_RC: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Losses [R] of similarities, and d loss/d s [R, K]."""
+    R, K = s_RK.shape
+    if grades_RK is None:
+        above_RKK = torch.ones(2, 2, dtype=torch.bool, device=s_RK.device).triu(1)
+    else:
+        above_RKK = grades_RK[:, :, None] > grades_RK[:, None, :]
+    ref_RK = torch.zeros_like(s_RK)
+    if reference_RC is not None:
+        ref_RK = F.pad(reference_RC, (0, K - reference_RC.shape[1]))
+    if rule.listwise:
+        r_RK = rule.beta / rule.temperature * (s_RK - ref_RK)
+        lower_RKK = r_RK[:, None].masked_fill(~above_RKK, -torch.inf)
+        lse_RK1 = lower_RKK.logsumexp(2, keepdim=True)
+        counts_RK = above_RKK.any(2)
+        gap_RK = lse_RK1[:, :, 0] - r_RK
+        pull_RK = gap_RK.sigmoid().where(counts_RK, 0)
+        push_RKK = (pull_RK[:, :, None] * (lower_RKK - lse_RK1).exp()).where(above_RKK, 0)
+        slope_RK = rule.beta / rule.temperature * (push_RKK.sum(1) - pull_RK)
+        return softplus(gap_RK).where(counts_RK, 0).sum(1), slope_RK
+    advantage_RKK = s_RK[:, :, None] - s_RK[:, None]
+    over_RKK = advantage_RKK - (ref_RK[:, :, None] - ref_RK[:, None])
+    loss_RKK, slope_RKK = torch.zeros_like(over_RKK), torch.zeros_like(over_RKK)
+    if rule.rankpo_weight:
+        x = rule.beta * (over_RKK / rule.temperature - rule.gamma_beta_ratio)
+        if rule.hinge:
+            loss, slope = (1 - x).relu(), torch.where(x < 1, -1.0, 0.0 * x)  # NaN stays NaN
+        else:
+            loss = softplus(-x) + rule.label_smoothing * x
+            slope = rule.label_smoothing - (-x).sigmoid()
+        loss_RKK += rule.rankpo_weight * loss
+        slope_RKK += rule.rankpo_weight * rule.beta / rule.temperature * slope
+    if rule.sft_weight:
+        x = advantage_RKK / rule.temperature
+        loss_RKK += rule.sft_weight * softplus(-x)
+        slope_RKK -= rule.sft_weight / rule.temperature * (-x).sigmoid()
+    share = 1 / above_RKK.sum((-2, -1)).clamp(min=1).to(s_RK.dtype)
+    slope_RKK = slope_RKK.where(above_RKK, 0)
+    slope_RK = slope_RKK.sum(2) - slope_RKK.sum(1)
+    return share * loss_RKK.where(above_RKK, 0).sum((1, 2)), share.view(-1, 1) * slope_RK
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
+    return torch.logaddexp(x, torch.zeros_like(x))

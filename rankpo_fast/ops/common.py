@@ -5,6 +5,7 @@ mean is sum_i w_i loss_i / sum_i w_i (0 without rows or weight), sum is sum_i w_
 w_i loss_i.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -51,3 +52,25 @@ def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Redu
     if reduction == "mean":
         weights = weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
     return weights
+
+
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # private: see its test
+
+
+def scaled_grads(
+    grads: Sequence[Tensor], by: Tensor | None, needs: Sequence[bool], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """Gradients that came with the loss, times its upstream gradient, where they are needed.
+
+    In place unless the graph is kept for another backward: no second copy of the gradients. A
+    number on the CPU can be looked at: one, as of `loss.backward()`, is no work.
+    """
+    if by is None:
+        return [None] * len(grads)
+    kept = torch.compiler.is_compiling() or _graph_is_kept()
+    one = not kept and by.device.type == "cpu" and by == 1
+    times = Tensor.mul if kept else (lambda grad, _: grad) if one else Tensor.mul_
+    return [
+        times(grad, by.to(grad.device)).to(dtype) if need else None
+        for grad, need, dtype in zip(grads, needs, dtypes, strict=True)
+    ]

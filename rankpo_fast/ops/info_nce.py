@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rankpo_fast.ops import ranks
-from rankpo_fast.ops.common import Reduction, row_weights, uniform_weight, unit_rows
+from rankpo_fast.ops.common import Reduction, row_weights, scaled_grads, uniform_weight, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
@@ -263,9 +263,6 @@ def _no_grad_of(relations: list[Tensor | None]) -> list[None] | None:
     return [None] * len(relations) if all(x is not None for x in relations) else None
 
 
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # private: see its test
-
-
 def _save_grads(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros for every output
     *leaves, relations, _, _, ctx.needs = inputs
@@ -277,15 +274,7 @@ def _save_grads(ctx, inputs, output):
 def _scaled_grads(ctx, grad_loss, *others):
     if any(other is not None for other in others):
         raise RuntimeError("the loss has no second derivative")
-    grads = [None] * 4
-    if grad_loss is not None:
-        # In place unless the graph is kept for another backward: no second copy of the gradients.
-        kept = torch.compiler.is_compiling() or _graph_is_kept()
-        times = Tensor.mul if kept else Tensor.mul_
-        grads = [
-            times(grad, grad_loss.to(grad.device)).to(dtype) if need else None
-            for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-        ]
+    grads = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)
     return *grads, ctx.no_grad_of_relations, None, None, None
 
 

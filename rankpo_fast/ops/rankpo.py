@@ -5,22 +5,25 @@
     hinge:   max(0, 1 - beta margin)
     sft:     -logsigmoid((cos(q, c) - cos(q, r)) / temperature), two-way cross entropy
 
-B pairs, D dims. The op reads the [B, D] embeddings once forward and once backward; the margins are
-[B] and plain torch.
+B pairs, K passages of a query, D dims. The op reads the embeddings once and writes their gradients
+in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_group`).
 """
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankpo_fast.ops.common import Reduction, row_weights, unit_rows
+from rankpo_fast.ops.common import Reduction, row_weights, scaled_grads, unit_rows
 from rankpo_kernels import pairs
 from rankpo_kernels.norms import compute_dtype
+from rankpo_kernels.objective import gradient_dtype
+from rankpo_kernels.pairs import Result, Rule
 
 LossType = Literal["sigmoid", "hinge"]
 
@@ -28,85 +31,10 @@ LossType = Literal["sigmoid", "hinge"]
 def pair_similarities_definition(
     q_BD: Tensor, c_BD: Tensor, r_BD: Tensor, normalize: bool = True
 ) -> Tensor:
-    """Similarities [2, B] of chosen and rejected: what the op must equal."""
+    """Similarities [2, B] of chosen and rejected."""
     if normalize:
         q_BD, c_BD, r_BD = map(unit_rows, (q_BD, c_BD, r_BD))
     return torch.stack([(q_BD * c_BD).sum(1), (q_BD * r_BD).sum(1)])
-
-
-@torch.library.custom_op("rankpo_fast::pair_similarities", mutates_args=())
-def _pair_similarities(q: Tensor, c: Tensor, r: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Similarities [2, B] and the inverse norms [3, B] that the backward needs."""
-    with torch.autocast(q.device.type, enabled=False):
-        return pairs.pair_forward(q, c, r, normalize)
-
-
-@torch.library.custom_op("rankpo_fast::pair_similarities_backward", mutates_args=())
-def _pair_similarities_backward(
-    q: Tensor, c: Tensor, r: Tensor, normalize: bool,
-    similarities: Tensor, inverse_norms: Tensor, similarity_grads: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
-        return pairs.pair_backward(
-            q, c, r, normalize, similarities, inverse_norms, similarity_grads
-        )
-
-
-@_pair_similarities.register_fake
-def _(q, c, r, normalize):
-    dtype = compute_dtype(q.dtype)
-    return q.new_empty(2, q.shape[0], dtype=dtype), q.new_empty(3, q.shape[0], dtype=dtype)
-
-
-@_pair_similarities_backward.register_fake
-def _(q, c, r, *rest):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, c, r))
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    *tensors, ctx.normalize = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _grads(ctx, similarity_grads, _):
-    if similarity_grads is None:
-        return None, None, None, None
-    q, c, r, similarities, inverse_norms = ctx.saved_tensors
-    dq, dc, dr = _pair_similarities_backward(
-        q, c, r, ctx.normalize, similarities, inverse_norms, similarity_grads
-    )
-    return dq, dc, dr, None
-
-
-_pair_similarities.register_autograd(_grads, setup_context=_save)
-
-
-def pair_similarities(
-    queries: Tensor, chosen: Tensor, rejected: Tensor, normalize: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (chosen [B], rejected [B]) to the queries, in fp32 (fp64 for fp64
-    inputs).
-
-    queries, chosen, rejected [B, D], floating point, on one device; a zero vector has similarity
-    and gradient 0.
-    normalize=False gives dot products. Raises ValueError on shapes that differ.
-    """
-    if queries.dim() != 2 or not queries.shape == chosen.shape == rejected.shape:
-        shapes = [tuple(x.shape) for x in (queries, chosen, rejected)]
-        raise ValueError(
-            "queries, chosen and rejected must all be [B, D], got {}, {}, {}".format(*shapes)
-        )
-    if not queries.device == chosen.device == rejected.device:
-        devices = (queries.device, chosen.device, rejected.device)
-        raise ValueError("queries, chosen and rejected are on {}, {}, {}".format(*devices))
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, chosen.dtype), rejected.dtype)
-    if not all(x.is_floating_point() for x in (queries, chosen, rejected)):
-        dtypes = (queries.dtype, chosen.dtype, rejected.dtype)
-        raise ValueError("embeddings must be floating point, got {}, {}, {}".format(*dtypes))
-    tensors = (x.to(dtype) for x in (queries, chosen, rejected))
-    similarities_2B, _ = _pair_similarities(*tensors, normalize)
-    return similarities_2B[0], similarities_2B[1]
 
 
 def margin_loss(
@@ -121,35 +49,176 @@ def margin_loss(
     sft_weight: float = 0.0,
     rankpo_weight: float = 1.0,
 ) -> Tensor:
-    """Losses [B] of advantages [B] = similarity of chosen minus that of rejected; options as in
-    `rankpo_loss`."""
-    MarginOptions(
-        beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight
+    """Losses of advantages = similarity of chosen minus that of rejected, of any shape, in plain
+    torch: what the ops must equal."""
+    over = advantage if reference_margins is None else advantage - reference_margins
+    logit = beta * (over / temperature - gamma_beta_ratio)
+    if loss_type == "hinge":
+        loss = torch.relu(1 - logit)
+    else:
+        loss = -(1 - label_smoothing) * F.logsigmoid(logit) - label_smoothing * F.logsigmoid(-logit)
+    return rankpo_weight * loss - sft_weight * F.logsigmoid(advantage / temperature)
+
+
+@torch.library.custom_op("rankpo_fast::rankpo", mutates_args=())
+def _rankpo(
+    q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
+    rule: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses [B] and similarities [B, K]; the arguments are those of `rankpo_kernels.pairs.ranked`.
+
+    The backward reads the embeddings once more.
+    """
+    return _launch(q, passages, grades, reference, rule)[:2]
+
+
+@torch.library.custom_op("rankpo_fast::rankpo_grads", mutates_args=())
+def _rankpo_grads(
+    q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
+    rule: list[float], weights: Tensor, needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """sum_b weights_b loss_b, similarities, and gradients of queries and passages, in one pass;
+    those not needed are empty.
+
+    Gradients of fp16 come in fp32: a loss scale still to be multiplied in would find them
+    underflowed.
+    """
+    result = _launch(q, passages, grades, reference, rule, weights, needs)
+    empty = q.new_empty(0, dtype=gradient_dtype(q.dtype))
+    grads = [empty.clone() if grad is None else grad for grad in result.grads]
+    return (weights * result.loss_B).sum(), result.similarity_BK, grads
+
+
+def _launch(q, passages, grades, reference, rule, weights=None, needs=()) -> Result:
+    launcher = _launcher(q, sum([x.shape[1] if x.dim() == 3 else 1 for x in passages]))
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        return launcher(q, passages, grades, reference, Rule(*rule), weights, needs)
+
+
+def _launcher(q: Tensor, K: int) -> Callable[..., Result]:
+    """Triton on CUDA, except in fp64 and for groups that do not fit a tile."""
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return pairs.ranked
+    from rankpo_kernels.gpu import pairs as gpu  # triton: Linux alone has it
+
+    return gpu.ranked if K <= gpu.MOST_PASSAGES else pairs.ranked
+
+
+def _similarities(q: Tensor, passages: list[Tensor]) -> Tensor:
+    K = sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+    return q.new_empty(q.shape[0], K, dtype=compute_dtype(q.dtype))
+
+
+@_rankpo.register_fake
+def _(q, passages, *rest):
+    return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype)), _similarities(q, passages)
+
+
+@_rankpo_grads.register_fake
+def _(q, passages, grades, reference, rule, weights, needs):
+    similarity_BK, dtype = _similarities(q, passages), gradient_dtype(q.dtype)
+    grads = [
+        q.new_empty(x.shape if need else (0,), dtype=dtype)
+        for x, need in zip((q, *passages), needs, strict=True)
+    ]
+    return similarity_BK.new_empty(()), similarity_BK, grads
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    q, passages, grades, reference, ctx.rule = inputs
+    ctx.save_for_backward(q, grades, reference, *passages)
+
+
+def _grads(ctx, loss_grads_B, _):
+    """One more pass with the upstream gradients as weights."""
+    q, grades, reference, *passages = ctx.saved_tensors
+    if loss_grads_B is None:
+        return None, [None] * len(passages), None, None, None
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    _, _, grads = _rankpo_grads(
+        q, passages, grades, reference, ctx.rule, loss_grads_B.contiguous(), needs
     )
-    if reference_margins is not None:
-        if (
-            reference_margins.shape != advantage.shape
-            or reference_margins.device != advantage.device
-        ):
+    dq, *dps = (
+        grad.to(x.dtype) if need else None
+        for x, grad, need in zip((q, *passages), grads, needs, strict=True)
+    )
+    return dq, dps, None, None, None
+
+
+def _save_grads(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    q, passages, *_, ctx.needs = inputs
+    ctx.dtypes = [x.dtype for x in (q, *passages)]
+    ctx.save_for_backward(*output[2])
+
+
+def _scaled_grads(ctx, grad_loss, *others):
+    if any(x is not None for x in torch.utils._pytree.tree_leaves(others)):
+        raise RuntimeError("rankpo_loss has no second derivative")
+    dq, *dps = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)
+    return dq, dps, None, None, None, None, None
+
+
+_rankpo.register_autograd(_grads, setup_context=_save)
+_rankpo_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
+
+
+class Ranking(NamedTuple):
+    """The ops' arguments."""
+
+    queries: Tensor
+    passages: list[Tensor]  # [B, D] or [B, K, D] each, of one dtype
+    grades: Tensor | None
+    reference: Tensor | None  # [B, C]
+    rule: list[float]
+
+    @staticmethod
+    def of(
+        queries: Tensor, passages: dict[str, Tensor], grades: Tensor | None,
+        reference: tuple[str, Tensor | None], rule: Rule,
+    ) -> "Ranking":  # fmt: skip
+        """With what all rankings need checked; names are for the messages."""
+        tensors = {"queries": queries} | passages
+        *names, last = tensors
+        names = f"{', '.join(names)} and {last}"
+        devices, dtypes = ([getattr(x, of) for x in tensors.values()] for of in ("device", "dtype"))
+        if len(set(devices)) > 1:
+            raise ValueError(f"{names} are on {', '.join(map(str, devices))}")
+        if not all(dtype.is_floating_point for dtype in dtypes):
             raise ValueError(
-                f"reference_margins must be {list(advantage.shape)} on {advantage.device}, got "
-                f"{list(reference_margins.shape)} on {reference_margins.device}"
+                f"embeddings must be floating point, got {', '.join(map(str, dtypes))}"
             )
-        reference_margins = reference_margins.to(advantage.dtype)
-    loss = torch.zeros_like(advantage)
-    if rankpo_weight:
-        over = advantage if reference_margins is None else advantage - reference_margins
-        logit = beta * (over / temperature - gamma_beta_ratio)
-        if loss_type == "hinge":
-            rankpo = torch.relu(1 - logit)
-        else:
-            rankpo = -(1 - label_smoothing) * F.logsigmoid(logit)
-            if label_smoothing:
-                rankpo = rankpo - label_smoothing * F.logsigmoid(-logit)
-        loss = loss + rankpo_weight * rankpo
-    if sft_weight:
-        loss = loss - sft_weight * F.logsigmoid(advantage / temperature)
-    return loss
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        name, values = reference
+        if values is not None:
+            first = next(iter(passages.values()))
+            shape = first.shape[:-1]
+            if values.shape != shape or values.device != queries.device:
+                raise ValueError(
+                    f"{name} must be {list(shape)} on {queries.device}, got {list(values.shape)} "
+                    f"on {values.device}"
+                )
+            values = values.detach().to(compute_dtype(dtype))
+            values = values if values.dim() == 2 else values[:, None]
+        return Ranking(
+            queries.to(dtype), [x.to(dtype) for x in passages.values()], grades, values,
+            [float(number) for number in rule],
+        )  # fmt: skip
+
+    def loss(self, weights: Tensor | None, reduction: Reduction) -> Tensor:
+        leaves = [self.queries, *self.passages]
+        needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
+        weights_B = row_weights(self.queries, weights, len(self.queries), reduction)
+        if reduction == "none" or not any(needs):
+            loss_B = _rankpo(*self)[0] * weights_B
+            return loss_B if reduction == "none" else loss_B.sum()
+        return _rankpo_grads(*self, weights_B, needs)[0]
 
 
 @dataclass(frozen=True)
@@ -186,6 +255,35 @@ class MarginOptions:
                 stacklevel=5,
             )
 
+    def rule(self, normalize: bool, listwise: bool = False) -> Rule:
+        """As kernels take it."""
+        return Rule(
+            self.beta, self.temperature, self.gamma_beta_ratio, self.label_smoothing,
+            self.sft_weight, self.rankpo_weight, self.loss_type == "hinge", listwise, normalize,
+        )  # fmt: skip
+
+
+def _pairs(
+    queries: Tensor, chosen: Tensor, rejected: Tensor, reference_margins: Tensor | None = None,
+    *, normalize: bool = True, **margin: Any,
+) -> Ranking:  # fmt: skip
+    """`margin` are the fields of `MarginOptions`."""
+    if queries.dim() != 2 or not queries.shape == chosen.shape == rejected.shape:
+        shapes = [tuple(x.shape) for x in (queries, chosen, rejected)]
+        raise ValueError(
+            "queries, chosen and rejected must all be [B, D], got {}, {}, {}".format(*shapes)
+        )
+    rule = MarginOptions(**margin).rule(normalize)
+    passages = {"chosen": chosen, "rejected": rejected}
+    return Ranking.of(queries, passages, None, ("reference_margins", reference_margins), rule)
+
+
+@torch.no_grad()
+def pair_similarities(queries: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Cosine similarities [2, B] of chosen and rejected to the queries, in fp32 (fp64), without
+    gradient: what reference margins are made of. Arguments as in `rankpo_loss`."""
+    return _rankpo(*_pairs(queries, chosen, rejected))[1].T
+
 
 def rankpo_loss(
     queries: Tensor,
@@ -207,9 +305,11 @@ def rankpo_loss(
     """RankPO loss of preference pairs (arXiv 2503.10723); defaults of the authors' script.
 
     Args:
-        queries, chosen, rejected: [B, D] of fp64, fp32, bf16 or fp16, on one device.
+        queries, chosen, rejected: [B, D] of fp64, fp32, bf16 or fp16, on one device; where dtypes
+            differ, the widest one is taken. A zero vector has similarity and gradient 0.
         reference_margins: [B], similarity of chosen minus that of rejected under the frozen
-            reference model. None is the reference-free form (SimRankPO).
+            reference model, which receives no gradient. None is the reference-free form
+            (SimRankPO).
         beta: > 0, how sharply the margin counts.
         temperature: > 0, similarities are divided by it.
         gamma_beta_ratio: a margin to be exceeded, in the units of margins.
@@ -228,17 +328,54 @@ def rankpo_loss(
     Raises:
         ValueError: shapes, devices or options that do not fit.
     """
-    chosen_B, rejected_B = pair_similarities(queries, chosen, rejected, normalize)
-    loss_B = margin_loss(
-        chosen_B - rejected_B,
-        reference_margins=reference_margins,
-        beta=beta,
-        temperature=temperature,
-        gamma_beta_ratio=gamma_beta_ratio,
-        label_smoothing=label_smoothing,
-        loss_type=loss_type,
-        sft_weight=sft_weight,
-        rankpo_weight=rankpo_weight,
+    ranking = _pairs(
+        queries, chosen, rejected, reference_margins, beta=beta, temperature=temperature,
+        gamma_beta_ratio=gamma_beta_ratio, label_smoothing=label_smoothing, loss_type=loss_type,
+        sft_weight=sft_weight, rankpo_weight=rankpo_weight, normalize=normalize,
+    )  # fmt: skip
+    return ranking.loss(weights, reduction)
+
+
+class RankPOStats(NamedTuple):
+    """What a training log wants to know of a batch; tensors on its device, no host sync. Each pair
+    counts once, whatever its weight."""
+
+    accuracy: Tensor  # share of pairs with a positive reward margin
+    margin: Tensor  # mean of (cos(q, c) - cos(q, r)) - reference margin; times beta, of rewards
+    chosen_similarity: Tensor
+    rejected_similarity: Tensor
+
+
+@torch.no_grad()
+def rankpo_loss_and_grads(
+    queries: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    reference_margins: Tensor | None = None,
+    reduction: Reduction = "mean",
+    weights: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, RankPOStats]:
+    """`rankpo_loss` and its gradients without autograd, for gradient caching and logging.
+
+    Args:
+        options: all others are those of `rankpo_loss`; the reduction is "mean" or "sum".
+
+    Returns:
+        (loss, d_queries, d_chosen, d_rejected, stats), gradients in the dtypes of their inputs.
+    """
+    if reduction == "none":
+        raise ValueError("rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
+    ranking = _pairs(queries, chosen, rejected, reference_margins, **options)
+    weights_B = row_weights(ranking.queries, weights, len(queries), reduction)
+    loss, similarity_BK, grads = _rankpo_grads(*ranking, weights_B, [True] * 3)
+    chosen_B, rejected_B = similarity_BK.unbind(1)
+    over_B = chosen_B - rejected_B
+    if ranking.reference is not None:
+        over_B = over_B - ranking.reference[:, 0]
+    stats = RankPOStats(
+        (over_B > 0).float().mean(), over_B.mean(), chosen_B.mean(), rejected_B.mean()
     )
-    loss_B = loss_B * row_weights(loss_B, weights, loss_B.shape[0], reduction)
-    return loss_B if reduction == "none" else loss_B.sum()
+    dtypes = [x.dtype for x in (queries, chosen, rejected)]
+    return loss, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), stats

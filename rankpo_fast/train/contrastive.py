@@ -80,19 +80,20 @@ class ContrastiveStage:
             temperature=self.loss.temperature,
             excluded=(batch.excluded_offsets.to(device), batch.excluded_columns.to(device)),
         )
-        loss = _KnownGradients.apply(loss, queries, passages, d_queries, d_passages)
+        loss = KnownGradients.apply(loss, queries, passages, d_queries, d_passages)
         return loss, stats._asdict()
 
 
-class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients came with it (as the statistics did, from the same pass)."""
+class KnownGradients(torch.autograd.Function):
+    """A loss whose gradients came with it (as the statistics did, from the same pass): after the
+    loss its tensors, then as many gradients."""
 
     @staticmethod
-    def forward(ctx, loss, queries, passages, d_queries, d_passages):
-        ctx.save_for_backward(d_queries, d_passages)
+    def forward(ctx, loss, *tensors_and_gradients):
+        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss):
-        d_queries, d_passages = ctx.saved_tensors
-        return None, grad_loss * d_queries, grad_loss * d_passages, None, None
+        gradients = ctx.saved_tensors
+        return None, *(grad_loss * gradient for gradient in gradients), *[None] * len(gradients)

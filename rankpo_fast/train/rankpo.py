@@ -20,8 +20,8 @@ from rankpo_fast.config import (
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.ops.common import row_weights
-from rankpo_fast.ops.rankpo import margin_loss, pair_similarities
+from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
+from rankpo_fast.train.contrastive import KnownGradients
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.run import Run
@@ -74,13 +74,14 @@ class RankPOStage:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         queries, passages = self.texts.embed(encoder, batch)  # [U, D], [N, D]
         device = queries.device
-        queries = queries[batch.query_rows.to(device)]  # [B, D]
-        chosen = passages[batch.chosen_rows.to(device)]
-        rejected = passages[batch.rejected_rows.to(device)]
+        tensors = (
+            queries[batch.query_rows.to(device)],  # [B, D]
+            passages[batch.chosen_rows.to(device)],
+            passages[batch.rejected_rows.to(device)],
+        )
         margins = batch.reference_margins
-        scores = torch.stack(pair_similarities(queries, chosen, rejected))  # [2, B]
-        losses = margin_loss(
-            scores[0] - scores[1],
+        loss, *gradients, stats = rankpo_loss_and_grads(
+            *(x.detach() for x in tensors),
             reference_margins=None if margins is None else margins.to(device),
             beta=self.loss.beta,
             temperature=self.loss.temperature,
@@ -89,18 +90,24 @@ class RankPOStage:
             loss_type=self.loss.loss_type,
             sft_weight=self.loss.sft_weight,
             rankpo_weight=self.loss.rankpo_weight,
+            weights=batch.weights.to(device),
         )
-        weights = row_weights(losses, batch.weights.to(device), len(losses), "mean")
-        return (losses * weights).sum(), self._metrics(scores.detach(), batch)
+        loss = KnownGradients.apply(loss, *tensors, *gradients)
+        return loss, self._metrics(stats, batch)
 
-    def _metrics(self, scores: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
+    def _metrics(self, stats: RankPOStats, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Scores are cosines, rewards beta * (score - reference score), as the original has it."""
-        reference = 0.0 if self.reference is None else self.reference[:, batch.rows].to(scores)
-        rewards = self.loss.beta * (scores - reference)
-        metrics = {"rewards/accuracies": (rewards[0] > rewards[1]).float().mean()}
-        for name, values in (("rewards", rewards), ("scores", scores)):
-            metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = values.mean(dim=1)
-            metrics[f"{name}/margins"] = (values[0] - values[1]).mean()
+        scores = torch.stack([stats.chosen_similarity, stats.rejected_similarity])
+        reference = 0.0
+        if self.reference is not None:
+            reference = self.reference[:, batch.rows].mean(dim=1).to(scores)
+        metrics = {"rewards/accuracies": stats.accuracy}
+        for name, values in (
+            ("rewards", self.loss.beta * (scores - reference)),
+            ("scores", scores),
+        ):
+            metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = values
+            metrics[f"{name}/margins"] = values[0] - values[1]
         return metrics
 
 

@@ -81,7 +81,7 @@ def _similarities(encoder: Encoder, texts: Texts, data: PreferenceData) -> Tenso
             passages[data.chosen_ids[rows]],
             passages[data.rejected_ids[rows]],
         )
-        parts.append(torch.stack(pair_similarities(query, chosen, rejected)))
+        parts.append(pair_similarities(query, chosen, rejected))
     return torch.cat(parts, dim=1)
 
 

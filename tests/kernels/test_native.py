@@ -1,6 +1,10 @@
 """The native library and its face: found, of the right version, and missed once, loudly."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -26,6 +30,36 @@ def test_library_is_built_and_uses_the_machine():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "avx512bw" in flags:
         assert name == "avx512"
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same(name):
+    """In a process of its own: the set is chosen once."""
+    script = """
+        import torch
+        from rankpo_kernels import native, norms, pairs
+        print(native.library().rankpo_instruction_set().decode())
+        q, c, r = torch.randn(3, 9, 700, generator=torch.Generator().manual_seed(0))
+        for dtype, close in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-6)):
+            tensors = [x.to(dtype) for x in (q, c, r)]
+            rest = (None, None, pairs.Rule(2.0, 0.5), torch.ones(9), [True] * 3)
+            ours = pairs.ranked(tensors[0], tensors[1:], *rest)
+            wide = [x.double() for x in tensors]
+            exact = pairs.ranked(wide[0], wide[1:], *rest)
+            for got, want in zip((*ours[:2], *ours.grads), (*exact[:2], *exact.grads)):
+                assert (got - want).norm() < close * want.norm(), (dtype, got, want)
+        inverse = torch.empty(9)
+        native.inverse_norms(q, inverse)
+        torch.testing.assert_close(inverse, 1 / q.norm(dim=1))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "RANKPO_INSTRUCTION_SET": name}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != name:
+        pytest.skip(f"this machine has no {name}")
 
 
 def test_without_the_library_torch_takes_over_and_says_so_once(fresh_search, monkeypatch, tmp_path):

@@ -14,7 +14,13 @@ from problems import GRID, exact, problem
 
 from bench.cost import count
 from bench.launch import SYMMETRIC, launch
-from rankpo_fast import info_nce_loss, info_nce_loss_and_grads, rankpo_loss
+from rankpo_fast import (
+    info_nce_loss,
+    info_nce_loss_and_grads,
+    rankpo_group_loss,
+    rankpo_loss,
+    rankpo_loss_and_grads,
+)
 from rankpo_kernels.gpu import info_nce as module
 from rankpo_kernels.objective import DIRECTIONS
 
@@ -138,6 +144,35 @@ def test_rankpo_passes_the_gates_on_the_gpu(B, D, dtype):
     q, c, _ = draw(B, B, D, dtype, converged=True)
     r = c.flip(0).contiguous()
     check(lambda *x: rankpo_loss(*x, temperature=1.0), (q, c, r), dtype, 1.0)
+
+
+def test_rankpo_does_not_wait_for_the_device():
+    q, c, r = torch.randn(3, 256, 384, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        return rankpo_loss_and_grads(q, c, r)
+
+    run()  # compiled by now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = run()
+        assert all(map(torch.equal, first[:4], run()[:4]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["pairs", "plackett_luce"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "K", "D"), [(33, 7, 100), pytest.param(8, 64, 384, id="large")])
+def test_rankpo_of_groups_passes_the_gates_on_the_gpu(B, K, D, dtype, form):
+    q, p, _ = draw(B, B * K, D, dtype, converged=True)
+    grades = (torch.arange(B * K).view(B, K) % 5).float()
+    grades[::2, -1] = torch.nan
+
+    def loss(q, p):
+        return rankpo_group_loss(q, p, grades.to(q.device), form=form, temperature=1.0)
+
+    check(loss, (q, p.view(B, K, D)), dtype, 1.0)
 
 
 # What only a card can tell

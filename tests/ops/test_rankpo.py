@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from gates import error, gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankpo_fast import rankpo_loss
+from rankpo_fast import rankpo_loss, rankpo_loss_and_grads
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.rankpo import (
-    _pair_similarities,
+    _rankpo,
+    _rankpo_grads,
     margin_loss,
     pair_similarities,
     pair_similarities_definition,
@@ -38,6 +40,18 @@ def with_grads(function, tensors):
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
+def definition(q, c, r, weights=None, normalize=True, **options):
+    chosen, rejected = pair_similarities_definition(q, c, r, normalize)
+    loss_B = margin_loss(chosen - rejected, **options)
+    return loss_B.mean() if weights is None else (weights * loss_B).sum()
+
+
+def pair_dots(q, c, r):
+    """Dot products, as the op has them."""
+    rule = [2.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    return _rankpo(q, [c, r], None, None, rule)[1].unbind(1)
+
+
 def authors_loss(chosen, rejected, reference, beta, temperature, gamma, smoothing, kind):
     """The loss of similarities as the authors' trainer computes it, a step a line."""
     advantages = chosen - rejected
@@ -61,27 +75,27 @@ def test_equals_the_authors_definition_on_random_and_extreme_scores(
     chosen, rejected = 2 * torch.rand(2, 4096, generator=generator) - 1
     chosen[:4], rejected[:4] = torch.tensor([1.0, -1, 1, 0]), torch.tensor([-1.0, 1, 1, 0])
     ref = 2 * torch.rand(4096, generator=generator) - 1 if reference else None
-    ours = margin_loss(
-        chosen - rejected, reference_margins=ref, beta=2.0, temperature=0.1,
-        gamma_beta_ratio=gamma, label_smoothing=smoothing, loss_type=kind,
-    )  # fmt: skip
-    theirs = authors_loss(
-        chosen.double(), rejected.double(), None if ref is None else ref.double(),
-        2.0, 0.1, gamma, smoothing, kind,
-    )  # fmt: skip
+    options = dict(
+        beta=2.0, temperature=0.1, gamma_beta_ratio=gamma, label_smoothing=smoothing, loss_type=kind
+    )
+    exact = [None if x is None else x.double() for x in (chosen, rejected, ref)]
+    theirs = authors_loss(*exact, *options.values())
     # fp32 scores of up to 1 are rounded at 6e-8 and multiplied by beta / temperature = 20
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=5e-6)
-    exact = margin_loss(
-        (chosen.double() - rejected.double()),
-        reference_margins=None if ref is None else ref.double(), beta=2.0, temperature=0.1,
-        gamma_beta_ratio=gamma, label_smoothing=smoothing, loss_type=kind,
-    )  # fmt: skip
-    torch.testing.assert_close(exact, theirs, rtol=1e-12, atol=1e-12)
+    for (c, r, margins), rtol, atol in (
+        ((chosen, rejected, ref), 1e-6, 5e-6), (exact, 1e-12, 1e-12)
+    ):  # fmt: skip
+        q, c, r = torch.ones_like(c)[:, None], c[:, None], r[:, None]  # in one dimension
+        ours = rankpo_loss(
+            q, c, r, reference_margins=margins, normalize=False, reduction="none", **options
+        )
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=atol)
+        defined = margin_loss((c - r)[:, 0], reference_margins=margins, **options)
+        torch.testing.assert_close(defined.double(), theirs, rtol=rtol, atol=atol)
 
 
 def test_sft_is_the_cross_entropy_of_the_two_scores():
     q, c, r = draw(16, 32, torch.float64)
-    scores = torch.stack(pair_similarities(q, c, r), 1) / 0.1
+    scores = pair_similarities(q, c, r).T / 0.1
     want = F.cross_entropy(scores, torch.zeros(16, dtype=torch.int64))
     got = rankpo_loss(q, c, r, sft_weight=1.0, rankpo_weight=0.0)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
@@ -89,28 +103,93 @@ def test_sft_is_the_cross_entropy_of_the_two_scores():
     torch.testing.assert_close(both, 0.5 * want + 2 * rankpo_loss(q, c, r))
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+OPTIONS = {
+    "plain": {},
+    "reference": {"gamma_beta_ratio": 0.3, "label_smoothing": 0.1},
+    "hinge": {"loss_type": "hinge", "beta": 0.7, "gamma_beta_ratio": -0.2},
+    "sft": {"sft_weight": 0.7, "rankpo_weight": 0.4},
+    "dots": {"normalize": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "D"), SHAPES)
-def test_similarities_and_gradients_pass_the_gates(B, D, dtype, normalize, path):
+def test_loss_and_gradients_pass_the_gates(B, D, dtype, name, path):
+    options = OPTIONS[name]
+    temperature = 1.0 if options.get("normalize", True) else float(D)  # dots grow
+    options = {"temperature": temperature, **options}
     tensors = draw(B, D, dtype)
-    upstream = torch.randn(2, B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def ours(q, c, r):
-        return (torch.stack(pair_similarities(q, c, r, normalize)) * upstream).sum()
-
-    def definition(q, c, r):
-        return (pair_similarities_definition(q, c, r, normalize) * upstream).sum()
-
-    exact = with_grads(definition, [x.double() for x in tensors])
-    got = with_grads(ours, tensors)
+    if name == "reference":
+        options["reference_margins"] = torch.linspace(-0.5, 0.5, B, dtype=torch.float64)
+    weights = torch.linspace(0.5, 2, B, dtype=torch.float64)
+    exact = with_grads(
+        lambda *x: definition(*x, weights=weights, **options), [x.double() for x in tensors]
+    )
+    got = with_grads(
+        lambda *x: rankpo_loss(*x, weights=weights, reduction="sum", **options), tensors
+    )
     loss_gate, grad_gate = gates(dtype, 1.0)
-    assert abs(got[0] - exact[0]) < loss_gate * upstream.abs().sum() * (1 if normalize else D)
-    for ours_grad, want in zip(got[1:], exact[1:], strict=True):
-        if normalize and D == 1:  # cosines are signs: no gradient
-            assert ours_grad.abs().max() < 4 * torch.finfo(dtype).eps * upstream.abs().max() / 0.1
+    assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert abs(got[0] - exact[0]) < loss_gate * max(weights.sum(), exact[0])
+    for ours, want in zip(got[1:], exact[1:], strict=True):
+        assert ours.dtype == dtype
+        if D == 1 and options.get("normalize", True):  # cosines are signs: no gradient
+            assert ours.abs().max() < 8 * torch.finfo(dtype).eps * weights.max()
         else:
-            assert error(ours_grad, want) < grad_gate
+            assert error(ours, want) < grad_gate
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of_pairs", [1, 3], ids=["mean", "rows"])
+def test_upstream_gradients_count(dtype, of_pairs, path):
+    """One for all, where fp16 must not have lost what a loss scale brings back; and one a row, some
+    of them negative."""
+    tensors = draw(3, 40, dtype)
+    upstream = torch.tensor([2.0**20, -(2.0**19), 0.0][:of_pairs], dtype=torch.float64)
+    sized = 1e-6 if of_pairs == 1 else 2.0**-20  # gradients of fp16 that are no fp16 on their way
+
+    def scaled(q, c, r):
+        loss = rankpo_loss(q, c, r, reduction="mean" if of_pairs == 1 else "none")
+        return (sized * loss * upstream).sum()
+
+    exact = with_grads(
+        lambda *x: (
+            (sized * definition(*x) * upstream).sum()
+            if of_pairs == 1
+            else definition(*x, weights=sized * upstream)
+        ),
+        [x.double() for x in tensors],
+    )
+    got = with_grads(scaled, tensors)
+    for ours, want in zip(got[1:], exact[1:], strict=True):
+        assert error(ours, want) < gates(dtype, 0.1)[1]
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 1, 1), (1, 0, 1)], ids=str)
+def test_each_gradient_is_the_same_without_the_others(needs, path):
+    tensors = draw(5, 24, torch.float32)
+    whole = with_grads(rankpo_loss, tensors)
+    for reduction in ("mean", "none"):
+        leaves = [
+            x.clone().requires_grad_(bool(need)) for x, need in zip(tensors, needs, strict=True)
+        ]
+        rankpo_loss(*leaves, reduction=reduction).mean().backward()
+        for leaf, want in zip(leaves, whole[1:], strict=True):
+            assert (leaf.grad is None) != leaf.requires_grad
+            if leaf.requires_grad:
+                torch.testing.assert_close(leaf.grad, want)
+
+
+def test_a_kept_graph_gives_the_same_gradients_again():
+    leaves = [x.requires_grad_() for x in draw(5, 24, torch.float32)]
+    for factor in (1.0, 3.0):
+        loss = factor * rankpo_loss(*leaves)
+        once = torch.autograd.grad(loss, leaves, retain_graph=True)
+        kept = [x.clone() for x in once]
+        for x in once:
+            x.zero_()
+        assert all(map(torch.equal, torch.autograd.grad(loss, leaves), kept))
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
@@ -137,19 +216,76 @@ def test_weights_are_relative_in_the_mean():
     torch.testing.assert_close(rankpo_loss(*tensors, weights=10 * weights), want)
 
 
-@pytest.mark.parametrize("size", [1e25, 1e-25, 0.0], ids=["overflow", "underflow", "zero"])
+@pytest.mark.parametrize("size", [1e20, 1e-20, 1e25, 1e-25, 0.0], ids=str)
 def test_extreme_norms(size, path):
     q, c, r = draw(4, 16, torch.float32)
     q[0] *= size
     c[1] *= size
-    got = with_grads(lambda *x: rankpo_loss(*x), (q, c, r))
-    assert all(x.isfinite().all() for x in got)
-    want = torch.stack([(unit_rows(q.double()) * unit_rows(x.double())).sum(1) for x in (c, r)])
-    torch.testing.assert_close(
-        torch.stack(pair_similarities(q, c, r)).double(), want, rtol=0, atol=1e-6
+    got = with_grads(lambda *x: rankpo_loss(*x, reduction="sum"), (q, c, r))
+    exact = with_grads(
+        lambda *x: definition(*x, weights=torch.ones(4)), [x.double() for x in (q, c, r)]
     )
+    for ours, want in zip(got[1:], exact[1:], strict=True):
+        for row, want_row in zip(ours, want, strict=True):  # rows are of sizes of their own
+            assert error(row, want_row) < 1e-5
+    want = torch.stack([(unit_rows(q.double()) * unit_rows(x.double())).sum(1) for x in (c, r)])
+    torch.testing.assert_close(pair_similarities(q, c, r).double(), want, rtol=0, atol=1e-6)
     if size == 0:
         assert not got[1][0].any() and not got[2][1].any()
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "chosen", "rejected"])
+def test_nan_stays_in_its_row(where, kind, path):
+    tensors = draw(3, 8, torch.float32)
+    clean = with_grads(lambda *x: rankpo_loss(*x, reduction="sum", loss_type=kind), tensors)
+    tensors[where][1, 2] = torch.nan
+    rows = rankpo_loss(*tensors, reduction="none", loss_type=kind)
+    assert rows.isnan().tolist() == [False, True, False]
+    got = with_grads(lambda *x: rankpo_loss(*x, reduction="sum", loss_type=kind), tensors)
+    for ours, want in zip(got[1:], clean[1:], strict=True):
+        assert torch.equal(ours[[0, 2]], want[[0, 2]])
+    assert got[1 + where][1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", ["infinity", "nan", "largest", "smallest"])
+def test_every_number_of_a_dtype_is_read(bits, dtype, path):
+    value = {
+        "infinity": torch.inf, "nan": torch.nan, "largest": torch.finfo(dtype).max,
+        "smallest": torch.finfo(dtype).smallest_normal / 2 if dtype != torch.bfloat16 else 1e-38,
+    }[bits]  # fmt: skip
+    q, c, r = torch.ones(3, 1, 1, dtype=dtype)
+    c[0] = value
+    chosen, _ = pair_dots(q, c, r)
+    assert torch.equal(chosen.isnan(), c[0].isnan()) and (c[0].isnan() or chosen == c[0].double())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_pairs_the_loss_is_zero(reduction, path):
+    tensors = [torch.ones(0, 8, requires_grad=True) for _ in range(3)]
+    loss = rankpo_loss(*tensors, reduction=reduction)
+    assert loss.shape == ((0,) if reduction == "none" else ()) and loss.sum() == 0
+    loss.sum().backward()
+    assert all(x.grad.shape == (0, 8) for x in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_and_stats_without_autograd(dtype, path):
+    tensors = draw(33, 24, dtype)
+    options = {"temperature": 0.5, "beta": 1.5, "gamma_beta_ratio": 0.4}
+    reference = torch.linspace(-1, 1, 33)
+    weights = torch.linspace(0, 1, 33)
+    rows = {"reference_margins": reference, "weights": weights}
+    want = with_grads(lambda *x: rankpo_loss(*x, **rows, **options), tensors)
+    *got, stats = rankpo_loss_and_grads(*tensors, **rows, **options)
+    assert all(map(torch.equal, got, want)) and got[1].dtype == dtype
+    chosen, rejected = pair_similarities_definition(*[x.double() for x in tensors])
+    over = chosen - rejected - reference
+    means = ((over > 0).double().mean(), over.mean(), chosen.mean(), rejected.mean())
+    torch.testing.assert_close(torch.stack(stats).double(), torch.stack(means), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="reduction 'mean' or 'sum'"):
+        rankpo_loss_and_grads(*tensors, reduction="none")
 
 
 def test_torchs_default_dtype_does_not_matter():
@@ -180,36 +316,87 @@ def test_any_shape_and_stride(B, D, layout, seed):
     q, c, r = map(strided, draw(B, D, torch.float32, seed))
     got = with_grads(lambda *x: rankpo_loss(*x, reduction="sum"), (q, c, r))
     exact = with_grads(
-        lambda *x: margin_loss(pair_similarities_definition(*x).diff(dim=0)[0].neg()).sum(),
-        [x.double() for x in (q, c, r)],
+        lambda *x: definition(*x, weights=torch.ones(B)), [x.double() for x in (q, c, r)]
     )
     for ours, want in zip(got, exact, strict=True):
         assert (ours.double() - want).norm() < 2e-5 * max(1.0, want.norm())
 
 
-def test_threads_do_not_change_a_bit():
-    tensors = draw(2501, 1200, torch.float32)  # enough work for three threads
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    tensors = draw(2501, 1200, torch.float32)  # enough work for three threads, and past the caches
+    tensors = [x.to(dtype) for x in tensors]
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(with_grads(lambda *x: rankpo_loss(*x), tensors))
+        results.append(with_grads(lambda *x: rankpo_loss(*x, reduction="sum"), tensors))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+    few = with_grads(lambda *x: rankpo_loss(*x, reduction="sum"), [x[:9] for x in tensors])
+    assert all(torch.equal(a, b[:9]) for a, b in zip(few[1:], results[0][1:], strict=True))
 
 
-def test_opcheck():
-    tensors = [x.requires_grad_() for x in draw(6, 8, torch.float32)]
-    torch.library.opcheck(_pair_similarities, (*tensors, True))
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [] if func.is_view else torch.utils._pytree.tree_leaves(out)
+        for x in made:
+            self.bytes = max(self.bytes, x.nbytes if isinstance(x, torch.Tensor) else 0)
+        return out
 
 
-def test_compiles_as_one_graph():
-    tensors = draw(6, 8, torch.float32)
-    step = torch.compile(lambda *x: rankpo_loss(*x), fullgraph=True, backend="aot_eager")
-    want = with_grads(lambda *x: rankpo_loss(*x), tensors)
-    for got, eager in zip(with_grads(step, tensors), want, strict=True):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_makes_no_copies_in_fp32(dtype):
+    tensors = [x.requires_grad_() for x in draw(64, 512, dtype)]
+    with Largest() as largest:
+        rankpo_loss(*tensors)
+    as_they_leave = 4 if dtype == torch.float16 else 2
+    assert largest.bytes <= 64 * 512 * as_they_leave
+    with Largest() as largest, torch.no_grad():
+        rankpo_loss(*tensors)
+    assert largest.bytes <= 64 * 2 * 4
+
+
+@pytest.mark.parametrize("reference", [None, torch.zeros(6, 1)], ids=["free", "reference"])
+def test_opcheck(reference):
+    q, *passages = [x.requires_grad_() for x in draw(6, 8, torch.float32)]
+    arguments = (q, passages, None, reference, [2.0, 0.1, 0.0, 0.0, 0.5, 1.0, 0.0, 0.0, 1.0])
+    torch.library.opcheck(_rankpo, arguments)
+    # gradients are not differentiable by design, so the autograd test does not apply to them
+    torch.library.opcheck(
+        _rankpo_grads,
+        (*arguments, torch.full((6,), 1 / 6), [True, True, False]),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(reduction):
+    tensors, reference = draw(6, 8, torch.float32), torch.linspace(-1, 1, 6)
+
+    def loss(q, c, r):
+        return rankpo_loss(2 * q, c, r, reference_margins=reference, reduction=reduction).sum()
+
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(with_grads(step, tensors), with_grads(loss, tensors), strict=True):
         torch.testing.assert_close(got, eager)
+
+
+def test_second_derivative_is_a_clear_error():
+    q, c, r = draw(4, 8, torch.float64)
+    q.requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = rankpo_loss(q, c, r, reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+        if grad.requires_grad:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(grad.sum(), q)
 
 
 def test_autocast_leaves_the_similarities_in_fp32():
@@ -221,8 +408,9 @@ def test_autocast_leaves_the_similarities_in_fp32():
 
 
 def test_hinge_with_label_smoothing_warns_and_names_both():
-    with pytest.warns(UserWarning, match=r"label_smoothing=0.1 .* loss_type='hinge'"):
+    with pytest.warns(UserWarning, match=r"label_smoothing=0.1 .* loss_type='hinge'") as told:
         rankpo_loss(*draw(2, 4, torch.float32), loss_type="hinge", label_smoothing=0.1)
+    assert told[0].filename == __file__
 
 
 BAD = {
@@ -232,6 +420,15 @@ BAD = {
     "type": (dict(loss_type="ipo"), "loss_type must be 'sigmoid' or 'hinge', got 'ipo'"),
     "weights": (dict(sft_weight=0.0, rankpo_weight=0.0), "not both 0"),
     "reference": (dict(reference_margins=torch.zeros(3)), r"reference_margins must be \[4\]"),
+    "elsewhere": (
+        dict(reference_margins=torch.zeros(4, device="meta")),
+        r"must be \[4\] on cpu, got \[4\] on meta",
+    ),
+    "device": (dict(chosen=torch.ones(4, 6, device="meta")), "are on cpu, meta, cpu"),
+    "infinite": (dict(beta=float("inf")), "beta must be > 0 and finite, got inf"),
+    "gamma": (dict(gamma_beta_ratio=float("nan")), "gamma_beta_ratio must be finite"),
+    "reduction": (dict(reduction="median"), "reduction must be 'mean', 'sum' or 'none'"),
+    "negative": (dict(weights=-torch.ones(4)), "weights must be >= 0, got -1.0"),
     "rows": (dict(weights=torch.zeros(3)), "weights have shape"),
     "shapes": (dict(chosen=torch.ones(4, 5)), r"\(4, 6\), \(4, 5\), \(4, 6\)"),
     "integers": (

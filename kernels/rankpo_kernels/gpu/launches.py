@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from rankpo_kernels.gpu import pairs
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.gpu.pointwise import pair_losses
 from rankpo_kernels.objective import DIRECTIONS, PairSettings, Relations, Settings, known
+from rankpo_kernels.pairs import Rule
 
 
 class Launch(NamedTuple):
@@ -85,7 +87,7 @@ def launches() -> Iterator[Launch]:
         for options, run in cases.items():
             yield Launch("info_nce", str(dtype).removeprefix("torch."), options, run, True)
 
-        def pairs(
+        def of_batch(
             relations=None, needs=(True, True, False, False), D=D, q=q, p=p, normalize=True,
             **options,
         ):  # fmt: skip
@@ -100,21 +102,53 @@ def launches() -> Iterator[Launch]:
 
         sft = {"sft_weight": 0.5, "sft_scale": 10.0}
         cases = {
-            "rankpo": pairs(),
-            "rankpo, everything": pairs(ids | guide, label_smoothing=0.1, **sft),
-            "siglip, learnt, ids": pairs(ids, kind="siglip", **learnt),
+            "rankpo": of_batch(),
+            "rankpo, everything": of_batch(ids | guide, label_smoothing=0.1, **sft),
+            "siglip, learnt, ids": of_batch(ids, kind="siglip", **learnt),
         }
         if dtype == torch.bfloat16:
             cases |= {
-                "rankpo, forward": pairs(needs=(False,) * 4),
-                "rankpo, odd D": pairs(D=1000),
-                "rankpo, unnormalised": pairs(normalize=False),
-                "rankpo, ids": pairs(ids),
-                "rankpo, reference": pairs(guide),
-                "rankpo, sft": pairs(**sft),
-                "hinge": pairs(kind="hinge"),
-                "hinge, everything": pairs(ids | guide, kind="hinge", **sft),
-                "siglip, ids": pairs(ids, kind="siglip"),
+                "rankpo, forward": of_batch(needs=(False,) * 4),
+                "rankpo, odd D": of_batch(D=1000),
+                "rankpo, unnormalised": of_batch(normalize=False),
+                "rankpo, ids": of_batch(ids),
+                "rankpo, reference": of_batch(guide),
+                "rankpo, sft": of_batch(**sft),
+                "hinge": of_batch(kind="hinge"),
+                "hinge, everything": of_batch(ids | guide, kind="hinge", **sft),
+                "siglip, ids": of_batch(ids, kind="siglip"),
             }
         for options, run in cases.items():
             yield Launch("pair_losses", str(dtype).removeprefix("torch."), options, run, True)
+    yield from ranked_launches()
+
+
+def ranked_launches() -> Iterator[Launch]:
+    """Pairs and groups: each width of rows that changes the tile, and both ends of a group's size
+    with every loss."""
+    rows = torch.zeros(4)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        made = lambda *shape, dtype=dtype: torch.empty(4, *shape, dtype=dtype)  # noqa: E731
+
+        def loss(passages, grades=None, reference=None, grads=True, made=made, **options):
+            q, rule = made(passages[0].shape[-1]), Rule(2.0, 0.1, **options)
+            needs = (True,) * (1 + len(passages)) if grads else ()
+            weights = rows if grads else None
+            return lambda: pairs.ranked(q, passages, grades, reference, rule, weights, needs)
+
+        pair = lambda D, made=made: [made(D), made(D)]  # noqa: E731
+        graded = lambda K, D, made=made: ([made(K, D)], torch.zeros(4, K), torch.zeros(4, K))  # noqa: E731,E501
+        cases = {f"pair, D={D}": loss(pair(D)) for D in (384, 1024, 2048, 4096, 8192, 16384)}
+        cases |= {
+            "pair, forward": loss(pair(1024), grads=False),
+            "pair, hinge, reference, odd D": loss(pair(1000), None, rows[:, None], hinge=True),
+            "pair, unnormalised": loss(pair(1024), normalize=False),
+            "group of 3": loss(*graded(3, 384)),
+            "group of 8": loss(*graded(8, 1024)),
+            "group of 8, listwise": loss(*graded(8, 4096), listwise=True),
+            "group of 64": loss(*graded(64, 1024)),
+            "group of 64, listwise": loss(*graded(64, 1024), listwise=True),
+            "group of 64, hinge, wide": loss(*graded(64, 4096), hinge=True),
+        }
+        for options, run in cases.items():
+            yield Launch("ranked", str(dtype).removeprefix("torch."), options, run, False)

@@ -1,5 +1,5 @@
-// Functions of one number that the row loops of every instruction set vectorise. Included by files that are compiled
-// once per instruction set, and so in its namespace.
+// What rows of every loss need of numbers; what is inline arithmetic the row loops vectorise. Included by files that are
+// compiled once per instruction set, and so in its namespace.
 #pragma once
 
 #include <cmath>
@@ -44,6 +44,24 @@ inline float log1p_unit(float e) {
     series = series * zz + 1.0f / 3.0f;
     return 2.0f * z + 2.0f * z * zz * series;
 }
+
+// softplus(x) = log(1 + exp(x)) without overflow, and with full relative accuracy where it is tiny.
+inline float softplus(float x) { return std::fmax(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
+
+inline float sigmoid(float x) {
+    const float e = std::exp(-std::fabs(x));
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
+}
+
+// The same of x and e = exp(-|x|), for loops; NaN stays NaN.
+inline float softplus(float x, float e) { return (x < 0.0f ? 0.0f : x) + log1p_unit(e); }
+inline float sigmoid(float x, float e) { return (x < 0.0f ? e : 1.0f) / (1.0f + e); }
+
+// Squares within these bounds neither overflow fp32 nor lose digits to its subnormal numbers.
+inline bool safe(float square) { return square > 1e-30f && square < 1e37f; }
+
+// A vector too short for its norm to be inverted in fp32 counts as zero: similarity 0, gradient 0.
+inline double inverse_norm(double square) { return square < 1.4e-76 ? 0.0 : 1.0 / std::sqrt(square); }
 
 }  // namespace
 }  // namespace RANKPO_ISA

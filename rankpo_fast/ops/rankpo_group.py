@@ -1,0 +1,113 @@
+"""RankPO for graded groups: several passages of a query, some preferred to others.
+
+    pairs:          mean of `rankpo_loss` over the ordered pairs (a, b) with grade_a > grade_b
+    plackett_luce:  -sum over a of log(exp(r_a) / (exp(r_a) + sum over b of lower grade exp(r_b)))
+                    r = beta (s - s_reference) / temperature, over the a that have such a b
+
+The second is the likelihood of the ranking under Plackett and Luce's model (Rafailov et al. 2023,
+appendix A.3), in which ties are not compared with each other. B queries, K passages, D dims.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rankpo_fast.ops.common import Reduction, unit_rows
+from rankpo_fast.ops.rankpo import LossType, MarginOptions, Ranking, margin_loss
+
+Form = Literal["pairs", "plackett_luce"]
+
+
+def rankpo_group_definition(
+    q_BD: Tensor, p_BKD: Tensor, grades_BK: Tensor, reference_BK: Tensor | None = None,
+    *, form: Form = "pairs", normalize: bool = True, beta: float = 2.0, temperature: float = 0.1,
+    **options,
+) -> Tensor:  # fmt: skip
+    """Losses [B], a query, a passage at a time: what the op must equal."""
+    unit = unit_rows if normalize else Tensor.clone
+    loss_B = []
+    for b, grades_K in enumerate(grades_BK):
+        there = ~grades_K.isnan()
+        s_K, g_K = unit(p_BKD[b, there]) @ unit(q_BD[b : b + 1])[0], grades_K[there]
+        ref_K = s_K.new_zeros(len(s_K)) if reference_BK is None else reference_BK[b, there]
+        r_K = beta * (s_K - ref_K) / temperature
+        terms = []
+        for a in range(len(s_K)):
+            lower = g_K < g_K[a]
+            if form == "pairs":
+                margins = {"reference_margins": ref_K[a] - ref_K[lower]}
+                options |= {"beta": beta, "temperature": temperature}
+                terms += margin_loss(s_K[a] - s_K[lower], **margins, **options)
+            elif lower.any():
+                terms.append(torch.cat([r_K[a : a + 1], r_K[lower]]).logsumexp(0) - r_K[a])
+        total = torch.stack(terms).sum() if terms else 0 * s_K.sum() + 0 * q_BD[b].sum()
+        loss_B.append(total / max(1, len(terms)) if form == "pairs" else total)
+    return torch.stack(loss_B)
+
+
+def rankpo_group_loss(
+    queries: Tensor,
+    passages: Tensor,
+    grades: Tensor,
+    *,
+    form: Form = "pairs",
+    reference_similarities: Tensor | None = None,
+    beta: float = 2.0,
+    temperature: float = 0.1,
+    gamma_beta_ratio: float = 0.0,
+    label_smoothing: float = 0.0,
+    loss_type: LossType = "sigmoid",
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """RankPO loss of graded groups. With two passages a query and distinct grades both forms are
+    `rankpo_loss`.
+
+    Args:
+        queries: [B, D] of fp64, fp32, bf16 or fp16.
+        passages: [B, K, D], same device; where dtypes differ, the wider one is taken.
+        grades: [B, K], the higher the better; only their order in fp32 counts. NaN is padding: no
+            passage, whatever its embedding.
+        form: "pairs", the mean over all pairs of different grades (0 if there is none), or
+            "plackett_luce", the negative log-likelihood of the ranking, which is a sum over
+            passages and is not divided by their number.
+        reference_similarities: [B, K] under the frozen reference model; None is reference-free.
+        beta, temperature, normalize, reduction: as in `rankpo_loss`.
+        gamma_beta_ratio, label_smoothing, loss_type: as in `rankpo_loss`, for pairs alone.
+        weights: [B] >= 0, the importance of each query.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit, or that mean nothing for the form.
+    """
+    if queries.dim() != 2 or passages.dim() != 3 or not passages.shape[1]:
+        shapes = tuple(queries.shape), tuple(passages.shape)
+        raise ValueError(
+            "queries and passages must be [B, D] and [B, K, D], got {}, {}".format(*shapes)
+        )
+    (B, D), (_, K, _) = queries.shape, passages.shape
+    if passages.shape != (B, K, D):
+        raise ValueError(f"passages must be [{B}, K, {D}], got {tuple(passages.shape)}")
+    if grades.shape != (B, K) or grades.device != queries.device:
+        raise ValueError(
+            f"grades must be {[B, K]} on {queries.device}, got {list(grades.shape)} on "
+            f"{grades.device}"
+        )
+    if form not in ("pairs", "plackett_luce"):
+        raise ValueError(f"form must be 'pairs' or 'plackett_luce', got {form!r}")
+    of_pairs = {
+        "gamma_beta_ratio": (gamma_beta_ratio, 0), "label_smoothing": (label_smoothing, 0),
+        "loss_type": (loss_type, "sigmoid"),
+    }  # fmt: skip
+    for name, (value, neutral) in of_pairs.items():
+        if form == "plackett_luce" and value != neutral:
+            raise ValueError(f"{name}={value!r} belongs to form='pairs', not to 'plackett_luce'")
+    margin = MarginOptions(beta, temperature, gamma_beta_ratio, label_smoothing, loss_type)
+    rule = margin.rule(normalize, listwise=form == "plackett_luce")
+    reference = ("reference_similarities", reference_similarities)
+    ranking = Ranking.of(queries, {"passages": passages}, grades, reference, rule)
+    return ranking.loss(weights, reduction)
