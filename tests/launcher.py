@@ -24,10 +24,10 @@ LOW = {torch.bfloat16: (4e-6, 8e-3, 1e-4), torch.float16: (4e-6, 2e-3, 1e-4)}
 
 
 def on_device(x):
-    """Tensors, alone or in relations, to where the kernels take them."""
+    """Tensors, alone or in relations, to where the kernels take them; numbers stay."""
     if isinstance(x, Relations):
         return Relations(*map(on_device, x))
-    return x if x is None else x.to(DEVICE)
+    return x if x is None or not x.dim() else x.to(DEVICE)
 
 
 def launch(

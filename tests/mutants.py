@@ -330,8 +330,8 @@ MUTANTS = [
     ),
     Mutant(
         "chunks-need-all-memory", LAUNCHER,
-        "out_RN = p.new(R0, N,",
-        "out_RN = p.new(M, N,",
+        "out_RN = p.new(R0, padded(N)",
+        "out_RN = p.new(M, padded(N)",
         gpu("never_stored"),
     ),
     Mutant(
@@ -366,8 +366,8 @@ MUTANTS = [
     ),
     Mutant(
         "weights-have-gaps", LAUNCHER,
-        "else as_number(weights_M.contiguous())",
-        "else as_number(weights_M)",
+        "expand(len(q_MD)).contiguous() if on_device",
+        "expand(len(q_MD)) if on_device",
         gpu("have_gaps"),
     ),
     Mutant(
@@ -632,8 +632,8 @@ MUTANTS = [
     # rankpo_fast/ops/in_batch.py
     Mutant(
         "gradients-of-the-sum", PAIR_OPS,
-        "expand(len(q)) * share",
-        "expand(len(q)) * 1.0",
+        "dtype) * share",
+        "dtype) * 1.0",
         PAIR_OPTIONS_CPU,
     ),
     Mutant(

@@ -46,6 +46,7 @@ from rankpo_kernels.objective import (
     limits,
     merge,
     of_all_ranks,
+    of_rows,
     own_rows,
     positive_pairs,
 )
@@ -79,7 +80,7 @@ def info_nce(
         needs = (False,) * 4
     else:
         M = len(own_rows(relations, settings).labels_M)
-        weights_M = weights_M.to(device, dtype).expand(M).contiguous()
+        weights_M = of_rows(weights_M, M, device, dtype)
     needs = needs if own_HD is not None else (*needs[:2], False, needs[3])
     arguments = (scale, relations, settings, weights_M, needs)
     if is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype)):

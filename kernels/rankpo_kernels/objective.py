@@ -155,6 +155,14 @@ def positive_pairs(relations: Relations, dtype: torch.dtype) -> Pairs:
     return Pairs(rows_P, torch.cat([labels_M, columns]), (1 / (1 + more_M).to(dtype))[rows_P])
 
 
+def of_rows(weights: Tensor, M: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[M] of [M], or of a weight of all rows. A number on the CPU is filled in: a copy of it would
+    make the host wait."""
+    if not weights.dim() and weights.device.type == "cpu":
+        return torch.full((M,), weights.item(), dtype=dtype, device=device)
+    return weights.to(device, dtype).expand(M).contiguous()
+
+
 def expand(counts_M: Tensor, total: int) -> Tensor:
     """0 0 0 1 2 2 ...: row i as often as its count; `total` spares the device a sync."""
     return torch.repeat_interleave(counts_M, output_size=total)

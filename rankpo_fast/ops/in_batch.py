@@ -44,6 +44,7 @@ from rankpo_kernels.objective import (
     count_others,
     gradient_dtype,
     known,
+    of_rows,
 )
 from rankpo_kernels.pointwise import PairResult
 
@@ -123,7 +124,7 @@ def _launch(
     if settings.kind != SIGLIP:
         share = 1 / max(len(p) - 1, 1) if keys is None else 1 / count_M.clamp(min=1)
     if weights is not None:
-        weights = weights.to(q.device, dtype).expand(len(q)) * share
+        weights = of_rows(weights, len(q), q.device, dtype) * share
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         result = launcher(q, p, scale, bias, relations, keys, settings, weights, needs)

@@ -156,7 +156,9 @@ def _info_nce_grads(
     ]
     total = result.total
     if total is None:
-        total = (weights.to(q.device, result.loss_M.dtype) * result.loss_M).sum()
+        if weights.dim():  # else it is a number for the kernel; a copy would make the host wait
+            weights = weights.to(q.device, result.loss_M.dtype)
+        total = (weights * result.loss_M).sum()
     return total, *_apart(*result[:3]), *grads
 
 

@@ -36,6 +36,7 @@ from problems import EVERYTHING, GRID, D, M, N, exact, problem
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
 from rankpo_kernels.gpu import info_nce as module
+from rankpo_kernels.gpu.blocks import padded
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.gpu.tiles import Tiles
 from rankpo_kernels.objective import PP, PQ, QP, QQ, Relations, Settings
@@ -68,7 +69,7 @@ FEW += ["both-ways-apart"]  # options that few launches serve
 
 def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
     """The workspace of R rows of the plain form."""
-    return R * (12 * triton.cdiv(N, tiles.BLOCK_N) + N * dtype.itemsize)
+    return R * (12 * triton.cdiv(N, tiles.BLOCK_N) + padded(N) * dtype.itemsize)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def named(name: str, dtype=torch.float32, rows: int = 16):
     names, options = GRID[name]
     levels = len(options.get("dims", (D,)))
     return *problem(*names, dtype=dtype), replace(
-        ROOMY, workspace_bytes=rows * levels * N * 4, **options
+        ROOMY, workspace_bytes=rows * levels * padded(N) * 4, **options
     )
 
 

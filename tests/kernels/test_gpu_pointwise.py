@@ -18,6 +18,7 @@ from pairs import D, M, N, exact, ours, problem, relations_of
 
 from rankpo_kernels import pointwise as chunks
 from rankpo_kernels.gpu import pointwise
+from rankpo_kernels.gpu.blocks import padded
 from rankpo_kernels.gpu.pointwise import pair_losses
 from rankpo_kernels.objective import PairSettings, known
 
@@ -48,7 +49,7 @@ def case_of(name, settings, dtype=torch.float32, rows=16, **sizes):
     tiles_n = triton.cdiv(len(p), SMALL.BLOCK_N)
     settings = replace(
         settings, kind="siglip" if loss == "siglip" else settings.kind,
-        workspace_bytes=rows * (24 * tiles_n + len(p) * dtype.itemsize),
+        workspace_bytes=rows * (24 * tiles_n + padded(len(p)) * dtype.itemsize),
     )  # fmt: skip
     keys = known(relations, len(p)) if relations.query_ids_M is not None else None
     weights = torch.linspace(-0.5, 2, len(q))  # upstream gradients may be negative

@@ -18,7 +18,8 @@ LEAST = torch.finfo(torch.float32).tiny  # a card may take what is smaller for 0
 
 
 def as_number(x: Tensor) -> Scale:
-    """For kernels: read here where the host has it, else where it lies."""
+    """For kernels: read here where the host has it, else where it lies. A CUDA graph keeps what was
+    read: a scale that is learned must lie on the device there."""
     return Scale(float(x), None) if x.device.type == "cpu" and not x.dim() else Scale(0.0, x)
 
 
@@ -30,6 +31,14 @@ def addressable(x: Tensor) -> Tensor:
 def torch_number(number: Scale) -> float | Tensor:
     """For what torch computes with it."""
     return number.value if number.at is None else number.at.float()
+
+
+VECTOR = 16  # elements: rows of scores begin at whole vectors, whatever N is
+
+
+def padded(N: int) -> int:
+    """What a row of N scores takes; the rest holds zeros."""
+    return -(-N // VECTOR) * VECTOR
 
 
 def chunks_of(
@@ -56,7 +65,7 @@ def _side(
     else:
         x = x[part]
         inverse_L = None if inverse_L is None else inverse_L[:, part]
-    stride = 0 if inverse_L is None else inverse_L.stride(0)
+    stride = 0 if inverse_L is None or len(inverse_L) == 1 else inverse_L.stride(0)
     return Side(x, *x.stride(), index, inverse_L, stride)
 
 
@@ -95,7 +104,7 @@ def _part_of(masks: Masks, part: slice) -> Masks:
     return masks._replace(
         label_R=pick(masks.label_R), class_R=pick(masks.class_R), id_R=pick(masks.id_R),
         limit_LR=None if limit is None else limit[:, part],
-        limit_stride=0 if limit is None else limit.stride(0),
+        limit_stride=0 if limit is None or len(limit) == 1 else limit.stride(0),
     )  # fmt: skip
 
 

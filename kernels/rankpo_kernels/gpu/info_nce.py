@@ -30,6 +30,7 @@ from rankpo_kernels.gpu.blocks import (
     as_number,
     chunks_of,
     largest_inverse,
+    padded,
     product,
     torch_number,
 )
@@ -75,7 +76,10 @@ def info_nce(
     integers = [None if x is None else x.contiguous() for x in relations[:9]]
     guides = [None if x is None else addressable(x) for x in relations[9:]]
     relations = Relations(*integers, *guides)
-    weights = Scale(1.0, None) if weights_M is None else as_number(weights_M.contiguous())
+    weights = Scale(1.0, None)  # of all rows, or [M]
+    if weights_M is not None:
+        on_device = weights_M.dim() or weights_M.device.type != "cpu"
+        weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
     q_MD, p_ND, own_HD = (None if x is None else addressable(x) for x in (q_MD, p_ND, own_HD))
     plain = is_plain(relations, settings)
     if stored is None:
@@ -269,7 +273,8 @@ def _found(p: Problem, gradients: bool, need_scale: bool) -> Found:
     def slopes_of(direction: str, rows: int) -> Slopes:
         if not gradients or direction not in directions:
             return absent(Slopes)
-        return Slopes(p.new(L, rows), p.new(L, rows), p.new(L, rows) if smooth else None, rows)
+        flat = p.new(L, rows) if smooth else None
+        return Slopes(p.new(L, rows), p.new(L, rows), flat, rows if L > 1 else 0)
 
     by_columns = gradients and PQ in directions
     of_columns = len(p.p_ND) if by_columns else 0  # whose share `_settle` adds
@@ -284,10 +289,10 @@ def _found(p: Problem, gradients: bool, need_scale: bool) -> Found:
 
 def _part_of_found(found: Found, part: slice) -> Found:
     """Of a plain loss, which has one level and a pair a row."""
+    names = ("loss_LM", "hardest_M", "slope_LP", "d_scale_LM", "factor_M")
     pick = lambda x: None if x is None else x[..., part]  # noqa: E731
     of_rows = found.qp._replace(lse=pick(found.qp.lse), soft=pick(found.qp.soft))
-    return Found(*map(pick, found[:3]), of_rows, *found[4:8], *map(pick, found[8:9]),
-                 found.d_scale_stride, pick(found.factor_M))  # fmt: skip
+    return found._replace(qp=of_rows, **{name: pick(getattr(found, name)) for name in names})
 
 
 def _settle(
@@ -311,7 +316,8 @@ def _settle(
     )  # fmt: skip
     if found.pull_LP is None:
         return None
-    out = Slopes(p.new(L, N), p.new(L, N), None if smoothing is None else p.new(L, N), N)
+    flat = None if smoothing is None else p.new(L, N)
+    out = Slopes(p.new(L, N), p.new(L, N), flat, N if L > 1 else 0)
     d_scale = found.d_scale_LM
     slopes._columns_kernel[(triton.cdiv(N, 32), L)](
         of.pq, columns_P, found.pull_LP, found.flat_LP, out,
@@ -353,7 +359,7 @@ def _is_one_chunk(p: Problem) -> bool:
         and not {QQ, PP} & set(settings.directions)
         and relations.positive_offsets is None
         and relations.own_offsets is None
-        and M * N * p.q_MD.element_size() + 6 * 4 * parts <= settings.workspace_bytes
+        and M * padded(N) * p.q_MD.element_size() + 6 * 4 * parts <= settings.workspace_bytes
     )
 
 
@@ -362,12 +368,12 @@ def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> Res
     M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
     need_q, need_p, _, need_scale = needs
     block = _score_block(p, *(d if d in directions else None for d in (QP, PQ)))
-    sums = _statistics(p, block, (need_scale, p.settings.label_smoothing > 0))
+    sums = _statistics(p, block, (need_scale, p.settings.label_smoothing > 0), True)
     found = _found(p, True, need_scale)
     column_slopes = _settle(p, sums, None, weights, found)
     del sums
     along = _along(p, block, M) if p.inverse_q is not None else (None, None)
-    G_MN = p.new(M, N, dtype=p.q_MD.dtype)
+    G_MN = p.new(M, padded(N), dtype=p.q_MD.dtype)
     _launch_gradients(
         p, block, slice(0, M), G_MN[None], row_slopes=found.qp if QP in directions else None,
         column_slopes=column_slopes, label_slope_LR=found.slope_LP, along=along,
@@ -377,9 +383,9 @@ def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> Res
     total, d_scale = p.new(), p.new() if need_scale else None
     products.finished(
         G_MN,
-        Product.of(p.q_MD, p.p_ND, p.inverse_q, along[0], dq_MD, transpose=False),
-        Product.of(p.p_ND, p.q_MD, p.inverse_p, along[1], dp_ND, transpose=True),
-        Totals(found.loss_LM, weights, M, total, *found[8:10], d_scale),
+        Product.of(G_MN, p.q_MD, p.p_ND, p.inverse_q, along[0], dq_MD, transpose=False),
+        Product.of(G_MN, p.p_ND, p.q_MD, p.inverse_p, along[1], dp_ND, transpose=True),
+        Totals(found.loss_LM, weights, M, total, found.d_scale_LM, found.d_scale_stride, d_scale),
     )
     return Result(
         found.loss_LM[0], p.similarity_LP[0], _hardest(found, directions), dq_MD, dp_ND, None,
@@ -397,7 +403,7 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     relative = products_needed and (stored or dtype == torch.float16)
     block = _score_block(p, QP, None)
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
-    row_bytes = 12 * tiles_n + (N * p.q_MD.element_size() if products_needed else 0)
+    row_bytes = 12 * tiles_n + (padded(N) * p.q_MD.element_size() if products_needed else 0)
     chunks = chunks_of(M, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
     R0 = chunks[0].stop
 
@@ -409,24 +415,20 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     dq_MD, dp_out = new(p.q_MD, need_q), new(p.p_ND, need_p)
     dq_RD = p.new(R0, D) if need_q and not in_fp32 else None
     dp_ND = dp_out if in_fp32 or not need_p else p.new(N, D)
-    out_RN = p.new(R0, N, dtype=dtype) if products_needed else None
+    out_RN = p.new(R0, padded(N), dtype=dtype) if products_needed else None
     weighted_RD = p.new(R0, D, dtype=dtype) if stored else None
     top = largest_inverse(p.inverse_p, p.p_ND) if relative else None
     for part in chunks:
         R = part.stop - part.start
         parts = _partials(p, tiles_n, R, (need_scale, False))
-        out = out_RN[:R] if products_needed else None
-        keep = {}
+        q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
+        out, keep, beside = out_RN[:R] if products_needed else None, {}, None
         if stored:
             keep = {"positive_R": p.similarity_LP[0, part], "inverse_top": top, "stored": out}
+            of_q, of_p = (None if x is None else x[0] for x in (inverse_q, p.inverse_p))
+            of_q = (q_RD, *q_RD.stride(), of_q)
+            beside = Stored(out, out.stride(0), weighted_RD, *of_q, of_p, top)
         _launch_statistics(p, block, part, parts, None, **keep)
-        beside = None
-        if stored:
-            q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[0, part]
-            inverse_p = None if p.inverse_p is None else p.inverse_p[0]
-            beside = Stored(
-                out, out.stride(0), weighted_RD, q_RD, *q_RD.stride(), inverse_q, inverse_p, top
-            )
         of_weights = weights if weights.at is None else Scale(0.0, weights.at[part])
         of_part = _part_of_found(found, part)
         _settle(p, {QP: parts}, None, of_weights, of_part, beside, part)
@@ -440,7 +442,7 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
             inverse_top=top, tile_parts=None if live is None else parts, live=live,
             only_over=stored, filter_mass=settings.gradient_filter * tiles.BLOCK_N / N,
         )  # fmt: skip
-        q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
+        out = out[:, :N]
         first = part.start == 0
         dq = dq_MD[part] if need_q and in_fp32 else dq_RD[:R] if need_q else None
         if need_q:
@@ -476,8 +478,9 @@ def _general(
     if PP in directions:
         blocks.append(_passage_block(p))
     sums: dict[str, Partials] = {}
+    want = (need_scale, settings.label_smoothing > 0)
     for block in blocks:
-        sums |= _statistics(p, block, (need_scale, settings.label_smoothing > 0))
+        sums |= _statistics(p, block, want, len(blocks) == 1 and p.pairs is None)
     own = None if own_HD is None or QP not in directions else _own(p, own_HD)
     found = _found(p, any(needs), need_scale)
     column_slopes = _settle(p, sums, own and own.sums, weights, found)
@@ -531,8 +534,11 @@ def _general(
     return result._replace(dq_MD=outs[0], dp_ND=outs[1], d_own_HD=d_own, d_scale=d_scale)
 
 
-def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, Partials]:
-    """Of a block's directions, each in parts: of its tiles, or of its chunks if there are more."""
+def _statistics(
+    p: Problem, block: Block, want: tuple[bool, bool], in_tiles: bool
+) -> dict[str, Partials]:
+    """Of a block's directions, each in parts: of its chunks, or of its tiles where they may be (no
+    other block needs the memory, and a column is merged once) and there is one chunk alone."""
     L, N, tiles = len(p.dims), len(block.b), p.tiles
     if block.row_direction is None and block.column_direction is None:
         return {}
@@ -549,7 +555,7 @@ def _statistics(p: Problem, block: Block, want: tuple[bool, bool]) -> dict[str, 
         if block.column_direction:
             of_columns = _partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
         _launch_statistics(p, block, part, of_rows, of_columns)
-        if len(chunks) == 1:
+        if in_tiles and len(chunks) == 1:
             row_parts, columns = [of_rows], of_columns
             break
         if of_rows is not None:
@@ -614,9 +620,9 @@ def _gradients(
         return
     # Without one bound of both rows and columns, fp16 could overflow: its gradients stay fp32.
     dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
-    row_bytes = L * N * dtype.itemsize
+    row_bytes = L * padded(N) * dtype.itemsize
     chunks = chunks_of(block.rows, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
-    out = p.new(L, chunks[0].stop, N, dtype=dtype)
+    out = p.new(L, chunks[0].stop, padded(N), dtype=dtype)
     for part in chunks:
         R = part.stop - part.start
         along = (None, None)
@@ -637,7 +643,7 @@ def _gradients(
         first = 0
         for level, last in enumerate(p.dims):  # dims first:last are in every prefix from `level` on
             dims = slice(first, last)
-            g_RN, first = G[level], last
+            g_RN, first = G[level, :, :N], last
             if d_a is not None:
                 b_ND = block.b[:, dims].to(dtype)
                 if index is None:

@@ -27,6 +27,7 @@ from rankpo_kernels.gpu.blocks import (
     as_number,
     chunks_of,
     largest_inverse,
+    padded,
     product,
 )
 from rankpo_kernels.gpu.rows import Rows, Scale, absent, number
@@ -107,7 +108,7 @@ def _tiles_kernel(
         masks, no_guide, no_guide, safe_m, safe_n, (), 0, BLOCK_M, BLOCK_N, BLOCK_K
     )
     write_mn = mask_m[:, None] & mask_n[None, :]
-    open_mn = open_mn & write_mn
+    open_mn = open_mn & write_mn  # so rows are padded with zeros
     positive_m = tl.load(positive_R + safe_m)
     if reference_a.x is not None:
         rows_a, rows_b = _rows_of(reference_a, safe_m), _rows_of(reference_b, safe_n)
@@ -160,7 +161,8 @@ def _tiles_kernel(
         else:
             g_mn = _similarity(g_mn * tl.load(weights_R + safe_m)[:, None], a, rows_a, b, rows_b, 0)
         out_mn = _tile_at(out, pid_m, pid_n, out_stride, BLOCK_M, BLOCK_N)
-        tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=write_mn)
+        store_mn = mask_m[:, None] & (offs_n < out_stride)[None, :]
+        tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=store_mn)
 
 
 @triton.jit
@@ -263,11 +265,11 @@ def pair_losses(
     if need_p and not M:
         dp_out.zero_()
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
-    row_bytes = 24 * tiles_n + (N * q_MD.element_size() if products_needed else 0)
+    row_bytes = 24 * tiles_n + (padded(N) * q_MD.element_size() if products_needed else 0)
     chunks = chunks_of(M, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M) if M else []
     R0 = chunks[0].stop if chunks else 0
     dq_RD, dp_ND = new(R0, D) if need_q else None, new(N, D) if need_p else None
-    out_RN = new(R0, N, dtype=dtype) if products_needed else None
+    out_RN = new(R0, padded(N), dtype=dtype) if products_needed else None
     top = largest_inverse(inverse_p, p_ND) if relative else None
     for part in chunks:
         R, first = part.stop - part.start, part.start == 0
@@ -291,6 +293,7 @@ def pair_losses(
                 top, out, numbers, tiles_n, *sizes, constants["SIGLIP"], BLOCK_R, BLOCK_P, **FUSION,
             )  # fmt: skip
         ready = []
+        out = None if out is None else out[:, :N]
         q_RD, inverse = q_MD[part], None if inverse_q is None else inverse_q[:, part]
         if need_q:
             product(out, p_ND, dq_RD[:R], False)

@@ -16,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankpo_kernels.gpu.rows import Scale, absent, block_d
+from rankpo_kernels.gpu.rows import Scale, absent, block_d, sum_of_parts
 from rankpo_kernels.gpu.tiles import FUSION, PRODUCT, Tiles
 
 BLOCK_D = 128  # dims of a tile of a product
 
 
 class Product(NamedTuple):
-    """One side's gradients: out = G b - (along / |x|^2) x, with G or its transpose [R, N]."""
+    """One side's gradients: out = G b - (along / |x|^2) x, with G or its transpose."""
 
     stride_gr: int
     stride_gn: int
+    g_rows: int  # of G as it is taken here, its padding included, which holds zeros
+    g_columns: int
     b: Tensor
     stride_b: int
     stride_bd: int
@@ -42,17 +44,16 @@ class Product(NamedTuple):
 
     @staticmethod
     def of(
-        x_RD: Tensor, b_ND: Tensor, inverse_LR: Tensor | None, along: Tensor | None,
+        g_MN: Tensor, x_RD: Tensor, b_ND: Tensor, inverse_LR: Tensor | None, along: Tensor | None,
         out_RD: Tensor | None, *, transpose: bool,
     ) -> "Product":  # fmt: skip
-        """One level; G is contiguous."""
-        R, N = len(x_RD), len(b_ND)
+        """One level; rows of G are padded to their stride."""
         if out_RD is None:
             return absent(Product)
-        strides = (1, R) if transpose else (N, 1)
-        parts = 0 if along is None else along.shape[1]
-        return Product(*strides, b_ND, *b_ND.stride(), x_RD, *x_RD.stride(), inverse_LR, along,
-                       parts, out_RD, R, N)  # fmt: skip
+        width, parts = g_MN.stride(0), 0 if along is None else along.shape[1]
+        of_g = (1, width, width, len(g_MN)) if transpose else (width, 1, len(g_MN), width)
+        return Product(*of_g, b_ND, *b_ND.stride(), x_RD, *x_RD.stride(), inverse_LR, along,
+                       parts, out_RD, len(x_RD), len(b_ND))  # fmt: skip
 
 
 class Totals(NamedTuple):
@@ -77,22 +78,22 @@ def _finished_tile(
     offs_r = pid // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid % tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_r, mask_d = offs_r < side.R, offs_d < D
-    row_r = tl.minimum(offs_r, side.R - 1).to(tl.int64)
+    # masked, not held to the last row: addresses side by side are what loads are made wide by
+    row_r = offs_r.to(tl.int64)
     acc_rd = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, side.N, BLOCK_K):
         offs_n = start + tl.arange(0, BLOCK_K)
-        mask_n = offs_n < side.N
         at_rn = row_r[:, None] * side.stride_gr + offs_n.to(tl.int64)[None, :] * side.stride_gn
-        g_rn = tl.load(g + at_rn, mask=mask_n[None, :], other=0.0)
+        mask_rn = (offs_r < side.g_rows)[:, None] & (offs_n < side.g_columns)[None, :]
+        g_rn = tl.load(g + at_rn, mask=mask_rn, other=0.0)
         at_nd = offs_n.to(tl.int64)[:, None] * side.stride_b + offs_d[None, :] * side.stride_bd
-        b_nd = tl.load(side.b + at_nd, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+        mask_nd = (offs_n < side.N)[:, None] & mask_d[None, :]
+        b_nd = tl.load(side.b + at_nd, mask=mask_nd, other=0.0)
         acc_rd = tl.dot(g_rn, b_nd, acc_rd, input_precision="ieee")
     write_rd = mask_r[:, None] & mask_d[None, :]
     if side.inverse_R is not None:
-        along_r = tl.zeros([BLOCK_M], tl.float32)
-        for part in range(0, side.parts):
-            along_r += tl.load(side.along + part * side.R + row_r)
-        inverse_r = tl.load(side.inverse_R + row_r)
+        along_r = sum_of_parts(side.along, side.parts, side.R, row_r, mask_r)
+        inverse_r = tl.load(side.inverse_R + row_r, mask=mask_r, other=0.0)
         x_rd = side.x + row_r[:, None] * side.stride_x + offs_d[None, :] * side.stride_xd
         x = tl.load(x_rd, mask=write_rd, other=0.0).to(tl.float32)
         acc_rd -= (along_r * inverse_r)[:, None] * (x * inverse_r[:, None])
@@ -191,7 +192,7 @@ def filtered(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H"])
 def _own_kernel(
     q, own, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq, d_own,
     M, H, stride_q, stride_qd, stride_o, stride_od, stride_dq, stride_do,

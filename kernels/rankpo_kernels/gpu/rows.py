@@ -43,6 +43,18 @@ def number(scale):
 
 
 @triton.jit
+def sum_of_parts(parts, n_parts, R, rows, mask):
+    """[rows]: over parts[n_parts, R]; several are loaded at once, and summed up at the end."""
+    PARTS: tl.constexpr = 8
+    sums = tl.zeros([PARTS, rows.shape[0]], tl.float32)
+    for first in range(0, n_parts, PARTS):
+        offs_p = first + tl.arange(0, PARTS)
+        mask_pr = (offs_p < n_parts)[:, None] & mask[None, :]
+        sums += tl.load(parts + offs_p[:, None] * R + rows[None, :], mask=mask_pr, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def _prepare_kernel(
     a_ptr, b_ptr, rows_ptr, columns_ptr,
     inverse_a_ptr, inverse_b_ptr, similarity_ptr,
@@ -169,10 +181,11 @@ def _finish(
     row_r = offs_r.to(tl.int64)
     D: tl.constexpr = DIMS[len(DIMS) - 1]
     by_r = tl.zeros([BLOCK_R], tl.float32) + constant
+    norm_r = tl.full([BLOCK_R], 1.0, tl.float32)  # apart: their product may underflow
     if rows.factor_R is not None:
         by_r *= tl.load(rows.factor_R + offs_r, mask=mask_r, other=0.0)
         if rows.inverse_L is not None:
-            by_r *= tl.load(rows.inverse_L + offs_r, mask=mask_r, other=0.0)
+            norm_r = tl.load(rows.inverse_L + offs_r, mask=mask_r, other=0.0)
     along_r = tl.zeros([BLOCK_R], tl.float32)
     if rows.inverse_L is not None and rows.along_LR is None:
         inverse_r = tl.load(rows.inverse_L + offs_r, mask=mask_r, other=0.0)
@@ -183,12 +196,13 @@ def _finish(
             g = tl.load(g_rd, mask=mask_rd, other=0.0)
             x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
-            along_r += tl.sum(g * by_r[:, None] * (x * inverse_r[:, None]), 1)
+            g = g * by_r[:, None] * norm_r[:, None]
+            along_r += tl.sum(g * (x * inverse_r[:, None]), 1)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
         g_rd = rows.g + row_r[:, None] * rows.stride_g + offs_d[None, :]
-        g = tl.load(g_rd, mask=mask_rd, other=0.0) * by_r[:, None]
+        g = tl.load(g_rd, mask=mask_rd, other=0.0) * by_r[:, None] * norm_r[:, None]
         if rows.inverse_L is not None:
             x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)

@@ -248,8 +248,8 @@ def _statistics_kernel(
                     e_mn *= relative_n[None, :]
                 e_mn *= tl.where(top_m == -float("inf"), 0.0, by_m)[:, None]
                 to_mn = _tile_at(stored, pid_m, pid_n, stored_stride, BLOCK_M, BLOCK_N)
-                e_mn = e_mn.to(stored.dtype.element_ty)
-                tl.store(to_mn, e_mn, mask=mask_m[:, None] & mask_n[None, :])
+                e_mn = e_mn.to(stored.dtype.element_ty)  # 0 past N
+                tl.store(to_mn, e_mn, mask=mask_m[:, None] & (offs_n < stored_stride)[None, :])
         if columns.top is not None:
             at = (level * tiles_m + pid_m) * N + offs_n
             _part(s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
@@ -296,7 +296,8 @@ def _gradients_kernel(
             GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rows_a, rows_b = _rows_of(a, safe_m), _rows_of(b, safe_n)
-        write_mn = write_m[:, None] & mask_n[None, :]
+        # rows are padded to their stride with zeros: whole vectors are stored, and loaded later
+        write_mn = write_m[:, None] & (offs_n < out_stride)[None, :]
         out_mn = _tile_at(out, pid_m, pid_n, out_stride, BLOCK_M, BLOCK_N)
         dots_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for level in range(len(DIMS)):
@@ -336,6 +337,7 @@ def _gradients_kernel(
                     g_mn *= relative_n[None, :]
             else:
                 g_mn = _similarity(scale * g_mn, a, rows_a, b, rows_b, level)
+            g_mn = tl.where(mask_n[None, :], g_mn, 0.0)
             rounded_mn = g_mn.to(out.dtype.element_ty)
             tl.store(out_mn, rounded_mn, mask=write_mn)
             if along_rows is not None:
@@ -356,7 +358,7 @@ def _gradients_kernel(
                 tl.store(out_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "R", "K"])
 def _scatter_kernel(
     out, rows_K, columns_K, values_LK, first_row, R, K, out_stride, level_stride,
     BLOCK: tl.constexpr,

@@ -101,13 +101,15 @@ def _finite(x):
 def _merged(softmax, level, R, rows):
     """(top, z, zs, sum, count) of rows (below R) over all their parts."""
     parts, n_parts = softmax.parts, softmax.n_parts
-    none = tl.zeros(rows.shape, tl.float32)
+    # several parts are loaded at once, and summed up at the end
+    none = tl.zeros([PARTS, rows.shape[0]], tl.float32)
     top = none - float("inf")
     for first in range(0, n_parts, PARTS):
         offs_p = first + tl.arange(0, PARTS)
-        at = (level * n_parts + offs_p)[:, None] * R + rows[None, :]  # [PARTS, rows]
+        at = (level * n_parts + offs_p)[:, None] * R + rows[None, :]
         part = tl.load(parts.top + at, mask=(offs_p < n_parts)[:, None], other=-float("inf"))
-        top = tl.maximum(top, tl.max(part, 0))
+        top = tl.maximum(top, part)
+    top = tl.max(top, 0)
     floor = _finite(top)
     z, zs, total, count = none, none, none, none
     for first in range(0, n_parts, PARTS):
@@ -115,13 +117,13 @@ def _merged(softmax, level, R, rows):
         at = (level * n_parts + offs_p)[:, None] * R + rows[None, :]
         live = (offs_p < n_parts)[:, None]
         by = tl.exp(tl.load(parts.top + at, mask=live, other=-float("inf")) - floor[None, :])
-        z += tl.sum(tl.load(parts.z + at, mask=live, other=0.0) * by, 0)
+        z += tl.load(parts.z + at, mask=live, other=0.0) * by
         if parts.zs is not None:
-            zs += tl.sum(tl.load(parts.zs + at, mask=live, other=0.0) * by, 0)
+            zs += tl.load(parts.zs + at, mask=live, other=0.0) * by
         if parts.sum is not None:
-            total += tl.sum(tl.load(parts.sum + at, mask=live, other=0.0), 0)
-            count += tl.sum(tl.load(parts.count + at, mask=live, other=0.0), 0)
-    return top, z, zs, total, count
+            total += tl.load(parts.sum + at, mask=live, other=0.0)
+            count += tl.load(parts.count + at, mask=live, other=0.0)
+    return top, tl.sum(z, 0), tl.sum(zs, 0), tl.sum(total, 0), tl.sum(count, 0)
 
 
 @triton.jit
@@ -177,7 +179,7 @@ def _along_scale(sums, soft, flat):
     return soft * _mean(sums) - flat * sums[3]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "P"])
 def _pairs_kernel(
     of, found, stored, columns_P, offsets, similarity_LP,
     weights, smoothing, scale, M, N, P, D: tl.constexpr,
@@ -310,10 +312,10 @@ def _pairs_kernel(
         soft_m = tl.where(fits_m, 0.0, 1.0)
         element_m = -tl.exp(tl.where(fits_m, gap_m + SHIFT, 0.0))
         label_m = tl.load(columns_P + safe_m)
-        by_m = factor_m
+        inverse_m = none + 1.0  # apart from the factor: their product may underflow
         if stored.inverse_p is not None:
             element_m *= tl.load(stored.inverse_p + label_m) / tl.load(stored.inverse_top)
-            by_m *= tl.load(stored.inverse_q + safe_m)
+            inverse_m = tl.load(stored.inverse_q + safe_m)
         row_m = offs_m.to(tl.int64)
         element_m = element_m.to(stored.exponentials.dtype.element_ty)
         tl.store(stored.exponentials + row_m * stored.stride + label_m, element_m, mask=mask_m)
@@ -321,7 +323,8 @@ def _pairs_kernel(
             offs_d = start + tl.arange(0, BLOCK_D)
             mask_md = mask_m[:, None] & (offs_d < D)[None, :]
             q_md = stored.q + row_m[:, None] * stored.stride_q + offs_d[None, :] * stored.stride_qd
-            q = tl.load(q_md, mask=mask_md, other=0.0).to(tl.float32) * by_m[:, None]
+            q = tl.load(q_md, mask=mask_md, other=0.0).to(tl.float32) * inverse_m[:, None]
+            q *= factor_m[:, None]
             to_md = stored.weighted_q + row_m[:, None] * D + offs_d[None, :]
             tl.store(to_md, q.to(stored.weighted_q.dtype.element_ty), mask=mask_md)
     if found.factor_M is not None:
@@ -330,7 +333,7 @@ def _pairs_kernel(
         _keep(found.qp, level, offs_m, mask_m, _lse(of_rows), soft_m, flat_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "P", "d_scale_stride"])
 def _columns_kernel(
     of, columns_P, pull_LP, flat_LP, slopes, d_scale_LN, d_scale_stride, scale, N, P,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -356,7 +359,7 @@ def _columns_kernel(
         tl.store(d_scale_LN + at, _along_scale(sums, soft_n, flat_n) / number(scale), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_part", "out_parts", "R"])
 def _reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
     """Many parts of a softmax to part `out_part` of `out`; one program BLOCK rows of a level."""
     level = tl.program_id(1)

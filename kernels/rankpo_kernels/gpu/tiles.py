@@ -58,8 +58,10 @@ def _architecture() -> int:
 
 def takes_few_launches(dtype: torch.dtype, M: int, D: int, N: int) -> bool:
     """Whether Triton's products, which finish what they multiply, replace cuBLAS' and the launch
-    after them: where a launch counts. In fp32 they would run on the plain cores."""
-    return dtype == torch.bfloat16 and not stores_scores(M, D, N)
+    after them: where a launch counts. In fp32 they would run on the plain cores; and they do not
+    share one long sum among programs, which a few queries beside many passages need."""
+    even = max(M, N) <= 4 * min(M, N)
+    return dtype == torch.bfloat16 and even and not stores_scores(M, D, N)
 
 
 def stores_scores(M: int, D: int, N: int) -> bool:
