@@ -37,6 +37,9 @@ MATRIX = {90: "wgmma", 100: "tcgen05"}  # what a GEMM in bf16 must use to be wor
 INSTRUCTIONS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 LOW = {"bf16", "fp16", "bfloat16", "float16", "torch.bfloat16", "torch.float16"}
 BF16 = {name for name in LOW if "bf" in name}
+NARROW = re.compile(
+    r"\bld\.global\S*\.[bu]16\b"
+)  # two bytes a thread: what is not aligned or in order
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def measure(job: Job) -> dict:
         "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         # None without a tl.dot, "fma" where it takes no matrix instruction
         "matrix": ("+".join(used) or "fma") if "tt.dot" in compiled.asm["ttir"] else None,
+        "narrow_loads": len(NARROW.findall(ptx)),
     }
 
 
@@ -143,6 +147,8 @@ def faults(row: dict) -> Iterator[str]:
         yield f"takes {row['shared']} bytes of shared memory of {SHARED_BYTES[arch]}"
     if row["tensor_columns"] > TENSOR_COLUMNS:
         yield f"takes {row['tensor_columns']} columns of tensor memory of {TENSOR_COLUMNS}"
+    if bf16 and row["matrix"] and row["narrow_loads"]:
+        yield f"loads two bytes a thread in {row['narrow_loads']} places"
     if bf16 and row["matrix"] and (wanted := MATRIX.get(arch)) and wanted not in row["matrix"]:
         yield f"multiplies by {row['matrix']} and not by {wanted}"
 

@@ -245,6 +245,12 @@ MUTANTS = [
         "tl.store(found.loss_LM + level * M + offs_m, weight * loss_m)",
         MEMORY,
     ),
+    Mutant(
+        "factor-meets-the-norm-first", SLOPES,
+        "inverse_m = tl.load(stored.inverse_q + safe_m)",
+        "inverse_m, factor_m = none + 1.0, factor_m * tl.load(stored.inverse_q + safe_m)",
+        gpu("huge_norm"),
+    ),
     # kernels/rankpo_kernels/gpu/rows.py
     Mutant(
         "zero-vectors-have-a-direction", ROWS,

@@ -56,10 +56,12 @@ def broken_kernel(x_ptr, BLOCK_N: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK_N), no_such_name)  # noqa: F821
 
 
-def gemm(dtype: torch.dtype, M: int, N: int, K: int, warps: int, stages: int) -> None:
+def gemm(
+    dtype: torch.dtype, M: int, N: int, K: int, warps: int, stages: int, stride: int = 256
+) -> None:
     a, b = torch.empty(2, 256, 256, dtype=dtype)
     gemm_kernel[(1, 1)](
-        a, b, torch.empty(256, 256), 256, 256, 256, 256,
+        a, b, torch.empty(256, 256), 256, stride, 256, 256,
         BLOCK_M=M, BLOCK_N=N, BLOCK_K=K, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -84,6 +86,7 @@ RUNS = {
     "spill": spill,
     "shared": lambda: gemm(torch.bfloat16, 128, 128, 128, warps=4, stages=5),
     "matrix": lambda: gemm(torch.bfloat16, 16, 16, 32, warps=1, stages=2),
+    "narrow": lambda: gemm(torch.bfloat16, 64, 64, 64, warps=4, stages=3, stride=255),
     "no-dot": copy,
     "error": lambda: broken_kernel[(1,)](torch.empty(16), BLOCK_N=16),
 }

@@ -18,7 +18,7 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def refused(output):
-    return aot(output, "good", "spill", "spill", "shared", "matrix", "no-dot", "error")
+    return aot(output, "good", "spill", "spill", "shared", "matrix", "narrow", "no-dot", "error")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,11 @@ def test_a_row_says_what_a_kernel_takes(shipped, output):
         "centred_kernel of spill, sm_90, bf16, N16384 warps1 stages3: spills ",
         "gemm_kernel of shared, sm_90, bf16, M128 N128 K128 warps4 stages5: takes 327680 bytes",
         "gemm_kernel of matrix, sm_90, bf16, M16 N16 K32 warps1 stages2: multiplies by mma",
+        "gemm_kernel of narrow, sm_90, bf16, M64 N64 K64 warps4 stages3: loads two bytes a ",
         "no-dot, sm_90, bf16: none of its kernels has a dot",
         "broken_kernel of error, sm_90, bf16, N16 warps4 stages3: does not compile",
     ],
-    ids=["spill", "shared-memory", "no-wgmma", "no-dot", "does-not-compile"],
+    ids=["spill", "shared-memory", "no-wgmma", "narrow-loads", "no-dot", "does-not-compile"],
 )
 def test_fault_is_named_with_kernel_card_and_tile(fault, refused):
     assert refused.returncode == 1
@@ -71,7 +72,7 @@ def test_fault_is_named_with_kernel_card_and_tile(fault, refused):
 
 
 def test_nothing_else_is_refused_nor_anything_twice(refused):
-    assert refused.stdout.count("FAILED") == 5
+    assert refused.stdout.count("FAILED") == 6
     assert "no_such_name is not defined" in refused.stdout
 
 

@@ -359,6 +359,18 @@ def test_stored_rows_keep_their_digits_beside_weights_of_a_large_batch():
         assert max(map(error, got, want)) < 8e-3  # each row by itself
 
 
+def test_stored_rows_of_huge_norm_keep_their_gradient():
+    """A factor of e^-60 times an inverse norm of 1e-20 is no fp32 number."""
+    q, p, labels = draw(M, N, D, torch.bfloat16, converged=False)
+    p[labels] -= q
+    case, weights = (q * 1e20, p, None, Relations(labels), ROOMY), torch.full((M,), 2.0**-14)
+    truth = exact(*case, weights, scale=25.0)
+    assert ((truth[0] > 28) & (truth[0] < 35)).any()
+    result = launch(*case, weights, scale=25.0, stored=True)
+    for got, want in zip(result[3:5], truth[1][:2], strict=True):
+        assert max(map(error, got * 1e20, want * 1e20)) < 8e-3  # each row by itself
+
+
 @pipelines
 def test_passages_may_all_be_zero(pipeline):
     """There is no largest inverse norm then."""

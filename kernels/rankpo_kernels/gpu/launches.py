@@ -40,11 +40,11 @@ def launches() -> Iterator[Launch]:
         guide = {"guide_queries": q[:, :512], "guide_passages": p[:, :512]}
 
         def loss(
-            relations=None, own=None, needs=(True, True, True, False), D=D, q=q, p=p, stored=False,
-            few=False, normalize=True, **options,
+            relations=None, own=None, needs=(True, True, True, False), D=D, N=N, q=q, p=p,
+            stored=False, few=False, normalize=True, **options,
         ):  # fmt: skip
             arguments = (
-                q[:, :D], p[:, :D], own, torch.tensor(50.0, dtype=torch.float64),
+                q[:, :D], p[:N, :D], own, torch.tensor(50.0, dtype=torch.float64),
                 Relations(integers[:M], **(relations or {})),
                 Settings(normalize, 1 << 30, **options),
                 torch.empty(M) if any(needs) else None, needs,
@@ -68,6 +68,8 @@ def launches() -> Iterator[Launch]:
                 "plain, stored, learnt scale": loss(stored=True, **learnt),
                 "plain, forward": loss(needs=(False,) * 4),
                 "few launches": loss(few=True),
+                "few launches, odd N": loss(few=True, N=N - 1),
+                "plain, stored, odd N": loss(stored=True, N=N - 1),
                 "few launches, learnt scale, unnormalised": loss(
                     few=True, normalize=False, **learnt
                 ),

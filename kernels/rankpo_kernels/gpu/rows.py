@@ -144,7 +144,7 @@ def block_d(D: int) -> int:
 
 
 class Rows(NamedTuple):
-    """Gradients of rows on their way out: out = (factor / |x|) g, less its part along x."""
+    """Gradients of rows on their way out: out = (factor / |x|) (g less its part along x)."""
 
     g: Tensor  # fp32
     x: Tensor
@@ -196,13 +196,12 @@ def _finish(
             g = tl.load(g_rd, mask=mask_rd, other=0.0)
             x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
-            g = g * by_r[:, None] * norm_r[:, None]
             along_r += tl.sum(g * (x * inverse_r[:, None]), 1)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_rd = mask_r[:, None] & (offs_d < D)[None, :]
         g_rd = rows.g + row_r[:, None] * rows.stride_g + offs_d[None, :]
-        g = tl.load(g_rd, mask=mask_rd, other=0.0) * by_r[:, None] * norm_r[:, None]
+        g = tl.load(g_rd, mask=mask_rd, other=0.0)
         if rows.inverse_L is not None:
             x_rd = rows.x + row_r[:, None] * rows.stride_x + offs_d[None, :] * rows.stride_xd
             x = tl.load(x_rd, mask=mask_rd, other=0.0).to(tl.float32)
@@ -216,6 +215,7 @@ def _finish(
                     at_r = level * rows.along_stride + offs_r
                     part_r = tl.load(rows.along_LR + at_r, mask=mask_r, other=0.0) * inverse_r
                     g -= tl.where(offs_d[None, :] < DIMS[level], part_r[:, None] * unit, 0.0)
+        g = g * by_r[:, None] * norm_r[:, None]
         to_rd = rows.out + row_r[:, None] * rows.stride_out + offs_d[None, :]
         tl.store(to_rd, g.to(rows.out.dtype.element_ty), mask=mask_rd)
 
