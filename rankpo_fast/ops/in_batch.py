@@ -18,22 +18,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rankpo_fast.ops.common import Reduction, unit_rows
-from rankpo_fast.ops.info_nce import (
+from rankpo_fast.ops.batch import (
     Batch,
     InfoNCEOptions,
-    _apart,
-    _check_values,
-    _checked,
-    _no_grad_of,
-    _save_grads,
-    _scale,
-    _scaled_grads,
-    _text,
+    as_scale,
+    as_text,
+    check_values,
+    checked,
     known_definition,
-    softplus,
     takes_triton,
 )
+from rankpo_fast.ops.common import Reduction, apart, register_gradients, softplus, unit_rows
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, margin_loss
 from rankpo_kernels import pointwise
 from rankpo_kernels.norms import compute_dtype
@@ -83,7 +78,7 @@ def _pair_losses(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list[Tensor | None], settings: str
 ) -> Tensor:
     """Losses [M] in 2MND flops; their backward recomputes the scores (8MND in all)."""
-    return _apart(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
+    return apart(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
 
 
 @torch.library.custom_op("rankpo_fast::pair_losses_grads", mutates_args=())
@@ -100,7 +95,7 @@ def _pair_losses_grads(
         for grad, empty in zip(result[5:], _no_grads(q, scale, bias), strict=True)
     ]
     total = (weights * result.loss_M).sum()
-    return total, *_apart(result.loss_M, result.positive_M), stats_4M, *grads
+    return total, *apart(result.loss_M, result.positive_M), stats_4M, *grads
 
 
 def _launch(
@@ -110,7 +105,7 @@ def _launch(
     of pairs [M]."""
     relations, settings = Relations(*relations), PairSettings.parse(settings)
     if q.device.type == "cpu":
-        _check_values(relations, len(p), 0)
+        check_values(relations, len(p), 0)
     launcher = pointwise.pair_losses
     if takes_triton(q, settings):
         from rankpo_kernels.gpu.pointwise import pair_losses as launcher  # Linux alone has triton
@@ -153,25 +148,7 @@ def _(q, p, scale, bias, relations, settings, weights, needs):
     return rows[0].new_empty(()), *rows, *grads
 
 
-def _save(ctx, inputs, output):
-    *leaves, relations, ctx.settings = inputs
-    ctx.save_for_backward(*leaves, *relations)
-
-
-def _grads(ctx, grad_loss_M):
-    """One more pass with the upstream gradients as row weights."""
-    leaves, relations = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-    needs = list(ctx.needs_input_grad[:4])
-    outputs = _pair_losses_grads(*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
-    grads = [
-        grad.to(leaf.dtype) if need else None
-        for grad, leaf, need in zip(outputs[4:], leaves, needs, strict=True)
-    ]
-    return *grads, _no_grad_of(relations), None
-
-
-_pair_losses.register_autograd(_grads, setup_context=_save)
-_pair_losses_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
+register_gradients(_pair_losses, _pair_losses_grads)
 
 
 def _reduced(arguments: tuple, weights: Tensor, reduction: Reduction) -> Tensor:
@@ -361,10 +338,10 @@ def _arguments(
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, guide=reference
     )
-    q, p, _, relations, settings, weights = _checked(batch, options, "reference")
+    q, p, _, relations, settings, weights = checked(batch, options, "reference")
     settings = PairSettings(**asdict(settings) | form)
-    scale, bias = _scale(None, scale, "cpu", q.device), _bias(bias)
-    return (q, p, scale, bias, list(relations), _text(settings)), weights
+    scale, bias = as_scale(None, scale, "cpu", q.device), _bias(bias)
+    return (q, p, scale, bias, list(relations), as_text(settings)), weights
 
 
 def _bias(bias: float | Tensor) -> Tensor:

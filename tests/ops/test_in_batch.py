@@ -20,8 +20,8 @@ from rankpo_fast import (
     siglip_loss,
 )
 from rankpo_fast.ops import in_batch as module
+from rankpo_fast.ops.batch import known_definition
 from rankpo_fast.ops.in_batch import _pair_losses, _pair_losses_grads
-from rankpo_fast.ops.info_nce import known_definition
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import PairSettings, Relations, count_others, known
