@@ -130,8 +130,8 @@ class RankPOGroupLoss(nn.Module):
 class InBatchRankPOLoss(nn.Module):
     """`in_batch_rankpo_loss` with its settings.
 
-    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend.
-    Wrong ones raise ValueError here.
+    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend,
+    process_group. Wrong ones raise ValueError here.
     """
 
     def __init__(self, **options: Any):
@@ -155,7 +155,8 @@ class InBatchRankPOLoss(nn.Module):
 class SigLIPLoss(nn.Module):
     """`siglip_loss` with a learnt scale and bias, which start where the paper starts.
 
-    options: normalize, reduction, workspace_bytes, backend. Wrong ones raise ValueError here.
+    options: normalize, reduction, workspace_bytes, backend, process_group. Wrong ones raise
+    ValueError here.
     """
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, **options: Any):

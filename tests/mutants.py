@@ -53,6 +53,7 @@ CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
 OPS_GRADIENTS = ops("gradcheck")
 RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
+RANKS_PAIRS = of("tests/ops/test_ranks.py", "pair and 2-")
 RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
 PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
@@ -636,6 +637,24 @@ MUTANTS = [
         "expand(len(q)) * share",
         "expand(len(q)) * 1.0",
         PAIR_OPTIONS_CPU,
+    ),
+    Mutant(
+        "ranks-pairs-weighted-twice", PAIR_OPS,
+        'replace(options, reduction="sum") if several else options',
+        "options",
+        RANKS_PAIRS,
+    ),
+    Mutant(
+        "ranks-pairs-gradients-forgotten", PAIR_OPS,
+        "dp = ranks.sum_rows(dp, of_all.passages, of_all.group)",
+        "dp = dp[of_all.own(of_all.passages)]",
+        RANKS_PAIRS,
+    ),
+    Mutant(
+        "ranks-pairs-of-two-losses", PAIR_OPS,
+        '{"process_group": None} | terms',
+        '{"process_group": None}',
+        RANKS_PAIRS,
     ),
     # kernels/rankpo_kernels/gpu/pairs.py
     Mutant(

@@ -12,18 +12,21 @@ gradient needs its own score and the positive's, so one pass over chunks of them
 """
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from rankpo_fast.ops import ranks
 from rankpo_fast.ops.batch import (
     Batch,
     InfoNCEOptions,
     as_scale,
     as_text,
     check_values,
+    check_workspace,
     checked,
     known_definition,
     takes_triton,
@@ -181,6 +184,7 @@ def in_batch_rankpo_loss(
     rankpo_weight: float = 1.0,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """RankPO (arXiv 2503.10723) with the positive of each query preferred to every other passage of
     the batch; the loss of a query is the mean over these pairs.
@@ -191,26 +195,26 @@ def in_batch_rankpo_loss(
             model, which receive no gradient. None is the reference-free form (SimRankPO).
         beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight:
             as in `rankpo_loss`.
-        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend:
-            as in `info_nce_loss`; who is no negative there makes no pair here.
+        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
+            process_group: as in `info_nce_loss`; who is no negative there makes no pair here.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any pair has loss 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
     margin = {
         "beta": beta, "temperature": temperature, "gamma_beta_ratio": gamma_beta_ratio,
         "label_smoothing": label_smoothing, "loss_type": loss_type, "sft_weight": sft_weight,
         "rankpo_weight": rankpo_weight,
     }  # fmt: skip
-    arguments, weights = _rankpo_arguments(
+    arguments, weights, _ = _rankpo_arguments(
         queries, passages, labels, margin, reference_queries=reference_queries,
         reference_passages=reference_passages, normalize=normalize, reduction=reduction,
         weights=weights, query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
-        workspace_bytes=workspace_bytes, backend=backend,
+        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
     )  # fmt: skip
     return _reduced(arguments, weights, reduction)
 
@@ -238,14 +242,17 @@ def in_batch_rankpo_loss_and_grads(
 
     Returns:
         (loss, d_queries [M, D], d_passages [N, D], stats), gradients in the dtypes of their inputs.
+        Stats are those of a rank's own queries.
     """
     if options.get("reduction") == "none":
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     margin, options = split_margin(options)
-    arguments, weights = _rankpo_arguments(queries, passages, labels, margin, **options)
+    arguments, weights, of_all = _rankpo_arguments(queries, passages, labels, margin, **options)
     loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _pair_losses_grads(
         *arguments, weights, [True, True, False, False]
     )
+    if of_all is not None:
+        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
@@ -271,6 +278,7 @@ def siglip_loss(
     excluded: tuple[Tensor, Tensor] | None = None,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Sigmoid loss of every pair of the batch (Zhai et al. 2023, SigLIP), summed over the passages
     of each query.
@@ -279,20 +287,23 @@ def siglip_loss(
         queries, passages, labels: [M, D], [N, D] and [M] as in `info_nce_loss`.
         scale, bias: of the similarities; as a tensor of one number each receives a gradient. The
             defaults are what the paper starts from.
-        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend:
-            as in `info_nce_loss`; who is no negative there is left out here.
+        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
+            process_group: as in `info_nce_loss`; who is no negative there is left out here. Across
+            ranks the gradients of scale and bias are those of the own loss: their mean over ranks,
+            which DDP takes, is the gradient of one process (of reduction "sum" their sum).
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    arguments, weights = _arguments(
-        queries, passages, labels, None, scale, bias, {"kind": SIGLIP}, normalize=normalize,
-        reduction=reduction, weights=weights, query_ids=query_ids, passage_ids=passage_ids,
-        excluded=excluded, workspace_bytes=workspace_bytes, backend=backend,
+    arguments, weights, _ = _arguments(
+        queries, passages, labels, (None, None), scale, bias, {"kind": SIGLIP},
+        {"scale": scale, "bias": bias}, normalize=normalize, reduction=reduction, weights=weights,
+        query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
+        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
     )  # fmt: skip
     return _reduced(arguments, weights, reduction)
 
@@ -308,40 +319,68 @@ def _rankpo_arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None, margin: dict[str, Any], *,
     reference_queries: Tensor | None = None, reference_passages: Tensor | None = None,
     **options: Any,
-) -> tuple[tuple, Tensor]:  # fmt: skip
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
     """x = -beta * margin, see `rankpo_kernels.pointwise`."""
-    margin, reference = MarginOptions(**margin), None
-    if (reference_queries is None) != (reference_passages is None):
-        missing = "queries" if reference_queries is None else "passages"
-        raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
-    if reference_queries is not None:
-        reference = (reference_queries, reference_passages)
+    margin, reference = MarginOptions(**margin), (reference_queries, reference_passages)
     form = {
         "kind": margin.loss_type, "label_smoothing": float(margin.label_smoothing),
         "rankpo_weight": float(margin.rankpo_weight), "sft_weight": float(margin.sft_weight),
         "sft_scale": 1 / margin.temperature,
     }  # fmt: skip
     scale, bias = margin.beta / margin.temperature, margin.beta * margin.gamma_beta_ratio
-    return _arguments(queries, passages, labels, reference, scale, bias, form, **options)
+    return _arguments(
+        queries, passages, labels, reference, scale, bias, form, asdict(margin), **options
+    )
 
 
 def _arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None,
-    reference: tuple[Tensor, Tensor] | None, scale: float | Tensor, bias: float | Tensor,
-    form: dict[str, Any], *, weights: Tensor | None = None, query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None,
-    normalize: bool = True, reduction: Reduction = "mean", workspace_bytes: int | None = None,
-    backend: str | None = None,
-) -> tuple[tuple, Tensor]:  # fmt: skip
-    """The ops' arguments and the row weights, checked."""
-    options = InfoNCEOptions(normalize, reduction, workspace_bytes=workspace_bytes, backend=backend)
-    batch = Batch(
-        queries, passages, labels, weights, query_ids, passage_ids, excluded, guide=reference
-    )
-    q, p, _, relations, settings, weights = checked(batch, options, "reference")
-    settings = PairSettings(**asdict(settings) | form)
-    scale, bias = as_scale(None, scale, "cpu", q.device), _bias(bias)
-    return (q, p, scale, bias, list(relations), as_text(settings)), weights
+    reference: tuple[Tensor | None, Tensor | None], scale: float | Tensor, bias: float | Tensor,
+    form: dict[str, Any], said: dict[str, Any], *, weights: Tensor | None = None,
+    query_ids: Tensor | None = None, passage_ids: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None, normalize: bool = True,
+    reduction: Reduction = "mean", workspace_bytes: int | None = None, backend: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
+    """The ops' arguments and the row weights, checked; with the passages of all ranks where there
+    are several. `form` are the fields of `PairSettings`, `said` is what the caller said of them."""
+    options = InfoNCEOptions(
+        normalize, reduction, workspace_bytes=workspace_bytes, backend=backend,
+        process_group=process_group,
+    )  # fmt: skip
+    several = ranks.several(process_group)
+
+    def prepare() -> ranks.Local:
+        batch = Batch(
+            queries, passages, labels, weights, query_ids, passage_ids, excluded,
+            guide=_both(*reference),
+        )  # fmt: skip
+        of_rank = replace(options, reduction="sum") if several else options
+        q, p, _, relations, settings, weights_M = checked(batch, of_rank, "reference")
+        settings = PairSettings(**asdict(settings) | form)
+        numbers, terms = (as_scale(None, scale, "cpu", q.device), _bias(bias)), {}
+        if several:
+            check_values(relations, len(p), 0)
+            terms = {k: "a tensor" if isinstance(v, Tensor) else v for k, v in said.items()}
+            terms = vars(options) | {"process_group": None} | terms
+        return ranks.Local(q, p, relations, weights_M, terms, (numbers, settings))
+
+    if several:
+        local, of_all = ranks.spread(process_group, queries.device, prepare, reduction)
+        check_workspace(local.rest[1], len(local.p), compute_dtype(local.q.dtype))
+    else:
+        local, of_all = prepare(), None
+    q, p, relations, weights_M, _, (numbers, settings) = local
+    return (q, p, *numbers, list(relations), as_text(settings)), weights_M, of_all
+
+
+def _both(
+    reference_queries: Tensor | None, reference_passages: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    if (reference_queries is None) != (reference_passages is None):
+        missing = "queries" if reference_queries is None else "passages"
+        raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
+    return None if reference_queries is None else (reference_queries, reference_passages)
 
 
 def _bias(bias: float | Tensor) -> Tensor:
