@@ -301,7 +301,10 @@ BAD_PAIRS = {  # the same, and what all ranks have
     ),
     "labels": (dict(labels=torch.arange(3) + 4), r"lie in \[4, 6\]|refused on ranks \[1\]", {}),
     "scale": (dict(scale=9.0), "scale must be the same on all ranks", {"bias": -9.0}),
-    "bias": (dict(bias=torch.tensor(-9.0)), "bias must be the same .* has ('a tensor'|-9.0)", {"bias": -9.0}),
+    "bias": (
+        dict(bias=torch.tensor(-9.0)), "bias must be the same .* has ('a tensor'|-9.0)",
+        {"bias": -9.0},
+    ),
     "bias-shape": (dict(bias=torch.ones(2)), r"one number|refused on ranks \[1\]", {"bias": -9.0}),
 }  # fmt: skip
 

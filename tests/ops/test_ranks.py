@@ -242,7 +242,12 @@ def test_arguments_that_need_a_group_or_none():
 
 @pytest.mark.parametrize(
     ("case", "flops", "sums", "gradients"),
-    [("gather", 6, 0, 0), ("ring", 8, 0, 1), ("symmetric", 8, 7, 0)],
+    [
+        ("gather", 6, 0, 0),
+        ("ring", 8, 0, 1),
+        ("symmetric", 8, 7, 0),
+        ("in-batch RankPO", 6, 0, 0),
+    ],  # fmt: skip
 )
 def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, sums, gradients):
     """Passages go to every other rank, and so do their gradients; in a ring both go round once
