@@ -140,11 +140,11 @@ def compare(name, sizes, dtype, reduction, group=None, **more):
     return against_one(of_options, cases, reduction, group, **more)
 
 
-def compare_pairs(name, sizes, dtype, reduction):
+def compare_pairs(name, sizes, dtype, reduction, **more):
     """`against_one` of a loss of pairs."""
     group = dist.group.WORLD
     cases = pair_problems(name, sizes, group.size(), dtype)
-    return against_one(functools.partial(pair_losses, name), cases, reduction, group)
+    return against_one(functools.partial(pair_losses, name), cases, reduction, group, **more)
 
 
 def against_one(losses, cases, reduction, group, autocast=False, **more):

@@ -99,6 +99,13 @@ def test_a_rank_without_rows_takes_part_in_pair_losses(ranks, name):
     assert worst(ranks(compare_pairs, name, "empty", torch.float64, "sum")) < 1e-12
 
 
+def test_pair_losses_of_bf16_under_autocast(ranks):
+    more = {"autocast": True}
+    answers = ranks(compare_pairs, "everything", ranks.sizes, torch.bfloat16, "mean", **more)
+    for loss, *grads in answered(answers):
+        assert loss < 4e-6 and max(grads) < 8e-3
+
+
 @pytest.mark.parametrize("name", PAIRS[:2])
 def test_gradients_of_pair_losses_without_autograd_are_the_same(ranks, name):
     assert worst(ranks(compare_pairs_without_autograd, name)) < 1e-12
@@ -157,6 +164,15 @@ def test_triton_sums_columns_over_ranks(ranks, name):
     answers = ranks(compare, name, "empty", torch.float32, "mean", backend="triton")
     for loss, dq, dp, d_scale in answered(answers):
         assert max(loss, dq, dp) < 2e-6 and d_scale < OF_SCALE
+
+
+@pytest.mark.parametrize("name", ["everything", "siglip-everything"])
+def test_triton_takes_the_pairs_of_all_ranks(ranks, name):
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("gloo tests are on the CPU, where Triton needs its interpreter")
+    answers = ranks(compare_pairs, name, "empty", torch.float32, "mean", backend="triton")
+    for loss, dq, dp, *d_numbers in answered(answers):
+        assert max(loss, dq, dp) < 2e-6 and max(d_numbers, default=0) < OF_SCALE
 
 
 def test_a_rank_alone_talks_to_nobody(ranks):
@@ -247,7 +263,7 @@ def test_arguments_that_need_a_group_or_none():
         ("ring", 8, 0, 1),
         ("symmetric", 8, 7, 0),
         ("in-batch RankPO", 6, 0, 0),
-    ],  # fmt: skip
+    ],
 )
 def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, sums, gradients):
     """Passages go to every other rank, and so do their gradients; in a ring both go round once
