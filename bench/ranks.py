@@ -9,6 +9,7 @@ passages of each rank, D dims, fp32.
 import argparse
 import contextlib
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,17 +19,19 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.processes import processes
-from rankpo_fast import info_nce_loss
+from rankpo_fast import in_batch_rankpo_loss, info_nce_loss
 from rankpo_fast.ops import info_nce, ranks
+from rankpo_kernels import pointwise
 from rankpo_kernels.objective import DIRECTIONS
 
 # where a product has its left factor; below autograd, as in an op, a matmul is not yet an mm
 PRODUCTS = {"mm": 0, "matmul": 0, "addmm": 1, "addmm_": 1}
 CASES = {
-    "gather": {},
-    "ring": {"exchange": "ring"},
-    "symmetric": {"directions": DIRECTIONS[:2]},
-    "four directions": {"directions": DIRECTIONS},
+    "gather": info_nce_loss,
+    "ring": partial(info_nce_loss, exchange="ring"),
+    "symmetric": partial(info_nce_loss, directions=DIRECTIONS[:2]),
+    "four directions": partial(info_nce_loss, directions=DIRECTIONS),
+    "in-batch RankPO": in_batch_rankpo_loss,
 }
 
 
@@ -46,8 +49,8 @@ class Account(TorchDispatchMode):
         self._patch(c10d, "all_reduce", lambda x, op, of: 2 * x.nbytes * (1 - 1 / of.size()))
         self._patch(dist, "batch_isend_irecv", self._point_to_point)
         launcher = info_nce._launcher
-        inside = mock.patch.object(info_nce, "_launcher", lambda *of: self._watched(launcher(*of)))
-        self.patches.enter_context(inside)
+        self._put(info_nce, "_launcher", lambda *of: self._watched(launcher(*of)))
+        self._put(pointwise, "pair_losses", self._watched(pointwise.pair_losses))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -62,7 +65,10 @@ class Account(TorchDispatchMode):
             self.bytes += round(size(*args, **kwargs))
             return original(*args, **kwargs)
 
-        self.patches.enter_context(mock.patch.object(where, name, counted))
+        self._put(where, name, counted)
+
+    def _put(self, where, name: str, instead) -> None:
+        self.patches.enter_context(mock.patch.object(where, name, instead))
 
     def _all_to_all(self, out, x, out_rows, rows, group) -> float:
         return x.nbytes * (1 - rows[group.rank()] / sum(rows)) if x.numel() else 0
@@ -98,8 +104,7 @@ def count(M: int, N: int, D: int, case: str) -> list[tuple[int, int, int]]:
     """(flops, messages, bytes) of this rank's forward, and of its backward."""
     q, p = (torch.randn(n, D, requires_grad=True) for n in (M, N))
     with Account() as account:
-        group = dist.group.WORLD
-        loss = info_nce_loss(q, p, process_group=group, **CASES[case])
+        loss = CASES[case](q, p, process_group=dist.group.WORLD)
         forward = account.flops, account.messages, account.bytes
         loss.backward()
         whole = account.flops, account.messages, account.bytes

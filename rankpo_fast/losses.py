@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankpo_fast.ops.batch import InfoNCEOptions
 from rankpo_fast.ops.common import Reduction
 from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_margin
-from rankpo_fast.ops.info_nce import InfoNCEOptions, info_nce_loss
+from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
@@ -18,7 +19,7 @@ class InfoNCELoss(nn.Module):
     """`info_nce_loss` with its temperature; `learn_temperature` makes log(1 / temperature) a
     parameter, as CLIP does.
 
-    options: what does not change with the batch (`rankpo_fast.ops.info_nce.InfoNCEOptions`):
+    options: what does not change with the batch (`rankpo_fast.ops.batch.InfoNCEOptions`):
     normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
     margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
     process_group, exchange.
@@ -129,8 +130,8 @@ class RankPOGroupLoss(nn.Module):
 class InBatchRankPOLoss(nn.Module):
     """`in_batch_rankpo_loss` with its settings.
 
-    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend.
-    Wrong ones raise ValueError here.
+    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend,
+    process_group. Wrong ones raise ValueError here.
     """
 
     def __init__(self, **options: Any):
@@ -154,7 +155,8 @@ class InBatchRankPOLoss(nn.Module):
 class SigLIPLoss(nn.Module):
     """`siglip_loss` with a learnt scale and bias, which start where the paper starts.
 
-    options: normalize, reduction, workspace_bytes, backend. Wrong ones raise ValueError here.
+    options: normalize, reduction, workspace_bytes, backend, process_group. Wrong ones raise
+    ValueError here.
     """
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, **options: Any):

@@ -23,7 +23,8 @@ CHUNKED, OBJECTIVE = KERNELS + "chunked.py", KERNELS + "objective.py"
 SCORES, SLOPES, ROWS = (KERNELS + f"gpu/{name}.py" for name in ("scores", "slopes", "rows"))
 PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
 LAUNCHER = KERNELS + "gpu/info_nce.py"
-OPS, NATIVE = "rankpo_fast/ops/info_nce.py", "kernels/native/rows.cpp"
+COMMON, BATCH = "rankpo_fast/ops/common.py", "rankpo_fast/ops/batch.py"
+NATIVE = "kernels/native/rows.cpp"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
 PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
@@ -52,6 +53,7 @@ CPU = of("tests/kernels/test_chunked.py", "options_in_fp64 or options_in_fp32")
 CPU_CHUNKS = ops("gates and nothing-round and float32 and native")
 OPS_GRADIENTS = ops("gradcheck")
 RANKS = of("tests/ops/test_ranks.py", "every_option and 2-")
+RANKS_PAIRS = of("tests/ops/test_ranks.py", "pair and 2-")
 RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
 PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
@@ -457,39 +459,39 @@ MUTANTS = [
         "(void)k",
         CPU,
     ),
-    # rankpo_fast/ops/info_nce.py
+    # rankpo_fast/ops/common.py and batch.py
     Mutant(
-        "grad-output-forgotten", "rankpo_fast/ops/common.py",
+        "grad-output-forgotten", COMMON,
         "times(grad, by.to(grad.device)).to(dtype)",
         "grad.to(dtype)",
         OPS_GRADIENTS,
     ),
     Mutant(
-        "upstream-rows-forgotten", OPS,
+        "upstream-rows-forgotten", COMMON,
         "ctx.settings, grad_loss_M.contiguous(), needs",
         "ctx.settings, torch.ones_like(grad_loss_M), needs",
         OPS_GRADIENTS,
     ),
     Mutant(
-        "guides-of-two-dtypes", OPS,
+        "guides-of-two-dtypes", BATCH,
         "x.detach().to(dtype) for x in guide",
         "x.detach() for x in guide",
         ops("guide"),
     ),
     Mutant(
-        "guide-loses-fp64", OPS,
+        "guide-loses-fp64", BATCH,
         "dtype = compute_dtype(embeddings)",
         "dtype = torch.float32",
         ops("guide"),
     ),
     Mutant(
-        "own-offsets-start-anywhere", OPS,
+        "own-offsets-start-anywhere", BATCH,
         "relations.own_offsets[0] == 0",
         "relations.own_offsets[0] >= 0",
         ops("device_asserts"),
     ),
     Mutant(
-        "workspace-of-a-fraction", OPS,
+        "workspace-of-a-fraction", BATCH,
         "not isinstance(self.workspace_bytes, int)",
         "False",
         ops("bad_arguments"),
@@ -643,10 +645,22 @@ MUTANTS = [
         PAIR_OPTIONS_CPU,
     ),
     Mutant(
-        "upstream-pairs-forgotten", PAIR_OPS,
-        "ctx.settings, grad_loss_M.contiguous(), needs",
-        "ctx.settings, torch.ones_like(grad_loss_M), needs",
-        of("tests/ops/test_in_batch.py", "gradcheck"),
+        "ranks-pairs-weighted-twice", PAIR_OPS,
+        'replace(options, reduction="sum") if several else options',
+        "options",
+        RANKS_PAIRS,
+    ),
+    Mutant(
+        "ranks-pairs-gradients-forgotten", PAIR_OPS,
+        "dp = ranks.sum_rows(dp, of_all.passages, of_all.group)",
+        "dp = dp[of_all.own(of_all.passages)]",
+        RANKS_PAIRS,
+    ),
+    Mutant(
+        "ranks-pairs-of-two-losses", PAIR_OPS,
+        '{"process_group": None} | terms',
+        '{"process_group": None}',
+        RANKS_PAIRS,
     ),
     # kernels/rankpo_kernels/gpu/pairs.py
     Mutant(
@@ -713,7 +727,7 @@ MUTANTS = [
     ),
     # rankpo_fast/ops/common.py
     Mutant(
-        "any-upstream-gradient-is-one", "rankpo_fast/ops/common.py",
+        "any-upstream-gradient-is-one", COMMON,
         'by.device.type == "cpu" and by == 1',
         'by.device.type == "cpu"',
         PAIR_LOSS,

@@ -1,5 +1,8 @@
 """What tests have the ranks of a gloo group do; every function runs on each of them."""
 
+import functools
+
+import pairs
 import torch
 import torch.distributed as dist
 from gates import draw, error
@@ -7,7 +10,14 @@ from problems import GRID, problem
 from torch import nn
 
 from bench.ranks import Account
-from rankpo_fast import InfoNCELoss, info_nce_loss, info_nce_loss_and_grads
+from rankpo_fast import (
+    InfoNCELoss,
+    in_batch_rankpo_loss,
+    in_batch_rankpo_loss_and_grads,
+    info_nce_loss,
+    info_nce_loss_and_grads,
+    siglip_loss,
+)
 from rankpo_kernels.objective import Relations
 
 # (M, N) of each rank, a world takes them from the front
@@ -88,13 +98,59 @@ def losses(case, weights, upstream, **options):
     return [loss.detach(), *grads]
 
 
-def compare(name, sizes, dtype, reduction, group=None, autocast=False, **more):
-    """Relative errors of a rank's (loss, gradients of q, p, scale, own) against its part of one
-    process's; loss and scale, single numbers, are compared as DDP takes them, over the ranks."""
+def pair_problems(name, sizes: str, size: int, dtype) -> list[tuple]:
+    """(q, p, None, relations) of every rank; the reference is the guide."""
+    cases = []
+    for rank, (M, N) in enumerate(SIZES[sizes][:size]):
+        _, q, p, options = pairs.problem(name, dtype, M, N, 8, seed=rank)
+        cases.append((q, p, None, pairs.relations_of(options)))
+    return cases
+
+
+def pair_options(name, relations: Relations) -> dict:
+    """The options of a loss of pairs but for its weights, for what `pair_problems` gives."""
+    loss, _, settings = pairs.GRID[name]
+    r, options = relations, dict(settings)
+    if loss == "rankpo":
+        sides = {"reference_queries": r.guide_queries, "reference_passages": r.guide_passages}
+        options |= {"temperature": pairs.TEMPERATURE} | sides
+    if r.excluded_offsets is not None:
+        options["excluded"] = (r.excluded_offsets, r.excluded_columns)
+    ids = {"query_ids": r.query_ids_M, "passage_ids": r.passage_ids_N}
+    return options | {"labels": r.labels_M} | ids
+
+
+def pair_losses(name, case, weights, upstream, **options):
+    """(loss, gradients of q, p and of SigLIP's scale and bias) by autograd."""
+    q, p, _, relations = case
+    loss = pairs.GRID[name][0]
+    leaves = pairs._leaves(loss, q, p)
+    loss = pairs.call(loss, leaves, pair_options(name, relations) | options | {"weights": weights})
+    grads = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+    return [loss.detach(), *grads]
+
+
+def compare(name, sizes, dtype, reduction, group=None, **more):
+    """`against_one` of InfoNCE."""
     group = group or dist.group.WORLD
-    size, rank, none = group.size(), group.rank(), reduction == "none"
     names, settings = GRID[name]
-    cases = problems(names, sizes, size, dtype)
+    settings = {k: v for k, v in public(Relations(None), settings).items() if v is not None}
+    of_options = functools.partial(losses, **settings)
+    cases = problems(names, sizes, group.size(), dtype)
+    return against_one(of_options, cases, reduction, group, **more)
+
+
+def compare_pairs(name, sizes, dtype, reduction, **more):
+    """`against_one` of a loss of pairs."""
+    group = dist.group.WORLD
+    cases = pair_problems(name, sizes, group.size(), dtype)
+    return against_one(functools.partial(pair_losses, name), cases, reduction, group, **more)
+
+
+def against_one(losses, cases, reduction, group, autocast=False, **more):
+    """Relative errors of a rank's (loss, gradients of q, p, numbers, own) against its part of one
+    process's; loss and numbers are compared as DDP takes them, over the ranks."""
+    size, rank, none = group.size(), group.rank(), reduction == "none"
     ends = [
         torch.tensor([0, *(0 if x is None else len(x) for x in of_ranks)]).cumsum(0).tolist()
         for of_ranks in list(zip(*cases, strict=True))[:3]
@@ -102,27 +158,25 @@ def compare(name, sizes, dtype, reduction, group=None, autocast=False, **more):
     own_M, own_N, own_H = (slice(end[rank], end[rank + 1]) for end in ends)
     generator = torch.Generator().manual_seed(9)
     weights, upstream = (torch.rand(ends[0][-1], generator=generator) for _ in range(2))
-    settings = {k: v for k, v in public(Relations(None), settings).items() if v is not None}
-    settings |= {"reduction": reduction}
     if not none:
         upstream = torch.tensor(0.7)
-    loss, *want = losses(joined(cases), weights, upstream, **settings)
+    want = losses(joined(cases), weights, upstream, reduction=reduction)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        own_loss, *got = losses(
-            cases[rank], weights[own_M], upstream[own_M] if none else upstream, **settings, **more,
-            process_group=group,
+        got = losses(
+            cases[rank], weights[own_M], upstream[own_M] if none else upstream,
+            reduction=reduction, process_group=group, **more,
         )  # fmt: skip
     share = size if reduction == "mean" else 1  # DDP takes the mean of gradients
-    if none:
-        loss = loss[own_M]
-    else:
-        dist.all_reduce(own_loss, group=group)
-        own_loss /= share
-    got[2] = got[2] / share
-    dist.all_reduce(got[2], group=group)
-    want = [want[0][own_M] * share, want[1][own_N] * share, want[2], *want[3:]]
-    want[3:] = [x[own_H] * share for x in want[3:]]
-    return [error(a, b) for a, b in zip([own_loss, *got], [loss, *want], strict=True)]
+    rows = iter([own_M] * none + [own_M, own_N, own_H])
+    errors = []
+    for ours, exact in zip(got, want, strict=True):
+        if exact.dim():
+            exact = exact[next(rows)] * share
+        else:
+            ours = ours / share
+            dist.all_reduce(ours, group=group)
+        errors.append(error(ours, exact))
+    return errors
 
 
 def compare_without_autograd(name, exchange):
@@ -145,29 +199,47 @@ def compare_without_autograd(name, exchange):
     return [error(a, b) for a, b in zip([loss, *grads], want, strict=True)]
 
 
+def compare_pairs_without_autograd(name):
+    """`in_batch_rankpo_loss_and_grads` against autograd, on the same ranks."""
+    group = dist.group.WORLD
+    case = pair_problems(name, "uneven", group.size(), torch.float64)[group.rank()]
+    options = {"process_group": group, "reduction": "sum"}
+    want = pair_losses(name, case, None, torch.tensor(1.0), **options)
+    q, p, _, relations = case
+    options |= pair_options(name, relations)
+    *got, stats = in_batch_rankpo_loss_and_grads(q, p, **options)
+    if len(q):
+        positive = nn.functional.cosine_similarity(q, p[relations.labels_M]).mean()
+        assert error(stats.positive_similarity, positive) < 1e-12
+    return [error(a, b) for a, b in zip(got, want, strict=True)]
+
+
 class Trained(nn.Module):
     """An encoder and the loss, as a trainer would hand them to DDP."""
 
-    def __init__(self, **options):
+    def __init__(self, loss, **options):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(3)
             self.encoder = nn.Linear(6, 8)
-        self.loss = InfoNCELoss(0.1, learn_temperature=True, **options)
+        self.loss = loss(**options)
         self.double()
 
     def forward(self, queries, passages):
         return self.loss(self.encoder(queries), self.encoder(passages))
 
 
-def compare_ddp(**options):
+LEARNT_TEMPERATURE = functools.partial(InfoNCELoss, 0.1, learn_temperature=True)
+
+
+def compare_ddp(loss=LEARNT_TEMPERATURE, **options):
     """Errors of the parameters' gradients as DDP leaves them, against one process's."""
     group = dist.group.WORLD
     rank, size = group.rank(), group.size()
     q, p, _ = draw(3 * size, 6 * size, 6, torch.float64, converged=False)
-    one, ours = Trained(), Trained(process_group=group, **options)
+    one, ours = Trained(loss), Trained(loss, process_group=group, **options)
     if "directions" in options:
-        one = Trained(directions=options["directions"])
+        one = Trained(loss, directions=options["directions"])
     one(q, p).backward()
     ours = nn.parallel.DistributedDataParallel(ours)
     ours(q.chunk(size)[rank], p.chunk(size)[rank]).backward()
@@ -192,13 +264,13 @@ def compare_halves(name, **more):
     return compare(name, "uneven", torch.float64, "mean", group, **more)
 
 
-def compare_compiled(**options):
+def compare_compiled(loss=info_nce_loss, **options):
     """Differences of gradients between a compiled step and the same as it is."""
     q, p, _ = draw(4, 8, 8, torch.float32, converged=False, seed=dist.get_rank())
     leaves = q.requires_grad_(), p.requires_grad_()
 
     def step(q, p):
-        return info_nce_loss(2 * q, 2 * p, process_group=dist.group.WORLD, **options)
+        return loss(2 * q, 2 * p, process_group=dist.group.WORLD, **options)
 
     compiled = torch.compile(step, backend="aot_eager")
     got, want = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, step))
@@ -218,6 +290,25 @@ BAD = {  # what rank 1 does unlike the others
 }
 
 
+REFERENCE = {"reference_queries": torch.ones(3, 2), "reference_passages": torch.ones(6, 2)}
+BAD_PAIRS = {  # the same, and what all ranks have
+    "beta": (dict(beta=1.5), "beta must be the same on all ranks", {}),
+    "hinge": (dict(loss_type="hinge"), "loss_type must be the same on all ranks", {}),
+    "reference": (REFERENCE, "the guide or reference must be the same on all ranks", {}),
+    "half-a-reference": (
+        dict(reference_passages=None), r"reference_passages are missing|refused on ranks \[1\]",
+        REFERENCE,
+    ),
+    "labels": (dict(labels=torch.arange(3) + 4), r"lie in \[4, 6\]|refused on ranks \[1\]", {}),
+    "scale": (dict(scale=9.0), "scale must be the same on all ranks", {"bias": -9.0}),
+    "bias": (
+        dict(bias=torch.tensor(-9.0)), "bias must be the same .* has ('a tensor'|-9.0)",
+        {"bias": -9.0},
+    ),
+    "bias-shape": (dict(bias=torch.ones(2)), r"one number|refused on ranks \[1\]", {"bias": -9.0}),
+}  # fmt: skip
+
+
 def err(name):
     arguments = {"queries": torch.ones(3, 4), "passages": torch.ones(6, 4, requires_grad=True)}
     if dist.get_rank() == 1:
@@ -225,6 +316,14 @@ def err(name):
     info_nce_loss(**arguments, process_group=dist.group.WORLD)
 
 
-def take(**options):
+def err_of_pairs(name):
+    wrong, _, arguments = BAD_PAIRS[name]
+    loss = siglip_loss if "bias" in arguments else in_batch_rankpo_loss
+    if dist.get_rank() == 1:
+        arguments = arguments | wrong
+    loss(torch.ones(3, 4), torch.ones(6, 4), **arguments, process_group=dist.group.WORLD)
+
+
+def take(loss=info_nce_loss, **options):
     q, p = torch.ones(3, 4), torch.ones(6, 4)
-    info_nce_loss(q, p, process_group=dist.group.WORLD, **options)
+    loss(q, p, process_group=dist.group.WORLD, **options)

@@ -1,11 +1,12 @@
-"""What every loss shares: unit vectors for the definitions, and how per-row losses become one
-number.
+"""What every loss shares: unit vectors and softplus for the definitions, how per-row losses become
+one number, and how gradients that come with a loss reach autograd.
 
 mean is sum_i w_i loss_i / sum_i w_i (0 without rows or weight), sum is sum_i w_i loss_i, none is
 w_i loss_i.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -21,6 +22,11 @@ def unit_rows(x_ND: Tensor) -> Tensor:
     1e12."""
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
     return x_ND / norm_N1.masked_fill(norm_N1 == 0, torch.inf)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def uniform_weight(rows: int, reduction: Reduction) -> Tensor:
@@ -74,3 +80,58 @@ def scaled_grads(
         times(grad, by.to(grad.device)).to(dtype) if need else None
         for grad, need, dtype in zip(grads, needs, dtypes, strict=True)
     ]
+
+
+def apart(*rows: Tensor) -> list[Tensor]:
+    """Each in memory of its own, as torch wants an op's outputs; launchers give parts of larger
+    tensors."""
+    return [
+        x if x.numel() and x.untyped_storage().nbytes() == x.nbytes else x.clone() for x in rows
+    ]
+
+
+def register_gradients(losses: Callable, with_grads: Callable) -> None:
+    """Autograd of two ops. `losses` has the arguments (*leaves, relations, settings) and gives
+    losses [M]; `with_grads` has row weights and needs besides, and gives (weighted sum, three
+    outputs for the log, *gradients of the leaves)."""
+    losses.register_autograd(functools.partial(_second_pass, with_grads), setup_context=_save)
+    with_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
+
+
+def _save(ctx, inputs, output):
+    *leaves, relations, ctx.settings = inputs
+    ctx.leaves = len(leaves)
+    ctx.save_for_backward(*leaves, *relations)
+
+
+def _second_pass(with_grads, ctx, grad_loss_M):
+    """One more pass with the upstream gradients as row weights."""
+    saved = ctx.saved_tensors
+    leaves, relations = saved[: ctx.leaves], list(saved[ctx.leaves :])
+    needs = list(ctx.needs_input_grad[: ctx.leaves])
+    outputs = with_grads(*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
+    grads = [
+        grad.to(leaf.dtype) if need else None
+        for grad, leaf, need in zip(outputs[4:], leaves, needs, strict=True)
+    ]
+    return *grads, _no_grad_of(relations), None
+
+
+def _no_grad_of(relations: list[Tensor | None]) -> list[None] | None:
+    """What torch expects for a list: a None each, but one None if the list itself has a None."""
+    return [None] * len(relations) if all(x is not None for x in relations) else None
+
+
+def _save_grads(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # or autograd would allocate zeros for every output
+    *leaves, relations, _, _, ctx.needs = inputs
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+    ctx.no_grad_of_relations = _no_grad_of(relations)
+    ctx.save_for_backward(*output[4:])
+
+
+def _scaled_grads(ctx, grad_loss, *others):
+    if any(other is not None for other in others):
+        raise RuntimeError("the loss has no second derivative")
+    grads = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)
+    return *grads, ctx.no_grad_of_relations, None, None, None

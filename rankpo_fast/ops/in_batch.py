@@ -12,28 +12,26 @@ gradient needs its own score and the positive's, so one pass over chunks of them
 """
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from rankpo_fast.ops.common import Reduction, unit_rows
-from rankpo_fast.ops.info_nce import (
+from rankpo_fast.ops import ranks
+from rankpo_fast.ops.batch import (
     Batch,
     InfoNCEOptions,
-    _apart,
-    _check_values,
-    _checked,
-    _no_grad_of,
-    _save_grads,
-    _scale,
-    _scaled_grads,
-    _text,
+    as_scale,
+    as_text,
+    check_values,
+    check_workspace,
+    checked,
     known_definition,
-    softplus,
     takes_triton,
 )
+from rankpo_fast.ops.common import Reduction, apart, register_gradients, softplus, unit_rows
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, margin_loss
 from rankpo_kernels import pointwise
 from rankpo_kernels.norms import compute_dtype
@@ -84,7 +82,7 @@ def _pair_losses(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list[Tensor | None], settings: str
 ) -> Tensor:
     """Losses [M] in 2MND flops; their backward recomputes the scores (8MND in all)."""
-    return _apart(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
+    return apart(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
 
 
 @torch.library.custom_op("rankpo_fast::pair_losses_grads", mutates_args=())
@@ -101,7 +99,7 @@ def _pair_losses_grads(
         for grad, empty in zip(result[5:], _no_grads(q, scale, bias), strict=True)
     ]
     total = (weights * result.loss_M).sum()
-    return total, *_apart(result.loss_M, result.positive_M), stats_4M, *grads
+    return total, *apart(result.loss_M, result.positive_M), stats_4M, *grads
 
 
 def _launch(
@@ -111,7 +109,7 @@ def _launch(
     of pairs [M]."""
     relations, settings = Relations(*relations), PairSettings.parse(settings)
     if q.device.type == "cpu":
-        _check_values(relations, len(p), 0)
+        check_values(relations, len(p), 0)
     launcher = pointwise.pair_losses
     if takes_triton(q, settings):
         from rankpo_kernels.gpu.pointwise import pair_losses as launcher  # Linux alone has triton
@@ -154,25 +152,7 @@ def _(q, p, scale, bias, relations, settings, weights, needs):
     return rows[0].new_empty(()), *rows, *grads
 
 
-def _save(ctx, inputs, output):
-    *leaves, relations, ctx.settings = inputs
-    ctx.save_for_backward(*leaves, *relations)
-
-
-def _grads(ctx, grad_loss_M):
-    """One more pass with the upstream gradients as row weights."""
-    leaves, relations = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-    needs = list(ctx.needs_input_grad[:4])
-    outputs = _pair_losses_grads(*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
-    grads = [
-        grad.to(leaf.dtype) if need else None
-        for grad, leaf, need in zip(outputs[4:], leaves, needs, strict=True)
-    ]
-    return *grads, _no_grad_of(relations), None
-
-
-_pair_losses.register_autograd(_grads, setup_context=_save)
-_pair_losses_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
+register_gradients(_pair_losses, _pair_losses_grads)
 
 
 def _reduced(arguments: tuple, weights: Tensor, reduction: Reduction) -> Tensor:
@@ -205,6 +185,7 @@ def in_batch_rankpo_loss(
     rankpo_weight: float = 1.0,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """RankPO (arXiv 2503.10723) with the positive of each query preferred to every other passage of
     the batch; the loss of a query is the mean over these pairs.
@@ -215,26 +196,26 @@ def in_batch_rankpo_loss(
             model, which receive no gradient. None is the reference-free form (SimRankPO).
         beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight:
             as in `rankpo_loss`.
-        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend:
-            as in `info_nce_loss`; who is no negative there makes no pair here.
+        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
+            process_group: as in `info_nce_loss`; who is no negative there makes no pair here.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any pair has loss 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
     margin = {
         "beta": beta, "temperature": temperature, "gamma_beta_ratio": gamma_beta_ratio,
         "label_smoothing": label_smoothing, "loss_type": loss_type, "sft_weight": sft_weight,
         "rankpo_weight": rankpo_weight,
     }  # fmt: skip
-    arguments, weights = _rankpo_arguments(
+    arguments, weights, _ = _rankpo_arguments(
         queries, passages, labels, margin, reference_queries=reference_queries,
         reference_passages=reference_passages, normalize=normalize, reduction=reduction,
         weights=weights, query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
-        workspace_bytes=workspace_bytes, backend=backend,
+        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
     )  # fmt: skip
     return _reduced(arguments, weights, reduction)
 
@@ -262,14 +243,17 @@ def in_batch_rankpo_loss_and_grads(
 
     Returns:
         (loss, d_queries [M, D], d_passages [N, D], stats), gradients in the dtypes of their inputs.
+        Stats are those of a rank's own queries.
     """
     if options.get("reduction") == "none":
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     margin, options = split_margin(options)
-    arguments, weights = _rankpo_arguments(queries, passages, labels, margin, **options)
+    arguments, weights, of_all = _rankpo_arguments(queries, passages, labels, margin, **options)
     loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _pair_losses_grads(
         *arguments, weights, [True, True, False, False]
     )
+    if of_all is not None:
+        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
@@ -295,6 +279,7 @@ def siglip_loss(
     excluded: tuple[Tensor, Tensor] | None = None,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Sigmoid loss of every pair of the batch (Zhai et al. 2023, SigLIP), summed over the passages
     of each query.
@@ -303,20 +288,23 @@ def siglip_loss(
         queries, passages, labels: [M, D], [N, D] and [M] as in `info_nce_loss`.
         scale, bias: of the similarities; as a tensor of one number each receives a gradient. The
             defaults are what the paper starts from.
-        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend:
-            as in `info_nce_loss`; who is no negative there is left out here.
+        normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
+            process_group: as in `info_nce_loss`; who is no negative there is left out here. Across
+            ranks the gradients of scale and bias are those of the own loss: their mean over ranks,
+            which DDP takes, is the gradient of one process (of reduction "sum" their sum).
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices, values or options that do not fit. On CUDA, columns out
-            of range are a device-side assertion instead.
+        ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
+            of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    arguments, weights = _arguments(
-        queries, passages, labels, None, scale, bias, {"kind": SIGLIP}, normalize=normalize,
-        reduction=reduction, weights=weights, query_ids=query_ids, passage_ids=passage_ids,
-        excluded=excluded, workspace_bytes=workspace_bytes, backend=backend,
+    arguments, weights, _ = _arguments(
+        queries, passages, labels, (None, None), scale, bias, {"kind": SIGLIP},
+        {"scale": scale, "bias": bias}, normalize=normalize, reduction=reduction, weights=weights,
+        query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
+        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
     )  # fmt: skip
     return _reduced(arguments, weights, reduction)
 
@@ -332,40 +320,68 @@ def _rankpo_arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None, margin: dict[str, Any], *,
     reference_queries: Tensor | None = None, reference_passages: Tensor | None = None,
     **options: Any,
-) -> tuple[tuple, Tensor]:  # fmt: skip
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
     """x = -beta * margin, see `rankpo_kernels.pointwise`."""
-    margin, reference = MarginOptions(**margin), None
-    if (reference_queries is None) != (reference_passages is None):
-        missing = "queries" if reference_queries is None else "passages"
-        raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
-    if reference_queries is not None:
-        reference = (reference_queries, reference_passages)
+    margin, reference = MarginOptions(**margin), (reference_queries, reference_passages)
     form = {
         "kind": margin.loss_type, "label_smoothing": float(margin.label_smoothing),
         "rankpo_weight": float(margin.rankpo_weight), "sft_weight": float(margin.sft_weight),
         "sft_scale": 1 / margin.temperature,
     }  # fmt: skip
     scale, bias = margin.beta / margin.temperature, margin.beta * margin.gamma_beta_ratio
-    return _arguments(queries, passages, labels, reference, scale, bias, form, **options)
+    return _arguments(
+        queries, passages, labels, reference, scale, bias, form, asdict(margin), **options
+    )
 
 
 def _arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None,
-    reference: tuple[Tensor, Tensor] | None, scale: float | Tensor, bias: float | Tensor,
-    form: dict[str, Any], *, weights: Tensor | None = None, query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None,
-    normalize: bool = True, reduction: Reduction = "mean", workspace_bytes: int | None = None,
-    backend: str | None = None,
-) -> tuple[tuple, Tensor]:  # fmt: skip
-    """The ops' arguments and the row weights, checked."""
-    options = InfoNCEOptions(normalize, reduction, workspace_bytes=workspace_bytes, backend=backend)
-    batch = Batch(
-        queries, passages, labels, weights, query_ids, passage_ids, excluded, guide=reference
-    )
-    q, p, _, relations, settings, weights = _checked(batch, options, "reference")
-    settings = PairSettings(**asdict(settings) | form)
-    scale, bias = _scale(None, scale, "cpu", q.device), _bias(bias)
-    return (q, p, scale, bias, list(relations), _text(settings)), weights
+    reference: tuple[Tensor | None, Tensor | None], scale: float | Tensor, bias: float | Tensor,
+    form: dict[str, Any], said: dict[str, Any], *, weights: Tensor | None = None,
+    query_ids: Tensor | None = None, passage_ids: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None, normalize: bool = True,
+    reduction: Reduction = "mean", workspace_bytes: int | None = None, backend: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
+    """The ops' arguments and the row weights, checked; with the passages of all ranks where there
+    are several. `form` are the fields of `PairSettings`, `said` is what the caller said of them."""
+    options = InfoNCEOptions(
+        normalize, reduction, workspace_bytes=workspace_bytes, backend=backend,
+        process_group=process_group,
+    )  # fmt: skip
+    several = ranks.several(process_group)
+
+    def prepare() -> ranks.Local:
+        batch = Batch(
+            queries, passages, labels, weights, query_ids, passage_ids, excluded,
+            guide=_both(*reference),
+        )  # fmt: skip
+        of_rank = replace(options, reduction="sum") if several else options
+        q, p, _, relations, settings, weights_M = checked(batch, of_rank, "reference")
+        settings = PairSettings(**asdict(settings) | form)
+        numbers, terms = (as_scale(None, scale, "cpu", q.device), _bias(bias)), {}
+        if several:
+            check_values(relations, len(p), 0)
+            terms = {k: "a tensor" if isinstance(v, Tensor) else v for k, v in said.items()}
+            terms = vars(options) | {"process_group": None} | terms
+        return ranks.Local(q, p, relations, weights_M, terms, (numbers, settings))
+
+    if several:
+        local, of_all = ranks.spread(process_group, queries.device, prepare, reduction)
+        check_workspace(local.rest[1], len(local.p), compute_dtype(local.q.dtype))
+    else:
+        local, of_all = prepare(), None
+    q, p, relations, weights_M, _, (numbers, settings) = local
+    return (q, p, *numbers, list(relations), as_text(settings)), weights_M, of_all
+
+
+def _both(
+    reference_queries: Tensor | None, reference_passages: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    if (reference_queries is None) != (reference_passages is None):
+        missing = "queries" if reference_queries is None else "passages"
+        raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
+    return None if reference_queries is None else (reference_queries, reference_passages)
 
 
 def _bias(bias: float | Tensor) -> Tensor:

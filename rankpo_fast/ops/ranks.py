@@ -138,7 +138,7 @@ def _terms(local: Local) -> dict[str, Any]:
         "requires_grad of queries and passages": needs,  # who gives none would not be there
         "whether query_ids are given": relations.query_ids_M is not None,
         "whether passage_ids are given": relations.passage_ids_N is not None,
-        "the guide": None if guide is None else (guide.shape[1], guide.dtype),
+        "the guide or reference": None if guide is None else (guide.shape[1], guide.dtype),
     }
 
 

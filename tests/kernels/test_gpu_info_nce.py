@@ -33,8 +33,9 @@ from launcher import (
 )  # fmt: skip
 from problems import EVERYTHING, GRID, D, M, N, exact, problem
 
+from rankpo_fast.ops.batch import known_definition
 from rankpo_fast.ops.common import unit_rows
-from rankpo_fast.ops.info_nce import info_nce_definition, known_definition
+from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels.gpu import info_nce as module
 from rankpo_kernels.gpu.blocks import padded
 from rankpo_kernels.gpu.info_nce import info_nce

@@ -20,8 +20,8 @@ from rankpo_fast import (
     siglip_loss,
 )
 from rankpo_fast.ops import in_batch as module
+from rankpo_fast.ops.batch import known_definition
 from rankpo_fast.ops.in_batch import _pair_losses, _pair_losses_grads
-from rankpo_fast.ops.info_nce import known_definition
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import PairSettings, Relations, count_others, known
@@ -392,11 +392,11 @@ def arguments_of(name, *, needs=(True,) * 4, **options):
     labels = given.pop("labels")
     if loss == "rankpo":
         margin, rest = module.split_margin(given)
-        arguments, weights = module._rankpo_arguments(q, p, labels, margin, **rest)
+        arguments, weights, _ = module._rankpo_arguments(q, p, labels, margin, **rest)
         needs = (*needs[:2], False, False)
     else:
-        form = {"kind": "siglip"}
-        arguments, weights = module._arguments(q, p, labels, None, 8.0, -3.0, form, **given)
+        form = ((None, None), 8.0, -3.0, {"kind": "siglip"}, {})
+        arguments, weights, _ = module._arguments(q, p, labels, *form, **given)
     return (*arguments, weights, needs)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast import info_nce_loss, info_nce_loss_and_grads
+from rankpo_fast.ops import batch
 from rankpo_fast.ops import info_nce as module
 from rankpo_fast.ops.info_nce import _info_nce, _info_nce_grads, info_nce_definition
 from rankpo_kernels import chunked
@@ -634,7 +635,7 @@ def test_backend_is_chosen_by_device_dtype_and_option(monkeypatch):
 
     assert launcher("cpu", torch.float32, None) is chunked.info_nce
     assert launcher("meta", torch.float32, "torch") is chunked.info_nce
-    monkeypatch.setattr(module, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(batch, "_is_interpreted", lambda: False)
     with pytest.raises(ValueError, match="backend='triton' needs CUDA, but .* are on cpu"):
         launcher("cpu", torch.float32, "triton")
     with pytest.raises(ValueError, match="fp64"):
@@ -1091,6 +1092,6 @@ def test_bad_arguments_are_named(case):
 )
 def test_what_a_device_asserts(change, message):
     """On the CPU the same assertion raises at once."""
-    module._assert_in_range(Relations(torch.arange(3)), True, 8)
+    batch._assert_in_range(Relations(torch.arange(3)), True, 8)
     with pytest.raises(RuntimeError, match=message):
-        module._assert_in_range(Relations(**{"labels_M": torch.arange(3)} | change), True, 8)
+        batch._assert_in_range(Relations(**{"labels_M": torch.arange(3)} | change), True, 8)

@@ -3,24 +3,35 @@
 import os
 import re
 
+import pairs
 import pytest
 import torch
 from problems import GRID
 from rank_cases import (
     BAD,
+    BAD_PAIRS,
     compare,
     compare_compiled,
     compare_ddp,
     compare_halves,
+    compare_pairs,
+    compare_pairs_without_autograd,
     compare_without_autograd,
     err,
+    err_of_pairs,
     take,
     talk_alone,
 )
 
 from bench.processes import processes
 from bench.ranks import count
-from rankpo_fast import info_nce_loss
+from rankpo_fast import (
+    InBatchRankPOLoss,
+    SigLIPLoss,
+    in_batch_rankpo_loss,
+    info_nce_loss,
+    siglip_loss,
+)
 from rankpo_fast.ops.ranks import TERMS
 from rankpo_kernels.objective import PQ, QP, QQ
 
@@ -67,6 +78,39 @@ def test_a_rank_without_rows_takes_part(ranks, name):
     assert worst(ranks(compare, name, "empty", torch.float64, "sum")) < 1e-12
 
 
+PAIRS = ["rankpo", "everything", "everything-hinge", "siglip-everything"]
+
+
+@pytest.mark.parametrize("name", pairs.GRID)
+def test_every_option_of_pair_losses_equals_one_process(ranks, name):
+    assert worst(ranks(compare_pairs, name, ranks.sizes, torch.float64, "mean")) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", PAIRS[1:])
+def test_every_reduction_of_pair_losses_in_fp32(ranks, name, reduction):
+    answers = ranks(compare_pairs, name, ranks.sizes, torch.float32, reduction)
+    for loss, dq, dp, *d_numbers in answered(answers):
+        assert max(loss, dq, dp) < 1e-6 and max(d_numbers, default=0) < OF_SCALE
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_rank_without_rows_takes_part_in_pair_losses(ranks, name):
+    assert worst(ranks(compare_pairs, name, "empty", torch.float64, "sum")) < 1e-12
+
+
+def test_pair_losses_of_bf16_under_autocast(ranks):
+    more = {"autocast": True}
+    answers = ranks(compare_pairs, "everything", ranks.sizes, torch.bfloat16, "mean", **more)
+    for loss, *grads in answered(answers):
+        assert loss < 4e-6 and max(grads) < 8e-3
+
+
+@pytest.mark.parametrize("name", PAIRS[:2])
+def test_gradients_of_pair_losses_without_autograd_are_the_same(ranks, name):
+    assert worst(ranks(compare_pairs_without_autograd, name)) < 1e-12
+
+
 RINGS = ["plain", "not-cosine", "ids", "excluded", "smoothing", "dims", "one-short-prefix"]
 
 
@@ -107,6 +151,12 @@ def test_ddp_of_an_encoder_equals_one_process(ranks, options):
     assert worst(ranks(compare_ddp, **options)) < 1e-12
 
 
+@pytest.mark.parametrize("loss", [InBatchRankPOLoss, SigLIPLoss], ids=["rankpo", "siglip"])
+def test_ddp_of_pair_losses_equals_one_process(ranks, loss):
+    """SigLIP's scale and bias are parameters, too."""
+    assert worst(ranks(compare_ddp, loss)) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["symmetric", "both-ways"])
 def test_triton_sums_columns_over_ranks(ranks, name):
     if not os.environ.get("TRITON_INTERPRET"):
@@ -114,6 +164,15 @@ def test_triton_sums_columns_over_ranks(ranks, name):
     answers = ranks(compare, name, "empty", torch.float32, "mean", backend="triton")
     for loss, dq, dp, d_scale in answered(answers):
         assert max(loss, dq, dp) < 2e-6 and d_scale < OF_SCALE
+
+
+@pytest.mark.parametrize("name", ["everything", "siglip-everything"])
+def test_triton_takes_the_pairs_of_all_ranks(ranks, name):
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("gloo tests are on the CPU, where Triton needs its interpreter")
+    answers = ranks(compare_pairs, name, "empty", torch.float32, "mean", backend="triton")
+    for loss, dq, dp, *d_numbers in answered(answers):
+        assert max(loss, dq, dp) < 2e-6 and max(d_numbers, default=0) < OF_SCALE
 
 
 def test_a_rank_alone_talks_to_nobody(ranks):
@@ -138,6 +197,7 @@ def test_compiles_around_the_collectives(ranks):
         pytest.skip("seconds for each process")
     assert worst(ranks(compare_compiled, directions=(QP, PQ, QQ))) < 1e-6
     assert worst(ranks(compare_compiled, exchange="ring")) < 1e-6
+    assert worst(ranks(compare_compiled, in_batch_rankpo_loss)) < 1e-6
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -148,6 +208,12 @@ def test_what_one_rank_does_wrong_is_an_error_on_all(ranks, name):
         assert isinstance(answer, ValueError) or rank == 1
     if "refused" in BAD[name][1]:
         assert "refused" not in str(answers[1]) and "refused" in str(answers[0])
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_what_one_rank_does_wrong_to_pair_losses_is_an_error_on_all(ranks, name):
+    for answer in ranks(err_of_pairs, name):
+        assert isinstance(answer, ValueError) and re.search(BAD_PAIRS[name][1], str(answer)), answer
 
 
 REFUSED = {
@@ -171,7 +237,9 @@ def test_what_a_ring_cannot_do_is_refused(ranks, name):
     [
         (dict(backend="triton", directions=(QP, QQ)), "backend='triton' has no query_to_query"),
         (dict(workspace_bytes=4 * 7), "too small for one row of (12|24) passages"),
+        (dict(loss=siglip_loss, workspace_bytes=4 * 7), "for one row of (12|24) passages"),
     ],
+    ids=["direction", "workspace", "workspace-of-pairs"],
 )
 def test_what_no_rank_can_do_is_refused(ranks, options, message):
     for answer in ranks(take, **options):
@@ -190,7 +258,12 @@ def test_arguments_that_need_a_group_or_none():
 
 @pytest.mark.parametrize(
     ("case", "flops", "sums", "gradients"),
-    [("gather", 6, 0, 0), ("ring", 8, 0, 1), ("symmetric", 8, 7, 0)],
+    [
+        ("gather", 6, 0, 0),
+        ("ring", 8, 0, 1),
+        ("symmetric", 8, 7, 0),
+        ("in-batch RankPO", 6, 0, 0),
+    ],
 )
 def test_bytes_and_flops_are_those_of_the_design(ranks, case, flops, sums, gradients):
     """Passages go to every other rank, and so do their gradients; in a ring both go round once
