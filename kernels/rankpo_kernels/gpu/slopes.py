@@ -20,7 +20,7 @@ from rankpo_kernels.gpu.rows import absent, number
 from rankpo_kernels.gpu.scores import SHIFT, Partials, Slopes
 from rankpo_kernels.gpu.tiles import FUSION
 
-BLOCK = 128  # rows a program
+BLOCK = 64  # rows a program
 PARTS = tl.constexpr(8)  # parts that are loaded at once
 OVER = tl.constexpr(35.0)  # rows of larger gaps do not fit beside SHIFT
 
@@ -148,9 +148,11 @@ def _mean(sums):
 
 
 @triton.jit
-def _pair(s, sums, whole, smoothing, COPIES: tl.constexpr):
-    """(loss, d loss / d s, soft, flat) of pairs, whose negatives in one direction are of `sums`
-    and in all that share a softmax of `whole`."""
+def _pair(s, sums, whole, omega, smoothing, COPIES: tl.constexpr, JOINT: tl.constexpr):
+    """(loss, d loss / d s, omega soft, omega flat) of pairs, whose negatives in one direction are
+    of `sums`, and in all directions, where they share one softmax, of `whole`."""
+    if not JOINT:
+        whole = sums
     LOG: tl.constexpr = 0.6931471805599453 if COPIES == 2 else 0.0
     lse = _lse(whole)
     gap = lse - s - LOG
@@ -161,7 +163,7 @@ def _pair(s, sums, whole, smoothing, COPIES: tl.constexpr):
         flat = smoothing / (whole[4] + COPIES)
         loss += flat * (whole[4] * s - whole[3])
         slope += flat * whole[4]
-    return loss, slope, soft, flat
+    return loss, slope, omega * soft, omega * flat
 
 
 @triton.jit
@@ -246,37 +248,26 @@ def _pairs_kernel(
             if PP:
                 whole = _union(whole, of_pair)
         omega_k = tl.where(live_m, omega_m * share_m, 0.0)
+        each_k = omega_k * PER_DIRECTION
         loss_k, slope_k = none, none
         if QP:
-            loss, slope, soft, flat = _pair(
-                s_k, of_rows, whole if JOINT else of_rows, smoothing, COPIES
-            )
+            loss, slope, soft, flat = _pair(s_k, of_rows, whole, each_k, smoothing, COPIES, JOINT)
             loss_k, slope_k = loss_k + loss, slope_k + slope
-            soft_m += omega_k * soft * PER_DIRECTION
-            flat_m += omega_k * flat * PER_DIRECTION
+            soft_m, flat_m = soft_m + soft, flat_m + flat
         if QQ:
-            loss, slope, soft, flat = _pair(
-                s_k, of_qq, whole if JOINT else of_qq, smoothing, COPIES
-            )
+            loss, slope, soft, flat = _pair(s_k, of_qq, whole, each_k, smoothing, COPIES, JOINT)
             loss_k, slope_k = loss_k + loss, slope_k + slope
-            soft_qq += omega_k * soft * PER_DIRECTION
-            flat_qq += omega_k * flat * PER_DIRECTION
+            soft_qq, flat_qq = soft_qq + soft, flat_qq + flat
         if PQ:
-            loss, slope, soft, flat = _pair(
-                s_k, of_column, whole if JOINT else of_column, smoothing, COPIES
-            )
+            loss, slope, soft, flat = _pair(s_k, of_column, whole, each_k, smoothing, COPIES, JOINT)
             loss_k, slope_k = loss_k + loss, slope_k + slope
             if found.pull_LP is not None:
-                at = level * P + k
-                tl.store(found.pull_LP + at, omega_k * soft * PER_DIRECTION, mask=live_m)
+                tl.store(found.pull_LP + level * P + k, soft, mask=live_m)
                 if found.flat_LP is not None:
-                    tl.store(found.flat_LP + at, omega_k * flat * PER_DIRECTION, mask=live_m)
+                    tl.store(found.flat_LP + level * P + k, flat, mask=live_m)
         if PP:
-            loss, slope, soft, flat = _pair(
-                s_k, of_pair, whole if JOINT else of_pair, smoothing, COPIES
-            )
+            loss, slope, soft, flat = _pair(s_k, of_pair, whole, each_k, smoothing, COPIES, JOINT)
             loss_k, slope_k = loss_k + loss, slope_k + slope
-            soft, flat = omega_k * soft * PER_DIRECTION, omega_k * flat * PER_DIRECTION
             if found.pp.lse is not None:
                 _keep(found.pp, level, k, live_m, _lse(of_pair), soft, flat)
             d_scale_m += tl.where(live_m, _along_scale(of_pair, soft, flat), 0.0)
