@@ -614,8 +614,8 @@ MUTANTS = [
     ),
     Mutant(
         "later-parts-forgotten", PAIRS,
-        "loss_r += tl.sum(tl.load(sums.loss",
-        "loss_r = tl.sum(tl.load(sums.loss",
+        "loss_pr += tl.load(sums.loss",
+        "loss_pr = tl.load(sums.loss",
         of("tests/kernels/test_gpu_pointwise.py", "small-chunks"),
     ),
     # kernels/rankpo_kernels/pointwise.py, objective.py, kernels/native/pointwise.cpp

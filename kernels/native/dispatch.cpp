@@ -89,7 +89,8 @@ void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* fact
 }
 
 void rankpo_ranked_rows(const RankedRows* in, int32_t threads) {
-    share(in->rows, 0.5 * in->count * in->dims, threads, [=](int64_t begin, int64_t end) {
+    const double pairs = in->count > 2 ? 10.0 * in->count * in->count : 0.0;  // an exp and a log1p each
+    share(in->rows, 0.5 * in->count * in->dims + pairs, threads, [=](int64_t begin, int64_t end) {
         chosen().ranked_rows(*in, begin, end);
     });
 }

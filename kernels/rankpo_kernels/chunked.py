@@ -47,6 +47,7 @@ from rankpo_kernels.objective import (
     merge,
     of_all_ranks,
     of_rows,
+    on_device,
     own_rows,
     positive_pairs,
 )
@@ -75,7 +76,7 @@ def info_nce(
     So for each row the gradient of its unit vector is off by at most pull_i * scale * eps.
     """
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device
-    scale = scale.to(device, dtype)
+    scale = on_device(scale, device, dtype)
     if weights_M is None:
         needs = (False,) * 4
     else:

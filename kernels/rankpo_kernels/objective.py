@@ -155,12 +155,17 @@ def positive_pairs(relations: Relations, dtype: torch.dtype) -> Pairs:
     return Pairs(rows_P, torch.cat([labels_M, columns]), (1 / (1 + more_M).to(dtype))[rows_P])
 
 
+def on_device(number: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One on the CPU is filled in: a copy of it would make the host wait."""
+    if number.device.type == "cpu" and device.type != "cpu":
+        return torch.full((), number.item(), dtype=dtype, device=device)
+    return number.to(device, dtype)
+
+
 def of_rows(weights: Tensor, M: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[M] of [M], or of a weight of all rows. A number on the CPU is filled in: a copy of it would
-    make the host wait."""
-    if not weights.dim() and weights.device.type == "cpu":
-        return torch.full((M,), weights.item(), dtype=dtype, device=device)
-    return weights.to(device, dtype).expand(M).contiguous()
+    """[M] of [M], or of a weight of all rows."""
+    weights = weights.to(device, dtype) if weights.dim() else on_device(weights, device, dtype)
+    return weights.expand(M).contiguous()
 
 
 def expand(counts_M: Tensor, total: int) -> Tensor:

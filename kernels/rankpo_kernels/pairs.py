@@ -23,7 +23,7 @@ from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms
 from rankpo_kernels.objective import gradient_dtype
 
-SLAB = 1 << 20  # elements of the torch form's temporaries
+SLAB = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of the torch form's temporaries
 
 
 class Rule(NamedTuple):
@@ -98,7 +98,7 @@ def _in_slabs(
     weights_B: Tensor | None, rule: Rule, result: Result,
 ) -> None:  # fmt: skip
     (B, D), K, dtype = q_BD.shape, result.similarity_BK.shape[1], result.loss_B.dtype
-    size = max(1, SLAB // max(1, K * D))
+    size = max(1, SLAB[q_BD.device.type] // max(1, K * max(K, D)))  # [K, D] and [K, K] a query
     for rows in (slice(start, start + size) for start in range(0, B, size)):
         parts = [x[rows] if x.dim() == 3 else x[rows, None] for x in passages]
         q_R1D, p_RKD = q_BD[rows, None].to(dtype), torch.cat(parts, 1).to(dtype)

@@ -21,7 +21,15 @@ from torch import Tensor
 from rankpo_kernels import native
 from rankpo_kernels.chunked import Lists, _chunks, _lists, _slab_rows, _slices
 from rankpo_kernels.norms import compute_dtype, inverse_norms, tangent_
-from rankpo_kernels.objective import HINGE, SIGLIP, Known, PairSettings, Relations, gradient_dtype
+from rankpo_kernels.objective import (
+    HINGE,
+    SIGLIP,
+    Known,
+    PairSettings,
+    Relations,
+    gradient_dtype,
+    on_device,
+)
 
 
 class PairResult(NamedTuple):
@@ -64,7 +72,7 @@ def pair_losses(
     dp_ND = q_MD.new_empty(N, D, dtype=dtype) if need_p else None
     if need_p and not M:
         dp_ND.zero_()
-    numbers, memory = (scale.to(q_MD.device, dtype), bias.to(q_MD.device, dtype)), None
+    numbers, memory = [on_device(x, q_MD.device, dtype) for x in (scale, bias)], None
     row_pass = _torch_rows
     if native.usable(rows_7M):
         row_pass, numbers = native.pair_rows, [x.item() for x in numbers]

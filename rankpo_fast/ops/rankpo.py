@@ -215,7 +215,9 @@ class Ranking(NamedTuple):
         leaves = [self.queries, *self.passages]
         needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
         weights_B = row_weights(self.queries, weights, len(self.queries), reduction)
-        if reduction == "none" or not any(needs):
+        # In one pass, unless on a card: what backward starts from is not known there, and gradients
+        # times a number are read and written once more, where a second pass only reads.
+        if reduction == "none" or not any(needs) or self.queries.is_cuda:
             loss_B = _rankpo(*self)[0] * weights_B
             return loss_B if reduction == "none" else loss_B.sum()
         return _rankpo_grads(*self, weights_B, needs)[0]

@@ -48,7 +48,7 @@ from rankpo_kernels.pointwise import PairResult
 
 # What the slopes of a stored row of fp16 sum up to: 1/N of it is a normal number, twice it fits.
 SUM = tl.constexpr(2.0**14)
-BLOCK_R, BLOCK_P = 32, 32  # rows and tiles that `settle` sums at once
+BLOCK_R, BLOCK_P = 32, 16  # rows and tiles that `settle` loads at once
 
 
 class Numbers(NamedTuple):
@@ -165,7 +165,7 @@ def _tiles_kernel(
         tl.store(out_mn, g_mn.to(out.dtype.element_ty), mask=store_mn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_parts", "N"])
 def _settle_kernel(
     sums, outcome, label_R, positive_R, weights_R, inverse_q, inverse_p, inverse_top, out,
     numbers, n_parts, R, N, out_stride,
@@ -176,24 +176,24 @@ def _settle_kernel(
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     safe_r = tl.minimum(offs_r, R - 1)
-    loss_r = tl.zeros([BLOCK_R], tl.float32)
-    slope_r = tl.zeros([BLOCK_R], tl.float32)
-    moment_r = tl.zeros([BLOCK_R], tl.float32)
-    wins_r = tl.zeros([BLOCK_R], tl.float32)
-    total_r = tl.zeros([BLOCK_R], tl.float32)
-    top_r = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    # several parts are loaded at once, and summed up at the end
+    loss_pr = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    slope_pr, moment_pr, wins_pr, total_pr = loss_pr, loss_pr, loss_pr, loss_pr
+    top_pr = loss_pr - float("inf")
     for start in range(0, n_parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
-        at_pr = offs_p[:, None] * R + safe_r[None, :]
+        at_pr = offs_p[:, None] * R + offs_r[None, :]
         mask_pr = (offs_p < n_parts)[:, None] & mask_r[None, :]
-        loss_r += tl.sum(tl.load(sums.loss + at_pr, mask=mask_pr, other=0.0), 0)
-        slope_r += tl.sum(tl.load(sums.slope + at_pr, mask=mask_pr, other=0.0), 0)
-        wins_r += tl.sum(tl.load(sums.wins + at_pr, mask=mask_pr, other=0.0), 0)
-        total_r += tl.sum(tl.load(sums.total + at_pr, mask=mask_pr, other=0.0), 0)
-        top_pr = tl.load(sums.top + at_pr, mask=mask_pr, other=-float("inf"))
-        top_r = tl.maximum(top_r, tl.max(top_pr, 0))
+        loss_pr += tl.load(sums.loss + at_pr, mask=mask_pr, other=0.0)
+        slope_pr += tl.load(sums.slope + at_pr, mask=mask_pr, other=0.0)
+        wins_pr += tl.load(sums.wins + at_pr, mask=mask_pr, other=0.0)
+        total_pr += tl.load(sums.total + at_pr, mask=mask_pr, other=0.0)
+        part_pr = tl.load(sums.top + at_pr, mask=mask_pr, other=-float("inf"))
+        top_pr = tl.maximum(top_pr, part_pr)
         if sums.moment is not None:
-            moment_r += tl.sum(tl.load(sums.moment + at_pr, mask=mask_pr, other=0.0), 0)
+            moment_pr += tl.load(sums.moment + at_pr, mask=mask_pr, other=0.0)
+    loss_r, slope_r, moment_r = tl.sum(loss_pr, 0), tl.sum(slope_pr, 0), tl.sum(moment_pr, 0)
+    wins_r, total_r, top_r = tl.sum(wins_pr, 0), tl.sum(total_pr, 0), tl.max(top_pr, 0)
     positive_r = tl.load(positive_R + safe_r)
     element_r = -slope_r
     if SIGLIP:
