@@ -312,7 +312,7 @@ def _settle(
         p.relations.positive_offsets, p.similarity_LP[:, part],
         weights, smoothing, p.scale, M, N, P, D,
         levels, settings.joint, slopes.BLOCK, min(128, rows.block_d(D)),
-        num_warps=8, **FUSION,
+        num_warps=4, **FUSION,
     )  # fmt: skip
     if found.pull_LP is None:
         return None

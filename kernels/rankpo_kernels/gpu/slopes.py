@@ -20,7 +20,7 @@ from rankpo_kernels.gpu.rows import absent, number
 from rankpo_kernels.gpu.scores import SHIFT, Partials, Slopes
 from rankpo_kernels.gpu.tiles import FUSION
 
-BLOCK = 64  # rows a program
+BLOCK = 32  # rows a program
 PARTS = tl.constexpr(8)  # parts that are loaded at once
 OVER = tl.constexpr(35.0)  # rows of larger gaps do not fit beside SHIFT
 
