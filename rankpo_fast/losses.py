@@ -68,7 +68,7 @@ class InfoNCELoss(nn.Module):
 
 
 class RankPOLoss(nn.Module):
-    """`rankpo_loss` with its settings."""
+    """`rankpo_loss` with its settings. Wrong ones raise ValueError here."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class InBatchRankPOLoss(nn.Module):
     """`in_batch_rankpo_loss` with its settings.
 
     options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend,
-    process_group. Wrong ones raise ValueError here.
+    process_group. Wrong ones raise ValueError here, those of other losses TypeError.
     """
 
     def __init__(self, **options: Any):
@@ -166,7 +166,7 @@ class SigLIPLoss(nn.Module):
     """`siglip_loss` with a learnt scale and bias, which start where the paper starts.
 
     options: normalize, reduction, workspace_bytes, backend, process_group. Wrong ones raise
-    ValueError here.
+    ValueError here, those of other losses TypeError.
     """
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, **options: Any):

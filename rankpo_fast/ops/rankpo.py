@@ -266,7 +266,9 @@ def _warn(message: str) -> None:
     if torch.compiler.is_compiling():
         return
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("rankpo_fast.", "torch.")):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(
+        ("rankpo_fast.", "torch.")
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
