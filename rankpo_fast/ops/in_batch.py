@@ -405,6 +405,6 @@ def _both(
 def _bias(bias: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(bias, Tensor):
         return one_number("bias", bias, device)
-    if not math.isfinite(bias):
+    if not -math.inf < bias < math.inf:
         raise ValueError(f"bias must be finite, got {bias}")
     return torch.full((), bias, dtype=torch.float64)

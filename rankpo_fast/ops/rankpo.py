@@ -239,7 +239,7 @@ class MarginOptions:
         for name in ("beta", "temperature"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {value}")
-        if not math.isfinite(self.gamma_beta_ratio):
+        if not -math.inf < self.gamma_beta_ratio < math.inf:
             raise ValueError(f"gamma_beta_ratio must be finite, got {self.gamma_beta_ratio}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
@@ -265,10 +265,8 @@ def _warn(message: str) -> None:
     """Of the line that called this package, however deep in it the reason is found."""
     if torch.compiler.is_compiling():
         return
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(
-        ("rankpo_fast.", "torch.")
-    ):
+    frame, level, inside = sys._getframe(), 1, ("rankpo_fast.", "torch.")
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -475,7 +475,8 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["everything", "siglip-everything"])
-def test_compiles_as_one_graph(name, reduction):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_as_one_graph(name, reduction, dynamic):
     loss, q, p, given = problem(name, torch.float32)
     leaves = [q, p] + [torch.tensor(x) for x in (8.0, -3.0)]
     leaves = [x.requires_grad_() for x in (leaves if loss == "siglip" else leaves[:2])]
@@ -483,7 +484,7 @@ def test_compiles_as_one_graph(name, reduction):
     def step(*leaves):
         return call(loss, (2 * leaves[0], *leaves[1:]), given | {"reduction": reduction}).sum()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     want = torch.autograd.grad(step(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), want)
 

@@ -379,13 +379,14 @@ def test_opcheck(reference):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_as_one_graph(reduction):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_as_one_graph(reduction, dynamic):
     tensors, reference = draw(6, 8, torch.float32), torch.linspace(-1, 1, 6)
 
     def loss(q, c, r):
         return rankpo_loss(2 * q, c, r, reference_margins=reference, reduction=reduction).sum()
 
-    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for got, eager in zip(with_grads(step, tensors), with_grads(loss, tensors), strict=True):
         torch.testing.assert_close(got, eager)
 
