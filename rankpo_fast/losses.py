@@ -1,7 +1,9 @@
 """The losses as modules, for trainers that want an object; options as in the functions of
 `rankpo_fast.ops`."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,12 @@ from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_ma
 from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
+
+
+def _check_names(loss: Callable, options: dict[str, Any]) -> None:
+    """What a loss shares with others does not make it take all that they take."""
+    if unknown := options.keys() - inspect.signature(loss).parameters.keys():
+        raise TypeError(f"{loss.__name__} has no option {', '.join(sorted(unknown))}")
 
 
 class InfoNCELoss(nn.Module):
@@ -60,7 +68,7 @@ class InfoNCELoss(nn.Module):
 
 
 class RankPOLoss(nn.Module):
-    """`rankpo_loss` with its settings."""
+    """`rankpo_loss` with its settings. Wrong ones raise ValueError here."""
 
     def __init__(
         self,
@@ -87,6 +95,7 @@ class RankPOLoss(nn.Module):
             "sft_weight": sft_weight,
             "rankpo_weight": rankpo_weight,
         }
+        rankpo_loss(*torch.zeros(3, 1, 1), **self.options)  # names what is wrong
 
     def forward(
         self,
@@ -131,11 +140,12 @@ class InBatchRankPOLoss(nn.Module):
     """`in_batch_rankpo_loss` with its settings.
 
     options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend,
-    process_group. Wrong ones raise ValueError here.
+    process_group. Wrong ones raise ValueError here, those of other losses TypeError.
     """
 
     def __init__(self, **options: Any):
         super().__init__()
+        _check_names(in_batch_rankpo_loss, options)
         margin, others = split_margin(options)
         MarginOptions(**margin), InfoNCEOptions(**others)  # name what is wrong
         self.options = options
@@ -156,7 +166,7 @@ class SigLIPLoss(nn.Module):
     """`siglip_loss` with a learnt scale and bias, which start where the paper starts.
 
     options: normalize, reduction, workspace_bytes, backend, process_group. Wrong ones raise
-    ValueError here.
+    ValueError here, those of other losses TypeError.
     """
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, **options: Any):
@@ -165,6 +175,7 @@ class SigLIPLoss(nn.Module):
             raise ValueError(f"scale must be > 0 and finite, got {scale}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
+        _check_names(siglip_loss, options)
         InfoNCEOptions(**options)  # names what is wrong
         self.options = options
 

@@ -286,6 +286,9 @@ BAD = {  # what rank 1 does unlike the others
     "frozen": (dict(passages=torch.ones(6, 4)), "requires_grad of queries and passages must be"),
     "labels": (dict(labels=torch.arange(3) + 4), r"lie in \[4, 6\]|refused on ranks \[1\]"),
     "groups": (dict(passages=torch.ones(7, 4)), r"7 passages do not|refused on ranks \[1\]"),
+    "smoothing": (dict(label_smoothing=3), r"label_smoothing must lie|refused on ranks \[1\]"),
+    "directions": (dict(directions=None), r"not iterable|refused on ranks \[1\]"),
+    "reduction": (dict(reduction="none"), "reduction must be the same on all ranks"),
     "no-tensors": (dict(labels="none"), r"no attribute|refused on ranks \[1\]"),
 }
 
@@ -294,6 +297,10 @@ REFERENCE = {"reference_queries": torch.ones(3, 2), "reference_passages": torch.
 BAD_PAIRS = {  # the same, and what all ranks have
     "beta": (dict(beta=1.5), "beta must be the same on all ranks", {}),
     "hinge": (dict(loss_type="hinge"), "loss_type must be the same on all ranks", {}),
+    "negative-beta": (dict(beta=-1), r"beta must be > 0 .* got -1|refused on ranks \[1\]", {}),
+    "reduction": (
+        dict(reduction="sums"), r"one of .* got 'sums'|refused on ranks \[1\]", {"bias": -9.0},
+    ),
     "reference": (REFERENCE, "the guide or reference must be the same on all ranks", {}),
     "half-a-reference": (
         dict(reference_passages=None), r"reference_passages are missing|refused on ranks \[1\]",
@@ -309,11 +316,11 @@ BAD_PAIRS = {  # the same, and what all ranks have
 }  # fmt: skip
 
 
-def err(name):
+def err(name, loss=info_nce_loss):
     arguments = {"queries": torch.ones(3, 4), "passages": torch.ones(6, 4, requires_grad=True)}
     if dist.get_rank() == 1:
         arguments |= BAD[name][0]
-    info_nce_loss(**arguments, process_group=dist.group.WORLD)
+    loss(**arguments, process_group=dist.group.WORLD)
 
 
 def err_of_pairs(name):

@@ -97,12 +97,30 @@ def test_bad_options_are_named_when_the_module_is_made(option, message):
         (lambda: InBatchRankPOLoss(reduction="median"), "reduction must be one of"),
         (lambda: SigLIPLoss(0.0), "scale must be > 0 and finite, got 0.0"),
         (lambda: SigLIPLoss(backend="cuda"), "backend must be one of"),
+        (lambda: RankPOLoss(beta=-1), "beta must be > 0 and finite, got -1"),
+        (lambda: RankPOLoss(loss_type="x"), "loss_type must be 'sigmoid' or 'hinge', got 'x'"),
+        (lambda: RankPOLoss(reduction="median"), "reduction must be 'mean', 'sum' or 'none'"),
     ],
-    ids=["margin", "reduction", "scale", "backend"],
+    ids=["margin", "reduction", "scale", "backend", "pairs", "pairs-type", "pairs-reduction"],
 )
 def test_bad_options_of_pair_losses_are_named_when_the_module_is_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        (SigLIPLoss, {"label_smoothing": 0.1}),
+        (SigLIPLoss, {"beta": 2.0}),
+        (InBatchRankPOLoss, {"matryoshka_dims": [4]}),
+        (InBatchRankPOLoss, {"exchange": "ring"}),
+    ],
+    ids=str,
+)
+def test_options_of_other_losses_are_named_when_the_module_is_made(module, option):
+    with pytest.raises(TypeError, match=f"_loss has no option {next(iter(option))}"):
+        module(**option)
 
 
 def test_bad_temperature_is_named_when_the_module_is_made():

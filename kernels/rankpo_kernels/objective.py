@@ -18,7 +18,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,9 @@ class Settings:
     window: tuple[int, int] | None = None
 
     def text(self) -> str:
-        return json.dumps(asdict(self))
+        """In steps that torch.compile can trace, which json's encoder is not."""
+        items = [f'"{name}": {_json(value)}' for name, value in asdict(self).items()]
+        return "{" + ", ".join(items) + "}"
 
     @classmethod
     @functools.lru_cache(maxsize=256)
@@ -66,6 +68,16 @@ class Settings:
     def levels(self, D: int) -> list[tuple[int, float]]:
         """(prefix, weight) of each level."""
         return list(zip(self.dims, self.dim_weights, strict=True)) if self.dims else [(D, 1.0)]
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(element) for element in value]) + "]"
+    return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
 SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
@@ -118,6 +130,11 @@ class Result(NamedTuple):
     d_own_HD: Tensor | None = None
     d_scale: Tensor | None = None
     total: Tensor | None = None  # sum_i w_i loss_i, where it came along
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def gradient_dtype(stored: torch.dtype) -> torch.dtype:
@@ -312,7 +329,7 @@ def combine(
         alone = len(part) == 1
         lse_P = lse_of[part[0]] if alone else torch.logsumexp(torch.stack([*lse_of.values()]), 0)
         gap_P = lse_P - s_P - math.log(listed)
-        loss_P += torch.logaddexp(gap_P, torch.zeros_like(gap_P)) + math.log(listed)
+        loss_P += softplus(gap_P) + math.log(listed)
         pull_P = omega_P * gap_P.sigmoid()
         slope_P -= pull_P
         finite_P = None if alone else lse_P.masked_fill(lse_P == -torch.inf, 0)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms
-from rankpo_kernels.objective import gradient_dtype
+from rankpo_kernels.objective import gradient_dtype, softplus
 
 SLAB = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of the torch form's temporaries
 
@@ -68,12 +68,17 @@ def ranked(
     return result
 
 
+def count(passages: Sequence[Tensor]) -> int:
+    """K: how many passages a query has."""
+    return sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+
+
 def prepared(
     q_BD: Tensor, passages: Sequence[Tensor], grades_BK: Tensor | None, reference_BC: Tensor | None,
     weights_B: Tensor | None, needs: Sequence[bool],
 ) -> tuple[list[Tensor | None], Result]:  # fmt: skip
     """Grades, reference and weights as launchers read them, and a result to be filled."""
-    B, K = len(q_BD), sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+    B, K = len(q_BD), count(passages)
     dtype, tensors = compute_dtype(q_BD.dtype), (q_BD, *passages)
     rows = [
         None if x is None else x.to(dtype).contiguous()
@@ -176,8 +181,3 @@ def loss_and_slopes(
     slope_RKK = slope_RKK.where(above_RKK, 0)
     slope_RK = slope_RKK.sum(2) - slope_RKK.sum(1)
     return share * loss_RKK.where(above_RKK, 0).sum((1, 2)), share.view(-1, 1) * slope_RK
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
-    return torch.logaddexp(x, torch.zeros_like(x))

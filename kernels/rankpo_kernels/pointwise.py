@@ -29,6 +29,7 @@ from rankpo_kernels.objective import (
     Relations,
     gradient_dtype,
     on_device,
+    softplus,
 )
 
 
@@ -148,14 +149,14 @@ def _torch_rows(
         loss_rN, slope_rN = _pair(x_rN, settings)
         slope_rN = slope_rN.mul_(scale)
         if sft_rN is not None:
-            loss_rN += settings.sft_weight * _softplus(sft_rN)
+            loss_rN += settings.sft_weight * softplus(sft_rN)
             slope_rN += settings.sft_weight * settings.sft_scale * sft_rN.sigmoid_()
         loss_r = loss_rN.masked_fill_(closed_rN, 0).sum(1)
         slope_rN.masked_fill_(closed_rN, 0)
         label_slope_r1, d_scale_r, d_bias_r = -slope_rN.sum(1, keepdim=True), 0, 0
         if siglip:
             z_r1 = x_rN.gather(1, label_r1)
-            loss_r += _softplus(-z_r1)[:, 0]
+            loss_r += softplus(-z_r1)[:, 0]
             label_slope_r1 = -scale * (-z_r1).sigmoid()
         slope_rN.scatter_(1, label_r1, label_slope_r1).mul_(weights_r1)
         if siglip:
@@ -175,10 +176,5 @@ def _pair(x: Tensor, settings: PairSettings) -> tuple[Tensor, Tensor]:
         loss, slope = torch.relu(1 + x), (x > -1).to(x.dtype)
     else:
         smooth = settings.label_smoothing
-        loss, slope = _softplus(x) - smooth * x, x.sigmoid() - smooth
+        loss, slope = softplus(x) - smooth * x, x.sigmoid() - smooth
     return loss.mul_(settings.rankpo_weight), slope.mul_(settings.rankpo_weight)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
-    return torch.logaddexp(x, torch.zeros_like(x))

@@ -6,15 +6,15 @@ M queries, N passages, H own negatives, P positive pairs, D dims, G dims of a gu
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rankpo_fast.ops import ranks
-from rankpo_fast.ops.common import Reduction, row_weights, uniform_weight
+from rankpo_fast.ops.common import Reduction, check_embeddings, row_weights, uniform_weight
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
     DEFAULT_WORKSPACE,
@@ -28,7 +28,6 @@ from rankpo_kernels.objective import (
     positive_pairs,
 )
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings
 Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
 
 
@@ -228,15 +227,7 @@ def _check_embeddings(
                 f"{judge} queries have G={guide[0].shape[1]} but {judge} passages have "
                 f"G={guide[1].shape[1]}"
             )
-    for name, tensor in {"queries": queries, **others}.items():
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(f"queries are on {device} but {name} are on {tensor.device}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {tensor.dtype}")
-        if tensor.shape[-1:] == (0,):
-            raise ValueError(f"{name} have no dims: {tuple(tensor.shape)}")
+    check_embeddings({"queries": queries} | others)
     if options.matryoshka_dims is not None and max(options.matryoshka_dims) > D:
         raise ValueError(
             f"matryoshka_dims must be distinct and of 1 to D={D}, got {options.matryoshka_dims}"
@@ -370,6 +361,19 @@ def _check_offsets(name: str, offsets: Tensor, length: int, what: str) -> None:
         )
 
 
+def one_number(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """A number given as a tensor, for its gradient."""
+    if x.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got a tensor of {x.dtype}")
+    if x.device.type != "cpu" and x.device != device:
+        raise ValueError(
+            f"{name} must be on the CPU or with the queries on {device}, got {x.device}"
+        )
+    return x.reshape(())
+
+
 def as_scale(
     temperature: float | None, scale: float | Tensor | None, scale_on: torch.device | str,
     device: torch.device,
@@ -378,17 +382,7 @@ def as_scale(
     if temperature is not None and scale is not None:
         raise ValueError(f"give temperature or scale, not both (got {temperature} and {scale})")
     if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(
-                f"scale must be one number, got a tensor of shape {tuple(scale.shape)}"
-            )
-        if not scale.is_floating_point():
-            raise ValueError(f"scale must be floating point, got a tensor of {scale.dtype}")
-        if scale.device.type != "cpu" and scale.device != device:
-            raise ValueError(
-                f"scale must be on the CPU or with the queries on {device}, got {scale.device}"
-            )
-        return scale.reshape(())
+        return one_number("scale", scale, device)
     name, value = ("scale", scale) if scale is not None else ("temperature", temperature)
     value = 0.02 if value is None else value
     if isinstance(value, Tensor):
@@ -400,22 +394,6 @@ def as_scale(
     # fp64: the ops cast it once, to the dtype they compute in
     value = value if name == "scale" else 1 / value
     return torch.full((), value, dtype=torch.float64, device=scale_on)
-
-
-def as_text(settings: Settings) -> str:
-    """`Settings.text()` in steps that torch.compile can trace, which json's encoder is not."""
-    items = [f'"{name}": {_json(value)}' for name, value in asdict(settings).items()]
-    return "{" + ", ".join(items) + "}"
-
-
-def _json(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join([_json(element) for element in value]) + "]"
-    return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
 def takes_triton(q: Tensor, settings: Settings) -> bool:

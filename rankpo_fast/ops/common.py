@@ -1,5 +1,5 @@
-"""What every loss shares: unit vectors and softplus for the definitions, how per-row losses become
-one number, and how gradients that come with a loss reach autograd.
+"""What every loss shares: unit vectors for the definitions, the check of embeddings, how per-row
+losses become one number, and how gradients that come with a loss reach autograd.
 
 mean is sum_i w_i loss_i / sum_i w_i (0 without rows or weight), sum is sum_i w_i loss_i, none is
 w_i loss_i.
@@ -15,6 +15,7 @@ from torch import Tensor
 from rankpo_kernels.norms import compute_dtype
 
 Reduction = Literal["mean", "sum", "none"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings
 
 
 def unit_rows(x_ND: Tensor) -> Tensor:
@@ -24,9 +25,23 @@ def unit_rows(x_ND: Tensor) -> Tensor:
     return x_ND / norm_N1.masked_fill(norm_N1 == 0, torch.inf)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); F.softplus overflows to its threshold form."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+def check_embeddings(tensors: dict[str, Tensor | None]) -> None:
+    """On one device, of a known dtype, not empty; names are for the messages."""
+    (first, lead), *_ = tensors.items()
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.device != lead.device:
+            raise ValueError(f"{first} are on {lead.device} but {name} are on {x.device}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+        if x.shape[-1:] == (0,):
+            raise ValueError(f"{name} have no dims: {tuple(x.shape)}")
+
+
+def mean(x: Tensor) -> Tensor:
+    """0 of no elements, as the mean of no losses is."""
+    return x.sum() / max(x.numel(), 1)
 
 
 def uniform_weight(rows: int, reduction: Reduction) -> Tensor:

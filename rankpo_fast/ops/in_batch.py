@@ -12,6 +12,7 @@ gradient needs its own score and the positive's, so one pass over chunks of them
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -24,14 +25,14 @@ from rankpo_fast.ops.batch import (
     Batch,
     InfoNCEOptions,
     as_scale,
-    as_text,
     check_values,
     check_workspace,
     checked,
     known_definition,
+    one_number,
     takes_triton,
 )
-from rankpo_fast.ops.common import Reduction, apart, register_gradients, softplus, unit_rows
+from rankpo_fast.ops.common import Reduction, apart, mean, register_gradients, unit_rows
 from rankpo_fast.ops.rankpo import LossType, MarginOptions, margin_loss
 from rankpo_kernels import pointwise
 from rankpo_kernels.norms import compute_dtype
@@ -43,6 +44,7 @@ from rankpo_kernels.objective import (
     gradient_dtype,
     known,
     of_rows,
+    softplus,
 )
 from rankpo_kernels.pointwise import PairResult
 
@@ -221,7 +223,8 @@ def in_batch_rankpo_loss(
 
 
 class InBatchRankPOStats(NamedTuple):
-    """What a training log wants to know of a batch; tensors on its device, no host sync."""
+    """What a training log wants to know of a batch; tensors on its device, no host sync. Of no
+    queries all are 0."""
 
     accuracy: Tensor  # share of pairs with a margin above 0
     margin: Tensor  # mean over pairs
@@ -245,10 +248,10 @@ def in_batch_rankpo_loss_and_grads(
         (loss, d_queries [M, D], d_passages [N, D], stats), gradients in the dtypes of their inputs.
         Stats are those of a rank's own queries.
     """
-    if options.get("reduction") == "none":
-        raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     margin, options = split_margin(options)
     arguments, weights, of_all = _rankpo_arguments(queries, passages, labels, margin, **options)
+    if options.get("reduction") == "none":  # told after the ranks have agreed on it
+        raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _pair_losses_grads(
         *arguments, weights, [True, True, False, False]
     )
@@ -258,7 +261,7 @@ def in_batch_rankpo_loss_and_grads(
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
         -total_M.sum() / pairs / margin.get("beta", MarginOptions.beta),
-        positive_M.mean(),
+        mean(positive_M),
         hardest_M.masked_fill(~has_pair_M, 0).sum() / has_pair_M.sum().clamp(min=1),
     )
     return loss, dq.to(queries.dtype), dp.to(passages.dtype), stats
@@ -300,11 +303,12 @@ def siglip_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
+    loss = PairLoss(scale, bias, {"kind": SIGLIP}, {"scale": scale, "bias": bias})
     arguments, weights, _ = _arguments(
-        queries, passages, labels, (None, None), scale, bias, {"kind": SIGLIP},
-        {"scale": scale, "bias": bias}, normalize=normalize, reduction=reduction, weights=weights,
-        query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
-        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
+        queries, passages, labels, (None, None), lambda: loss,
+        normalize=normalize, reduction=reduction, weights=weights, query_ids=query_ids,
+        passage_ids=passage_ids, excluded=excluded, workspace_bytes=workspace_bytes,
+        backend=backend, process_group=process_group,
     )  # fmt: skip
     return _reduced(arguments, weights, reduction)
 
@@ -316,63 +320,77 @@ def split_margin(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return margin, {name: options[name] for name in options if name not in names}
 
 
+class PairLoss(NamedTuple):
+    """What tells pair losses apart."""
+
+    scale: float | Tensor
+    bias: float | Tensor
+    form: dict[str, Any]  # fields of `PairSettings`
+    said: dict[str, Any]  # what the caller said of them
+
+
 def _rankpo_arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None, margin: dict[str, Any], *,
     reference_queries: Tensor | None = None, reference_passages: Tensor | None = None,
     **options: Any,
 ) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
-    """x = -beta * margin, see `rankpo_kernels.pointwise`."""
-    margin, reference = MarginOptions(**margin), (reference_queries, reference_passages)
-    form = {
-        "kind": margin.loss_type, "label_smoothing": float(margin.label_smoothing),
-        "rankpo_weight": float(margin.rankpo_weight), "sft_weight": float(margin.sft_weight),
-        "sft_scale": 1 / margin.temperature,
-    }  # fmt: skip
-    scale, bias = margin.beta / margin.temperature, margin.beta * margin.gamma_beta_ratio
-    return _arguments(
-        queries, passages, labels, reference, scale, bias, form, asdict(margin), **options
-    )
+
+    def loss() -> PairLoss:
+        """x = -beta * margin, see `rankpo_kernels.pointwise`."""
+        of = MarginOptions(**margin)
+        form = {
+            "kind": of.loss_type, "label_smoothing": float(of.label_smoothing),
+            "rankpo_weight": float(of.rankpo_weight), "sft_weight": float(of.sft_weight),
+            "sft_scale": 1 / of.temperature,
+        }  # fmt: skip
+        scale, bias = of.beta / of.temperature, of.beta * of.gamma_beta_ratio
+        return PairLoss(scale, bias, form, asdict(of))
+
+    reference = (reference_queries, reference_passages)
+    return _arguments(queries, passages, labels, reference, loss, **options)
 
 
 def _arguments(
     queries: Tensor, passages: Tensor, labels: Tensor | None,
-    reference: tuple[Tensor | None, Tensor | None], scale: float | Tensor, bias: float | Tensor,
-    form: dict[str, Any], said: dict[str, Any], *, weights: Tensor | None = None,
-    query_ids: Tensor | None = None, passage_ids: Tensor | None = None,
-    excluded: tuple[Tensor, Tensor] | None = None, normalize: bool = True,
-    reduction: Reduction = "mean", workspace_bytes: int | None = None, backend: str | None = None,
-    process_group: ProcessGroup | None = None,
+    reference: tuple[Tensor | None, Tensor | None], loss: Callable[[], PairLoss], *,
+    weights: Tensor | None = None, query_ids: Tensor | None = None,
+    passage_ids: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True, reduction: Reduction = "mean", workspace_bytes: int | None = None,
+    backend: str | None = None, process_group: ProcessGroup | None = None,
 ) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
     """The ops' arguments and the row weights, checked; with the passages of all ranks where there
-    are several. `form` are the fields of `PairSettings`, `said` is what the caller said of them."""
-    options = InfoNCEOptions(
-        normalize, reduction, workspace_bytes=workspace_bytes, backend=backend,
-        process_group=process_group,
-    )  # fmt: skip
+    are several, who hear of it if `loss` refuses its options on one."""
     several = ranks.several(process_group)
 
     def prepare() -> ranks.Local:
+        of = loss()
+        options = InfoNCEOptions(
+            normalize, reduction, workspace_bytes=workspace_bytes, backend=backend,
+            process_group=process_group,
+        )  # fmt: skip
         batch = Batch(
             queries, passages, labels, weights, query_ids, passage_ids, excluded,
             guide=_both(*reference),
         )  # fmt: skip
         of_rank = replace(options, reduction="sum") if several else options
         q, p, _, relations, settings, weights_M = checked(batch, of_rank, "reference")
-        settings = PairSettings(**asdict(settings) | form)
-        numbers, terms = (as_scale(None, scale, "cpu", q.device), _bias(bias)), {}
+        settings = PairSettings(**asdict(settings) | of.form)
+        numbers = as_scale(None, of.scale, "cpu", q.device), _bias(of.bias, q.device)
+        terms = {}
         if several:
             check_values(relations, len(p), 0)
-            terms = {k: "a tensor" if isinstance(v, Tensor) else v for k, v in said.items()}
+            terms = {k: "a tensor" if isinstance(v, Tensor) else v for k, v in of.said.items()}
             terms = vars(options) | {"process_group": None} | terms
-        return ranks.Local(q, p, relations, weights_M, terms, (numbers, settings))
+        return ranks.Local(q, p, relations, weights_M, terms, reduction, rest=(numbers, settings))
 
     if several:
-        local, of_all = ranks.spread(process_group, queries.device, prepare, reduction)
+        local, of_all = ranks.spread(process_group, queries.device, prepare)
         check_workspace(local.rest[1], len(local.p), compute_dtype(local.q.dtype))
     else:
         local, of_all = prepare(), None
-    q, p, relations, weights_M, _, (numbers, settings) = local
-    return (q, p, *numbers, list(relations), as_text(settings)), weights_M, of_all
+    q, p, relations, weights_M = local[:4]
+    numbers, settings = local.rest
+    return (q, p, *numbers, list(relations), settings.text()), weights_M, of_all
 
 
 def _both(
@@ -384,11 +402,9 @@ def _both(
     return None if reference_queries is None else (reference_queries, reference_passages)
 
 
-def _bias(bias: float | Tensor) -> Tensor:
+def _bias(bias: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(bias, Tensor):
-        if bias.numel() != 1:
-            raise ValueError(f"bias must be one number, got a tensor of shape {tuple(bias.shape)}")
-        return bias.reshape(())
-    if not math.isfinite(bias):
+        return one_number("bias", bias, device)
+    if not -math.inf < bias < math.inf:
         raise ValueError(f"bias must be finite, got {bias}")
     return torch.full((), bias, dtype=torch.float64)

@@ -25,14 +25,13 @@ from rankpo_fast.ops.batch import (
     Direction,
     InfoNCEOptions,
     as_scale,
-    as_text,
     check_values,
     check_workspace,
     checked,
     known_definition,
     takes_triton,
 )
-from rankpo_fast.ops.common import Reduction, apart, register_gradients, softplus, unit_rows
+from rankpo_fast.ops.common import Reduction, apart, mean, register_gradients, unit_rows
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
@@ -48,6 +47,7 @@ from rankpo_kernels.objective import (
     limits,
     own_rows,
     positive_pairs,
+    softplus,
 )
 
 _STATIC = fields(InfoNCEOptions)  # the others are of the batch
@@ -296,11 +296,14 @@ def info_nce_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    options = InfoNCEOptions(
-        normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
-        margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
-        process_group, exchange,
-    )  # fmt: skip
+    options = {
+        "normalize": normalize, "reduction": reduction, "label_smoothing": label_smoothing,
+        "directions": directions, "partition": partition,
+        "false_negative_margin": false_negative_margin, "margin_type": margin_type,
+        "matryoshka_dims": matryoshka_dims, "matryoshka_weights": matryoshka_weights,
+        "gradient_filter": gradient_filter, "workspace_bytes": workspace_bytes,
+        "backend": backend, "process_group": process_group, "exchange": exchange,
+    }  # fmt: skip
     batch = Batch(
         queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
         own_negatives, own_offsets, curated, guide,
@@ -318,7 +321,8 @@ def info_nce_loss(
 
 
 class InfoNCEStats(NamedTuple):
-    """What a training log wants to know of a batch; tensors on its device, no host sync."""
+    """What a training log wants to know of a batch; tensors on its device, no host sync. Of no
+    queries all are 0."""
 
     accuracy: Tensor  # share of queries whose positive beats every negative
     positive_similarity: Tensor  # mean over queries
@@ -349,13 +353,11 @@ def info_nce_loss_and_grads(
         the labels, with the most dims, and of a rank's own queries.
     """
     static = {field.name: options.pop(field.name) for field in _STATIC if field.name in options}
-    if static.get("reduction") == "none":
-        raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     batch = Batch(queries, passages, labels, **options)
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
-    arguments, weights, of_all = _prepared(
-        batch, temperature, scale, InfoNCEOptions(**static), scale_on=queries.device
-    )
+    arguments, weights, of_all = _prepared(batch, temperature, scale, static, queries.device)
+    if static.get("reduction") == "none":  # told after the ranks have agreed on it
+        raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
     own = batch.own_negatives
     if of_all is not None and static.get("exchange") == "ring":
         outputs = ranks.ring_grads(*arguments, of_all, weights)
@@ -369,8 +371,8 @@ def info_nce_loss_and_grads(
     has_negative_M = hardest_M > -torch.inf
     count = has_negative_M.sum().clamp(min=1)
     stats = InfoNCEStats(
-        (positive_M > hardest_M).float().mean(),
-        positive_M.mean(),
+        mean((positive_M > hardest_M).float()),
+        mean(positive_M),
         hardest_M.masked_fill(~has_negative_M, 0).sum() / count,
     )
     values = loss, dq.to(queries.dtype), dp.to(passages.dtype), d_scale, stats
@@ -378,17 +380,18 @@ def info_nce_loss_and_grads(
 
 
 def _prepared(
-    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
+    batch: Batch, temperature: float | None, scale: float | Tensor | None, static: dict[str, Any],
     scale_on: torch.device | str = "cpu",
 ) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
-    """`_arguments`, with the passages of all ranks where there are several."""
-    group = options.process_group
+    """`_arguments` of the options `static`, with the passages of all ranks where there are
+    several."""
+    group = static.get("process_group")
     if not ranks.several(group):
-        return *_arguments(batch, temperature, scale, options, scale_on), None
-
-    ring, across = options.exchange == "ring", QQ in options.directions
+        return *_arguments(batch, temperature, scale, InfoNCEOptions(**static), scale_on), None
 
     def prepare() -> ranks.Local:
+        options = InfoNCEOptions(**static)
+        ring, across = options.exchange == "ring", QQ in options.directions
         of_sum = replace(options, reduction="sum")
         arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
         q, p, own, number, relations, text = arguments
@@ -405,22 +408,23 @@ def _prepared(
             "whether there are gradients": torch.is_grad_enabled()
             and any(x.requires_grad for x in (q, p, own, number) if x is not None),
         }
-        return ranks.Local(q, p, relations, weights, terms, (own, number, settings))
+        return ranks.Local(
+            q, p, relations, weights, terms, options.reduction, across, not ring,
+            (own, number, settings),
+        )  # fmt: skip
 
-    local, of_all = ranks.spread(
-        group, batch.queries.device, prepare, options.reduction, all_queries=across,
-        all_passages=not ring,
-    )  # fmt: skip
-    q, p, relations, weights, _, (own, scale, settings) = local
-    most = max(of_all.passages) if ring else len(p)
+    local, of_all = ranks.spread(group, batch.queries.device, prepare)
+    q, p, relations, weights = local[:4]
+    own, scale, settings = local.rest
+    most = len(p) if local.all_passages else max(of_all.passages)
     check_workspace(settings, most, compute_dtype(q.dtype))
     own_queries = of_all.own(of_all.queries)
     settings = replace(
         settings,
         group=group.group_name if PQ in settings.directions else None,
-        window=(own_queries.start, own_queries.stop) if across else None,
+        window=(own_queries.start, own_queries.stop) if local.all_queries else None,
     )
-    return (q, p, own, scale, list(relations), as_text(settings)), weights, of_all
+    return (q, p, own, scale, list(relations), settings.text()), weights, of_all
 
 
 def _arguments(
@@ -430,7 +434,7 @@ def _arguments(
     """The ops' arguments and the row weights."""
     q, p, own, relations, settings, weights = checked(batch, options)
     scale = as_scale(temperature, scale, scale_on, q.device)
-    return (q, p, own, scale, list(relations), as_text(settings)), weights
+    return (q, p, own, scale, list(relations), settings.text()), weights
 
 
 def _check_ring(relations: Relations, settings: Settings) -> None:

@@ -9,7 +9,9 @@ B pairs, K passages of a query, D dims. The op reads the embeddings once and wri
 in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_group`).
 """
 
+import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankpo_fast.ops.common import Reduction, row_weights, scaled_grads, unit_rows
+from rankpo_fast.ops.common import (
+    Reduction,
+    check_embeddings,
+    mean,
+    row_weights,
+    scaled_grads,
+    unit_rows,
+)
 from rankpo_kernels import pairs
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import gradient_dtype
@@ -90,7 +99,7 @@ def _rankpo_grads(
 
 
 def _launch(q, passages, grades, reference, rule, weights=None, needs=()) -> Result:
-    launcher = _launcher(q, sum([x.shape[1] if x.dim() == 3 else 1 for x in passages]))
+    launcher = _launcher(q, pairs.count(passages))
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         return launcher(q, passages, grades, reference, Rule(*rule), weights, needs)
@@ -106,8 +115,7 @@ def _launcher(q: Tensor, K: int) -> Callable[..., Result]:
 
 
 def _similarities(q: Tensor, passages: list[Tensor]) -> Tensor:
-    K = sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
-    return q.new_empty(q.shape[0], K, dtype=compute_dtype(q.dtype))
+    return q.new_empty(q.shape[0], pairs.count(passages), dtype=compute_dtype(q.dtype))
 
 
 @_rankpo.register_fake
@@ -182,19 +190,9 @@ class Ranking(NamedTuple):
         reference: tuple[str, Tensor | None], rule: Rule,
     ) -> "Ranking":  # fmt: skip
         """With what all rankings need checked; names are for the messages."""
-        tensors = {"queries": queries} | passages
-        *names, last = tensors
-        names = f"{', '.join(names)} and {last}"
-        devices, dtypes = ([getattr(x, of) for x in tensors.values()] for of in ("device", "dtype"))
-        if len(set(devices)) > 1:
-            raise ValueError(f"{names} are on {', '.join(map(str, devices))}")
-        if not all(dtype.is_floating_point for dtype in dtypes):
-            raise ValueError(
-                f"embeddings must be floating point, got {', '.join(map(str, dtypes))}"
-            )
-        dtype = dtypes[0]
-        for other in dtypes[1:]:
-            dtype = torch.promote_types(dtype, other)
+        check_embeddings({"queries": queries} | passages)
+        dtypes = [x.dtype for x in (queries, *passages.values())]
+        dtype = functools.reduce(torch.promote_types, dtypes)
         name, values = reference
         if values is not None:
             first = next(iter(passages.values()))
@@ -237,10 +235,13 @@ class MarginOptions:
     rankpo_weight: float = 1.0
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
         for name in ("beta", "temperature"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {value}")
-        if not math.isfinite(self.gamma_beta_ratio):
+        if not -math.inf < self.gamma_beta_ratio < math.inf:
             raise ValueError(f"gamma_beta_ratio must be finite, got {self.gamma_beta_ratio}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
@@ -252,10 +253,7 @@ class MarginOptions:
                 f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft} and {rankpo}"
             )
         if self.loss_type == "hinge" and self.rankpo_weight and self.label_smoothing:
-            warnings.warn(
-                f"label_smoothing={self.label_smoothing} has no effect with loss_type='hinge'",
-                stacklevel=5,
-            )
+            _warn(f"label_smoothing={self.label_smoothing} has no effect with loss_type='hinge'")
 
     def rule(self, normalize: bool, listwise: bool = False) -> Rule:
         """As kernels take it."""
@@ -263,6 +261,16 @@ class MarginOptions:
             self.beta, self.temperature, self.gamma_beta_ratio, self.label_smoothing,
             self.sft_weight, self.rankpo_weight, self.loss_type == "hinge", listwise, normalize,
         )  # fmt: skip
+
+
+def _warn(message: str) -> None:
+    """Of the line that called this package, however deep in it the reason is found."""
+    if torch.compiler.is_compiling():
+        return
+    frame, level, inside = sys._getframe(), 1, ("rankpo_fast.", "torch.")
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _pairs(
@@ -340,7 +348,7 @@ def rankpo_loss(
 
 class RankPOStats(NamedTuple):
     """What a training log wants to know of a batch; tensors on its device, no host sync. Each pair
-    counts once, whatever its weight."""
+    counts once, whatever its weight; of no pairs all are 0."""
 
     accuracy: Tensor  # share of pairs with a positive reward margin
     margin: Tensor  # mean of (cos(q, c) - cos(q, r)) - reference margin; times beta, of rewards
@@ -376,8 +384,6 @@ def rankpo_loss_and_grads(
     over_B = chosen_B - rejected_B
     if ranking.reference is not None:
         over_B = over_B - ranking.reference[:, 0]
-    stats = RankPOStats(
-        (over_B > 0).float().mean(), over_B.mean(), chosen_B.mean(), rejected_B.mean()
-    )
+    stats = RankPOStats(*map(mean, ((over_B > 0).float(), over_B, chosen_B, rejected_B)))
     dtypes = [x.dtype for x in (queries, chosen, rejected)]
     return loss, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), stats

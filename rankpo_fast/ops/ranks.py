@@ -39,6 +39,9 @@ class Local(NamedTuple):
     relations: Relations
     weights_M: Tensor  # [M], or [] for all; a rank brings those of a sum
     terms: dict[str, Any]  # by name, what must be the same on all ranks besides
+    reduction: Reduction
+    all_queries: bool = False  # whether the loss needs those of all ranks, with labels and guide
+    all_passages: bool = True
     rest: Any = None
 
 
@@ -69,22 +72,21 @@ def several(group: dist.ProcessGroup | None) -> bool:
 
 @_uncompiled
 def spread(
-    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local],
-    reduction: Reduction, *, all_queries: bool = False, all_passages: bool = True,
-) -> tuple[Local, Ranks]:  # fmt: skip
-    """What `prepare` returns, with relations to the passages of all ranks, these passages, and the
-    weights of the reduction. With `all_queries` also the queries of all, with labels and guide.
+    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
+) -> tuple[Local, Ranks]:
+    """What `prepare` returns, with relations to the passages of all ranks, the rows of others that
+    it asks for, and the weights of the reduction. What can be refused is refused in `prepare`.
 
     No collective is overlapped: what needs no passages yet are a few sorts of integers.
     """
     local, ranks = agree(group, device, prepare)
     q, p, relations, weights_M = local[:4]
-    relations = relations_of_all(relations, ranks, all_queries=all_queries)
-    if all_passages:
+    relations = relations_of_all(relations, ranks, all_queries=local.all_queries)
+    if local.all_passages:
         p = gather_rows(p, ranks.passages, group)
-    if all_queries:
+    if local.all_queries:
         q = gather_rows(q, ranks.queries, group)
-    if reduction == "mean":  # so that the mean over ranks is the mean over all queries
+    if local.reduction == "mean":  # so that the mean over ranks is the mean over all queries
         weights_M = weights_M * (group.size() / ranks.weight if ranks.weight else 0.0)
     return Local(q, p, relations, weights_M, *local[4:]), ranks
 

@@ -209,6 +209,11 @@ def test_without_pairs_rankpo_is_zero_and_siglip_has_its_positive(M, N, loss, op
     assert not any(x.any() for x in result) and result[2].shape == p.shape
 
 
+def test_without_queries_the_stats_are_zero():
+    *_, stats = in_batch_rankpo_loss_and_grads(torch.ones(0, 4), torch.ones(3, 4))
+    assert torch.stack(stats).tolist() == [0.0] * 4
+
+
 def test_a_query_with_every_passage_masked_has_loss_and_gradient_zero(options):
     _, q, p, given = problem("everything", torch.float32, M=3, N=5)
     given |= {"passage_ids": torch.zeros(5, dtype=torch.int64), "weights": None}
@@ -362,7 +367,7 @@ def test_loss_and_grads_equal_autograd_and_count_the_pairs(options):
     )  # fmt: skip
     assert max(map(error, (x.cpu() for x in stats), want)) < 1e-5
     with pytest.raises(ValueError, match="reduction 'mean' or 'sum'"):
-        in_batch_rankpo_loss_and_grads(q, p, reduction="none")
+        in_batch_rankpo_loss_and_grads(q, p, given["labels"], reduction="none")
     with pytest.raises(TypeError, match="curated"):
         in_batch_rankpo_loss_and_grads(q, p, curated=given["labels"])
 
@@ -395,8 +400,8 @@ def arguments_of(name, *, needs=(True,) * 4, **options):
         arguments, weights, _ = module._rankpo_arguments(q, p, labels, margin, **rest)
         needs = (*needs[:2], False, False)
     else:
-        form = ((None, None), 8.0, -3.0, {"kind": "siglip"}, {})
-        arguments, weights, _ = module._arguments(q, p, labels, *form, **given)
+        form = module.PairLoss(8.0, -3.0, {"kind": "siglip"}, {})
+        arguments, weights, _ = module._arguments(q, p, labels, (None,) * 2, lambda: form, **given)
     return (*arguments, weights, needs)
 
 
@@ -470,7 +475,8 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["everything", "siglip-everything"])
-def test_compiles_as_one_graph(name, reduction):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_as_one_graph(name, reduction, dynamic):
     loss, q, p, given = problem(name, torch.float32)
     leaves = [q, p] + [torch.tensor(x) for x in (8.0, -3.0)]
     leaves = [x.requires_grad_() for x in (leaves if loss == "siglip" else leaves[:2])]
@@ -478,7 +484,7 @@ def test_compiles_as_one_graph(name, reduction):
     def step(*leaves):
         return call(loss, (2 * leaves[0], *leaves[1:]), given | {"reduction": reduction}).sum()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     want = torch.autograd.grad(step(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), want)
 
@@ -524,6 +530,12 @@ BAD = {
     "scale": (dict(scale=0.0), "scale must be > 0 and finite, got 0.0"),
     "bias": (dict(bias=float("nan")), "bias must be finite, got nan"),
     "bias-shape": (dict(bias=torch.ones(2)), "bias must be one number"),
+    "bias-dtype": (dict(bias=torch.tensor(-9)), "bias must be floating point, .* torch.int64"),
+    "bias-device": (
+        dict(bias=torch.ones((), device="meta")),
+        "bias must be on the CPU or with the queries on cpu, got meta",
+    ),
+    "learnt-beta": (dict(beta=torch.tensor(2.0)), "beta must be a number: as a tensor"),
 }
 
 

@@ -729,6 +729,8 @@ def test_loss_and_grads_equal_autograd_and_count_the_batch():
     torch.testing.assert_close(stats.positive_similarity, positive.mean())
     torch.testing.assert_close(stats.hardest_negative_similarity, hardest.mean())
     assert stats.accuracy == (positive > hardest).float().mean()
+    *_, stats = info_nce_loss_and_grads(q[:0], p)
+    assert torch.stack(stats).tolist() == [0.0] * 3
 
 
 class NoMatrix(TorchDispatchMode):

@@ -268,6 +268,8 @@ def test_without_pairs_the_loss_is_zero(reduction, path):
     assert loss.shape == ((0,) if reduction == "none" else ()) and loss.sum() == 0
     loss.sum().backward()
     assert all(x.grad.shape == (0, 8) for x in tensors)
+    *_, stats = rankpo_loss_and_grads(*[x.detach() for x in tensors])
+    assert torch.stack(stats).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -377,13 +379,14 @@ def test_opcheck(reference):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_as_one_graph(reduction):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_as_one_graph(reduction, dynamic):
     tensors, reference = draw(6, 8, torch.float32), torch.linspace(-1, 1, 6)
 
     def loss(q, c, r):
         return rankpo_loss(2 * q, c, r, reference_margins=reference, reduction=reduction).sum()
 
-    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for got, eager in zip(with_grads(step, tensors), with_grads(loss, tensors), strict=True):
         torch.testing.assert_close(got, eager)
 
@@ -424,7 +427,10 @@ BAD = {
         dict(reference_margins=torch.zeros(4, device="meta")),
         r"must be \[4\] on cpu, got \[4\] on meta",
     ),
-    "device": (dict(chosen=torch.ones(4, 6, device="meta")), "are on cpu, meta, cpu"),
+    "device": (
+        dict(chosen=torch.ones(4, 6, device="meta")),
+        "on cpu but chosen are on meta",
+    ),
     "infinite": (dict(beta=float("inf")), "beta must be > 0 and finite, got inf"),
     "gamma": (dict(gamma_beta_ratio=float("nan")), "gamma_beta_ratio must be finite"),
     "reduction": (dict(reduction="median"), "reduction must be 'mean', 'sum' or 'none'"),
@@ -433,8 +439,17 @@ BAD = {
     "shapes": (dict(chosen=torch.ones(4, 5)), r"\(4, 6\), \(4, 5\), \(4, 6\)"),
     "integers": (
         {k: torch.ones(4, 6).int() for k in ("queries", "chosen", "rejected")},
-        "floating",
+        "queries must be fp64, fp32, bf16 or fp16, got torch.int32",
     ),
+    "float8": (dict(rejected=torch.ones(4, 6).to(torch.float8_e4m3fn)), "rejected must be fp64"),
+    "no-dims": (
+        {k: torch.ones(4, 0) for k in ("queries", "chosen", "rejected")},
+        r"queries have no dims: \(4, 0\)",
+    ),
+    **{
+        f"learnt-{name}": ({name: torch.nn.Parameter(torch.tensor(0.4))}, f"{name} must be a numb")
+        for name in ("beta", "temperature", "gamma_beta_ratio", "sft_weight")
+    },
 }
 
 

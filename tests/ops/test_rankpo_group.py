@@ -260,6 +260,9 @@ def test_module_equals_the_function():
     assert RankPOGroupLoss(**options)(q, p, grades, **rows) == want
     with pytest.raises(ValueError, match="beta must be > 0"):
         RankPOGroupLoss(beta=-1)
+    with pytest.warns(UserWarning, match="label_smoothing=0.1 has no effect") as told:
+        RankPOGroupLoss(loss_type="hinge", label_smoothing=0.1)
+    assert told[0].filename == __file__
 
 
 BAD = {
@@ -277,8 +280,19 @@ BAD = {
     "flat": (dict(passages=torch.ones(4, 6)), r"\[B, D\] and \[B, K, D\], got \(4, 6\), \(4, 6\)"),
     "none": (dict(passages=torch.ones(4, 0, 6)), r"got \(4, 6\), \(4, 0, 6\)"),
     "dims": (dict(passages=torch.ones(4, 3, 5)), r"passages must be \[4, K, 6\], got \(4, 3, 5\)"),
-    "device": (dict(passages=torch.ones(4, 3, 6, device="meta")), "are on cpu, meta"),
-    "integers": (dict(queries=torch.ones(4, 6).int()), "floating point, got torch.int32"),
+    "device": (
+        dict(passages=torch.ones(4, 3, 6, device="meta")),
+        "cpu but passages are on meta",
+    ),
+    "integers": (
+        dict(queries=torch.ones(4, 6).int()),
+        "queries must be fp64, .* torch.int32",
+    ),
+    "no-dims": (
+        dict(queries=torch.ones(4, 0), passages=torch.ones(4, 3, 0)),
+        r"queries have no dims: \(4, 0\)",
+    ),
+    "learnt-beta": (dict(beta=torch.tensor(2.0)), "beta must be a number: as a tensor"),
     "weights": (dict(weights=torch.ones(3)), "weights have shape"),
 }
 

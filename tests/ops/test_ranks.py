@@ -29,7 +29,9 @@ from rankpo_fast import (
     InBatchRankPOLoss,
     SigLIPLoss,
     in_batch_rankpo_loss,
+    in_batch_rankpo_loss_and_grads,
     info_nce_loss,
+    info_nce_loss_and_grads,
     siglip_loss,
 )
 from rankpo_fast.ops.ranks import TERMS
@@ -214,6 +216,12 @@ def test_what_one_rank_does_wrong_is_an_error_on_all(ranks, name):
 def test_what_one_rank_does_wrong_to_pair_losses_is_an_error_on_all(ranks, name):
     for answer in ranks(err_of_pairs, name):
         assert isinstance(answer, ValueError) and re.search(BAD_PAIRS[name][1], str(answer)), answer
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss_and_grads, in_batch_rankpo_loss_and_grads])
+def test_gradients_of_no_one_loss_on_one_rank_are_an_error_on_all(ranks, loss):
+    for answer in ranks(err, "reduction", loss):
+        assert isinstance(answer, ValueError) and re.search(BAD["reduction"][1], str(answer))
 
 
 REFUSED = {
