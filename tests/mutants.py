@@ -350,8 +350,8 @@ MUTANTS = [
     ),
     Mutant(
         "unasked-gradient", LAUNCHER,
-        "d_scale = p.new(L, M + of_columns) if need_scale else None",
-        "d_scale = p.new(L, M + of_columns)",
+        "if own_HD is not None and need_own:",
+        "if own_HD is not None:",
         gpu("without_the_others"),
     ),
     Mutant(
