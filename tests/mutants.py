@@ -224,6 +224,12 @@ MUTANTS = [
         OPTIONS,
     ),
     Mutant(
+        "union-keeps-the-first-top", SLOPES,
+        "tl.maximum(a[0], b[0])\n    floor",
+        "a[0]\n    floor",
+        gpu("hardest"),
+    ),
+    Mutant(
         "positive-listed-once", SLOPES,
         "COPIES: tl.constexpr = 2 if",
         "COPIES: tl.constexpr = 1 if",
@@ -407,7 +413,7 @@ MUTANTS = [
         "merge-keeps-the-first-top", OBJECTIVE,
         "torch.maximum(a.top, b.top)",
         "a.top",
-        gpu("hardest"),
+        of("tests/kernels/test_chunked.py", "hardest"),
     ),
     Mutant(
         "smoothing-without-pull", OBJECTIVE,

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from rankpo_fast.ops.batch import known_definition
+from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations
 
@@ -110,3 +112,14 @@ def exact(q, p, own, relations, settings, weights, *, scale) -> tuple[torch.Tens
             assert torch.equal(loss_M, loss(replace(settings, margin=settings.margin + nudge)))
     grads = torch.autograd.grad((loss_M * weights.double()).sum(), [*leaves, scale])
     return loss_M.detach(), list(grads)
+
+
+def label_and_hardest(q, p, own, relations) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M] similarities of the label and of the hardest negative, in fp64."""
+    sims = unit_rows(q.double()) @ unit_rows(p.double()).T
+    hardest_M = sims.masked_fill(known_definition(relations, len(p)), -torch.inf).amax(1)
+    if own is not None:
+        owner_H = torch.repeat_interleave(relations.own_offsets.diff())
+        own_sims = (unit_rows(q.double())[owner_H] * unit_rows(own.double())).sum(1)
+        hardest_M = hardest_M.scatter_reduce(0, owner_H, own_sims, "amax")
+    return sims.gather(1, relations.labels_M[:, None])[:, 0], hardest_M

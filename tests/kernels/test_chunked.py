@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gates import error, gates
-from problems import EVERYTHING, GRID, M, N, exact, problem
+from problems import EVERYTHING, GRID, M, N, exact, label_and_hardest, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.info_nce import info_nce_definition
@@ -52,6 +52,15 @@ def test_options_in_fp32(name, path):
     loss, grads = compare(*problem(*names), replace(PLAIN, **options), torch.float32)
     loss_gate, grad_gate = gates(torch.float32, 1 / SCALE)
     assert loss < loss_gate and grads < grad_gate
+
+
+@pytest.mark.parametrize("names", [["ids"], ["ids", "own", "positives"]], ids=["plain", "own"])
+def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(names):
+    case = problem(*names, dtype=torch.float64)
+    result = chunked.info_nce(*case[:3], torch.tensor(SCALE), case[3], PLAIN, None)
+    of_label_M, hardest_M = label_and_hardest(*case)
+    assert error(result.hardest_M, hardest_M) < 1e-12
+    assert error(result.positive_M, of_label_M) < 1e-12
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if "margin" in GRID[name][1]])

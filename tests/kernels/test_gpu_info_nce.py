@@ -31,10 +31,8 @@ from launcher import (
     spread,
     uneven,
 )  # fmt: skip
-from problems import EVERYTHING, GRID, D, M, N, exact, problem
+from problems import EVERYTHING, GRID, D, M, N, exact, label_and_hardest, problem
 
-from rankpo_fast.ops.batch import known_definition
-from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels.gpu import info_nce as module
 from rankpo_kernels.gpu.blocks import padded
@@ -213,16 +211,11 @@ def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
 )
 def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names):
     dtype, how = PIPELINES[pipeline]
-    case = q, p, own, relations = problem(*names, dtype=dtype)
-    sims = unit_rows(q.double()) @ unit_rows(p.double()).T
-    hardest_M = sims.masked_fill(known_definition(relations, N), -torch.inf).amax(1)
-    if own is not None:
-        owner_H = torch.repeat_interleave(relations.own_offsets.diff())
-        own_sims = (unit_rows(q.double())[owner_H] * unit_rows(own.double())).sum(1)
-        hardest_M = hardest_M.scatter_reduce(0, owner_H, own_sims, "amax")
+    case = problem(*names, dtype=dtype)
+    positive_M, hardest_M = label_and_hardest(*case)
     result = launch(*case, ROOMY, uneven(M), scale=20.0, **how)
     assert error(result.hardest_M, hardest_M) < 1e-6
-    assert error(result.positive_M, sims.gather(1, relations.labels_M[:, None])[:, 0]) < 1e-6
+    assert error(result.positive_M, positive_M) < 1e-6
 
 
 @pytest.mark.parametrize(
