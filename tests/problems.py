@@ -1,9 +1,11 @@
 """Problems for every option of InfoNCE: small, ragged, by name; and what their answers are."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.batch import known_definition
 from rankpo_fast.ops.common import unit_rows
@@ -53,6 +55,16 @@ GRID = {
 EVERYTHING = dict(
     directions=DIRECTIONS, margin=0.4, label_smoothing=0.1, dims=(2, 4), dim_weights=(1.0, 2.0)
 )
+
+
+# Ways to lie in memory
+LAYOUTS = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every-second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "rows-apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
 
 
 def lists(lengths, high, generator):
@@ -123,3 +135,19 @@ def label_and_hardest(q, p, own, relations) -> tuple[torch.Tensor, torch.Tensor]
         own_sims = (unit_rows(q.double())[owner_H] * unit_rows(own.double())).sum(1)
         hardest_M = hardest_M.scatter_reduce(0, owner_H, own_sims, "amax")
     return sims.gather(1, relations.labels_M[:, None])[:, 0], hardest_M
+
+
+class NoMatrix(TorchDispatchMode):
+    """Fails on any tensor with as many elements as the score matrix; knows the largest one."""
+
+    def __init__(self, limit: float = math.inf):
+        super().__init__()
+        self.limit, self.largest = limit, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                assert tensor.numel() < self.limit, f"{func} made {list(tensor.shape)}"
+        return out

@@ -31,7 +31,7 @@ from launcher import (
     spread,
     uneven,
 )  # fmt: skip
-from problems import EVERYTHING, GRID, D, M, N, exact, label_and_hardest, problem
+from problems import EVERYTHING, GRID, LAYOUTS, D, M, N, exact, label_and_hardest, problem
 
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels.gpu import info_nce as module
@@ -647,15 +647,6 @@ def test_the_order_of_programs_changes_no_bit(form):
     for seed in (LAST_FIRST, 1):
         with grid_order(seed):
             assert all(map(torch.equal, run_form(form), usual))
-
-
-LAYOUTS = {
-    "plain": lambda x: x,
-    "transposed": lambda x: x.T.contiguous().T,
-    "every-second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "rows-apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "expanded": lambda x: x[:1].expand_as(x),
-}
 
 
 @hypothesis.settings(max_examples=15, deadline=None)

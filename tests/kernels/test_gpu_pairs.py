@@ -14,6 +14,7 @@ from gates import error, gates
 from hypothesis import strategies as st
 from interpreter import LAST_FIRST, grid_order, shadow_memory
 from launcher import DEVICE, Work, launches
+from problems import LAYOUTS
 
 from rankpo_fast.ops.rankpo import margin_loss, pair_similarities_definition
 from rankpo_fast.ops.rankpo_group import rankpo_group_definition
@@ -236,15 +237,6 @@ def test_the_order_of_programs_changes_no_bit():
             for got, want in zip(forms(), usual, strict=True):
                 assert torch.equal(got.loss_B, want.loss_B)
                 assert all(map(torch.equal, got.grads, want.grads))
-
-
-LAYOUTS = {
-    "plain": lambda x: x,
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "every-second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "rows-apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "expanded": lambda x: x[:1].expand_as(x),
-}
 
 
 @hypothesis.settings(max_examples=15, deadline=None)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from interpreter import LAST_FIRST, grid_order, shadow_memory
 from launcher import SMALL, NoSync, Work, launches, on_device
 from pairs import D, M, N, exact, ours, problem, relations_of
+from problems import LAYOUTS
 
 from rankpo_kernels import pointwise as chunks
 from rankpo_kernels.gpu import pointwise
@@ -106,15 +107,6 @@ def by_torch(case):
     rest[1] = replace(rest[1], workspace_bytes=1 << 20)
     result = chunks.pair_losses(q.double(), p.double(), scale, bias, relations, *rest)
     return [x for x in result if x is not None]
-
-
-LAYOUTS = {
-    "plain": lambda x: x,
-    "transposed": lambda x: x.T.contiguous().T,
-    "every-second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "rows-apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "expanded": lambda x: x[:1].expand_as(x),
-}
 
 
 @hypothesis.settings(max_examples=12, deadline=None)

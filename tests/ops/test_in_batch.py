@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from gates import FLOOR, draw, error, gates
 from hypothesis import strategies as st
 from pairs import DEVICE, GRID, M, N, call, exact, of_definition, ours, problem, relations_of
-from problems import lists
-from torch.utils._python_dispatch import TorchDispatchMode
+from problems import NoMatrix, lists
 
 from rankpo_fast import (
     in_batch_rankpo_loss,
@@ -373,22 +372,6 @@ def test_loss_and_grads_equal_autograd_and_count_the_pairs(options):
 
 
 # What is never done
-
-
-class NoMatrix(TorchDispatchMode):
-    """Fails on any tensor with as many elements as the score matrix."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.limit, self.largest = limit, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-                assert tensor.numel() < self.limit, f"{func} made {list(tensor.shape)}"
-        return out
 
 
 def arguments_of(name, *, needs=(True,) * 4, **options):

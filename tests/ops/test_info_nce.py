@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gates import FLOOR, draw, error, gates, plain_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from problems import NoMatrix
 
 from rankpo_fast import info_nce_loss, info_nce_loss_and_grads
 from rankpo_fast.ops import batch
@@ -731,22 +731,6 @@ def test_loss_and_grads_equal_autograd_and_count_the_batch():
     assert stats.accuracy == (positive > hardest).float().mean()
     *_, stats = info_nce_loss_and_grads(q[:0], p)
     assert torch.stack(stats).tolist() == [0.0] * 3
-
-
-class NoMatrix(TorchDispatchMode):
-    """Fails on any tensor with as many elements as the score matrix."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.limit, self.largest = limit, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-                assert tensor.numel() < self.limit, f"{func} made {list(tensor.shape)}"
-        return out
 
 
 @pytest.mark.parametrize(
