@@ -1,0 +1,33 @@
+"""Whole batches on their way to a device: every tensor in a value, wherever it stands."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """The same there; the copy of what is pinned does not wait."""
+    return _each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(value: T) -> T:
+    """The same in memory that a card can read by itself."""
+    return _each_tensor(value, Tensor.pin_memory)
+
+
+def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """`value` with its tensors changed, also those in dataclasses and lists."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_each_tensor(item, change) for item in value]
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        parts = {name: _each_tensor(getattr(value, name), change) for name in names}
+        return dataclasses.replace(value, **parts)
+    return value
