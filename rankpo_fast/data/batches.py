@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.moving import Movable
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 
 ORDER, DRAW = 0, 1  # what a random stream is for, so that no two share one
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastiveBatch:
+class ContrastiveBatch(Movable):
     """M queries against N passages; the positive of row i is column labels[i]."""
 
     query_texts: Tensor  # [U] rows of the query table, distinct
@@ -34,7 +35,7 @@ class ContrastiveBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceBatch:
+class PreferenceBatch(Movable):
     """B pairs of passages, of which one was chosen and one rejected for the query."""
 
     query_texts: Tensor  # [U] rows of the query table, distinct

@@ -90,3 +90,4 @@ def test_a_work_moves_with_all_its_tensors(packed):
     tensors = [*vars(work.batch).values(), *(v for g in work.groups for v in vars(g).values())]
     tensors = [x for x in [*tensors, work.query_places] if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
+    assert work.objective is packed[0][0].objective  # whose token table must stay where it is
