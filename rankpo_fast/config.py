@@ -286,9 +286,10 @@ class ComputeConfig:
     _argument_group_name = "compute"
 
     device: str = _flag("auto, cpu, cuda or cuda:N.", "auto")
-    max_tokens_per_micro_batch: int = _flag(
-        "Budget of tokens of a micro-batch, padding included.", 16384
-    )
+    max_tokens_per_micro_batch: int | None = _flag(
+        "Tokens that go through the encoder at once, padding included. [what the card has room "
+        "for; on the CPU what is fast]", None
+    )  # fmt: skip
     activation_memory_gb: float | None = _flag(
         "For graphs of micro-batches that are kept; others are computed twice. [half of what is "
         "free]", None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankpo_fast.data.moving import to_device
-from rankpo_fast.data.packing import MicroBatch, pack, pad, plan_padded
+from rankpo_fast.data.packing import MicroBatch, default_budget, pack, pad, plan_padded
 from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
@@ -61,8 +61,11 @@ class Encoder(nn.Module):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **positions)
         return pool(output.last_hidden_state, attention_mask, self.settings.pooling)
 
-    def plan(self, lengths: Tensor, max_tokens: int) -> list[Tensor]:
-        """Split texts of `lengths` [n] into groups that go through the backbone at once."""
+    def plan(self, lengths: Tensor, max_tokens: int | None) -> list[Tensor]:
+        """Split texts of `lengths` [n] into groups that go through the backbone at once, each of
+        at most max_tokens; None: what suits the device, or the longest text if that is more."""
+        if max_tokens is None:
+            max_tokens = default_budget(lengths, self.device.type)
         return plan_padded(lengths, max_tokens)
 
     def embed(

@@ -26,7 +26,7 @@ from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
 from rankpo_fast.train.run import Run
-from rankpo_fast.train.step import Objective, ahead, pack_step, train_step
+from rankpo_fast.train.step import Ahead, Objective, Work, pack_step, train_step
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -90,19 +90,25 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
-    works = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
+
+    def make(step: int, max_tokens: int) -> list[Work]:
+        return pack_step(objectives, plan.batches(step), encoder, max_tokens)
+
     with (
+        Ahead(make, steps, memory) as works,
         MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
         _StopSignal() as stop,
     ):
         for step in steps:
             done, rate = step + 1, learning_rate(step, plan.total_steps, config)
             result = train_step(encoder, works, optimizer, rate, config.max_grad_norm, memory)
+            if result.notes:
+                log.say(f"step {done}: out of memory, done again with {'; '.join(result.notes)}")
             log.step(done, plan.epochs(done), result)
             saved = _due(done, config.save_steps)
             if saved:
                 log.settle()
-                run.save_checkpoint(done, encoder, optimizer)
+                run.save_checkpoint(done, encoder, optimizer, memory)
             due = run.evaluation.asked and _due(done, config.eval_steps)
             if due and done < plan.total_steps and stop.requested is None:
                 log.settle()
@@ -110,7 +116,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
             if stop.requested is not None:
                 log.settle()
                 if not saved:
-                    run.save_checkpoint(done, encoder, optimizer)
+                    run.save_checkpoint(done, encoder, optimizer, memory)
                 name = stop.requested.name
                 log.say(f"stopped by {name} after step {done}, which is saved; --resume continues")
                 raise SystemExit(EXIT_CODES[stop.requested])

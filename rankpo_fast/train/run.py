@@ -115,10 +115,20 @@ class Run:
         return encoder
 
     def measure_memory(self, encoder: Encoder, tables: list[TokenTable]) -> Memory:
-        gigabytes = self.compute.activation_memory_gb
+        """As asked for, or found, or as the run had it that goes on: it decides how sums are
+        rounded and what dropout draws. InputError if what was asked for does not fit."""
+        gigabytes, asked = (
+            self.compute.activation_memory_gb,
+            self.compute.max_tokens_per_micro_batch,
+        )
         room = None if gigabytes is None else gigabytes * 2**30
+        tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table, _ = joined(*tables)
-        return Memory.measure(encoder, table, self.compute.max_tokens_per_micro_batch, room)
+        memory = Memory.measure(encoder, table, tokens, room)
+        if self.checkpoint is None and asked is not None and memory.max_tokens < asked:
+            raise InputError(f"--max_tokens_per_micro_batch {asked} does not fit into memory: "
+                             f"{memory.max_tokens} does")  # fmt: skip
+        return memory
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""
@@ -143,10 +153,12 @@ class Run:
         output.start(self.path, record, overwrite=self.training.overwrite_output_dir)
 
     def save_checkpoint(
-        self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer
+        self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer, memory: Memory
     ) -> None:
         directory, keep = self.path / output.CHECKPOINTS, self.training.save_total_limit
-        checkpoints.save(directory, step, encoder, optimizer, self.settings, keep=keep)
+        checkpoints.save(
+            directory, step, encoder, optimizer, self.settings, memory.max_tokens, keep=keep
+        )
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
         return evaluate(
