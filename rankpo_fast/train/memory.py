@@ -47,7 +47,7 @@ class Memory:
             InputError: not even the longest text fits.
         """
         meter, longest = meter_of(encoder.device), int(table.lengths.max())
-        search = max_tokens is None and encoder.device.type == "cuda"
+        search = max_tokens is None and meter.warns
         start = longest if search else max_tokens or default_budget(table.lengths, "cpu")
         for parameter in encoder.parameters():  # the gradients, which a step has most of the time
             if parameter.requires_grad:

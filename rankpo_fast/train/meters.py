@@ -24,6 +24,8 @@ NO_LIMIT = 1 << 60  # bytes; version 1 of control groups writes one of these for
 class Meter(AbstractContextManager, Protocol):
     """Inside: `held`, bytes taken since it was entered and not given back; `peak` of that, ever."""
 
+    warns: bool  # whether asking for too much raises torch.OutOfMemoryError
+
     def held(self) -> int: ...
 
     def peak(self) -> int: ...
@@ -37,6 +39,8 @@ def meter_of(device: torch.device) -> Meter:
 
 
 class Card(Meter):
+    warns = True
+
     def __init__(self, device: torch.device):
         self._device = device
 
@@ -62,6 +66,8 @@ class Card(Meter):
 
 class Host(Meter):
     """Its peak is what was held whenever somebody asked."""
+
+    warns = False
 
     def __enter__(self) -> "Host":
         self._peak = 0
