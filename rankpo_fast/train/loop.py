@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train import output
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
+from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import Ahead, Objective, Work, pack_step, train_step
 
@@ -79,14 +82,15 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     """
     config, stage = run.training, objectives[0].stage
     plan = Plan.of(config, stage.data)
+    first_step = 0 if run.checkpoint is None else run.checkpoint.step
+    left = plan.total_steps - first_step
+    profiled = Profile(run.path / output.PROFILE, config.profile_steps, left)
     run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
     run.open_output()
     _seed(config.seed)
     optimizer = adamw(encoder, config)
-    first_step = 0
     if run.checkpoint is not None:
         checkpoints.restore(run.checkpoint, encoder, optimizer)
-        first_step = run.checkpoint.step
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
@@ -97,6 +101,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     with (
         Ahead(make, steps, memory) as works,
         MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
+        profiled as profile,
         _StopSignal() as stop,
     ):
         for step in steps:
@@ -104,7 +109,10 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
             result = train_step(encoder, works, optimizer, rate, config.max_grad_norm, memory)
             if result.notes:
                 log.say(f"step {done}: out of memory, done again with {'; '.join(result.notes)}")
-            log.step(done, plan.epochs(done), result)
+            with record_function("logging"):
+                log.step(done, plan.epochs(done), result)
+            if (table := profile.step(result.tokens)) is not None:
+                log.say(table)
             saved = _due(done, config.save_steps)
             if saved:
                 log.settle()

@@ -37,7 +37,7 @@ from rankpo_kernels import native
 # What a run that goes on may change: none of it touches the weights.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "cache_dir", "train_data", "device",
+    "save_total_limit", "report_to", "profile_steps", "cache_dir", "train_data", "device",
 }  # fmt: skip
 READ = {
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", "train_data",

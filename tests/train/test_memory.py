@@ -90,7 +90,8 @@ def test_a_step_out_of_memory_is_the_step_of_a_smaller_budget(
 def test_with_fewer_graphs_kept_a_step_is_the_same(weights, monkeypatch, capsys):
     Limit(monkeypatch, 0, begin=6, times=1, backward=True)
     got, _ = weights("got", max_tokens_per_micro_batch=BUDGET)
-    assert "not 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "done again with the graphs of" in said and "at most" not in said
     monkeypatch.undo()
     assert same(got, weights("expected", max_tokens_per_micro_batch=BUDGET)[0])
 
@@ -203,7 +204,7 @@ def test_what_a_card_has_no_room_for_is_passed_over(long_texts, monkeypatch):
     Limit(monkeypatch, 5 * longest)
     memory = Memory.measure(encoder, table, None, None)
     assert memory.max_tokens == 4 * longest
-    assert Memory.measure(encoder, table, 7 * longest, None).max_tokens <= 5 * longest
+    assert longest < Memory.measure(encoder, table, 7 * longest, None).max_tokens < 7 * longest
     Limit(monkeypatch, longest - 1)
     with pytest.raises(InputError, match=f"{longest} tokens, the longest text"):
         Memory.measure(encoder, table, None, None)
