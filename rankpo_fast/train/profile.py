@@ -95,7 +95,7 @@ def table(path: Path, tokens: int) -> str:
         f"{'':15}{'host':>13}{'of step':>8}" + f"{'device':>13}{'of step':>8}" * bool(device),
     ]
     rows = [(name, host[name], device[name]) for name in (*PARTS, OTHER)]
-    rows.append(("in all", total, sum(device.values())))
+    rows.append(("in all", total, sum(on_device for *_, on_device in rows)))
     for name, on_host, on_device in rows:
         if on_host or on_device:
             lines.append(f"{name:15}{cells(on_host)}{cells(on_device) if rows[-1][2] else ''}")
