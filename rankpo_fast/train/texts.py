@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.batches import ContrastiveBatch, PreferenceBatch
-from rankpo_fast.data.tokens import TokenTable, micro_batches
+from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 
@@ -54,7 +54,7 @@ class Texts:
             config.max_tokens_per_micro_batch,
         )
         for lengths in texts.lengths:
-            micro_batches(lengths, texts.max_tokens)
+            encoder.plan(lengths, texts.max_tokens)
         return texts
 
     def embed(self, encoder: Encoder, batch: Batch) -> tuple[Tensor, Tensor]:
