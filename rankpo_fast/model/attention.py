@@ -98,13 +98,21 @@ class Kernel:
         return None
 
 
+class TextEnds:
+    """Where texts end. Compiled layers hand it on without a look, so none is built for a batch."""
+
+    def __init__(self, batch: MicroBatch):
+        self.offsets, self.lengths = batch.offsets, batch.lengths
+        # Rounded up, so that few values come: kernels are then not built for each.
+        self.longest = 1 << (max(batch.lengths) - 1).bit_length()
+
+
 def packed_arguments(batch: MicroBatch) -> dict[str, Any]:
     """What the backbone's forward is given so that `packed_attention` knows where texts end."""
-    # Rounded up, so that few values come: kernels and torch.compile are then not built for each.
-    longest = 1 << (max(batch.lengths) - 1).bit_length()
-    return {"text_offsets": batch.offsets, "text_lengths": batch.lengths, "longest_text": longest}
+    return {"text_ends": TextEnds(batch)}
 
 
+@torch._disable_dynamo  # torch.compiler.disable without its import of dynamo at once
 def packed_attention(
     attend: Attend,
     module: nn.Module,
@@ -113,9 +121,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    text_offsets: Tensor,
-    text_lengths: tuple[int, ...],
-    longest_text: int,
+    text_ends: TextEnds,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -139,9 +145,9 @@ def packed_attention(
     if query.shape[-1] != value.shape[-1]:
         raise Unpackable("its values have other dims than its keys")
     asked = Asked(
-        offsets=text_offsets,
-        lengths=text_lengths,
-        longest=longest_text,
+        offsets=text_ends.offsets,
+        lengths=text_ends.lengths,
+        longest=text_ends.longest,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         window=sliding_window,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -231,7 +237,6 @@ def _for_each_head(states: Tensor, query: Tensor) -> Tensor:
 # --- anywhere, in any dtype ---
 
 
-@torch.compiler.disable
 def _by_text(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
     """Texts of equal length that lie side by side are one batch, so nothing is padded or copied."""
     runs = [(len(list(run)), length) for length, run in groupby(asked.lengths)]

@@ -156,7 +156,7 @@ def test_what_would_be_ignored_is_refused(extra):
 
 
 def test_the_length_that_kernels_are_built_for_takes_few_values():
-    longest = {packed_arguments(make_batch((n,)))["longest_text"] for n in range(1, 65)}
+    longest = {packed_arguments(make_batch((n,)))["text_ends"].longest for n in range(1, 65)}
     assert longest == {1, 2, 4, 8, 16, 32, 64}
 
 
