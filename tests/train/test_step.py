@@ -4,15 +4,26 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, EncoderConfig
-from rankpo_fast.data.batches import ContrastiveData
+from rankpo_fast.config import (
+    ComputeConfig,
+    ContrastiveLossConfig,
+    EncoderConfig,
+    ModelConfig,
+    RankPOLossConfig,
+    TrainingConfig,
+)
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.moving import to_device
-from rankpo_fast.data.rows import ContrastiveRow
+from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.step import Ahead, Objective, pack_step, summed
+from rankpo_fast.train.optim import adamw
+from rankpo_fast.train.rankpo import RankPOStage
+from rankpo_fast.train.step import Ahead, Objective, pack_step, summed, train_step
 from rankpo_fast.train.texts import Texts
 
 MEMORY = Memory(40, 0.0, 1.0)
@@ -92,3 +103,63 @@ def test_a_work_moves_with_all_its_tensors(packed):
     tensors = [x for x in [*tensors, work.query_places] if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
     assert work.objective is packed[0][0].objective  # whose token table must stay where it is
+
+
+# --- nothing waits for the device ---
+
+
+class NoAnswers(TorchDispatchMode):
+    """The CPU stands in for a card: whatever would have to wait for its values is an error."""
+
+    WAIT = {
+        "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2",
+        "unique_dim", "unique_consecutive",
+    }  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        chosen = name in ("index", "index_put", "index_put_")
+        masks = chosen and any(
+            x.dtype in (torch.bool, torch.uint8)
+            for x in tree_leaves(args[1])
+            if isinstance(x, torch.Tensor)
+        )
+        counted = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in self.WAIT or masks or counted:
+            raise AssertionError(f"{func} asks the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_asks_the_device_is_noticed():
+    mask = torch.ones(3, dtype=torch.bool)
+    questions = [mask.all, mask.nonzero, lambda: mask[mask], lambda: mask.repeat_interleave(mask)]
+    with NoAnswers():
+        for question in questions:
+            with pytest.raises(AssertionError, match="asks the device"):
+                bool(question())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("stage", ["contrastive", "rankpo"])
+def test_a_step_does_not_ask_the_device(
+    stage, checkpointing, packed, preference_file, tiny_bert_dir, tmp_path
+):
+    _, _, data, texts = packed
+    flags = {"bf16": True, "gradient_checkpointing": checkpointing}
+    encoder = load_encoder(ModelConfig(str(tiny_bert_dir), **flags), device=torch.device("cpu"))
+    objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()))
+    if stage == "rankpo":
+        rows = read_preferences([preference_file])  # weights are looked at on the CPU alone
+        reference = torch.rand(2, len(rows))
+        pairs = PreferenceData(rows, batch_size=6, seed=0).with_reference(reference[0])
+        compute = ComputeConfig(cache_dir=str(tmp_path))
+        texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
+        config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
+        objective = Objective(RankPOStage(pairs, texts, config, reference))
+    steps = iter([pack_step([objective], range(2), encoder.train(), 60) for _ in range(2)])
+    optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
+    for _ in range(2):
+        with NoAnswers():
+            result = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory)
+        loss, norm = result.read(1)
+        assert loss > 0 and norm > 0
