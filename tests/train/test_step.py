@@ -142,14 +142,16 @@ def test_what_asks_the_device_is_noticed():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("stage", ["contrastive", "rankpo"])
 def test_a_step_does_not_ask_the_device(
-    stage, checkpointing, packed, preference_file, tiny_bert_dir, tmp_path
+    stage, checkpointing, packed, preference_file, tiny_bert_dir, tmp_path, monkeypatch
 ):
     _, _, data, texts = packed
     flags = {"bf16": True, "gradient_checkpointing": checkpointing}
     encoder = load_encoder(ModelConfig(str(tiny_bert_dir), **flags), device=torch.device("cpu"))
     objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()))
     if stage == "rankpo":
-        rows = read_preferences([preference_file])  # weights are looked at on the CPU alone
+        rows = read_preferences([preference_file], use_confidence=True)
+        # It looks at weights only where they are on the CPU.
+        monkeypatch.setattr("rankpo_fast.ops.rankpo.row_weights", lambda q, w, *_: w / w.sum())
         reference = torch.rand(2, len(rows))
         pairs = PreferenceData(rows, batch_size=6, seed=0).with_reference(reference[0])
         compute = ComputeConfig(cache_dir=str(tmp_path))
