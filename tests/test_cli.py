@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rankpo_fast.cli import main
-from rankpo_fast.config import PAPER_SPECIAL_TOKENS, TrainingConfig
+from rankpo_fast.config import PAPER_SPECIAL_TOKENS, ModelConfig, TrainingConfig
 from rankpo_fast.flags import parse
 
 CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
@@ -190,6 +190,9 @@ def test_false_in_a_config_file_unsets(tmp_path):
     [training] = parse("contrastive", "train", [TrainingConfig], flags)
     assert (training.save_steps, training.max_steps) == (None, 3)
     assert training.overwrite_output_dir is False
+    path.write_text("model_name_or_path: m\nuse_liger_kernel: false\npacking: false\n")
+    [model] = parse("contrastive", "train", [ModelConfig], ["--config", str(path)])
+    assert (model.use_liger_kernel, model.packing) == (False, False)
 
 
 @pytest.mark.parametrize(
