@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import pack, pad, plan_packed, plan_padded
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
@@ -97,7 +98,7 @@ def test_a_pack_holds_the_texts_in_the_order_given_and_may_repeat_them():
 
 
 def test_a_pack_goes_to_a_device_whole():
-    there = pack(TABLE, torch.tensor([1, 2])).to(torch.device("meta"))
+    there = to_device(pack(TABLE, torch.tensor([1, 2])), torch.device("meta"))
     tensors = (there.input_ids, there.position_ids, there.offsets)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert there.lengths == (2, 3)

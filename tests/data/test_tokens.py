@@ -187,3 +187,15 @@ def test_damaged_cache_is_made_anew_with_a_warning(tokenizer, tmp_path, count_ca
         assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
     assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
     assert len(count_calls) == 2
+
+
+# --- joined tables ---
+
+
+def test_joined_tables_hold_equal_texts_once():
+    tables = [TokenTable(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets), truncated)
+              for ids, offsets, truncated in [([1, 2, 1, 2, 3], [0, 2, 5], 1), ([1, 2, 3, 1], [0, 3, 4], 2)]]  # fmt: skip
+    table, rows = joined(*tables)
+    assert [row.tolist() for row in rows] == [[0, 1], [1, 2]]
+    assert [table[i].tolist() for i in range(len(table))] == [[1, 2], [1, 2, 3], [1]]
+    assert (table.ids.dtype, table.truncated) == (torch.int32, 3)
