@@ -26,7 +26,8 @@ def faulty(fault):
 
 
 def as_one_text(right, query, key, value, asked):
-    return right(query, key, value, dataclasses.replace(asked, lengths=(len(query),)))
+    texts = dataclasses.replace(asked.texts, lengths=(len(query),))
+    return right(query, key, value, dataclasses.replace(asked, texts=texts))
 
 
 def window_wider_by_one(right, query, key, value, asked):
