@@ -64,7 +64,7 @@ def test_compiled_layers_train_as_eager_ones_do(model, checkpointing, request, g
     eager, counts = trained(directory, graphs, **flags)
     assert counts[-1] == 0
     compiled, counts = trained(directory, graphs, torch_compile=True, **flags)
-    assert 0 < counts[0] == counts[-1] < 10  # two layers, three batches, many lengths
+    assert 0 < counts[0] == counts[-1]  # none for other lengths
     expected, got = eager.state_dict(), compiled.state_dict()
     assert got.keys() == expected.keys()
     for name in expected:
