@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.log import MetricsLog
@@ -40,12 +42,12 @@ class Plan:
     total_batches: int
 
     @classmethod
-    def of(cls, config: TrainingConfig, batches_per_epoch: int) -> "Plan":
+    def of(cls, config: TrainingConfig, data: ContrastiveData | PreferenceData) -> "Plan":
         per_step = config.gradient_accumulation_steps
-        total = max(1, round(config.num_train_epochs * batches_per_epoch))
+        total = max(1, round(config.num_train_epochs * data.batches_per_epoch))
         if config.max_steps is not None:
             total = config.max_steps * per_step
-        return cls(config.per_device_train_batch_size, batches_per_epoch, per_step, total)
+        return cls(data.batch_size, data.batches_per_epoch, per_step, total)
 
     @property
     def total_steps(self) -> int:
@@ -77,7 +79,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
     config = run.training
-    plan = Plan.of(config, objectives[0].stage.data.batches_per_epoch)
+    plan = Plan.of(config, objectives[0].stage.data)
     texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
     run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
     run.open_output()
@@ -90,8 +92,9 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
-    works = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
+    packed = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
     with (
+        closing(packed) as works,  # its thread ends with the run, whatever ends that
         MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
         _StopSignal() as stop,
     ):

@@ -24,7 +24,7 @@ from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
-from rankpo_fast.train.replay import replay_batches, replay_objective
+from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
@@ -62,10 +62,7 @@ def train_rankpo(
     others = []
     if replayed is not None:
         others.append(replay_objective(replay, replayed, encoder, compute))
-        about["replay"] = (
-            f"{replay.replay_weight:g} * InfoNCE, temperature {replay.replay_temperature:g}, "
-            f"{replayed.batches_per_epoch:,} batches per epoch of its own"
-        )
+        about["replay"] = describe_replay(replay, replayed)
     if loss.uses_reference and other is None:
         reference = reference_similarities(encoder, texts, pairs, compute)
     if reference is not None:

@@ -5,22 +5,23 @@ loss of a step = mean of RankPO over its batches + replay_weight * mean of InfoN
 
 from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, ReplayConfig, TrainingConfig
 from rankpo_fast.data.batches import ContrastiveData
-from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.train.contrastive import ContrastiveStage
+from rankpo_fast.train.contrastive import ContrastiveStage, describe_rows, read_batches
 from rankpo_fast.train.step import Objective
 from rankpo_fast.train.texts import Texts
 
 APART = 2**63  # no --seed is as large, so that no random stream is shared with stage 2
+FLAGS = ("--replay_data", "--replay_batch_size", "--replay_num_negatives")
 
 
 def replay_batches(config: ReplayConfig, training: TrainingConfig) -> ContrastiveData:
-    """The batches to be replayed. InputError names file and line of a bad row."""
-    return ContrastiveData(
-        read_contrastive(config.replay_data),
-        batch_size=config.replay_batch_size or training.per_device_train_batch_size,
-        num_negatives=config.replay_num_negatives,
-        seed=APART + training.seed,
+    """The batches to be replayed. InputError as for those of stage 1."""
+    return read_batches(
+        config.replay_data,
+        config.replay_batch_size or training.per_device_train_batch_size,
+        config.replay_num_negatives,
+        APART + training.seed,
+        flags=FLAGS,
     )
 
 
@@ -30,4 +31,11 @@ def replay_objective(
     """Their part of the loss. InputError if a text alone does not fit into a micro-batch."""
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     stage = ContrastiveStage(data, texts, ContrastiveLossConfig(config.replay_temperature))
-    return Objective(stage, config.replay_weight, prefix="replay/", flag="--replay_data")
+    return Objective(stage, config.replay_weight, prefix="replay/", flag=FLAGS[0])
+
+
+def describe_replay(config: ReplayConfig, data: ContrastiveData) -> str:
+    return (
+        f"{config.replay_weight:g} * InfoNCE, temperature {config.replay_temperature:g}, "
+        f"{data.batch_size} at a time of {describe_rows(data)}"
+    )

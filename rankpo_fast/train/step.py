@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
-from rankpo_fast.data.moving import pinned, to_device
+from rankpo_fast.data.moving import Movable, pinned, to_device
 from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.cache import CachedVectors
@@ -58,7 +58,7 @@ class Objective:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class Work(Movable):
     """A batch of one objective, packed."""
 
     objective: Objective

@@ -100,7 +100,7 @@ def test_it_is_stage_1s_loss_that_is_added(
         assert both[f"replay/{name}"] == pytest.approx(stage1[name], rel=1e-5), name
     assert both.keys() - alone.keys() == {n for n in both if n.startswith("replay/")}
     said = capsys.readouterr().err
-    assert "0.25 * InfoNCE, temperature 0.05, 1 batches per epoch of its own" in said
+    assert "0.25 * InfoNCE, temperature 0.05, 24 at a time of 24 rows, 24 of them have" in said
     assert "replay/texts 24 queries" in said
 
 
@@ -177,9 +177,14 @@ def test_nan_names_the_rows_of_the_guilty(
 @pytest.mark.parametrize(
     "row, named",
     [
+        pytest.param(
+            {"query": "a", "positives": ["b"], "negatives": []},
+            "of --replay_data have no negative, .*: give --replay_batch_size 2 or more",
+            id="alone-in-its-batch",
+        ),
         pytest.param({"query": "a", "passage1": "b"}, "replay.jsonl:1: .*positives", id="stage-2"),
         pytest.param(
-            {"query": "a " * 200, "positives": ["b"], "negatives": []},
+            {"query": "a " * 200, "positives": ["b"], "negatives": ["c"]},
             "--max_tokens_per_micro_batch is 60",
             id="longer-than-a-micro-batch",
         ),
