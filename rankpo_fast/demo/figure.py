@@ -109,9 +109,8 @@ def draw(metrics: Metrics, curves: Curves, path: Path) -> None:
         _stage2(ndcg, curves, NDCG, "Stage 2: nDCG@20")
         ndcg.set_xlabel("step")
         figure.text(0.02, 0.945, finding(metrics), fontsize=15, fontweight="bold")
-        figure.text(
-            0.02, 0.925, fill(verdict(metrics), 150), fontsize=11, color="#404040", va="top"
-        )
+        sentences = fill(verdict(metrics), 155)
+        figure.text(0.02, 0.925, sentences, fontsize=10, color="#404040", va="top")
         figure.text(0.02, 0.02, _caption(metrics), fontsize=8.5, color="#505050", linespacing=1.4)
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
@@ -155,8 +154,11 @@ def _trade_off(axes: Any, metrics: Metrics) -> None:
         axes.errorbar(
             x, y, xerr=error, **style, markersize=11, markeredgecolor="white", capsize=3, zorder=3
         )
+        # Right of the bar, which is clear of other points and bars; stage 1 has the arrows there.
+        right = ((x + error, y), (6, 0), "center")
+        end, offset, anchor = ((x, y), (9, 7), "bottom") if name == "stage1" else right
         axes.annotate(
-            f"{NAMES.get(name, 'stage 1')}\n{y:.2f} at {x:.2f}", (x, y), (9, 7),
+            f"{NAMES.get(name, 'stage 1')}\n{y:.2f} at {x:.2f}", end, offset, va=anchor,
             textcoords="offset points", color=style["color"], fontweight="bold", linespacing=1.2,
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
@@ -176,8 +178,10 @@ def _stage2(axes: Any, curves: Curves, axis: str, title: str) -> None:
     axes.set_title(title)
     for name, label in NAMES.items():
         _plot(axes, curves[name], axis, **STYLE[name], label=label)
-    if axis == ALIGNMENT:
-        axes.legend(frameon=False, fontsize=9, handlelength=1.4, loc="upper left")
+    if axis == NDCG:  # which falls, and leaves room for it
+        axes.legend(
+            frameon=False, fontsize=8.5, handlelength=1.4, labelspacing=0.2, loc="lower left"
+        )
 
 
 def _plot(axes: Any, points: list[dict[str, float]], axis: str, **style: Any) -> None:
