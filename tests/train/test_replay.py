@@ -28,6 +28,7 @@ from rankpo_fast.train.step import BatchLoss, Objective, pack_step, train_step
 from rankpo_fast.train.texts import Texts
 
 TRAINING = TrainingConfig("unused", per_device_train_batch_size=4)
+MEMORY = Memory(max_tokens=200, room=0.0, graph_bytes=1.0)
 
 
 @pytest.fixture
@@ -49,7 +50,6 @@ def objectives(tiny_llama_dir, preference_file, contrastive_file, tmp_path):
 def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
     """Each computed apart, over two batches of a step."""
     encoder, preferences, replay = objectives
-    memory = Memory(max_tokens=200, room=0.0, graph_bytes=1.0)
 
     def gradients(*objectives):
         def keep(optimizer, losses, rate, max_norm):
@@ -59,8 +59,8 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 
         seen = {}
         monkeypatch.setattr("rankpo_fast.train.step.update", keep)
-        works = iter([pack_step(list(objectives), range(2, 4), encoder, memory)])
-        train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, memory)
+        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY)])
+        train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, MEMORY)
         return seen
 
     both, first, second = (
@@ -73,14 +73,14 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
         assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
 
 
-def test_its_batches_are_drawn_apart_from_those_of_stage_2(objectives):
-    """Both files have 24 rows and the run one seed, but the two orders are not the same."""
-    _, preferences, replay = objectives
-    first, second = (
-        torch.cat([o.stage.data.batch(0, index).rows for index in range(4)])
-        for o in (preferences, replay)
-    )
-    assert not torch.equal(first, second[: len(first)])
+def test_its_rows_have_epochs_and_orders_of_their_own(objectives):
+    """Both files have 24 rows and the run one seed: that gives 6 batches of pairs, 4 of replay."""
+    encoder, *both = objectives
+    works = pack_step(both, range(8), encoder, MEMORY)
+    pairs, replayed = (torch.cat([w.batch.rows for w in part]) for part in (works[:8], works[8:]))
+    orders = [pairs[:24], replayed[:24], replayed[24:]]
+    assert all(torch.equal(order.sort().values, torch.arange(24)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 3
 
 
 def test_it_is_stage_1s_loss_that_is_added(
