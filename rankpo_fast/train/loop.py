@@ -1,6 +1,6 @@
 """The training loop of both stages.
 
-    for each step:  gradient = mean over the step's batches of d loss(batch)
+    for each step:  gradient = sum of objectives' weight * mean of d loss over the step's batches
                     clip, check, AdamW;  log, save, evaluate when due
 
 A stage gives the batches and their loss; everything random in a batch follows from (seed, epoch,
@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -77,9 +78,10 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
-    config, stage = run.training, objectives[0].stage
-    plan = Plan.of(config, stage.data)
-    run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
+    config = run.training
+    plan = Plan.of(config, objectives[0].stage.data)
+    texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
+    run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
     run.open_output()
     _seed(config.seed)
     optimizer = adamw(encoder, config)
@@ -90,8 +92,9 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
-    works = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
+    packed = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
     with (
+        closing(packed) as works,  # its thread ends with the run, whatever ends that
         MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
         _StopSignal() as stop,
     ):

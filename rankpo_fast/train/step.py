@@ -54,6 +54,7 @@ class Objective:
     stage: Stage
     weight: float = 1.0
     prefix: str = ""
+    flag: str = "--train_data"  # where its rows come from
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +147,16 @@ class StepResult:
 
     def _complaint(self, step: int, losses: list[float], norm: float) -> str:
         guilty = [w for w, x in zip(self.works, losses, strict=True) if not math.isfinite(x)]
-        rows = {int(row) + 1 for work in guilty or self.works for row in work.batch.rows}
+        rows: dict[str, set[int]] = {}  # by the flag that gave them
+        for work in guilty or self.works:
+            rows.setdefault(work.objective.flag, set()).update((work.batch.rows + 1).tolist())
+        named = (
+            f". Rows of {flag} in it, counted from 1: {', '.join(map(str, sorted(numbers)))}"
+            for flag, numbers in rows.items()
+        )
         return (
             f"step {step}: loss {self._total(losses)}, gradient norm {norm}; stopped before the "
-            f"update. Rows of --train_data in it, counted from 1: "
-            f"{', '.join(map(str, sorted(rows)))}"
+            f"update{''.join(named)}"
         )
 
 
@@ -186,7 +192,7 @@ def train_step(
         with record_function("backward"):
             cached.backward(gradient)
         losses.append(result.loss)
-        metrics.append({work.objective.prefix + k: v for k, v in result.metrics.items()})
+        metrics.append(_named(work.objective.prefix, result))
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
     return StepResult(*_to_host(torch.stack([*losses, norm])), metrics, works, rate, began)
@@ -198,6 +204,12 @@ def summed(n: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
     for places, rows in parts:
         total.index_put_((places,), rows, accumulate=True)
     return total
+
+
+def _named(prefix: str, result: BatchLoss) -> dict[str, Tensor]:
+    """A batch's metrics; beside another's, its loss too, as the log's own is that of all."""
+    own = {"loss": result.loss} if prefix else {}
+    return {prefix + name: value for name, value in (own | result.metrics).items()}
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
