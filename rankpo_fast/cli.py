@@ -227,7 +227,13 @@ COMMANDS = {
     ),
     "rankpo": Command(
         "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
-        [configs.ModelConfig, configs.RankPODataConfig, configs.RankPOLossConfig, *_TRAINING],
+        [
+            configs.ModelConfig,
+            configs.RankPODataConfig,
+            configs.RankPOLossConfig,
+            *_TRAINING,
+            configs.ReplayConfig,
+        ],
         _rankpo,
     ),
     "evaluate": Command(

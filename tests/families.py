@@ -38,7 +38,7 @@ FAMILIES = {
                                                 "sep_token_id": 2}),
     "gpt2": ("GPT2", SIZES | IDS | {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }  # fmt: skip
-LENGTHS = (50, 41, 33, 20, 20, 20, 9, 9, 3, 1)  # some equal, on both sides of attention.SHORT
+LENGTHS = (50, 41, 33, 20, 20, 20, 9, 9, 8, 3, 1)  # both sides of attention.SHORT, windows + 1
 
 
 class Padding:

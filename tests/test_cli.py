@@ -109,6 +109,12 @@ BAD_FLAGS = [
     ("rankpo", ["--loss_type", "square"], "--loss_type"),
     ("rankpo", ["--reference_model_name_or_path", "x"], "needs --reference_free false"),
     ("rankpo", ["--use_confidence", "true"], "confidence_score"),
+    ("rankpo", ["--replay_weight", 0.5], "--replay_weight needs --replay_data"),
+    ("rankpo", ["--replay_batch_size", 4], "--replay_batch_size needs --replay_data"),
+    ("rankpo", ["--replay_data", "x", "--replay_weight", 0], "--replay_weight must be > 0, got 0"),
+    ("rankpo", ["--replay_data", "none.jsonl"], "none.jsonl"),
+    ("rankpo", ["--replay_data", " "], "--replay_data must be a name, not empty"),
+    ("contrastive", ["--replay_data", "x"], "unknown flag --replay_data"),
 ]  # fmt: skip
 
 

@@ -54,14 +54,14 @@ class ContrastiveData:
     A positive of a query text in any row is known as such in all its rows: it is never drawn as a
     negative there, and where it stands in a batch it is excluded for that query. A row that has
     fewer negatives than asked gives those it has; `short_rows` counts such rows, `bare_rows` those
-    that give none.
+    that give none, `num_rows` all.
     """
 
     def __init__(
         self, rows: Sequence[ContrastiveRow], *, batch_size: int, num_negatives: int, seed: int
     ):
         self._schedule = _Schedule(len(rows), batch_size, seed)
-        self._num_negatives = num_negatives
+        self.num_rows, self.num_negatives = len(rows), num_negatives
         queries, passages = _Texts(), _Texts()
         query_ids = [queries.id(row.query) for row in rows]
         positives = [passages.ids(row.positives) for row in rows]
@@ -111,7 +111,7 @@ class ContrastiveData:
     def _draw_negatives(self, row: int, random: np.random.Generator) -> np.ndarray:
         candidates = self._negatives[row]
         return random.choice(
-            candidates, min(self._num_negatives, len(candidates)), replace=False, shuffle=False
+            candidates, min(self.num_negatives, len(candidates)), replace=False, shuffle=False
         )
 
 

@@ -6,16 +6,23 @@ validation split, as dicts of step, ndcg@20 and, in stage 2, alignment.
 
 import math
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 NDCG, ALIGNMENT = "ndcg@20", "alignment"
-NAMES = {"sft": "SFT", "simrankpo": "SimRankPO", "rankpo": "RankPO"}
+NAMES = {
+    "sft": "SFT",
+    "simrankpo": "SimRankPO",
+    "rankpo": "RankPO",
+    "rankpo_replay": "RankPO + replay",
+}
 # Okabe and Ito's colours can be told apart with any colour vision; the marks differ as well.
 STYLE = {
     "stage1": {"color": "#000000", "marker": "o"},
     "sft": {"color": "#E69F00", "marker": "s"},
     "simrankpo": {"color": "#0072B2", "marker": "^"},
     "rankpo": {"color": "#D55E00", "marker": "D"},
+    "rankpo_replay": {"color": "#009E73", "marker": "P"},
 }
 GREY = "#6E6E6E"
 DASHED = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
@@ -50,20 +57,24 @@ def finding(metrics: Metrics) -> str:
 
 
 def verdict(metrics: Metrics) -> str:
-    """Whether RankPO wins, loses, or trades one axis for the other."""
-    others = [name for name in NAMES if name != "rankpo"]
-    ahead = [NAMES[name] for name in others if _no_worse(metrics, name, "rankpo")]
-    behind = [NAMES[name] for name in others if _no_worse(metrics, "rankpo", name)]
-    if ahead:
-        verb = "are" if len(ahead) > 1 else "is"
-        return f"RankPO does not win here: {' and '.join(ahead)} {verb} no worse on either axis."
-    if len(behind) == len(others):
-        return "RankPO wins: no other method is better on either axis."
+    """Which method wins on both axes; or who loses to whom, and what the others trade."""
+    losses = {  # name -> who is no worse on either axis, and better on one
+        name: [o for o in NAMES if _no_worse(metrics, o, name) and not _no_worse(metrics, name, o)]
+        for name in NAMES
+    }
+    standing = [name for name, better in losses.items() if not better]
+    if len(standing) == 1:
+        return f"{NAMES[standing[0]]} wins: no other method is better on either axis."
+    beaten = "".join(
+        f" {NAMES[name]} is no better than {' or '.join(NAMES[o] for o in better)} on either."
+        for name, better in losses.items()
+        if better
+    )
     figures = ", ".join(
         f"{NAMES[name]} {metrics[name][ALIGNMENT]:.2f} for {_kept(metrics, name):.0%}"
-        for name in NAMES
+        for name in standing
     )
-    return f"No method wins on both axes. Agreement for nDCG@20 kept: {figures}."
+    return f"No method wins on both axes.{beaten} Agreement for nDCG@20 kept: {figures}."
 
 
 def _kept(metrics: Metrics, name: str) -> float:
@@ -98,7 +109,8 @@ def draw(metrics: Metrics, curves: Curves, path: Path) -> None:
         _stage2(ndcg, curves, NDCG, "Stage 2: nDCG@20")
         ndcg.set_xlabel("step")
         figure.text(0.02, 0.945, finding(metrics), fontsize=15, fontweight="bold")
-        figure.text(0.02, 0.9, verdict(metrics), fontsize=11, color="#404040")
+        sentences = fill(verdict(metrics), 155)
+        figure.text(0.02, 0.925, sentences, fontsize=10, color="#404040", va="top")
         figure.text(0.02, 0.02, _caption(metrics), fontsize=8.5, color="#505050", linespacing=1.4)
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
@@ -142,8 +154,11 @@ def _trade_off(axes: Any, metrics: Metrics) -> None:
         axes.errorbar(
             x, y, xerr=error, **style, markersize=11, markeredgecolor="white", capsize=3, zorder=3
         )
+        # Right of the bar, which is clear of other points and bars; stage 1 has the arrows there.
+        right = ((x + error, y), (6, 0), "center")
+        end, offset, anchor = ((x, y), (9, 7), "bottom") if name == "stage1" else right
         axes.annotate(
-            f"{NAMES.get(name, 'stage 1')}\n{y:.2f} at {x:.2f}", (x, y), (9, 7),
+            f"{NAMES.get(name, 'stage 1')}\n{y:.2f} at {x:.2f}", end, offset, va=anchor,
             textcoords="offset points", color=style["color"], fontweight="bold", linespacing=1.2,
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
@@ -163,8 +178,10 @@ def _stage2(axes: Any, curves: Curves, axis: str, title: str) -> None:
     axes.set_title(title)
     for name, label in NAMES.items():
         _plot(axes, curves[name], axis, **STYLE[name], label=label)
-    if axis == ALIGNMENT:
-        axes.legend(frameon=False, fontsize=9, handlelength=1.4, loc="upper left")
+    if axis == NDCG:  # which falls, and leaves room for it
+        axes.legend(
+            frameon=False, fontsize=8.5, handlelength=1.4, labelspacing=0.2, loc="lower left"
+        )
 
 
 def _plot(axes: Any, points: list[dict[str, float]], axis: str, **style: Any) -> None:

@@ -1,7 +1,8 @@
 """`rankpo-fast demo`: both stages of RankPO on a synthetic world, measured and drawn, on the CPU.
 
     world -> stage 1 on the rules' labels -> hard negatives mined -> stage 1 goes on
-          -> its candidates judged -> stage 2 from there: SFT, SimRankPO, RankPO
+          -> its candidates judged -> stage 2 from there: SFT, SimRankPO, RankPO, and RankPO with
+             replay of stage 1's rows
           -> nDCG@20 (what the rules say) and alignment (what the judge says) on the test split
 
 The test split is measured once, at the end; what is followed while training is the validation
@@ -17,7 +18,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.demo.steps import FULL, METHODS, MODELS, QUICK, RANDOM, STAGE1, UNTRAINED, Demo
+from rankpo_fast.demo.steps import (
+    FULL,
+    METHODS,
+    MODELS,
+    QUICK,
+    RANDOM,
+    REPLAY,
+    STAGE1,
+    UNTRAINED,
+    Demo,
+)
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import parse
 
@@ -28,6 +39,7 @@ LABELS = {
     "sft": "stage 1 + SFT",
     "simrankpo": "stage 1 + SimRankPO",
     "rankpo": "stage 1 + RankPO",
+    REPLAY: "stage 1 + RankPO + replay",
 }
 RESULTS = ("metrics.json", "report.png")
 FOLDERS = ("data", "cache", *MODELS)

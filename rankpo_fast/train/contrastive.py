@@ -25,6 +25,8 @@ from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
 
+FLAGS = ("--train_data", "--per_device_train_batch_size", "--num_negatives")
+
 
 def train_contrastive(
     model: ModelConfig,
@@ -38,32 +40,48 @@ def train_contrastive(
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
-    rows = read_contrastive(data.train_data)
-    batches = ContrastiveData(
-        rows,
-        batch_size=training.per_device_train_batch_size,
-        num_negatives=data.num_negatives,
-        seed=training.seed,
+    batches = read_batches(
+        data.train_data, training.per_device_train_batch_size, data.num_negatives, training.seed
     )
-    if batches.batch_size == 1 and batches.bare_rows > 0:
-        raise InputError(
-            f"{batches.bare_rows:,} of {len(rows):,} rows of --train_data have no negative, and "
-            f"in a batch of one nothing else is one: give --per_device_train_batch_size 2 or more"
-            f"{'' if data.num_negatives else ', or --num_negatives 1'}"
-        )
     run = Run.prepare("contrastive", model, data, loss, training, evaluation, compute)
     if run.finished:
         return run.path
     encoder = run.load_encoder()
     texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
-    short = f"{batches.short_rows:,} of them have fewer than {data.num_negatives} negatives"
-    about = {
-        "rows": f"{len(rows):,}"
-        + (f", {short}: all of theirs are used" if batches.short_rows else ""),
-        "loss": f"InfoNCE, temperature {loss.temperature}",
-    }
+    about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
     train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
+
+
+def read_batches(
+    files: list[str],
+    batch_size: int,
+    num_negatives: int,
+    seed: int,
+    flags: tuple[str, str, str] = FLAGS,
+) -> ContrastiveData:
+    """Rows as batches. InputError for a bad row, and where a query would have no negative at all.
+
+    Args:
+        flags: through which the user gave files, batch_size and num_negatives.
+    """
+    batches = ContrastiveData(
+        read_contrastive(files), batch_size=batch_size, num_negatives=num_negatives, seed=seed
+    )
+    if batches.batch_size == 1 and batches.bare_rows > 0:
+        data, size, number = flags
+        raise InputError(
+            f"{batches.bare_rows:,} of {batches.num_rows:,} rows of {data} have no negative, and "
+            f"in a batch of one nothing else is one: give {size} 2 or more"
+            f"{'' if num_negatives else f', or {number} 1'}"
+        )
+    return batches
+
+
+def describe_rows(batches: ContrastiveData) -> str:
+    short = f"{batches.short_rows:,} of them have fewer than {batches.num_negatives} negatives"
+    used = f", {short}: all of theirs are used" if batches.short_rows else ""
+    return f"{batches.num_rows:,} rows{used}"
 
 
 @dataclass(frozen=True, eq=False)

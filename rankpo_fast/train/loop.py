@@ -1,6 +1,6 @@
 """The training loop of both stages.
 
-    for each step:  gradient = mean over the step's batches of d loss(batch)
+    for each step:  gradient = sum of objectives' weight * mean of d loss over the step's batches
                     clip, check, AdamW;  log, save, evaluate when due
 
 A stage gives the batches and their loss; everything random in a batch follows from (seed, epoch,
@@ -80,12 +80,13 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
-    config, stage = run.training, objectives[0].stage
-    plan = Plan.of(config, stage.data)
+    config = run.training
+    plan = Plan.of(config, objectives[0].stage.data)
     first_step = 0 if run.checkpoint is None else run.checkpoint.step
     left = plan.total_steps - first_step
     profiled = Profile(run.path / output.PROFILE, config.profile_steps, left)
-    run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
+    texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
+    run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
     run.open_output()
     _seed(config.seed)
     optimizer = adamw(encoder, config)

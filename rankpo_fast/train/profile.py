@@ -9,6 +9,7 @@ import bisect
 import gzip
 import json
 import math
+import os
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,7 @@ class Profile:
 
     def __enter__(self) -> "Profile":
         if self._steps:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes into the progress bar
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.config import (
+    NO_REPLAY,
     ComputeConfig,
     EvaluationConfig,
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
+    ReplayConfig,
     TrainingConfig,
 )
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
@@ -22,6 +24,7 @@ from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
+from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
@@ -34,17 +37,20 @@ def train_rankpo(
     training: TrainingConfig,
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
+    replay: ReplayConfig = NO_REPLAY,
 ) -> Path:
     """Run stage 2; returns the output directory, which holds the model.
 
     The reference is the model as it starts, unless the loss config names another one, which is gone
-    again before the model to train is loaded. Raises InputError for what the user can put right.
+    again before the model to train is loaded. What is replayed goes through the model beside the
+    pairs, batch by batch. Raises InputError for what the user can put right.
     """
     rows = read_preferences(data.train_data, use_confidence=data.use_confidence)
     pairs = PreferenceData(
         rows, batch_size=training.per_device_train_batch_size, seed=training.seed
     )
-    run = Run.prepare("rankpo", model, data, loss, training, evaluation, compute)
+    replayed = replay_batches(replay, training) if replay.replay_data else None
+    run = Run.prepare("rankpo", model, data, loss, training, evaluation, compute, replay)
     if run.finished:
         return run.path
     other, reference = loss.reference_model_name_or_path, None
@@ -52,14 +58,17 @@ def train_rankpo(
         reference = other_model_similarities(other, model, pairs, run.device, compute)
     encoder = run.load_encoder()
     texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
+    about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
+    others = []
+    if replayed is not None:
+        others.append(replay_objective(replay, replayed, encoder, compute))
+        about["replay"] = describe_replay(replay, replayed)
     if loss.uses_reference and other is None:
         reference = reference_similarities(encoder, texts, pairs, compute)
     if reference is not None:
         pairs = pairs.with_reference(reference[0] - reference[1])
-    about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
-    if reference is not None:
         reference = reference.to(run.device)
-    train(run, encoder, [Objective(RankPOStage(pairs, texts, loss, reference))], about)
+    train(run, encoder, [Objective(RankPOStage(pairs, texts, loss, reference)), *others], about)
     return run.path
 
 

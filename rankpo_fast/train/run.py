@@ -17,6 +17,7 @@ from rankpo_fast.config import (
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
+    ReplayConfig,
     TrainingConfig,
 )
 from rankpo_fast.data.rows import PreferenceRow, RetrievalSet, read_preferences, read_retrieval
@@ -37,10 +38,11 @@ from rankpo_kernels import native
 # What a run that goes on may change: none of it touches the weights.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "profile_steps", "cache_dir", "train_data", "device",
+    "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
 }  # fmt: skip
+TRAINED_ON = ("train_data", "replay_data")  # files that may move, but not change
 READ = {
-    "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", "train_data",
+    "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", *TRAINED_ON,
     "query_data", "corpus_data", "preference_data",
 }  # fmt: skip
 
@@ -70,6 +72,7 @@ class Run:
         training: TrainingConfig,
         evaluation: EvaluationConfig,
         compute: ComputeConfig,
+        *replay: ReplayConfig,
     ) -> "Run":
         """Evaluation data, output directory and checkpoint; InputError if one will not do."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -80,14 +83,13 @@ class Run:
         device = compute.torch_device()
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
-        inputs = _inputs(model, data, loss, evaluation)
+        inputs = _inputs(model, data, *replay, loss, evaluation)
         resume, overwrite = training.resume is not None, training.overwrite_output_dir
         output.check(path, inputs, resume=resume, overwrite=overwrite)
         check_writable("--cache_dir", cache, directory=True)
         if lies_in(cache, path):
             raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
-        configs = (model, data, loss, training, compute)
-        settings = _settings(stage, configs, data.train_data, device)
+        settings = _settings(stage, (model, data, *replay, loss, training, compute), device)
         checkpoint = _find_checkpoint(training, settings)
         return cls(
             stage, model, training, evaluation, compute, device, retrieval, preferences, settings,
@@ -145,8 +147,9 @@ class Run:
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
         _say(f"rankpo-fast {self.stage}")
+        width = max(map(len, lines))
         for name, text in lines.items():
-            _say(f"  {name:7} {text}")
+            _say(f"  {name:{width}} {text}")
 
     def open_output(self) -> None:
         record = {"stage": self.stage, "settings": self.settings}
@@ -198,18 +201,20 @@ def _inputs(*configs: Any) -> list[tuple[str, str]]:
     return inputs
 
 
-def _settings(
-    stage: str, configs: tuple, train_data: list[str], device: torch.device
-) -> dict[str, Any]:
+def _settings(stage: str, configs: tuple, device: torch.device) -> dict[str, Any]:
     settings = {"stage": stage, "device": device.type, "processes": 1}
     for config in configs:
-        values = asdict(config).items()
-        settings |= {f"--{name}": value for name, value in values if name not in FREE_TO_CHANGE}
-    digests = []
-    for path in train_data:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return {**settings, "content of --train_data": digests}
+        for name, value in asdict(config).items():
+            if name in TRAINED_ON:
+                settings[f"content of --{name}"] = [_digest(path) for path in value]
+            elif name not in FREE_TO_CHANGE:
+                settings[f"--{name}"] = value
+    return settings
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_checkpoint(training: TrainingConfig, settings: dict[str, Any]) -> Checkpoint | None:

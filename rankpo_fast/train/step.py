@@ -56,6 +56,7 @@ class Objective:
     stage: Stage
     weight: float = 1.0
     prefix: str = ""
+    flag: str = "--train_data"  # where its rows come from
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +168,16 @@ class StepResult:
 
     def _complaint(self, step: int, losses: list[float], norm: float) -> str:
         guilty = [w for w, x in zip(self.works, losses, strict=True) if not math.isfinite(x)]
-        rows = {int(row) + 1 for work in guilty or self.works for row in work.batch.rows}
+        rows: dict[str, set[int]] = {}  # by the flag that gave them
+        for work in guilty or self.works:
+            rows.setdefault(work.objective.flag, set()).update((work.batch.rows + 1).tolist())
+        named = (
+            f". Rows of {flag} in it, counted from 1: {', '.join(map(str, sorted(numbers)))}"
+            for flag, numbers in rows.items()
+        )
         return (
             f"step {step}: loss {self._total(losses)}, gradient norm {norm}; stopped before the "
-            f"update. Rows of --train_data in it, counted from 1: "
-            f"{', '.join(map(str, sorted(rows)))}"
+            f"update{''.join(named)}"
         )
 
 
@@ -239,7 +245,7 @@ def _gradients(encoder: Encoder, works: list[Work], memory: Memory) -> Computed:
         with record_function("backward"):
             cached.backward(gradient)
         losses.append(result.loss)
-        metrics.append({work.objective.prefix + k: v for k, v in result.metrics.items()})
+        metrics.append(_named(work.objective.prefix, result))
     return losses, metrics
 
 
@@ -249,6 +255,12 @@ def summed(n: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
     for places, rows in parts:
         total.index_put_((places,), rows, accumulate=True)
     return total
+
+
+def _named(prefix: str, result: BatchLoss) -> dict[str, Tensor]:
+    """A batch's metrics; beside another's, its loss too, as the log's own is that of all."""
+    own = {"loss": result.loss} if prefix else {}
+    return {prefix + name: value for name, value in (own | result.metrics).items()}
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

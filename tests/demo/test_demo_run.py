@@ -1,5 +1,6 @@
 """The demo from the command line to metrics.json, in its tiny form."""
 
+import hashlib
 import json
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from rankpo_fast.cli import main
 from rankpo_fast.data.rows import read_contrastive, read_preferences, read_retrieval
 
-MODELS = {"untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", "rankpo"}
+MODELS = {
+    "untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", "rankpo", "rankpo_replay",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +57,24 @@ def test_mined_negatives_join_the_random_ones_and_fit_nobody(demo):
         assert not set(after.negatives) & set(before.positives)
 
 
+def test_replay_differs_from_rankpo_by_the_rows_that_stage_1_ended_with(demo):
+    plain, replay = (
+        json.loads((demo / name / "training.json").read_text())["settings"]
+        for name in ("rankpo", "rankpo_replay")
+    )
+    digest = hashlib.sha256((demo / "data" / "stage1.jsonl").read_bytes()).hexdigest()
+    assert plain["content of --replay_data"] == []
+    assert replay["content of --replay_data"] == [digest]
+    assert all("--replay_" in name for name in plain if plain[name] != replay[name])
+
+
 def test_a_rerun_replaces_the_earlier_demo_and_finds_the_same(demo, capsys):
     first = json.loads((demo / "metrics.json").read_text())
     assert main(["demo", "--quick", "--output_dir", str(demo)]) == 0
     second = json.loads((demo / "metrics.json").read_text())
     assert {name: first[name] for name in MODELS} == {name: second[name] for name in MODELS}
     table = capsys.readouterr().out
-    assert "stage 1 + RankPO" in table and "report.png" in table
+    assert "stage 1 + RankPO + replay" in table and "report.png" in table
 
 
 def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path, capsys):

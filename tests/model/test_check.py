@@ -105,6 +105,13 @@ def test_the_sample_crosses_small_windows_and_keeps_to_the_positions():
     check_packing(short, BY_TEXT)
 
 
+def test_the_sample_holds_no_padding_token():
+    encoder = make_encoder("roberta", vocab_size=6)  # which is one id for every five
+    for batch in check._samples(encoder):
+        assert sorted(set(batch.input_ids[0].tolist())) == [1, 2, 3, 4, 5]
+    check_packing(encoder, BY_TEXT)
+
+
 # --- as part of loading ---
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from rankpo_fast import config as configs
 from rankpo_fast.train.contrastive import train_contrastive
+from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.rankpo import train_rankpo
 
 TRADES = ["nurse", "teacher", "developer", "cook", "pilot", "baker", "judge", "miner"]
@@ -104,6 +106,7 @@ def run_stage(tmp_path, contrastive_file, preference_file):
             configs.TrainingConfig,
             configs.EvaluationConfig,
             configs.ComputeConfig,
+            *([configs.ReplayConfig] if stage == "rankpo" else []),
         ]
         return train(*(_settings(cls, flags) for cls in classes))
 
@@ -113,6 +116,24 @@ def run_stage(tmp_path, contrastive_file, preference_file):
 def _settings(cls: type, flags: dict) -> object:
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in flags.items() if name in names})
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """SIGTERM during the given step, as a scheduler would send it; or another signal."""
+
+    def arm(step, number=signal.SIGTERM):
+        original = MetricsLog.step
+
+        def step_then_signal(self, done, *args, **kwargs):
+            original(self, done, *args, **kwargs)
+            if done == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(MetricsLog, "step", step_then_signal)
+
+    yield arm
+    monkeypatch.undo()
 
 
 @pytest.fixture

@@ -16,26 +16,7 @@ from torch import nn
 
 from rankpo_fast.errors import InputError
 from rankpo_fast.train import checkpoint as checkpoints
-from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.loop import _StopSignal
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """SIGTERM during the given step, as a scheduler would send it; or another signal."""
-
-    def arm(step, number=signal.SIGTERM):
-        original = MetricsLog.step
-
-        def step_then_signal(self, done, *args, **kwargs):
-            original(self, done, *args, **kwargs)
-            if done == step:
-                signal.raise_signal(number)
-
-        monkeypatch.setattr(MetricsLog, "step", step_then_signal)
-
-    yield arm
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
