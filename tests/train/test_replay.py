@@ -59,7 +59,7 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 
         seen = {}
         monkeypatch.setattr("rankpo_fast.train.step.update", keep)
-        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY)])
+        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY.max_tokens)])
         train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, MEMORY)
         return seen
 
@@ -76,7 +76,7 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 def test_its_rows_have_epochs_and_orders_of_their_own(objectives):
     """Both files have 24 rows and the run one seed: that gives 6 batches of pairs, 4 of replay."""
     encoder, *both = objectives
-    works = pack_step(both, range(8), encoder, MEMORY)
+    works = pack_step(both, range(8), encoder, MEMORY.max_tokens)
     pairs, replayed = (torch.cat([w.batch.rows for w in part]) for part in (works[:8], works[8:]))
     orders = [pairs[:24], replayed[:24], replayed[24:]]
     assert all(torch.equal(order.sort().values, torch.arange(24)) for order in orders)
