@@ -20,6 +20,7 @@ from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
 from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
@@ -37,25 +38,29 @@ def train_contrastive(
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
-    rows = read_contrastive(data.train_data)
-    batches = ContrastiveData(
-        rows,
-        batch_size=training.per_device_train_batch_size,
-        num_negatives=data.num_negatives,
-        seed=training.seed,
-    )
-    run = Run.prepare("contrastive", model, data, loss, training, evaluation, compute)
-    if run.finished:
-        return run.path
-    encoder = run.load_encoder()
-    texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
-    short = f"{batches.short_rows:,} of them have fewer than {data.num_negatives} negatives"
-    about = {
-        "rows": f"{len(rows):,}"
-        + (f", {short}: all of theirs are used" if batches.short_rows else ""),
-        "loss": f"InfoNCE, temperature {loss.temperature}",
-    }
-    train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
+    with Ranks.joined(compute) as ranks:
+        with ranks.first_ahead():
+            rows = read_contrastive(data.train_data)
+            batches = ContrastiveData(
+                rows,
+                batch_size=training.per_device_train_batch_size * ranks.size,
+                num_negatives=data.num_negatives,
+                seed=training.seed,
+            )
+            run = Run.prepare(
+                "contrastive", ranks, model, data, loss, training, evaluation, compute
+            )
+            if run.finished:
+                return run.path
+            encoder = run.load_encoder()
+            texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
+            short = f"{batches.short_rows:,} of them have fewer than {data.num_negatives} negatives"
+        about = {
+            "rows": f"{len(rows):,}"
+            + (f", {short}: all of theirs are used" if batches.short_rows else ""),
+            "loss": f"InfoNCE, temperature {loss.temperature}",
+        }
+        train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
 
 

@@ -24,6 +24,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import Objective, ahead, pack_step, train_step
 
@@ -40,12 +41,13 @@ class Plan:
     total_batches: int
 
     @classmethod
-    def of(cls, config: TrainingConfig, batches_per_epoch: int) -> "Plan":
+    def of(cls, config: TrainingConfig, batches_per_epoch: int, ranks: int = 1) -> "Plan":
         per_step = config.gradient_accumulation_steps
         total = max(1, round(config.num_train_epochs * batches_per_epoch))
         if config.max_steps is not None:
             total = config.max_steps * per_step
-        return cls(config.per_device_train_batch_size, batches_per_epoch, per_step, total)
+        rows = config.per_device_train_batch_size * ranks
+        return cls(rows, batches_per_epoch, per_step, total)
 
     @property
     def total_steps(self) -> int:
@@ -76,51 +78,61 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
-    config, stage = run.training, objectives[0].stage
-    plan = Plan.of(config, stage.data.batches_per_epoch)
+    config, ranks, stage = run.training, run.ranks, objectives[0].stage
+    plan = Plan.of(config, stage.data.batches_per_epoch, ranks.size)
     run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
     run.open_output()
-    _seed(config.seed)
+    _seed(config.seed + ranks.rank)  # so that dropout differs
     optimizer = adamw(encoder, config)
     first_step = 0
     if run.checkpoint is not None:
-        checkpoints.restore(run.checkpoint, encoder, optimizer)
+        checkpoints.restore(run.checkpoint, encoder, optimizer, ranks)
         first_step = run.checkpoint.step
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
-    works = ahead(lambda step: pack_step(objectives, plan.batches(step), encoder, memory), steps)
+    works = ahead(
+        lambda step: pack_step(objectives, plan.batches(step), encoder, memory, ranks), steps
+    )
     with (
-        MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
-        _StopSignal() as stop,
+        MetricsLog(
+            run.path, config, run.settings, first_step, plan.total_steps, silent=not ranks.first
+        ) as log,
+        _StopSignal() as signals,
     ):
         for step in steps:
             done, rate = step + 1, learning_rate(step, plan.total_steps, config)
-            result = train_step(encoder, works, optimizer, rate, config.max_grad_norm, memory)
+            result = train_step(
+                encoder, works, optimizer, rate, config.max_grad_norm, memory, ranks
+            )
             log.step(done, plan.epochs(done), result)
             saved = _due(done, config.save_steps)
             if saved:
                 log.settle()
                 run.save_checkpoint(done, encoder, optimizer)
+            stop = signals.agreed(ranks)
             due = run.evaluation.asked and _due(done, config.eval_steps)
-            if due and done < plan.total_steps and stop.requested is None:
+            if due and done < plan.total_steps and stop is None:
                 log.settle()
                 log.evaluation(done, run.evaluate(encoder))
-            if stop.requested is not None:
+                stop = signals.agreed(ranks)
+            if stop is not None:
                 log.settle()
                 if not saved:
                     run.save_checkpoint(done, encoder, optimizer)
-                name = stop.requested.name
+                name = stop.name
                 log.say(f"stopped by {name} after step {done}, which is saved; --resume continues")
-                raise SystemExit(EXIT_CODES[stop.requested])
+                raise SystemExit(EXIT_CODES[stop])
         log.settle()
         run.save_model(encoder)  # before the evaluation, whose failure then costs no training
         log.say(f"model saved in {run.path}")
-        if run.evaluation.asked and stop.requested is None:
+        stop = signals.agreed(ranks)
+        if run.evaluation.asked and stop is None:
             log.evaluation(plan.total_steps, run.evaluate(encoder))
-        if stop.requested is not None:
-            log.say(f"stopped by {stop.requested.name}; the model is saved")
-            raise SystemExit(EXIT_CODES[stop.requested])
+            stop = signals.agreed(ranks)
+        if stop is not None:
+            log.say(f"stopped by {stop.name}; the model is saved")
+            raise SystemExit(EXIT_CODES[stop])
 
 
 def _seed(seed: int) -> None:
@@ -149,6 +161,11 @@ class _StopSignal:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._request)
         return self
+
+    def agreed(self, ranks: Ranks) -> signal.Signals | None:
+        """What any rank was asked for: all stop after the same step."""
+        [number] = ranks.highest([self.requested or 0])
+        return signal.Signals(number) if number else None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

@@ -25,6 +25,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.cache import CachedVectors
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import update
+from rankpo_fast.train.ranks import Ranks, deal
 from rankpo_fast.train.texts import Batch, Texts
 
 
@@ -62,14 +63,20 @@ class Work:
 
     objective: Objective
     share: float  # of its loss in the step's
-    batch: Batch
+    batch: Batch  # with this rank's rows of it
     groups: list[MicroBatch]
-    query_places: Tensor  # [U] among the vectors of all groups
+    order: Tensor  # places of the rank's texts, as they were dealt, among the vectors of its groups
+    query_places: Tensor  # [U] among the vectors of all ranks
     passage_places: Tensor  # [N]
+    counts: list[int]  # vectors of each rank
+    rows: Tensor  # of the data, of all ranks
+    of_loss: float  # the rank's part of the batch's loss, 1 of one that is alone
+    of_rows: float  # and of its rows
+    tokens: int  # of all ranks
 
 
 def pack_step(
-    objectives: list[Objective], numbers: range, encoder: Encoder, memory: Memory
+    objectives: list[Objective], numbers: range, encoder: Encoder, memory: Memory, ranks: Ranks
 ) -> list[Work]:
     """The batches `numbers` of every objective, which make a step; pinned if they go to a card."""
     works = []
@@ -78,16 +85,27 @@ def pack_step(
         for number in numbers:
             batch = data.batch(*divmod(number, data.batches_per_epoch))
             rows, queries, passages = texts.of(batch)
-            groups = encoder.plan(texts.table.lengths[rows], memory.max_tokens)
-            place = torch.cat(groups).argsort()  # of each text among the vectors
+            lengths = texts.table.lengths[rows]
+            # attention over l tokens costs a layer l / (6 D) of what its matrices do
+            dealt = deal(lengths * (1 + lengths / (6 * encoder.dim)), ranks.size)
+            own = dealt[ranks.rank]
+            groups = encoder.plan(lengths[own], memory.max_tokens)
+            place = torch.cat(dealt).argsort()  # of each text among the vectors of all ranks
+            part = batch.part(ranks.rows(len(batch.rows)))
             works.append(
                 Work(
                     objective,
                     objective.weight / len(numbers),
-                    batch,
-                    [pack(texts.table, rows[group]) for group in groups],
+                    part,
+                    [pack(texts.table, rows[own[group]]) for group in groups],
+                    torch.cat([own[:0], *groups]).argsort(),
                     place[queries],
                     place[passages],
+                    list(map(len, dealt)),
+                    batch.rows,
+                    part.weight / batch.weight if batch.weight else 0.0,
+                    len(part.rows) / len(batch.rows),
+                    int(lengths.sum()),
                 )
             )
     return pinned(works) if encoder.device.type == "cuda" else works
@@ -135,18 +153,18 @@ class StepResult:
 
     @property
     def tokens(self) -> int:
-        return sum(sum(group.lengths) for work in self.works for group in work.groups)
+        return sum(work.tokens for work in self.works)
 
     @property
     def queries(self) -> int:
-        return sum(len(work.batch.rows) for work in self.works)
+        return sum(len(work.rows) for work in self.works)
 
     def _total(self, losses: list[float]) -> float:
         return sum(work.share * loss for work, loss in zip(self.works, losses, strict=True))
 
     def _complaint(self, step: int, losses: list[float], norm: float) -> str:
         guilty = [w for w, x in zip(self.works, losses, strict=True) if not math.isfinite(x)]
-        rows = {int(row) + 1 for work in guilty or self.works for row in work.batch.rows}
+        rows = {int(row) + 1 for work in guilty or self.works for row in work.rows}
         return (
             f"step {step}: loss {self._total(losses)}, gradient norm {norm}; stopped before the "
             f"update. Rows of --train_data in it, counted from 1: "
@@ -161,6 +179,7 @@ def train_step(
     rate: float,
     max_grad_norm: float,
     memory: Memory,
+    ranks: Ranks,
 ) -> StepResult:
     """Take the next of `steps`; nothing waits for the device.
 
@@ -178,15 +197,19 @@ def train_step(
         with record_function("forward"):
             cached = CachedVectors(encoder, work.groups, kept=memory.kept(work.groups))
         with record_function("loss"):
-            vectors = cached.vectors  # [n, D]
+            vectors = ranks.gathered(cached.vectors[work.order], work.counts)  # [n, D]
             queries, passages = vectors[work.query_places], vectors[work.passage_places]
             result = work.objective.stage.loss(queries, passages, work.batch)
             sides = (work.query_places, result.d_queries), (work.passage_places, result.d_passages)
-            gradient = summed(len(vectors), *sides) * work.share
+            gradient = summed(len(vectors), *sides) * (work.share * work.of_loss)
+            gradient = ranks.owned(gradient, work.counts)
         with record_function("backward"):
-            cached.backward(gradient)
-        losses.append(result.loss)
-        metrics.append({work.objective.prefix + k: v for k, v in result.metrics.items()})
+            cached.backward(summed(len(gradient), (work.order, gradient)))
+        losses.append(result.loss * work.of_loss)
+        prefix = work.objective.prefix
+        metrics.append({prefix + k: v * work.of_rows for k, v in result.metrics.items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, metrics = ranks.total(parameters, losses, metrics)
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
     return StepResult(*_to_host(torch.stack([*losses, norm])), metrics, works, rate, began)
