@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from rankpo_fast.data.files import flush_to_disk
@@ -64,7 +65,11 @@ def save(
     try:
         save_file(_weights(model), temporary / WEIGHTS)
         save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        tensors = {f"{rank}/{k}": v for rank, (of, _) in enumerate(states) for k, v in of.items()}
+        tensors = {
+            f"{rank}/{name}": tensor
+            for rank, (of_rank, _) in enumerate(states)
+            for name, tensor in load(of_rank).items()
+        }
         save_file(tensors, temporary / RANDOM)
         numbers = [of_rank for _, of_rank in states]
         _write_json(temporary / STATE, {"step": step, "settings": settings, "random": numbers})
@@ -152,12 +157,12 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # moves to the devices
 
 
-def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys)}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return tensors, {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+    return pack(tensors), {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
 
 
 def _restore_random(
