@@ -1,17 +1,98 @@
-"""What tests have ranks do that train together; every function runs on each of them."""
+"""Ranks that train, as torchrun starts them, but forked from a process that has imported all.
+
+What a function returns, says on stderr and exits with comes back from every rank; none may hang.
+"""
 
 import contextlib
 import math
+import multiprocessing
+import os
 import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import stages
 import torch
 import torch.distributed as dist
+import transformers.models.bert.modeling_bert
+import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork has them)
 from torch import nn
 
+from rankpo_fast import cli
 from rankpo_fast.train import contrastive, step
 from rankpo_fast.train.log import MetricsLog
+
+SECONDS = 60  # that ranks may take to end
+
+
+class Ended(NamedTuple):
+    code: int  # of the exit; -15 after a SIGTERM that nothing caught
+    said: str
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """Ranks at work."""
+
+    processes: list[multiprocessing.Process]
+    directory: Path
+
+    def ended(self) -> list[Ended]:
+        """Of each rank, once all have ended; TimeoutError if one does not."""
+        end = time.monotonic() + SECONDS
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        for process in self.processes:
+            process.kill()
+        results = []
+        for rank, process in enumerate(self.processes):
+            answer = self.directory / f"answer-{rank}"
+            of_rank = torch.load(answer) if answer.exists() else None
+            said = (self.directory / f"said-{rank}").read_text()
+            results.append(Ended(process.exitcode, said, of_rank))
+        if hanging:
+            raise TimeoutError(f"ranks {hanging} hang: {results}")
+        return results
+
+
+def start(size: int, directory: Path, function: Callable, *args: Any, **options: Any) -> Started:
+    """Have `size` ranks call the function; `directory` is for what they leave."""
+    directory.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    processes = []
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+        for rank in range(size):
+            of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            of_rank = {name: str(value) for name, value in of_rank.items()}
+            target = (of_rank, directory, function, args, options)
+            processes.append(context.Process(target=_be, args=target, daemon=True))
+            processes[-1].start()
+    return Started(processes, directory)
+
+
+def _be(environment, directory, function, args, options) -> None:
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    with open(directory / f"said-{environment['RANK']}", "w") as said:
+        os.dup2(said.fileno(), 2)
+    answer = function(*args, **options)
+    torch.save(answer, directory / f"answer-{environment['RANK']}")
+
+
+# --- what they do ---
 
 
 class Steps:
@@ -21,24 +102,23 @@ class Steps:
     def __init__(self):
         self.gradients: list[dict[int, torch.Tensor]] = []  # by number of the parameter
         self.losses: list[list[float]] = []
-        self.messages: list[dict[str, int]] = []
+        self.reductions: list[int] = []  # until then
 
     def __enter__(self):
-        self._counts = {"all_reduce": 0, "all_to_all_single": 0}
+        self._count = 0
         self._patches = contextlib.ExitStack()
         put = self._patches.enter_context
         put(mock.patch.object(step, "update", self._update))
-        for name in self._counts:
-            put(mock.patch.object(dist, name, self._counted(name, getattr(dist, name))))
+        put(mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)))
         return self
 
     def __exit__(self, *error):
         self._patches.close()
 
-    def _counted(self, name, collective):
+    def _counted(self, all_reduce):
         def counted(*args, group, **kwargs):
-            self._counts[name] += group is dist.group.WORLD  # not what only hosts tell each other
-            return collective(*args, group=group, **kwargs)
+            self._count += group is dist.group.WORLD  # not what only hosts tell each other
+            return all_reduce(*args, group=group, **kwargs)
 
         return counted
 
@@ -47,7 +127,7 @@ class Steps:
         gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
         self.gradients.append(gradients)
         self.losses.append([loss.item() for loss in losses])
-        self.messages.append(dict(self._counts))
+        self.reductions.append(self._count)
         with torch.no_grad():
             for i, gradient in gradients.items():
                 parameters[i] -= 1e-3 * gradient
@@ -56,15 +136,14 @@ class Steps:
 
 
 def descend(stage, **flags):
-    """(gradients, losses, messages so far) of every step."""
+    """(gradients, losses, reductions so far) of every step."""
     with Steps() as steps:
         stages.run(stage, **flags)
-    return steps.gradients, steps.losses, steps.messages
+    return steps.gradients, steps.losses, steps.reductions
 
 
-def train(stage, seed=0, stop=None, **flags):
-    """The exit code. `stop`: SIGTERM comes to the last rank in that step."""
-    torch.manual_seed(seed + dist.get_rank())
+def train(stage, stop=None, **flags):
+    """`stop`: SIGTERM comes to the last rank in that step."""
     say = MetricsLog.step
 
     def said(self, done, *args):
@@ -73,20 +152,32 @@ def train(stage, seed=0, stop=None, **flags):
             signal.raise_signal(signal.SIGTERM)
 
     with mock.patch.object(MetricsLog, "step", said):
-        try:
-            stages.run(stage, **flags)
-        except SystemExit as end:
-            return end.code
-    return 0
+        stages.run(stage, **flags)
 
 
-def train_with_nan(bad_rank, **flags):
-    """One rank has it in its part of the loss."""
+def command(*flags):
+    """The command line."""
+    sys.exit(cli.main(list(flags)))
+
+
+def command_with_nan(*flags):
+    """It comes up in the last rank's part of the loss."""
     compute = contrastive.info_nce_loss_and_grads
 
     def loss(*args, **kwargs):
         loss, *others = compute(*args, **kwargs)
-        return loss * (math.nan if dist.get_rank() == bad_rank else 1), *others
+        last = dist.get_rank() == dist.get_world_size() - 1
+        return loss * (math.nan if last else 1), *others
 
     with mock.patch.object(contrastive, "info_nce_loss_and_grads", loss):
-        stages.run("contrastive", **flags)
+        command(*flags)
+
+
+def command_on_a_full_disk(*flags):
+    """As the first rank finds it when it saves a checkpoint."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with mock.patch("rankpo_fast.train.checkpoint._optimizer_tensors", fail):
+        command(*flags)
