@@ -25,7 +25,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork h
 from torch import nn
 
 from rankpo_fast import cli
-from rankpo_fast.train import contrastive, step
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.train import contrastive, run, step
 from rankpo_fast.train.log import MetricsLog
 
 SECONDS = 60  # that ranks may take to end
@@ -96,18 +97,25 @@ def _be(environment, directory, function, args, options) -> None:
 
 
 class Steps:
-    """A context manager: optimizer steps as plain gradient descent, in which rounding stays what it
-    is, where AdamW divides by it; what they got, and what travelled for each."""
+    """A context manager: fp64, and optimizer steps as plain gradient descent, so that rounding
+    stays small, where AdamW divides by it; what they got, and what travelled for them.
 
-    def __init__(self):
+    Vectors are rounded to fp32 as ever, but `wide`: losses see them in fp64.
+    """
+
+    def __init__(self, wide):
+        self._wide = wide
         self.gradients: list[dict[int, torch.Tensor]] = []  # by number of the parameter
         self.losses: list[list[float]] = []
-        self.reductions: list[int] = []  # until then
+        self.reductions: list[int] = []  # of gradients, until then
 
     def __enter__(self):
         self._count = 0
         self._patches = contextlib.ExitStack()
         put = self._patches.enter_context
+        load = run.load_encoder
+        put(mock.patch.object(run, "load_encoder", lambda *a, **k: load(*a, **k).double()))
+        put(mock.patch.object(Encoder, "forward", self._widened(Encoder.forward)))
         put(mock.patch.object(step, "update", self._update))
         put(mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)))
         return self
@@ -115,10 +123,17 @@ class Steps:
     def __exit__(self, *error):
         self._patches.close()
 
+    def _widened(self, forward):
+        def widened(encoder, batch):
+            vectors = forward(encoder, batch)
+            return vectors.double() if self._wide and encoder.training else vectors
+
+        return widened
+
     def _counted(self, all_reduce):
-        def counted(*args, group, **kwargs):
-            self._count += group is dist.group.WORLD  # not what only hosts tell each other
-            return all_reduce(*args, group=group, **kwargs)
+        def counted(tensor, *args, **kwargs):
+            self._count += tensor.is_floating_point() and tensor.numel() > 1000
+            return all_reduce(tensor, *args, **kwargs)
 
         return counted
 
@@ -135,9 +150,9 @@ class Steps:
         return nn.utils.get_total_norm(list(gradients.values()))
 
 
-def descend(stage, **flags):
+def descend(stage, wide=True, **flags):
     """(gradients, losses, reductions so far) of every step."""
-    with Steps() as steps:
+    with Steps(wide) as steps:
         stages.run(stage, **flags)
     return steps.gradients, steps.losses, steps.reductions
 
