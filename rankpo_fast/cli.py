@@ -3,6 +3,8 @@
 Exit codes: 0; 1 for a run that failed; 2 for what the user can put right (bad flags, bad data, with
 a message that names it); in training, 143 after SIGTERM and 130 after Ctrl-C, once the step is
 finished and saved.
+
+Training on N cards is `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`.
 """
 
 import dataclasses

@@ -196,3 +196,9 @@ def command_on_a_full_disk(*flags):
 
     with mock.patch("rankpo_fast.train.checkpoint._optimizer_tensors", fail):
         command(*flags)
+
+
+def command_with_own_rate(*flags):
+    """The last rank has another learning rate than the others."""
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    command(*flags, *(["--learning_rate", "1"] if last else []))

@@ -1,4 +1,4 @@
-"""Whole batches on their way to a device: every tensor in a value, wherever it stands."""
+"""Whole batches on their way to a device: every tensor of a Movable, and of those inside it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Movable:
+    """A dataclass whose tensors move together; what else it holds stays where it is."""
 
 
 def to_device(value: T, device: torch.device) -> T:
@@ -21,12 +25,12 @@ def pinned(value: T) -> T:
 
 
 def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """`value` with its tensors changed, also those in dataclasses and lists."""
+    """`value` with its tensors changed, also those in lists and in what is Movable."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list):
         return [_each_tensor(item, change) for item in value]
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, Movable):
         names = [field.name for field in dataclasses.fields(value)]
         parts = {name: _each_tensor(getattr(value, name), change) for name in names}
         return dataclasses.replace(value, **parts)

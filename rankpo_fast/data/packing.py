@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.moving import Movable
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(Movable):
     """S texts end to end; text i is input_ids[0, offsets[i] : offsets[i + 1]], none is empty."""
 
     input_ids: Tensor  # [1, T] int64

@@ -18,6 +18,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
 from rankpo_fast.data.rows import read_contrastive
+from rankpo_fast.errors import InputError
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.ranks import Ranks
@@ -47,6 +48,13 @@ def train_contrastive(
                 num_negatives=data.num_negatives,
                 seed=training.seed,
             )
+            if batches.batch_size == 1 and batches.bare_rows > 0:
+                raise InputError(
+                    f"{batches.bare_rows:,} of {len(rows):,} rows of --train_data have no negative, "
+                    f"and in a batch of one nothing else is one: give "
+                    f"--per_device_train_batch_size 2 or more"
+                    f"{'' if data.num_negatives else ', or --num_negatives 1'}"
+                )
             run = Run.prepare(
                 "contrastive", ranks, model, data, loss, training, evaluation, compute
             )

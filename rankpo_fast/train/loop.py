@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.log import MetricsLog
@@ -41,13 +42,12 @@ class Plan:
     total_batches: int
 
     @classmethod
-    def of(cls, config: TrainingConfig, batches_per_epoch: int, ranks: int = 1) -> "Plan":
+    def of(cls, config: TrainingConfig, data: ContrastiveData | PreferenceData) -> "Plan":
         per_step = config.gradient_accumulation_steps
-        total = max(1, round(config.num_train_epochs * batches_per_epoch))
+        total = max(1, round(config.num_train_epochs * data.batches_per_epoch))
         if config.max_steps is not None:
             total = config.max_steps * per_step
-        rows = config.per_device_train_batch_size * ranks
-        return cls(rows, batches_per_epoch, per_step, total)
+        return cls(data.batch_size, data.batches_per_epoch, per_step, total)
 
     @property
     def total_steps(self) -> int:
@@ -79,7 +79,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
     config, ranks, stage = run.training, run.ranks, objectives[0].stage
-    plan = Plan.of(config, stage.data.batches_per_epoch, ranks.size)
+    plan = Plan.of(config, stage.data)
     run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
     run.open_output()
     _seed(config.seed + ranks.rank)  # so that dropout differs
@@ -120,8 +120,9 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
                 log.settle()
                 if not saved:
                     run.save_checkpoint(done, encoder, optimizer)
-                name = stop.name
-                log.say(f"stopped by {name} after step {done}, which is saved; --resume continues")
+                log.say(
+                    f"stopped by {stop.name} after step {done}, which is saved; --resume continues"
+                )
                 raise SystemExit(EXIT_CODES[stop])
         log.settle()
         run.save_model(encoder)  # before the evaluation, whose failure then costs no training

@@ -4,6 +4,7 @@ Before the first step the longest texts of all go through once, forward and back
 a token then has a known size, and a run that would not fit fails now, not hours in.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -77,4 +78,5 @@ def _free_bytes() -> int:
     """Of the host, or of the container that the process runs in."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return 1024 * free["MemAvailable"]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
+    return 1024 * free["MemAvailable"] // ranks

@@ -64,7 +64,10 @@ class Ranks:
                 raise InputError(
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun"
                 )
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            on_card = device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if on_card else "gloo", device_id=device if on_card else None
+            )
         yield cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
         if not there:  # after an error the process ends, and does not wait here for others
             dist.destroy_process_group()
@@ -110,9 +113,11 @@ class Ranks:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
         try:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+            with record_function("communication"):
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
         except RuntimeError as error:
-            raise SystemExit(f"rankpo-fast: rank {self.rank} stops: another is gone") from error
+            said = f"rankpo-fast: rank {self.rank} stops, since another is gone ({error})"
+            raise SystemExit(said) from error
         return tensor.tolist()
 
     def objects(self, value: Any) -> list[Any]:
@@ -149,14 +154,14 @@ class Ranks:
         """Losses and metrics summed over ranks, and in place the gradients of the parameters."""
         if self.group is None:
             return losses, metrics
+        used = self.highest([parameter.grad is not None for parameter in parameters])
+        for parameter, is_used in zip(parameters, used, strict=True):
+            if is_used and parameter.grad is None:  # used by others' texts, not by own ones
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        values = [*losses, *(value for of_batch in metrics for value in of_batch.values())]
+        numbers = torch.stack([value.float() for value in values])
         with record_function("communication"):
-            used = self.highest([parameter.grad is not None for parameter in parameters])
-            for parameter, is_used in zip(parameters, used, strict=True):
-                if is_used and parameter.grad is None:  # by this rank's texts, if it has any
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            values = [*losses, *(value for of_batch in metrics for value in of_batch.values())]
-            numbers = torch.stack([value.float() for value in values])
             for bucket in _buckets([numbers, *gradients]):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
                 dist.all_reduce(flat, group=self.group)

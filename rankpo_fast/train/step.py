@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
-from rankpo_fast.data.moving import pinned, to_device
+from rankpo_fast.data.moving import Movable, pinned, to_device
 from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.cache import CachedVectors
@@ -58,7 +58,7 @@ class Objective:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class Work(Movable):
     """A batch of one objective, packed."""
 
     objective: Objective
@@ -86,7 +86,7 @@ def pack_step(
             batch = data.batch(*divmod(number, data.batches_per_epoch))
             rows, queries, passages = texts.of(batch)
             lengths = texts.table.lengths[rows]
-            # attention over l tokens costs a layer l / (6 D) of what its matrices do
+            # Attention among l tokens costs l / (6 D) of what a layer's matrices cost.
             dealt = deal(lengths * (1 + lengths / (6 * encoder.dim)), ranks.size)
             own = dealt[ranks.rank]
             groups = encoder.plan(lengths[own], memory.max_tokens)
@@ -196,13 +196,13 @@ def train_step(
             work = to_device(work, encoder.device)
         with record_function("forward"):
             cached = CachedVectors(encoder, work.groups, kept=memory.kept(work.groups))
+        vectors = ranks.gathered(cached.vectors[work.order], work.counts)  # [n, D]
         with record_function("loss"):
-            vectors = ranks.gathered(cached.vectors[work.order], work.counts)  # [n, D]
             queries, passages = vectors[work.query_places], vectors[work.passage_places]
             result = work.objective.stage.loss(queries, passages, work.batch)
             sides = (work.query_places, result.d_queries), (work.passage_places, result.d_passages)
             gradient = summed(len(vectors), *sides) * (work.share * work.of_loss)
-            gradient = ranks.owned(gradient, work.counts)
+        gradient = ranks.owned(gradient, work.counts)
         with record_function("backward"):
             cached.backward(summed(len(gradient), (work.order, gradient)))
         losses.append(result.loss * work.of_loss)

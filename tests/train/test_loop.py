@@ -30,8 +30,11 @@ def config(**flags):
 # --- steps and rates ---
 
 
+DATA = SimpleNamespace(batch_size=8, batches_per_epoch=5)
+
+
 def test_every_batch_of_every_epoch_is_used_once():
-    plan = Plan.of(config(num_train_epochs=3, gradient_accumulation_steps=4), 5)
+    plan = Plan.of(config(num_train_epochs=3, gradient_accumulation_steps=4), DATA)
     batches = [number for step in range(plan.total_steps) for number in plan.batches(step)]
     assert batches == list(range(15))
     assert plan.total_steps == 4
@@ -39,7 +42,7 @@ def test_every_batch_of_every_epoch_is_used_once():
 
 
 def test_max_steps_overrides_epochs():
-    plan = Plan.of(config(max_steps=7, gradient_accumulation_steps=2), 5)
+    plan = Plan.of(config(max_steps=7, gradient_accumulation_steps=2), DATA)
     assert plan.total_steps == 7
     assert len(plan.batches(6)) == 2
 

@@ -1,7 +1,6 @@
 """Ranks that train together take the steps of one process, and end together."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import rank_runs
 import torch
 from safetensors.torch import load_file
 
+from rankpo_fast import cli
 from rankpo_fast.errors import InputError
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.ranks import deal
@@ -189,6 +189,13 @@ def test_bad_input_ends_all_and_is_said_once(words, said, ran, flags, tiny_llama
     assert all(rank.code > 0 and said not in rank.said for rank in others)
 
 
+def test_ranks_that_were_started_unlike_are_refused(ran, flags, tiny_llama_dir):
+    of = flags("contrastive", tiny_llama_dir, "out", max_steps=1)
+    first, *others = ran(rank_runs.command_with_own_rate, *arguments(of))
+    assert first.code == 2 and "--learning_rate was 1.0, is 1e-05" in first.said
+    assert all(rank.code == 1 for rank in others)
+
+
 def test_torchrun_hands_sigterm_to_all(flags, tiny_llama_dir, tmp_path):
     of = flags("contrastive", tiny_llama_dir, "out", max_steps=1000000)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -205,11 +212,10 @@ def test_torchrun_hands_sigterm_to_all(flags, tiny_llama_dir, tmp_path):
     assert checkpoint.step == json.loads(metrics.read_text().splitlines()[-1])["step"]
 
 
-def test_other_commands_refuse_torchrun():
-    environment = {**os.environ, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "rankpo_fast.cli", "mine"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2 and "mine runs in one process" in ended.stderr
+def test_other_commands_refuse_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["mine"]) == 2
+    assert "mine runs in one process" in capsys.readouterr().err
 
 
 # --- dealing ---

@@ -1,5 +1,6 @@
 """Both stages learn, and what they compute is what the paper and the flags say."""
 
+import json
 import math
 import warnings
 
@@ -16,6 +17,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.rows import ContrastiveRow, read_preferences
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.rankpo import RankPOStage
@@ -42,6 +44,26 @@ def test_contrastive_loss_falls(model, request, run_stage, read_metrics):
     assert lines[-1]["positive_similarity"] > lines[-1]["hardest_negative_similarity"]
     said = {"grad_norm", "learning_rate", "epoch", "tokens_per_second", "queries_per_second"}
     assert said | {"peak_memory_bytes"} <= lines[-1].keys()
+
+
+@pytest.mark.parametrize("negatives, works", [([], False), (["a cook"], True)])
+def test_a_batch_of_one_needs_negatives_of_its_own(
+    negatives, works, tiny_llama_dir, run_stage, tmp_path
+):
+    row = {"query": "a nurse", "positives": ["nurse"], "negatives": negatives}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    data = [str(tmp_path / "rows.jsonl")]
+    flags = {"train_data": data, "per_device_train_batch_size": 1, "max_steps": 1}
+    if works:
+        run_stage("contrastive", tiny_llama_dir, "out", **flags)
+    else:
+        with pytest.raises(InputError, match="2 of 2 rows .* --per_device_train_batch_size 2 or"):
+            run_stage("contrastive", tiny_llama_dir, "out", **flags)
+
+
+def test_fewer_rows_than_a_batch_asks_for_are_said(tiny_llama_dir, run_stage, capsys):
+    run_stage("contrastive", tiny_llama_dir, "out", per_device_train_batch_size=100, max_steps=1)
+    assert "1 of 2 x 24 rows" in capsys.readouterr().err
 
 
 def compute(cache):
