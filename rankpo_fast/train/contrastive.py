@@ -50,8 +50,8 @@ def train_contrastive(
             )
             if batches.batch_size == 1 and batches.bare_rows > 0:
                 raise InputError(
-                    f"{batches.bare_rows:,} of {len(rows):,} rows of --train_data have no negative, "
-                    f"and in a batch of one nothing else is one: give "
+                    f"{batches.bare_rows:,} of {len(rows):,} rows of --train_data have no "
+                    f"negative, and in a batch of one nothing else is one: give "
                     f"--per_device_train_batch_size 2 or more"
                     f"{'' if data.num_negatives else ', or --num_negatives 1'}"
                 )

@@ -69,7 +69,7 @@ class Work(Movable):
     query_places: Tensor  # [U] among the vectors of all ranks
     passage_places: Tensor  # [N]
     counts: list[int]  # vectors of each rank
-    rows: Tensor  # of the data, of all ranks
+    rows: tuple[int, ...]  # of the data, of all ranks
     of_loss: float  # the rank's part of the batch's loss, 1 of one that is alone
     of_rows: float  # and of its rows
     tokens: int  # of all ranks
@@ -102,7 +102,7 @@ def pack_step(
                     place[queries],
                     place[passages],
                     list(map(len, dealt)),
-                    batch.rows,
+                    tuple(batch.rows.tolist()),
                     part.weight / batch.weight if batch.weight else 0.0,
                     len(part.rows) / len(batch.rows),
                     int(lengths.sum()),
@@ -164,7 +164,7 @@ class StepResult:
 
     def _complaint(self, step: int, losses: list[float], norm: float) -> str:
         guilty = [w for w, x in zip(self.works, losses, strict=True) if not math.isfinite(x)]
-        rows = {int(row) + 1 for work in guilty or self.works for row in work.rows}
+        rows = {row + 1 for work in guilty or self.works for row in work.rows}
         return (
             f"step {step}: loss {self._total(losses)}, gradient norm {norm}; stopped before the "
             f"update. Rows of --train_data in it, counted from 1: "

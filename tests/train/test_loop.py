@@ -95,7 +95,9 @@ def toy_run(directory, loss, **flags):
         group = pack(TokenTable(torch.ones(1, dtype=torch.int32), torch.tensor([0, 1]), 0), ZERO)
         objective = Objective(SimpleNamespace(loss=batch_loss))
         places = ZERO, ZERO, ZERO
-        return Work(objective, 1 / per_step, batch, [group], *places, [1], rows, 1.0, 1.0, 1)
+        return Work(
+            objective, 1 / per_step, batch, [group], *places, [1], tuple(rows.tolist()), 1.0, 1.0, 1
+        )
 
     model, per_step = Toy(), settings.gradient_accumulation_steps
     optimizer, memory = adamw(model, settings), Memory(1, 0.0, 0.0)

@@ -12,6 +12,7 @@ from rankpo_fast.data.rows import ContrastiveRow
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.ranks import ALONE
 from rankpo_fast.train.step import Objective, ahead, pack_step, summed
 from rankpo_fast.train.texts import Texts
 
@@ -30,7 +31,8 @@ def packed(tiny_llama_dir, tmp_path):
     compute = ComputeConfig(cache_dir=str(tmp_path))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()), weight=3.0)
-    works = pack_step([objective], range(2, 4), encoder, Memory(40, 0.0, 0.0))  # of epoch 1
+    memory, second_epoch = Memory(40, 0.0, 0.0), range(2, 4)
+    works = pack_step([objective], second_epoch, encoder, memory, ALONE)
     return works, encoder, data, texts
 
 
@@ -38,7 +40,7 @@ def test_each_distinct_text_of_a_batch_is_encoded_once_and_found_again(packed):
     works, encoder, data, texts = packed
     seen = set()
     for work in works:
-        vectors = torch.cat([encoder(group) for group in work.groups])
+        vectors = torch.cat([encoder(group) for group in work.groups])[work.order]
         queries = [data.query_texts[i] for i in work.batch.query_texts]
         passages = [data.passage_texts[i] for i in work.batch.passage_texts]
         assert len(vectors) == len({*queries, *passages})
@@ -88,6 +90,6 @@ def test_rows_that_fall_on_one_place_are_summed():
 def test_a_work_moves_with_all_its_tensors(packed):
     work = to_device(packed[0][0], torch.device("meta"))
     tensors = [*vars(work.batch).values(), *(v for g in work.groups for v in vars(g).values())]
-    tensors = [x for x in [*tensors, work.query_places] if isinstance(x, torch.Tensor)]
+    tensors = [x for x in [*tensors, work.order, work.query_places] if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
     assert work.objective is packed[0][0].objective  # whose token table must stay where it is
