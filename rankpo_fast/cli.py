@@ -288,6 +288,7 @@ def _overview() -> str:
             *lines,
             "",
             "rankpo-fast COMMAND --help lists the flags of a command.",
+            "torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ... trains on N cards.",
         ]
     )
 

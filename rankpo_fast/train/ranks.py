@@ -58,16 +58,13 @@ class Ranks:
         if size == 1:
             yield cls(compute.torch_device())
             return
-        device = _own_device(compute)
+        device = own_device(compute)
         if not there:
             if missing := [name for name in STARTED_BY_TORCHRUN if name not in os.environ]:
                 raise InputError(
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun"
                 )
-            on_card = device.type == "cuda"
-            dist.init_process_group(
-                "nccl" if on_card else "gloo", device_id=device if on_card else None
-            )
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
         if not there:  # after an error the process ends, and does not wait here for others
             dist.destroy_process_group()
@@ -188,7 +185,8 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
     return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
 
 
-def _own_device(compute: ComputeConfig) -> torch.device:
+def own_device(compute: ComputeConfig) -> torch.device:
+    """The card of LOCAL_RANK, which becomes the current one, or the CPU."""
     device = compute.torch_device()
     if device.type == "cpu":
         return device

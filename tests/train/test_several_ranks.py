@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from rankpo_fast import cli
+from rankpo_fast.config import ComputeConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.train import checkpoint as checkpoints
-from rankpo_fast.train.ranks import deal
+from rankpo_fast.train.ranks import deal, own_device
 
 RANKS = 3  # so that neither rows nor texts come out even
 
@@ -218,7 +219,25 @@ def test_other_commands_refuse_torchrun(monkeypatch, capsys):
     assert "mine runs in one process" in capsys.readouterr().err
 
 
-# --- dealing ---
+# --- cards and texts ---
+
+
+def test_every_rank_has_a_card_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for number in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        for name in ("auto", "cuda"):
+            assert own_device(ComputeConfig(device=name)) == chosen.pop()
+            assert own_device(ComputeConfig(device=name)) == torch.device(f"cuda:{number}")
+        assert own_device(ComputeConfig(device="cpu")) == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cuda:0: each rank needs a card of its own"):
+        own_device(ComputeConfig(device="cuda:0"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="--device cuda:2: there are 2 CUDA devices"):
+        own_device(ComputeConfig())
 
 
 def test_texts_are_dealt_evenly_and_none_is_lost():
