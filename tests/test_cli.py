@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rankpo_fast.cli import main
-from rankpo_fast.config import PAPER_SPECIAL_TOKENS, TrainingConfig
+from rankpo_fast.config import PAPER_SPECIAL_TOKENS, ModelConfig, TrainingConfig
 from rankpo_fast.flags import parse
 from rankpo_fast.train.step import BatchLoss
 
@@ -192,6 +192,9 @@ def test_false_in_a_config_file_unsets(tmp_path):
     [training] = parse("contrastive", "train", [TrainingConfig], flags)
     assert (training.save_steps, training.max_steps) == (None, 3)
     assert training.overwrite_output_dir is False
+    path.write_text("model_name_or_path: m\nuse_liger_kernel: false\npacking: false\n")
+    [model] = parse("contrastive", "train", [ModelConfig], ["--config", str(path)])
+    assert (model.use_liger_kernel, model.packing) == (False, False)
 
 
 @pytest.mark.parametrize(

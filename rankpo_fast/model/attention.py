@@ -34,13 +34,20 @@ class Unpackable(Exception):
     """Something in the backbone cannot be had for packed texts; the message says what."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a call asks for, besides softmax(query key') value within each text."""
+@dataclass(eq=False)  # not frozen: torch.compile would look into that, and compile for every S
+class Texts:
+    """Where texts lie."""
 
     offsets: Tensor  # [S + 1] int32
     lengths: tuple[int, ...]  # S
     longest: int  # no text is longer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for, besides softmax(query key') value within each text."""
+
+    texts: Texts
     causal: bool
     window: int | None  # tokens as far apart as this, or farther, do not see each other
     scaling: float
@@ -102,7 +109,7 @@ def packed_arguments(batch: MicroBatch) -> dict[str, Any]:
     """What the backbone's forward is given so that `packed_attention` knows where texts end."""
     # Rounded up, so that few values come: kernels and torch.compile are then not built for each.
     longest = 1 << (max(batch.lengths) - 1).bit_length()
-    return {"text_offsets": batch.offsets, "text_lengths": batch.lengths, "longest_text": longest}
+    return {"packed_texts": Texts(batch.offsets, batch.lengths, longest)}
 
 
 def packed_attention(
@@ -113,9 +120,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    text_offsets: Tensor,
-    text_lengths: tuple[int, ...],
-    longest_text: int,
+    packed_texts: Texts,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -139,9 +144,7 @@ def packed_attention(
     if query.shape[-1] != value.shape[-1]:
         raise Unpackable("its values have other dims than its keys")
     asked = Asked(
-        offsets=text_offsets,
-        lengths=text_lengths,
-        longest=longest_text,
+        texts=packed_texts,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         window=sliding_window,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -163,8 +166,9 @@ def _flash(module: str) -> Attend:
     function = importlib.import_module(module).flash_attn_varlen_func
 
     def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
+        texts = asked.texts
         options = {}  # given only where they do something: not every version has each
-        if asked.window is not None and asked.window < asked.longest:
+        if asked.window is not None and asked.window < texts.longest:
             options["window_size"] = _sides(asked)
         if asked.softcap is not None:
             options["softcap"] = asked.softcap
@@ -174,10 +178,10 @@ def _flash(module: str) -> Attend:
             query,
             key,
             value,
-            cu_seqlens_q=asked.offsets,
-            cu_seqlens_k=asked.offsets,
-            max_seqlen_q=asked.longest,
-            max_seqlen_k=asked.longest,
+            cu_seqlens_q=texts.offsets,
+            cu_seqlens_k=texts.offsets,
+            max_seqlen_q=texts.longest,
+            max_seqlen_k=texts.longest,
             softmax_scale=asked.scaling,
             causal=asked.causal,
             **options,
@@ -195,6 +199,7 @@ def _varlen() -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
         assert asked.softcap is None and asked.dropout == 0, "another kernel was to be chosen"
+        texts = asked.texts
         options = {}
         if "scale" in takes:
             options["scale"] = asked.scaling
@@ -204,7 +209,7 @@ def _varlen() -> Attend:
             options["enable_gqa"] = query.shape[1] != key.shape[1]
         else:
             key, value = (_for_each_head(states, query) for states in (key, value))
-        windowed = asked.window is not None and asked.window < asked.longest
+        windowed = asked.window is not None and asked.window < texts.longest
         if "window_size" in takes:
             full = (-1, 0) if asked.causal else (-1, -1)
             options["window_size"] = _sides(asked) if windowed else full
@@ -212,7 +217,7 @@ def _varlen() -> Attend:
             raise Unpackable("this version of torch has no sliding window in varlen_attn")
         else:
             options["is_causal"] = asked.causal
-        ends = (asked.offsets, asked.offsets, asked.longest, asked.longest)
+        ends = (texts.offsets, texts.offsets, texts.longest, texts.longest)
         return varlen_attn(query, key, value, *ends, **options)
 
     return attend
@@ -234,7 +239,7 @@ def _for_each_head(states: Tensor, query: Tensor) -> Tensor:
 @torch.compiler.disable
 def _by_text(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
     """Texts of equal length that lie side by side are one batch, so nothing is padded or copied."""
-    runs = [(len(list(run)), length) for length, run in groupby(asked.lengths)]
+    runs = [(len(list(run)), length) for length, run in groupby(asked.texts.lengths)]
     sizes = [count * length for count, length in runs]
     parts = zip(runs, *(states.split(sizes) for states in (query, key, value)), strict=True)
     outputs = [

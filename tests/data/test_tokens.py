@@ -1,4 +1,4 @@
-"""Token tables hold what the tokenizer gives; the cache is exact; micro-batches keep the budget."""
+"""Token tables hold what the tokenizer gives; the cache is exact."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rankpo_fast.data import tokens
-from rankpo_fast.data.tokens import TokenTable, micro_batches, pad, tokenize
+from rankpo_fast.data.tokens import tokenize
 from rankpo_fast.errors import InputError
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
@@ -189,62 +189,13 @@ def test_damaged_cache_is_made_anew_with_a_warning(tokenizer, tmp_path, count_ca
     assert len(count_calls) == 2
 
 
-# --- micro-batches ---
+# --- joined tables ---
 
 
-@pytest.mark.parametrize(
-    ("n", "max_tokens"),
-    [
-        pytest.param(1, 512, id="one-text"),
-        pytest.param(1000, 512, id="budget-of-the-longest"),
-        pytest.param(1000, 4096, id="many-to-a-batch"),
-        pytest.param(1000, 10**9, id="all-in-one"),
-        pytest.param(0, 512, id="none"),
-    ],
-)
-def test_micro_batches_hold_every_text_once_within_the_budget(n, max_tokens):
-    lengths = torch.randint(1, 513, (n,), generator=torch.Generator().manual_seed(0))
-    batches = micro_batches(lengths, max_tokens)
-    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(n))
-    assert all(len(batch) * int(lengths[batch].max()) <= max_tokens for batch in batches)
-
-
-def test_micro_batches_come_longest_first_and_full():
-    lengths = torch.tensor([3, 10, 4, 9, 3])
-    batches = micro_batches(lengths, 20)
-    assert [batch.tolist() for batch in batches] == [[1, 3], [2, 0, 4]]
-
-
-def test_micro_batches_pad_little():
-    lengths = torch.randint(1, 513, (2000,), generator=torch.Generator().manual_seed(0))
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in micro_batches(lengths, 8192))
-    assert padded < 1.03 * int(lengths.sum())
-
-
-def test_text_longer_than_the_budget_is_refused():
-    with pytest.raises(InputError, match="--max_tokens_per_micro_batch is 9, .* 10 tokens"):
-        micro_batches(torch.tensor([3, 10]), 9)
-
-
-# --- padding ---
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_what_the_tokenizer_gives(side):
-    tokenizer = make_tokenizer(padding_side=side)
-    table = tokenize(TEXTS, tokenizer, 6)
-    chosen = torch.tensor([3, 1, 2])
-    input_ids, mask = pad(table, chosen, tokenizer.pad_token_id, side)
-    expected = tokenizer(
-        [TEXTS[i] for i in chosen], truncation=True, max_length=6, padding=True, return_tensors="pt"
-    )
-    assert torch.equal(input_ids, expected["input_ids"])
-    assert torch.equal(mask, expected["attention_mask"])
-    assert input_ids.dtype == mask.dtype == torch.int64
-
-
-def test_pad_token_may_be_any_id_and_texts_may_recur():
-    table = TokenTable(torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([0, 1, 3]), 0)
-    input_ids, mask = pad(table, torch.tensor([0, 1, 0]), 9, "right")
-    assert input_ids.tolist() == [[5, 9], [6, 7], [5, 9]]
-    assert mask.tolist() == [[1, 0], [1, 1], [1, 0]]
+def test_joined_tables_hold_equal_texts_once():
+    tables = [TokenTable(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets), truncated)
+              for ids, offsets, truncated in [([1, 2, 1, 2, 3], [0, 2, 5], 1), ([1, 2, 3, 1], [0, 3, 4], 2)]]  # fmt: skip
+    table, rows = joined(*tables)
+    assert [row.tolist() for row in rows] == [[0, 1], [1, 2]]
+    assert [table[i].tolist() for i in range(len(table))] == [[1, 2], [1, 2, 3], [1]]
+    assert (table.ids.dtype, table.truncated) == (torch.int32, 3)

@@ -156,7 +156,7 @@ def test_what_would_be_ignored_is_refused(extra):
 
 
 def test_the_length_that_kernels_are_built_for_takes_few_values():
-    longest = {packed_arguments(make_batch((n,)))["longest_text"] for n in range(1, 65)}
+    longest = {packed_arguments(make_batch((n,)))["packed_texts"].longest for n in range(1, 65)}
     assert longest == {1, 2, 4, 8, 16, 32, 64}
 
 
@@ -294,6 +294,27 @@ def test_dropout_is_asked_of_a_kernel_that_has_it(monkeypatch):
     encoder.states(make_batch())
     encoder.train().states(make_batch())
     assert asked == [0.0, 0.0, 0.25, 0.25]
+
+
+def test_a_compiled_layer_is_compiled_once_for_packs_of_any_shape(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def traceable(q, k, v, *, cu_seqlens_q, max_seqlen_q, softmax_scale, **_):
+        return q + softmax_scale * max_seqlen_q * cu_seqlens_q.sum()
+
+    encoder = make_encoder("llama")
+    install(monkeypatch, flash_2)
+    sys.modules["flash_attn"].flash_attn_varlen_func = traceable
+    encoder.use_kernel(BY_NAME["flash_attention_2"])
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in encoder.backbone.layers:
+        layer.compile(dynamic=True, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for lengths in [(50, 41, 9), (60, 9, 9, 3, 1), (61, 2), (17, 3)]:
+            encoder.states(make_batch(lengths))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 # --- which one ---

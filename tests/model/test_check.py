@@ -26,7 +26,8 @@ def faulty(fault):
 
 
 def as_one_text(right, query, key, value, asked):
-    return right(query, key, value, dataclasses.replace(asked, lengths=(len(query),)))
+    texts = dataclasses.replace(asked.texts, lengths=(len(query),))
+    return right(query, key, value, dataclasses.replace(asked, texts=texts))
 
 
 def window_wider_by_one(right, query, key, value, asked):
@@ -132,9 +133,7 @@ def test_what_packed_texts_cannot_have_falls_back_to_padding_and_says_so(
     assert len(encoder.embed(encoder.tokenize_queries(["a", "b c"]), max_tokens=512)) == 2
 
 
-def test_a_kernel_that_does_not_load_gives_way_unless_it_was_asked_for(
-    tiny_llama_dir, monkeypatch
-):
+def test_a_kernel_that_does_not_load_gives_way_unless_it_was_asked_for(tiny_llama_dir, monkeypatch):
     def broken():
         raise ImportError("undefined symbol")
 

@@ -1,4 +1,4 @@
-"""The encoder gives each text its own vector, whatever it is batched, padded or computed with."""
+"""The encoder gives each text its own vector, whatever it is batched, packed or computed with."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rankpo_fast.config import ModelConfig
-from rankpo_fast.data.tokens import pad
+from rankpo_fast.data.packing import pack, plan_packed, plan_padded
 from rankpo_fast.model.load import load_encoder
 
 TEXTS = ["a nurse", "a senior data engineer in Berlin builds pipelines", "x", "teacher of maths"]
@@ -44,45 +44,58 @@ def directories(tiny_llama_dir, tiny_bert_dir, tiny_tokenizer, tmp_path_factory)
     return directories
 
 
+def vectors(encoder, table, text_ids=None):
+    """All in one micro-batch."""
+    text_ids = torch.arange(len(table)) if text_ids is None else torch.tensor(text_ids)
+    return encoder(pack(table, text_ids))
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("backbone", ["llama", "bert", "gpt2", "roberta"])
-def test_left_padding_right_padding_and_none_give_equal_vectors(directories, backbone, pooling):
-    encoder = load(directories[backbone], pooling=pooling)
-    table = encoder.tokenize_passages(TEXTS)
-    text_ids = torch.arange(len(TEXTS))
+def test_packed_padded_and_alone_give_equal_vectors(directories, backbone, pooling):
+    packing, padding = (
+        load(directories[backbone], pooling=pooling, packing=packing) for packing in (True, False)
+    )
+    assert (packing.packed, padding.packed) == (True, False)
+    table = packing.tokenize_passages(TEXTS)
     with torch.no_grad():
-        left, right = (
-            encoder(*pad(table, text_ids, encoder.tokenizer.pad_token_id, side))
-            for side in ("left", "right")
-        )
-        alone = torch.cat([encoder.embed_batch(table, i[None]) for i in text_ids])
-    torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
-    torch.testing.assert_close(alone, right, rtol=0, atol=1e-5)
+        packed, padded = vectors(packing, table), vectors(padding, table)
+        alone = torch.cat([vectors(padding, table, [i]) for i in range(len(TEXTS))])
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, padded, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("backbone", ["llama", "bert", "gpt2", "roberta"])
-def test_positions_are_those_the_backbone_counts_by_itself(directories, backbone):
-    encoder = load(directories[backbone], pooling="last")
+def test_positions_are_those_the_backbone_counts_by_itself(directories, backbone, packing):
+    encoder = load(directories[backbone], pooling="last", packing=packing)
     table = encoder.tokenize_passages(TEXTS)
     with torch.no_grad():
+        vector = vectors(encoder, table, [3, 1])[1]
+        encoder.use_kernel(None)
         states = encoder.backbone(table[1][None].long()).last_hidden_state  # [1, L, D]
-        vector = encoder.embed_batch(table, torch.tensor([1]))
-    torch.testing.assert_close(vector, states[:, -1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(vector, states[0, -1], rtol=0, atol=1e-5)
 
 
-def test_gradients_under_left_padding_are_those_under_right_padding(tiny_llama_dir):
-    encoder = load(tiny_llama_dir)
-    table = encoder.tokenize_passages(TEXTS)
+def test_gradients_of_packed_texts_are_those_of_padded_ones(tiny_llama_dir):
     gradients = []
-    for side in ("left", "right"):
-        encoder.zero_grad()
-        encoder(*pad(table, torch.arange(4), encoder.tokenizer.pad_token_id, side)).sum().backward()
+    for packing in (True, False):
+        encoder = load(tiny_llama_dir, packing=packing)
+        vectors(encoder, encoder.tokenize_passages(TEXTS)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_embed_returns_the_order_asked_for(tiny_bert_dir):
-    encoder = load(tiny_bert_dir)
+@pytest.mark.parametrize(("packing", "plan"), [(True, plan_packed), (False, plan_padded)])
+def test_the_plan_counts_padding_where_there_is_any(tiny_llama_dir, packing, plan):
+    lengths = torch.tensor([30, 4, 20, 7, 5])
+    groups = load(tiny_llama_dir, packing=packing).plan(lengths, 40)
+    assert [group.tolist() for group in groups] == [group.tolist() for group in plan(lengths, 40)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_embed_returns_the_order_asked_for(tiny_bert_dir, packing):
+    encoder = load(tiny_bert_dir, packing=packing)
     table = encoder.tokenize_passages(TEXTS)
     with torch.no_grad():
         at_once = encoder.embed(table, max_tokens=4096)

@@ -54,9 +54,7 @@ def test_the_instance_is_patched_without_the_losses_of_a_language_model(calls, a
         pytest.param("llama", CUDA, "0.8.1", "older than 0.8.2", id="version"),
     ],
 )
-def test_where_it_cannot_be_asking_is_an_error(
-    calls, monkeypatch, family, device, version, reason
-):
+def test_where_it_cannot_be_asking_is_an_error(calls, monkeypatch, family, device, version, reason):
     say_version(monkeypatch, version)
     backbone = make_encoder(family).backbone
     use_liger(backbone, None, device)

@@ -321,11 +321,72 @@ def test_an_encoder_decoder_is_refused(llama_copy):
     refused(llama_copy, "--model_name_or_path", "encoder-decoder")
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "no-such-attention"])
-def test_an_attention_that_cannot_work_here_is_refused_with_one_that_can(tiny_bert_dir, name):
-    refused(tiny_bert_dir, f"--attn_implementation {name}", "sdpa", attn_implementation=name)
-    eager = load(tiny_bert_dir, attn_implementation="eager")
-    assert eager.backbone.config._attn_implementation == "eager"
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "name", ["flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen_attn", "none"]
+)
+def test_an_attention_that_cannot_work_here_is_refused_with_one_that_can(
+    tiny_bert_dir, name, packing
+):
+    refused(tiny_bert_dir, "--attn_implementation", name, "sdpa",
+            attn_implementation=name, packing=packing)  # fmt: skip
+
+
+def test_eager_attention_pads_and_says_so(tiny_bert_dir):
+    with pytest.warns(UserWarning, match="padded .* eager attention is for padded texts"):
+        encoder = load(tiny_bert_dir, attn_implementation="eager")
+    assert (encoder.packed, encoder.attention) == (False, "eager")
+    assert encoder.backbone.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_packing_is_the_default_and_can_be_declined(tiny_llama_dir, name):
+    packing = load(tiny_llama_dir, attn_implementation=name)
+    padding = load(tiny_llama_dir, attn_implementation=name, packing=False)
+    assert (packing.packed, packing.attention) == (True, "sdpa")
+    assert (padding.packed, padding.attention) == (False, "sdpa")
+
+
+def test_a_backbone_that_cannot_be_packed_is_padded_and_named(llama_copy, recwarn):
+    from transformers import BloomConfig
+
+    config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=1, n_head=4)
+    config.save_pretrained(llama_copy)
+    with pytest.warns(UserWarning, match=f"{llama_copy}: .* similar length .* .--packing false"):
+        encoder = load(llama_copy, from_scratch=True)
+    assert not encoder.packed
+    refused(llama_copy, "--attn_implementation varlen_attn", from_scratch=True,
+            attn_implementation="varlen_attn")  # fmt: skip
+    recwarn.clear()
+    load(llama_copy, from_scratch=True, packing=False)
+    assert not [w for w in recwarn if "similar length" in str(w.message)]
+
+
+def test_softcap_is_never_left_out(llama_copy):
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(llama_copy)
+    assert load(llama_copy, from_scratch=True).attention == "sdpa"  # ours, which has it
+    assert load(llama_copy, from_scratch=True, packing=False).attention == "eager"
+
+
+def test_what_dropout_in_attention_costs_on_a_card_is_said(tiny_bert_dir, monkeypatch):
+    from rankpo_fast.model import attention
+    from rankpo_fast.model.load import _needs, _warn_of_dropout
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = ModelConfig(str(tiny_bert_dir))
+    from transformers import AutoConfig
+
+    needs = _needs(AutoConfig.from_pretrained(tiny_bert_dir), config, torch.device("cuda"))
+    kernels = attention.find_kernels(needs)
+    assert needs.dropout and kernels[0].name == "sdpa"
+    with pytest.warns(UserWarning, match="--disable_dropout true makes it varlen_attn"):
+        _warn_of_dropout(needs, kernels, "auto")
 
 
 def test_checkpointing_a_backbone_that_has_none_is_refused(llama_copy):

@@ -1,0 +1,77 @@
+"""The engine on a GPU: packed attention in bf16, the gradient cache, and a step that never waits;
+skipped where there is no GPU."""
+
+import pytest
+import torch
+from families import FAMILIES, make_batch, make_encoder
+from safetensors.torch import load_file
+
+from rankpo_fast.data.moving import pinned, to_device
+from rankpo_fast.model.attention import Needs, find_kernels
+from rankpo_fast.train.cache import CachedVectors
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CARD = torch.device("cuda")
+
+
+def kernels(**needs):
+    """Those of this machine for bf16, the slow one of last resort included."""
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CARD
+    )
+    return find_kernels(Needs(device, True, 8, **needs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_of_this_machine_gives_each_text_what_it_gets_alone(family):
+    encoder = make_encoder(family).to(CARD)
+    encoder.bf16 = True
+    batch = to_device(make_batch(), CARD)
+    softcap, window = family == "gemma2", "sliding_window" in FAMILIES[family][1]
+    with torch.no_grad():
+        encoder.bf16 = False
+        exact = encoder.states(batch)
+        encoder.bf16 = True
+        bound = 4 * (encoder.states(batch) - exact).norm()  # what bf16 costs the ordinary way
+        for kernel in kernels(window=window, softcap=softcap, dropout=False):
+            encoder.use_kernel(kernel)
+            assert (encoder.states(batch) - exact).norm() <= bound, kernel.name
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_the_gradient_cache_keeps_changes_no_bit(family):
+    encoder = make_encoder(family).to(CARD).train()
+    encoder.bf16 = True
+    encoder.use_kernel(kernels(window=False, softcap=False, dropout=False)[0])
+    groups = [to_device(pinned(make_batch(seed=seed)), CARD) for seed in range(4)]
+    results = []
+    for kept in (4, 1):
+        cached = CachedVectors(encoder, groups, kept=kept)
+        cached.backward(cached.vectors.sin())
+        results.append([p.grad for p in encoder.parameters() if p.grad is not None])
+        encoder.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "rankpo"])
+def test_runs_end_alike_and_a_step_never_waits(
+    stage, tiny_llama_dir, run_stage, read_metrics, monkeypatch
+):
+    from rankpo_fast.train import loop
+
+    step = loop.train_step
+
+    def never_waits(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "train_step", never_waits)
+    flags = {"device": "cuda", "bf16": True, "max_steps": 6}
+    outputs = [run_stage(stage, tiny_llama_dir, name, **flags) for name in ("one", "two")]
+    first, second = (load_file(output / "model.safetensors") for output in outputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    lines = read_metrics(outputs[0])
+    assert lines[-1]["loss"] < lines[0]["loss"]
