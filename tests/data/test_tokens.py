@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rankpo_fast.data import tokens
-from rankpo_fast.data.tokens import tokenize
+from rankpo_fast.data.tokens import TokenTable, joined, tokenize
 from rankpo_fast.errors import InputError
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
@@ -193,8 +193,11 @@ def test_damaged_cache_is_made_anew_with_a_warning(tokenizer, tmp_path, count_ca
 
 
 def test_joined_tables_hold_equal_texts_once():
-    tables = [TokenTable(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets), truncated)
-              for ids, offsets, truncated in [([1, 2, 1, 2, 3], [0, 2, 5], 1), ([1, 2, 3, 1], [0, 3, 4], 2)]]  # fmt: skip
+    parts = [([1, 2, 1, 2, 3], [0, 2, 5], 1), ([1, 2, 3, 1], [0, 3, 4], 2)]
+    tables = [
+        TokenTable(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets), truncated)
+        for ids, offsets, truncated in parts
+    ]
     table, rows = joined(*tables)
     assert [row.tolist() for row in rows] == [[0, 1], [1, 2]]
     assert [table[i].tolist() for i in range(len(table))] == [[1, 2], [1, 2, 3], [1]]
