@@ -112,6 +112,7 @@ class ModelConfig(EncoderConfig):
     special_tokens: list[str] = _flag("Added to the tokenizer; paper: the paper's own.", [])
     gradient_checkpointing: bool = _flag("Less memory for a third more compute.", True)
     disable_dropout: bool = _flag("Every dropout at 0.", False)
+    torch_compile: bool = _flag("Compile the layers: a slow start, then faster steps.", False)
     use_liger_kernel: bool | None = _flag(
         "Liger's kernels in the model. [where installed, on a GPU]", None
     )
@@ -240,6 +241,9 @@ class TrainingConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = _flag(
         "Also send the metrics there.", "none"
     )
+    profile_steps: int = _flag(
+        "Say where the time of so many steps goes; their trace goes to profile/.", 0
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -249,7 +253,7 @@ class TrainingConfig:
             self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
         )
         _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
-        _check_at_least(self, 0, "weight_decay", "max_grad_norm")
+        _check_at_least(self, 0, "weight_decay", "max_grad_norm", "profile_steps")
         _check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
@@ -293,9 +297,10 @@ class ComputeConfig:
     _argument_group_name = "compute"
 
     device: str = _flag("auto, cpu, cuda or cuda:N.", "auto")
-    max_tokens_per_micro_batch: int = _flag(
-        "Budget of tokens of a micro-batch, padding included.", 16384
-    )
+    max_tokens_per_micro_batch: int | None = _flag(
+        "Tokens that go through the encoder at once, padding included. [what the card has room "
+        "for; on the CPU what is fast]", None
+    )  # fmt: skip
     activation_memory_gb: float | None = _flag(
         "For graphs of micro-batches that are kept; others are computed twice. [half of what is "
         "free]", None

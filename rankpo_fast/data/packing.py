@@ -13,6 +13,10 @@ from rankpo_fast.data.moving import Movable
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 
+# Tokens of a micro-batch where nobody says how many. On two cores, 4 layers of 256 dims took 386,
+# 380, 388, 422 and 420 us a token at 1,024, 2,048 ... 16,384 of them: caches are small.
+DEFAULT_BUDGET = {"cpu": 4096, "cuda": 16384}
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch(Movable):
@@ -63,15 +67,24 @@ def plan_padded(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     return groups
 
 
-def _longest_first(lengths: Tensor, max_tokens: int) -> Tensor:
-    assert len(lengths) == 0 or int(lengths.min()) > 0, "a text without tokens"
-    order = lengths.argsort(descending=True, stable=True)
-    if len(order) > 0 and (longest := int(lengths[order[0]])) > max_tokens:
+def default_budget(lengths: Tensor, device: str) -> int:
+    """Tokens of a micro-batch that suit a kind of device; the longest text fits in any case."""
+    return max(DEFAULT_BUDGET[device], int(lengths.max()) if len(lengths) else 0)
+
+
+def check_budget(lengths: Tensor, max_tokens: int | None) -> None:
+    """InputError if a text alone is longer than max_tokens; None suits all."""
+    if max_tokens is not None and len(lengths) > 0 and (longest := int(lengths.max())) > max_tokens:
         raise InputError(
             f"--max_tokens_per_micro_batch is {max_tokens}, but the longest text has {longest} "
             "tokens: raise it, or shorten the texts by a smaller maximum length"
         )
-    return order
+
+
+def _longest_first(lengths: Tensor, max_tokens: int) -> Tensor:
+    assert len(lengths) == 0 or int(lengths.min()) > 0, "a text without tokens"
+    check_budget(lengths, max_tokens)
+    return lengths.argsort(descending=True, stable=True)
 
 
 def pack(table: TokenTable, text_ids: Tensor) -> MicroBatch:

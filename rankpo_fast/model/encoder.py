@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rankpo_fast.data.moving import to_device
-from rankpo_fast.data.packing import MicroBatch, pack, pad, plan_packed, plan_padded
+from rankpo_fast.data.packing import (
+    MicroBatch,
+    default_budget,
+    pack,
+    pad,
+    plan_packed,
+    plan_padded,
+)
 from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.model.attention import Kernel, packed_arguments, register
 from rankpo_fast.model.pooling import pool
@@ -97,14 +104,17 @@ class Encoder(nn.Module):
         places = rows * input_ids.shape[1] + batch.position_ids[0]
         return output.last_hidden_state.flatten(0, 1).index_select(0, places)
 
-    def plan(self, lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    def plan(self, lengths: Tensor, max_tokens: int | None) -> list[Tensor]:
         """Texts of `lengths` [n] -> the texts [S] of each micro-batch of at most max_tokens.
 
-        The longest text is in the first. Padding counts where there is any.
+        The longest text is in the first. Padding counts where there is any. None: as many tokens
+        as suit the device, or the longest text if that is more.
 
         Raises:
             InputError: a text alone has more than max_tokens tokens.
         """
+        if max_tokens is None:
+            max_tokens = default_budget(lengths, self.device.type)
         return (plan_packed if self.packed else plan_padded)(lengths, max_tokens)
 
     def embed(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
@@ -84,6 +85,8 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         use_liger(backbone, training.use_liger_kernel, device)
     if kernels:
         _pack(encoder, kernels, config)
+    if training is not None and training.torch_compile:
+        _compile(backbone)
     return encoder
 
 
@@ -159,6 +162,16 @@ def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
                              f"not have it; give --gradient_checkpointing false")  # fmt: skip
         older = backbone.gradient_checkpointing_enable  # its name in the first versions of 5
         getattr(backbone, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
+def _compile(backbone: "PreTrainedModel") -> None:
+    """Each layer by itself: they share one build, and between them nothing is gained. In place, so
+    that no parameter changes its name."""
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    layers = [layer for m in lists if id(m) not in inner for layer in m]
+    for layer in layers or [backbone]:
+        layer.compile(dynamic=True)
 
 
 # --- its attention ---

@@ -12,12 +12,17 @@ from rankpo_fast.model.encoder import Encoder
 
 @torch.no_grad()
 def encode_texts(
-    encoder: Encoder, table: TokenTable, *, max_tokens: int, progress: str | None = None
+    encoder: Encoder,
+    table: TokenTable,
+    *,
+    max_tokens: int | None = None,
+    progress: str | None = None,
 ) -> Tensor:
     """Vectors [n, D] fp32 of length 1, on the CPU, in the table's order.
 
     Args:
-        max_tokens: tokens, padding included, that go through the encoder at once.
+        max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
+            the device.
         progress: label of a progress bar on stderr; None for none.
 
     Raises:

@@ -20,7 +20,7 @@ def evaluate(
     retrieval: RetrievalSet | None = None,
     preferences: Sequence[PreferenceRow] | None = None,
     cutoffs: Sequence[int] = (1, 5, 10, 20, 100),
-    max_tokens: int,
+    max_tokens: int | None = None,
     legacy: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = False,

@@ -24,7 +24,7 @@ def mine_hard_negatives(
     method: str = "sample",
     seed: int = 42,
     keep: bool = False,
-    max_tokens: int,
+    max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> list[ContrastiveRow]:
@@ -38,7 +38,8 @@ def mine_hard_negatives(
         method: "topk" takes the best ranked candidates, "sample" draws them without repeats.
         seed: of "sample"; a row's draw depends on it and on the place of the row alone.
         keep: put the mined ones behind the negatives the row has, without repeats.
-        max_tokens: tokens, padding included, that go through the encoder at once.
+        max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
+            the device.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens, or no row has a candidate.

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rankpo_fast.data.packing import MicroBatch
 
@@ -34,7 +35,7 @@ class CachedVectors:
         for number, group in enumerate(groups):
             keep = number >= len(groups) - kept
             if not keep:
-                self._states.append(_random_states(group))
+                self._states.append(random_states(group.input_ids.device))
             with torch.set_grad_enabled(keep):
                 parts.append(encoder(group))
         self._graphs = parts[len(self._states) :]
@@ -50,22 +51,26 @@ class CachedVectors:
             vectors.backward(part)
 
     def _again(self, group: MicroBatch) -> Tensor:
-        with _replayed(self._states.pop(), group):
+        device = group.input_ids.device
+        with record_function("forward again"), _replayed(self._states.pop(), device):
             return self._encoder(group)
 
 
-def _random_states(group: MicroBatch) -> list[Tensor]:
-    device = group.input_ids.device
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that dropout on the device draws from."""
     on_card = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_card]
 
 
+def set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 @contextmanager
-def _replayed(states: list[Tensor], group: MicroBatch) -> Iterator[None]:
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Random numbers as they were at `states`; afterwards as if nothing had been drawn."""
-    device = group.input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+        set_random_states(states, device)
         yield

@@ -39,6 +39,7 @@ class Checkpoint:
     path: Path
     step: int  # optimizer steps done
     settings: dict[str, Any]  # of the run that wrote it
+    max_tokens: int  # of a micro-batch, as it was then
 
 
 def save(
@@ -47,6 +48,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
+    max_tokens: int,
     *,
     keep: int | None = None,
     ranks: Ranks = ALONE,
@@ -72,7 +74,8 @@ def save(
         }
         save_file(tensors, temporary / RANDOM)
         numbers = [of_rank for _, of_rank in states]
-        _write_json(temporary / STATE, {"step": step, "settings": settings, "random": numbers})
+        state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
+        _write_json(temporary / STATE, state)
         _write_json(temporary / MANIFEST, {name: _sha256(temporary / name) for name in FILES})
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
@@ -92,7 +95,7 @@ def read(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
         changed = [name for name in FILES if _sha256(path / name) != manifest[name]]
         state = json.loads((path / STATE).read_text())
-        checkpoint = Checkpoint(path, state["step"], state["settings"])
+        checkpoint = Checkpoint(path, state["step"], state["settings"], state["max_tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a complete checkpoint ({error})") from error
     if changed:

@@ -18,16 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train import output
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
+from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
-from rankpo_fast.train.step import Objective, ahead, pack_step, train_step
+from rankpo_fast.train.step import Ahead, Objective, Work, pack_step, train_step
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -80,24 +83,29 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     """
     config, ranks, stage = run.training, run.ranks, objectives[0].stage
     plan = Plan.of(config, stage.data)
+    first_step = 0 if run.checkpoint is None else run.checkpoint.step
+    left = plan.total_steps - first_step
+    profile_steps = config.profile_steps if ranks.first else 0
+    profiled = Profile(run.path / output.PROFILE, profile_steps, left)
     run.introduce(encoder, {**about, "texts": stage.texts.summary(), "steps": plan.summary()})
     run.open_output()
     _seed(config.seed + ranks.rank)  # so that dropout differs
     optimizer = adamw(encoder, config)
-    first_step = 0
     if run.checkpoint is not None:
         checkpoints.restore(run.checkpoint, encoder, optimizer, ranks)
-        first_step = run.checkpoint.step
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
-    works = ahead(
-        lambda step: pack_step(objectives, plan.batches(step), encoder, memory, ranks), steps
-    )
+
+    def make(step: int, max_tokens: int) -> list[Work]:
+        return pack_step(objectives, plan.batches(step), encoder, max_tokens, ranks)
+
     with (
+        Ahead(make, steps, memory) as works,
         MetricsLog(
             run.path, config, run.settings, first_step, plan.total_steps, silent=not ranks.first
         ) as log,
+        profiled as profile,
         _StopSignal() as signals,
     ):
         for step in steps:
@@ -105,11 +113,16 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
             result = train_step(
                 encoder, works, optimizer, rate, config.max_grad_norm, memory, ranks
             )
-            log.step(done, plan.epochs(done), result)
+            if result.notes:
+                log.say(f"step {done}: out of memory, done again with {'; '.join(result.notes)}")
+            with record_function("logging"):
+                log.step(done, plan.epochs(done), result)
+            if (table := profile.step(result.tokens)) is not None:
+                log.say(table)
             saved = _due(done, config.save_steps)
             if saved:
                 log.settle()
-                run.save_checkpoint(done, encoder, optimizer)
+                run.save_checkpoint(done, encoder, optimizer, memory)
             stop = signals.agreed(ranks)
             due = run.evaluation.asked and _due(done, config.eval_steps)
             if due and done < plan.total_steps and stop is None:
@@ -119,7 +132,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
             if stop is not None:
                 log.settle()
                 if not saved:
-                    run.save_checkpoint(done, encoder, optimizer)
+                    run.save_checkpoint(done, encoder, optimizer, memory)
                 log.say(
                     f"stopped by {stop.name} after step {done}, which is saved; --resume continues"
                 )

@@ -1,48 +1,66 @@
 """What goes through the encoder at once, and how many graphs are kept: decided by measuring.
 
-Before the first step the longest texts of all go through once, forward and backward. The graph of
-a token then has a known size, and a run that would not fit fails now, not hours in.
+Before the first step the longest texts of all go through, forward and backward. What a token takes
+is then known, and a run that would not fit fails now, not hours in. Where a step runs out of memory
+all the same, it is done again with less: first of the graphs, then of the tokens at once.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from rankpo_fast.data.packing import MicroBatch, pack
+from rankpo_fast.data.packing import MicroBatch, default_budget, pack
 from rankpo_fast.data.tokens import TokenTable
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.train.meters import Meter, meter_of, release
 
-FREE_SHARE = 0.5  # of the host's free memory that graphs may take: others live there too
+LOSS_WORKSPACE = 256 << 20  # bytes, the default of rankpo_fast.ops
+# More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
+# elements still counted in 31 bits.
+MOST_TOKENS = 65536
 
 
+@dataclass
 class Memory:
-    """`max_tokens` of a micro-batch, and the `room` in bytes for graphs that are kept."""
+    """The budget as it stands."""
 
-    def __init__(self, max_tokens: int, room: float, graph_bytes: float):
-        self.max_tokens, self.room = max_tokens, room
-        self.graph_bytes = graph_bytes  # of a token
+    max_tokens: int  # of a micro-batch
+    room: float  # bytes for graphs that are kept
+    graph_bytes: float  # of a token's graph
+    longest: int = 1  # tokens of the longest text, below which no budget can go
 
     @classmethod
     def measure(
-        cls, encoder: Encoder, table: TokenTable, max_tokens: int, room: float | None
+        cls, encoder: Encoder, table: TokenTable, max_tokens: int | None, room: float | None
     ) -> "Memory":
-        """Try the longest micro-batch of the table. `room` None: a share of what is free."""
-        longest = pack(table, encoder.plan(table.lengths, max_tokens)[0])
-        with torch.random.fork_rng(), _Allocations() as allocations:
-            vectors = encoder(longest)
-            graph = allocations.alive()
-        vectors.backward(torch.zeros_like(vectors))
-        encoder.zero_grad(set_to_none=True)
-        if room is None:
-            room = FREE_SHARE * _free_bytes()
-        return cls(max_tokens, room, graph / sum(longest.lengths))
+        """Try the longest texts; random numbers go on as if nothing had been drawn.
 
-    def kept(self, groups: list[MicroBatch]) -> int:
+        Args:
+            max_tokens: to try, or the next smaller number that fits. None: on a card the number
+                for which one micro-batch takes half of what is free, or less, by doubling; on the
+                host, where nobody says in time that there is no more, what is fast there.
+            room: for graphs; None: what one micro-batch leaves of what is free.
+
+        Raises:
+            InputError: not even the longest text fits.
+        """
+        meter, longest = meter_of(encoder.device), int(table.lengths.max())
+        search = max_tokens is None and meter.warns
+        start = longest if search else max_tokens or default_budget(table.lengths, "cpu")
+        for parameter in encoder.parameters():  # the gradients, which a step has most of the time
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        try:
+            trial = _largest(encoder, table, meter, start, longest, grow=search)
+            if room is None:
+                room = max(0.0, meter.free() - LOSS_WORKSPACE - (trial.peak - trial.graph))
+        finally:
+            encoder.zero_grad(set_to_none=True)
+        return cls(trial.max_tokens, room, trial.graph / trial.tokens, longest)
+
+    def kept(self, groups: Sequence[MicroBatch]) -> int:
         """Of how many groups, from the last, the graph is kept; that of the last costs nothing."""
         used, kept = 0.0, 0
         for group in reversed(groups):
@@ -52,31 +70,76 @@ class Memory:
             kept += 1
         return kept
 
+    def shrink(self, batches: Sequence[Sequence[MicroBatch]]) -> str:
+        """Less for a step of these batches, which ran out of memory; says what.
 
-class _Allocations(TorchDispatchMode):
-    """The storages made inside, and how much of them is still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # neither a view nor written in place
-                    self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def alive(self) -> int:
-        return sum(size for storage, size in self._made.values() if not storage.expired())
+        Raises:
+            InputError: nothing is left to shrink.
+        """
+        kept = max(map(self.kept, batches))
+        if kept > 1:
+            tokens = max(sum(sum(g.lengths) for g in b[-self.kept(b) :]) for b in batches)
+            self.room = tokens * self.graph_bytes / 2
+            fewer = max(map(self.kept, batches))
+            return f"the graphs of {fewer} micro-batches kept at once, not {kept}"
+        if self.max_tokens == self.longest:
+            raise _too_little(self.longest)
+        was, largest = self.max_tokens, max(sum(group.lengths) for b in batches for group in b)
+        self.max_tokens = max(self.longest, min(was, largest) // 2)
+        return f"at most {self.max_tokens:,} tokens in a micro-batch, not {was:,}"
 
 
-def _free_bytes() -> int:
-    """Of the host, or of the container that the process runs in."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
-    return 1024 * free["MemAvailable"] // ranks
+@dataclass(frozen=True)
+class _Trial:
+    max_tokens: int  # that were allowed
+    tokens: int  # that there were
+    graph: int  # bytes
+    peak: int
+
+
+def _largest(
+    encoder: Encoder, table: TokenTable, meter: Meter, tokens: int, longest: int, *, grow: bool
+) -> _Trial:
+    """The largest that fits, from `tokens` on, where need be downwards to the longest text."""
+    best = None
+    while True:
+        trial = _try(encoder, table, tokens, meter)
+        if trial is not None:
+            best = trial
+            # Twice the tokens take at most twice the memory: half of what is free.
+            if not grow or 2 * tokens > MOST_TOKENS or 4 * trial.peak > meter.free():
+                return best
+            tokens *= 2
+        else:
+            release(encoder.device)
+            if best is not None:
+                return best
+            if tokens == longest:
+                raise _too_little(longest)
+            tokens = max(longest, 3 * tokens // 4)
+
+
+def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> _Trial | None:
+    """The longest texts that fit into max_tokens; None if they do not fit into memory."""
+    order = table.lengths.argsort(descending=True, stable=True)
+    fit = max(1, int((table.lengths[order].cumsum(0) <= max_tokens).sum()))
+    first = encoder.plan(table.lengths[order[:fit]], max_tokens)[0]
+    batch = pack(table, order[first])
+    card = [encoder.device] if encoder.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=card), meter:
+            vectors = encoder(batch)
+            graph = meter.held()
+            vectors.backward(torch.zeros_like(vectors))
+            return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak())
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _too_little(longest: int) -> InputError:
+    return InputError(
+        f"out of memory with {longest:,} tokens, the longest text, alone in a micro-batch: give "
+        f"--gradient_checkpointing true, a --max_passage_length (or --max_query_length) below "
+        f"{longest}, --bf16 true, or a smaller model; another program on the device may be the "
+        f"reason too"
+    )

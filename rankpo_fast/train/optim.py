@@ -14,19 +14,30 @@ from rankpo_fast.config import TrainingConfig
 
 
 def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW; vectors and scalars (biases, norms) are not decayed."""
+    """Fused AdamW; vectors and scalars (biases, norms) are not decayed.
+
+    Its states are there from the start: whoever then looks how much memory is free counts them in,
+    and no first step runs out of it half way through the parameters.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
     )
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=trained[0].device)  # so that nothing else changes
+    optimizer.step()
+    del optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:

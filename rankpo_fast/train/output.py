@@ -1,6 +1,7 @@
 """The output directory: whose it is, what may be deleted there, and how the model gets in.
 
-    training.json metrics.jsonl checkpoints/ tensorboard/ wandb/, at the end the model's files
+    training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/, at the end the model's
+    files
 
 training.json makes a directory ours and lists the model's files; config.json is the last of them to
 arrive, so that a directory without it holds no finished model. Nothing else there is ever touched.
@@ -18,8 +19,10 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, lies_in
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
-PROGRAM, CHECKPOINTS = "rankpo-fast", "checkpoints"
-WRITTEN_WHILE_TRAINING = ("metrics.jsonl", CHECKPOINTS, "tensorboard", "wandb", MODEL_ON_ITS_WAY)
+PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
+WRITTEN_WHILE_TRAINING = (
+    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", MODEL_ON_ITS_WAY,
+)  # fmt: skip
 
 
 def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:

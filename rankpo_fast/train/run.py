@@ -36,7 +36,7 @@ from rankpo_kernels import native
 # What a run that goes on may change: none of it touches the weights.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "cache_dir", "train_data", "device",
+    "save_total_limit", "report_to", "profile_steps", "cache_dir", "train_data", "device",
 }  # fmt: skip
 READ = {
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", "train_data",
@@ -114,10 +114,24 @@ class Run:
         return encoder
 
     def measure_memory(self, encoder: Encoder, tables: list[TokenTable]) -> Memory:
-        gigabytes = self.compute.activation_memory_gb
+        """As asked for, or found, or as the run had it that goes on: it decides how sums are
+        rounded and what dropout draws. InputError if what was asked for does not fit."""
+        gigabytes, asked = (
+            self.compute.activation_memory_gb,
+            self.compute.max_tokens_per_micro_batch,
+        )
         room = None if gigabytes is None else gigabytes * 2**30
+        tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table, _ = joined(*tables)
-        return Memory.measure(encoder, table, self.compute.max_tokens_per_micro_batch, room)
+        memory = Memory.measure(encoder, table, tokens, room)
+        if self.checkpoint is None and asked is not None and memory.max_tokens < asked:
+            raise InputError(f"--max_tokens_per_micro_batch {asked} does not fit into memory: "
+                             f"{memory.max_tokens} does")  # fmt: skip
+        [shortage] = self.ranks.highest(
+            [-memory.max_tokens]
+        )  # all have what the least has room for
+        memory.max_tokens = -shortage
+        return memory
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""
@@ -149,12 +163,13 @@ class Run:
         self.ranks.meet()
 
     def save_checkpoint(
-        self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer
+        self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer, memory: Memory
     ) -> None:
         directory, keep = self.path / output.CHECKPOINTS, self.training.save_total_limit
         checkpoints.save(
-            directory, step, encoder, optimizer, self.settings, keep=keep, ranks=self.ranks
-        )
+            directory, step, encoder, optimizer, self.settings, memory.max_tokens, keep=keep,
+            ranks=self.ranks,
+        )  # fmt: skip
         self.ranks.meet()
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:

@@ -8,9 +8,10 @@ U and N distinct query and passage texts of a batch, n distinct texts in all, D 
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -22,8 +23,9 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.moving import Movable, pinned, to_device
 from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.train.cache import CachedVectors
+from rankpo_fast.train.cache import CachedVectors, random_states, set_random_states
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.meters import release
 from rankpo_fast.train.optim import update
 from rankpo_fast.train.ranks import Ranks, deal
 from rankpo_fast.train.texts import Batch, Texts
@@ -76,7 +78,7 @@ class Work(Movable):
 
 
 def pack_step(
-    objectives: list[Objective], numbers: range, encoder: Encoder, memory: Memory, ranks: Ranks
+    objectives: list[Objective], numbers: range, encoder: Encoder, max_tokens: int, ranks: Ranks
 ) -> list[Work]:
     """The batches `numbers` of every objective, which make a step; pinned if they go to a card."""
     works = []
@@ -89,7 +91,7 @@ def pack_step(
             # Attention among l tokens costs l / (6 D) of what a layer's matrices cost.
             dealt = deal(lengths * (1 + lengths / (6 * encoder.dim)), ranks.size)
             own = dealt[ranks.rank]
-            groups = encoder.plan(lengths[own], memory.max_tokens)
+            groups = encoder.plan(lengths[own], max_tokens)
             place = torch.cat(dealt).argsort()  # of each text among the vectors of all ranks
             part = batch.part(ranks.rows(len(batch.rows)))
             works.append(
@@ -111,20 +113,38 @@ def pack_step(
     return pinned(works) if encoder.device.type == "cuda" else works
 
 
-def ahead(make: Callable[[int], list[Work]], steps: Iterable[int]) -> Iterator[list[Work]]:
-    """make(step) for each step, two of them early and in the background."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting: deque = deque()
-        try:
-            for step in steps:
-                waiting.append(thread.submit(make, step))
-                if len(waiting) > 2:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+class Ahead:
+    """make(step, memory.max_tokens) for each step, two of them early and in the background."""
+
+    def __init__(
+        self, make: Callable[[int, int], list[Work]], steps: Iterable[int], memory: Memory
+    ):
+        self._make, self._steps, self._memory = make, iter(steps), memory
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[int, int, Future]] = deque()
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> list[Work]:
+        budget = self._memory.max_tokens
+        for step in islice(self._steps, 3 - len(self._waiting)):
+            self._waiting.append((step, budget, self._thread.submit(self._make, step, budget)))
+        if not self._waiting:
+            raise StopIteration
+        self._step, packed_for, future = self._waiting.popleft()
+        works = future.result()
+        return works if packed_for == budget else self.again()
+
+    def again(self) -> list[Work]:
+        """The last step's once more, packed for the budget as it is now."""
+        return self._make(self._step, self._memory.max_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +157,7 @@ class StepResult:
     works: list[Work]
     learning_rate: float
     began: float  # by perf_counter
+    notes: list[str]  # what was done to make it fit into memory, if that ran out
 
     def read(self, step: int) -> tuple[float, float]:
         """Loss and gradient norm; waits for this step, and for nothing after it.
@@ -174,7 +195,7 @@ class StepResult:
 
 def train_step(
     encoder: Encoder,
-    steps: Iterator[list[Work]],
+    steps: Ahead,
     optimizer: torch.optim.AdamW,
     rate: float,
     max_grad_norm: float,
@@ -183,13 +204,52 @@ def train_step(
 ) -> StepResult:
     """Take the next of `steps`; nothing waits for the device.
 
+    Out of memory, the step is done again with less of it: the batches, their loss and the random
+    numbers are the same.
+
     Args:
         rate: the learning rate.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
+
+    Raises:
+        InputError: memory does not suffice for the longest text; the weights are as before.
     """
-    began = perf_counter()
+    began, random, notes = perf_counter(), random_states(encoder.device), []
     with record_function("data"):
         works = next(steps)
+    while (computed := _attempt(encoder, works, memory, ranks)) is None:
+        optimizer.zero_grad(set_to_none=True)
+        release(encoder.device)
+        notes.append(memory.shrink([work.groups for work in works]))
+        set_random_states(random, encoder.device)
+        works = steps.again()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, metrics = ranks.total(parameters, *computed)
+    with record_function("optimizer"):
+        norm = update(optimizer, losses, rate, max_grad_norm)
+    numbers = _to_host(torch.stack([*losses, norm]))
+    return StepResult(*numbers, metrics, works, rate, began, notes)
+
+
+Computed = tuple[list[Tensor], list[dict[str, Tensor]]]  # losses, metrics: 0-dim
+
+
+def _attempt(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed | None:
+    """`_gradients`; None if memory ran out, whose traceback and all that it holds is gone then.
+
+    One of several ranks cannot begin again, since others wait for its vectors: it ends, and they
+    with it.
+    """
+    try:
+        return _gradients(encoder, works, memory, ranks)
+    except torch.OutOfMemoryError:
+        if ranks.size > 1:
+            raise
+        return None
+
+
+def _gradients(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed:
+    """Add the gradient of all works to that of the parameters."""
     losses, metrics = [], []
     for work in works:
         with record_function("data"):
@@ -208,11 +268,7 @@ def train_step(
         losses.append(result.loss * work.of_loss)
         prefix = work.objective.prefix
         metrics.append({prefix + k: v * work.of_rows for k, v in result.metrics.items()})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses, metrics = ranks.total(parameters, losses, metrics)
-    with record_function("optimizer"):
-        norm = update(optimizer, losses, rate, max_grad_norm)
-    return StepResult(*_to_host(torch.stack([*losses, norm])), metrics, works, rate, began)
+    return losses, metrics
 
 
 def summed(n: int, *parts: tuple[Tensor, Tensor]) -> Tensor:

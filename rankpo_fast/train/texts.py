@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.batches import ContrastiveBatch, PreferenceBatch
+from rankpo_fast.data.packing import check_budget
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -54,7 +55,7 @@ class Texts:
             encoder.tokenize_passages(passages, config.cache_path),
         )
         table, rows = joined(*tables)
-        encoder.plan(table.lengths, config.max_tokens_per_micro_batch)
+        check_budget(table.lengths, config.max_tokens_per_micro_batch)
         return cls(table, *rows, tuple(table.lengths.double().mean().item() for table in tables))
 
     def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -209,7 +209,7 @@ def two_checkpoints(tmp_path):
     for step in (1, 2):
         model(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
-        checkpoints.save(tmp_path, step, model, optimizer, {"--seed": 0})
+        checkpoints.save(tmp_path, step, model, optimizer, {"--seed": 0}, 64)
     return tmp_path, model, optimizer
 
 
@@ -267,7 +267,7 @@ def test_broken_checkpoint_is_passed_over_and_refused_by_name(damage, two_checkp
 def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints):
     directory, model, optimizer = two_checkpoints
     flip_a_bit(directory / "step-00000002")
-    checkpoints.save(directory, 2, model, optimizer, {})
+    checkpoints.save(directory, 2, model, optimizer, {}, 64)
     assert checkpoints.newest(directory).step == 2
 
 
@@ -279,7 +279,7 @@ def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch
 
     monkeypatch.setattr(checkpoints, "_optimizer_tensors", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(directory, 3, model, optimizer, {})
+        checkpoints.save(directory, 3, model, optimizer, {}, 64)
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["step-00000001", "step-00000002"]
 
@@ -288,7 +288,7 @@ def test_what_a_killed_run_left_is_cleared(two_checkpoints):
     directory, model, optimizer = two_checkpoints
     shutil.copytree(directory / "step-00000002", directory / ".step-00000003.tmp")
     assert checkpoints.newest(directory).step == 2
-    checkpoints.save(directory, 3, model, optimizer, {})
+    checkpoints.save(directory, 3, model, optimizer, {}, 64)
     assert not list(directory.glob(".*"))
 
 

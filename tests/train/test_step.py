@@ -13,8 +13,10 @@ from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.ranks import ALONE
-from rankpo_fast.train.step import Objective, ahead, pack_step, summed
+from rankpo_fast.train.step import Ahead, Objective, pack_step, summed
 from rankpo_fast.train.texts import Texts
+
+MEMORY = Memory(40, 0.0, 1.0)
 
 
 @pytest.fixture
@@ -31,8 +33,7 @@ def packed(tiny_llama_dir, tmp_path):
     compute = ComputeConfig(cache_dir=str(tmp_path))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()), weight=3.0)
-    memory, second_epoch = Memory(40, 0.0, 0.0), range(2, 4)
-    works = pack_step([objective], second_epoch, encoder, memory, ALONE)
+    works = pack_step([objective], range(2, 4), encoder, 40, ALONE)  # of epoch 1
     return works, encoder, data, texts
 
 
@@ -63,21 +64,20 @@ def test_texts_on_both_sides_share_a_row_of_the_table(packed):
 
 def test_steps_come_in_order_and_at_most_three_are_made_early():
     made = []
-    steps = ahead(lambda step: made.append(step) or [step], range(7))
-    assert next(steps) == [0]
-    assert len(made) <= 4
-    assert [step for [step] in steps] == [1, 2, 3, 4, 5, 6]
+    with Ahead(lambda step, _: made.append(step) or [step], range(7), MEMORY) as steps:
+        assert next(steps) == [0]
+        assert len(made) <= 3
+        assert [step for [step] in steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_error_in_the_background_arrives_at_its_step_and_the_thread_ends():
-    def make(step):
+    def make(step, max_tokens):
         if step == 1:
             raise ValueError("bad batch")
         return [step]
 
-    steps = ahead(make, range(100))
-    assert next(steps) == [0]
-    with pytest.raises(ValueError, match="bad batch"):
+    with pytest.raises(ValueError, match="bad batch"), Ahead(make, range(9), MEMORY) as steps:
+        assert next(steps) == [0]
         next(steps)
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 

@@ -1,0 +1,282 @@
+"""Memory: how much is free, what is found to fit, and what a step does that runs out of it."""
+
+import json
+import os
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankpo_fast.config import EncoderConfig
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.train import meters
+from rankpo_fast.train.memory import LOSS_WORKSPACE, Memory
+from rankpo_fast.train.meters import Card, host_free_bytes
+from rankpo_fast.train.step import Ahead
+
+
+class Limit:
+    """From the `begin`-th micro-batch on, counted from 1, one of more than `tokens` tokens runs
+    out of memory, forward or backward; `times` of them."""
+
+    def __init__(self, monkeypatch, tokens, begin=1, times=10**9, backward=False):
+        self.tokens, self.begin, self.times, self.backward = tokens, begin, times, backward
+        self.calls, self.vectors = 0, None
+        original = Encoder.forward
+        monkeypatch.setattr(Encoder, "forward", lambda e, batch: self.forward(original, e, batch))
+
+    def forward(self, original, encoder, batch):
+        self.calls += 1
+        vectors = original(encoder, batch)
+        if self.calls >= self.begin and sum(batch.lengths) > self.tokens and self.times > 0:
+            self.vectors = weakref.ref(vectors)
+            if not self.backward:
+                self.fail()
+            if vectors.requires_grad:
+                vectors.register_hook(lambda _: self.fail())
+        return vectors
+
+    def fail(self):
+        if self.times > 0:
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+
+
+# --- what a step does ---
+
+BUDGET, LIMIT = 150, 100  # two to three micro-batches a batch; the longest text has some 40 tokens
+
+
+@pytest.fixture
+def weights(run_stage, tiny_bert_dir):
+    """weights(name of the output, **flags) -> tensors after training, with dropout, and the path"""
+
+    def run(name, **flags):
+        output = run_stage("contrastive", tiny_bert_dir, name, max_steps=3, save_steps=1, **flags)
+        return load_file(output / "model.safetensors"), output
+
+    return run
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "begin, backward",
+    [
+        pytest.param(2, False, id="forward, in the first batch"),
+        pytest.param(6, False, id="forward, with gradients of an earlier batch"),
+        pytest.param(6, True, id="backward"),
+    ],
+)
+def test_a_step_out_of_memory_is_the_step_of_a_smaller_budget(
+    begin, backward, weights, monkeypatch, capsys
+):
+    Limit(monkeypatch, LIMIT, begin, backward=backward)  # call 1 is that of `measure`
+    got, output = weights("got", max_tokens_per_micro_batch=BUDGET)
+    said = capsys.readouterr().err
+    assert said.count("out of memory, done again with the graphs of ") == 1
+    states = sorted((output / "checkpoints").glob("*/state.json"))
+    budgets = [json.loads(path.read_text())["max_tokens"] for path in states]
+    assert len(set(budgets)) == 1 and budgets[0] <= LIMIT
+    monkeypatch.undo()
+    assert same(got, weights("expected", max_tokens_per_micro_batch=budgets[0])[0])
+
+
+def test_with_fewer_graphs_kept_a_step_is_the_same(weights, monkeypatch, capsys):
+    Limit(monkeypatch, 0, begin=6, times=1, backward=True)
+    got, _ = weights("got", max_tokens_per_micro_batch=BUDGET)
+    said = capsys.readouterr().err
+    assert "done again with the graphs of" in said and "at most" not in said
+    monkeypatch.undo()
+    assert same(got, weights("expected", max_tokens_per_micro_batch=BUDGET)[0])
+
+
+def test_a_run_goes_on_with_the_budget_that_was_found(weights, monkeypatch):
+    Limit(monkeypatch, LIMIT, begin=6)
+    expected, output = weights("out", max_tokens_per_micro_batch=BUDGET)
+    monkeypatch.undo()
+    for path in [*output.glob("*.json"), output / "checkpoints" / "step-00000003" / "state.json"]:
+        if path.name != "training.json":
+            path.unlink()
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
+        got, _ = weights("out", max_tokens_per_micro_batch=BUDGET, resume="newest")
+    assert same(expected, got)
+
+
+def test_a_step_that_fails_holds_no_tensor(weights, monkeypatch):
+    limit = Limit(monkeypatch, LIMIT, begin=2, backward=True)
+    monkeypatch.setattr("rankpo_fast.train.step.release", lambda device: None)
+    shrink, held = Memory.shrink, []
+    monkeypatch.setattr(
+        Memory, "shrink", lambda *args: (held.append(limit.vectors()), shrink(*args))[1]
+    )
+    weights("out", max_tokens_per_micro_batch=BUDGET)
+    assert len(held) >= 2 and not any(x is not None for x in held)
+
+
+def test_when_nothing_is_left_to_shrink_flags_are_named_and_no_weight_has_changed(
+    weights, monkeypatch
+):
+    Limit(monkeypatch, 0, begin=2)
+    monkeypatch.setattr("rankpo_fast.train.step.update", None)  # must not be called
+    with pytest.raises(InputError, match="--gradient_checkpointing true.*--max_passage_length"):
+        weights("out", max_tokens_per_micro_batch=BUDGET)
+
+
+def test_what_was_packed_for_another_budget_is_packed_again():
+    memory = Memory(40, 0.0, 1.0)
+    with Ahead(lambda step, budget: [(step, budget)], range(5), memory) as steps:
+        assert next(steps) == [(0, 40)]
+        memory.max_tokens = 20
+        assert steps.again() == [(0, 20)]
+        assert [work for [work] in steps] == [(step, 20) for step in range(1, 5)]
+
+
+def test_graphs_are_given_up_before_tokens():
+    group = type("Group", (), {"lengths": (30, 10)})
+    memory = Memory(60, 1e9, graph_bytes=1.0, longest=16)
+    seen = []
+    with pytest.raises(InputError, match="16 tokens, the longest text"):
+        while True:
+            memory.shrink([[group] * 4, [group]])
+            seen.append((memory.kept([group] * 4), memory.max_tokens))
+    assert seen == [(2, 60), (1, 60), (1, 20), (1, 16)]
+
+
+# --- what is found before ---
+
+
+class Simulated:
+    """A card where a token's graph takes 10 bytes, its peak 15, and anything another 100."""
+
+    warns = True
+
+    def __init__(self, monkeypatch, free):
+        self._free = free
+        forward = Encoder.forward
+
+        def counted(encoder, batch):
+            self.tokens = sum(batch.lengths)
+            return forward(encoder, batch)
+
+        monkeypatch.setattr(Encoder, "forward", counted)
+        monkeypatch.setattr("rankpo_fast.train.memory.meter_of", lambda device: self)
+
+    __enter__ = lambda self: self  # noqa: E731
+    __exit__ = lambda self, *exception: None  # noqa: E731
+    held = lambda self: 10 * self.tokens  # noqa: E731
+    peak = lambda self: 15 * self.tokens + 100  # noqa: E731
+    free = lambda self: self._free + LOSS_WORKSPACE  # noqa: E731
+
+
+@pytest.fixture
+def long_texts(tiny_bert_dir):
+    """An encoder with dropout, in training, and a table of 40 texts, the longest of 17 tokens."""
+    encoder = load_encoder(EncoderConfig(str(tiny_bert_dir)), device=torch.device("cpu")).train()
+    table = encoder.tokenize_passages(["nurse " * 5 + "x" * (i % 3) for i in range(40)])
+    return encoder, table, int(table.lengths.max())
+
+
+def test_a_budget_is_found_by_doubling_up_to_half_of_a_card(long_texts, monkeypatch):
+    encoder, table, longest = long_texts
+    monkeypatch.setattr("rankpo_fast.train.memory.LOSS_WORKSPACE", 0)
+    monkeypatch.setattr(f"{__name__}.LOSS_WORKSPACE", 0)
+    card = Simulated(monkeypatch, free=4 * (15 * 4 * longest + 100))
+    before = torch.get_rng_state()
+    memory = Memory.measure(encoder, table, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in encoder.parameters())
+    assert memory.max_tokens in (4 * longest, 8 * longest)
+    assert 2 * card.peak() <= card.free()  # while one is at work, another half is free
+    assert memory.graph_bytes == 10
+    assert memory.room == card.free() - (card.peak() - card.held())
+
+
+def test_what_a_card_has_no_room_for_is_passed_over(long_texts, monkeypatch):
+    """Its free memory may be in pieces."""
+    encoder, table, longest = long_texts
+    Simulated(monkeypatch, free=10**9)
+    Limit(monkeypatch, 5 * longest)
+    memory = Memory.measure(encoder, table, None, None)
+    assert memory.max_tokens == 4 * longest
+    assert longest < Memory.measure(encoder, table, 7 * longest, None).max_tokens < 7 * longest
+    Limit(monkeypatch, longest - 1)
+    with pytest.raises(InputError, match=f"{longest} tokens, the longest text"):
+        Memory.measure(encoder, table, None, None)
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_budget_that_does_not_fit_is_refused_with_one_that_does(weights, monkeypatch):
+    Limit(monkeypatch, LIMIT)
+    with pytest.raises(InputError, match="--max_tokens_per_micro_batch 150 .*: [0-9]+ does") as e:
+        weights("out", max_tokens_per_micro_batch=BUDGET)
+    fits = int(str(e.value).split()[-2])
+    weights("out", max_tokens_per_micro_batch=fits, overwrite_output_dir=True)
+
+
+def test_without_a_flag_no_text_is_too_long(weights, monkeypatch):
+    monkeypatch.setattr("rankpo_fast.data.packing.DEFAULT_BUDGET", {"cpu": 8})
+    weights("out")
+
+
+# --- how much is free ---
+
+
+def test_a_card_counts_what_its_allocator_holds_unused(monkeypatch):
+    figures = {"mem_get_info": (600, 1000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
+    card = Card(torch.device("cuda", 0))
+    assert card.free() == pytest.approx(meters.CARD_SHARE * 800)
+    with card:
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 140)
+        assert (card.held(), card.peak()) == (40, 70)
+
+
+MACHINE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4 kB\nHugePages_Total: 0\n"}
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    "files, free",
+    [
+        pytest.param({}, 4096, id="no groups"),
+        pytest.param(
+            {"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/memory.max": "max\n",
+             f"{V2}/a/b/memory.current": "50\n", f"{V2}/a/memory.max": "1000\n",
+             f"{V2}/a/memory.current": "700\n", f"{V2}/a/memory.stat": "inactive_file 200\n"},
+            500, id="version 2, the limit is the parent's and its file cache is no use",
+        ),
+        pytest.param(
+            {"proc/self/cgroup": "5:cpu,memory:/docker/1\n0::/\n",
+             f"{V1}/memory.limit_in_bytes": "900\n", f"{V1}/memory.usage_in_bytes": "100\n"},
+            800, id="version 1, inside the container",
+        ),
+        pytest.param(
+            {"proc/self/cgroup": "5:memory:/x\n", f"{V1}/x/memory.usage_in_bytes": "100\n",
+             f"{V1}/x/memory.limit_in_bytes": "9223372036854771712\n"},
+            4096, id="version 1 without a limit",
+        ),
+        pytest.param(
+            {"proc/self/cgroup": "0::/\n", f"{V2}/memory.max": "9\n",
+             f"{V2}/memory.current": "20\n"},
+            0, id="over the limit",
+        ),
+    ],
+)  # fmt: skip
+def test_the_host_has_free_what_every_group_leaves(files, free, tmp_path):
+    for name, text in {**MACHINE, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_free_bytes(tmp_path) == free
+
+
+def test_a_host_that_does_not_tell_has_what_it_is_built_with(tmp_path):
+    assert host_free_bytes(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
