@@ -202,3 +202,16 @@ def command_with_own_rate(*flags):
     """The last rank has another learning rate than the others."""
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     command(*flags, *(["--learning_rate", "1"] if last else []))
+
+
+def command_out_of_memory(*flags):
+    """Of the last rank, in a step."""
+    vectors = step.CachedVectors
+
+    def fail(*args, **kwargs):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return vectors(*args, **kwargs)
+
+    with mock.patch.object(step, "CachedVectors", fail):
+        command(*flags)

@@ -174,6 +174,14 @@ def test_others_end_when_the_first_cannot_save(ran, flags, tiny_llama_dir):
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
 
 
+def test_others_end_when_one_is_out_of_memory(ran, flags, tiny_llama_dir):
+    *others, last = ran(
+        rank_runs.command_out_of_memory, *arguments(flags("contrastive", tiny_llama_dir, "out"))
+    )
+    assert last.code == 1 and "OutOfMemoryError" in last.said
+    assert all(rank.code == 1 for rank in others)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
