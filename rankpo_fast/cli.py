@@ -3,9 +3,12 @@
 Exit codes: 0; 1 for a run that failed; 2 for what the user can put right (bad flags, bad data, with
 a message that names it); in training, 143 after SIGTERM and 130 after Ctrl-C, once the step is
 finished and saved.
+
+Training on N cards is `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`.
 """
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +21,7 @@ from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import check_writable, lies_in
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+IN_RANKS = ("contrastive", "rankpo")  # the commands for torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv)
         except InputError as error:
             return _fail(error, BAD_INPUT)
-        except (FloatingPointError, OSError) as error:
+        except FloatingPointError as error:  # which all ranks raise
+            return _fail(error, FAILED) if _is_first_rank() else FAILED
+        except OSError as error:
             return _fail(error, FAILED)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
@@ -45,6 +51,8 @@ def _run(argv: list[str]) -> int:
         print(f"rankpo-fast {__version__}")
         return 0
     name, *flags = argv
+    if name not in IN_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{name} runs in one process, but WORLD_SIZE is > 1: leave out torchrun")
     if name == "demo":
         from rankpo_fast.demo import run
 
@@ -55,7 +63,13 @@ def _run(argv: list[str]) -> int:
             f"unknown command {name}{closest(name, known)}; there are {', '.join(known)}"
         )
     command = COMMANDS[name]
-    command.run(*parse(name, command.summary, command.settings, flags))
+    try:
+        settings = parse(name, command.summary, command.settings, flags)
+    except InputError:  # which all ranks raise
+        if _is_first_rank():
+            raise
+        return BAD_INPUT
+    command.run(*settings)
     return 0
 
 
@@ -65,7 +79,12 @@ def _fail(error: object, code: int) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"rankpo-fast: warning: {message}", file=sys.stderr)
+    if _is_first_rank():
+        print(f"rankpo-fast: warning: {message}", file=sys.stderr)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 # --- the commands: heavy imports inside, so that --help is quick ---
@@ -275,6 +294,7 @@ def _overview() -> str:
             *lines,
             "",
             "rankpo-fast COMMAND --help lists the flags of a command.",
+            "torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ... trains on N cards.",
         ]
     )
 

@@ -249,7 +249,7 @@ class TrainingConfig:
     output_dir: str = _flag("Where the model, metrics.jsonl and checkpoints go.")
     num_train_epochs: float = _flag("Passes over the rows.", 3.0)
     max_steps: int | None = _flag("Optimizer steps; overrides --num_train_epochs.", None)
-    per_device_train_batch_size: int = _flag("Rows per batch.", 8)
+    per_device_train_batch_size: int = _flag("Rows per batch, of each process.", 8)
     gradient_accumulation_steps: int = _flag("Batches per optimizer step.", 4)
     learning_rate: float = _flag("Peak learning rate.", 1e-5)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _flag(

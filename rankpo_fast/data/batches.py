@@ -8,7 +8,7 @@ passage texts of the batch; all indices int64.
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -33,6 +33,23 @@ class ContrastiveBatch(Movable):
     excluded_columns: Tensor  # [nnz] ... the further known positives of the rows' queries
     rows: Tensor  # [M] the data rows they come from
 
+    @property
+    def weight(self) -> float:
+        """Of its rows in a mean."""
+        return float(len(self.rows))
+
+    def part(self, rows: slice) -> "ContrastiveBatch":
+        """Some of its rows, against all its passages."""
+        offsets = self.excluded_offsets[rows.start : rows.stop + 1]
+        return replace(
+            self,
+            query_rows=self.query_rows[rows],
+            labels=self.labels[rows],
+            excluded_offsets=offsets - offsets[0],
+            excluded_columns=self.excluded_columns[offsets[0] : offsets[-1]],
+            rows=self.rows[rows],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class PreferenceBatch(Movable):
@@ -46,6 +63,24 @@ class PreferenceBatch(Movable):
     weights: Tensor  # [B] fp32
     reference_margins: Tensor | None  # [B] fp32
     rows: Tensor  # [B] the data rows they come from
+
+    @property
+    def weight(self) -> float:
+        """Of its pairs in a mean."""
+        return self.weights.double().sum().item()
+
+    def part(self, rows: slice) -> "PreferenceBatch":
+        """Some of its pairs."""
+        margins = self.reference_margins
+        return replace(
+            self,
+            query_rows=self.query_rows[rows],
+            chosen_rows=self.chosen_rows[rows],
+            rejected_rows=self.rejected_rows[rows],
+            weights=self.weights[rows],
+            reference_margins=None if margins is None else margins[rows],
+            rows=self.rows[rows],
+        )
 
 
 class ContrastiveData:

@@ -39,6 +39,8 @@ class CachedVectors:
             with torch.set_grad_enabled(keep):
                 parts.append(encoder(group))
         self._graphs = parts[len(self._states) :]
+        if not parts:  # a rank for which there are no texts
+            parts = [torch.zeros(0, encoder.dim, device=encoder.device)]
         self.vectors = torch.cat([part.detach() for part in parts])
 
     def backward(self, gradient: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or not there; training goes on from them bit by bit.
 
-`checkpoints/step-00000100/` holds the weights, the optimizer's state, the random states and the
-counters as safetensors and JSON, and a manifest with the sha256 of each file. It is written under
-another name, flushed to disk, and renamed. The learning rate and the order of the rows follow from
-the step, so nothing of them need be kept.
+`checkpoints/step-00000100/` holds the weights, the optimizer's state, the random states of all
+ranks and the counters as safetensors and JSON, and a manifest with the sha256 of each file. It is
+written under another name, flushed to disk, and renamed. The learning rate and the order of the
+rows follow from the step, so nothing of them need be kept.
 """
 
 import hashlib
@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from rankpo_fast.data.files import flush_to_disk
 from rankpo_fast.errors import InputError
+from rankpo_fast.train.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
@@ -49,17 +51,29 @@ def save(
     max_tokens: int,
     *,
     keep: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `directory/step-XXXXXXXX`, then drop all but the newest `keep`; raises OSError."""
+    """Write `directory/step-XXXXXXXX`, then drop all but the newest `keep`; raises OSError.
+
+    All ranks must call it, the first one writes.
+    """
     target = directory / f"step-{step:08d}"
+    states = ranks.objects(_random_state(ranks.device))
+    if not ranks.first:
+        return target
     temporary = directory / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
     temporary.mkdir(parents=True)
     try:
         save_file(_weights(model), temporary / WEIGHTS)
         save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        tensors, numbers = _random_state()
+        tensors = {
+            f"{rank}/{name}": tensor
+            for rank, (of_rank, _) in enumerate(states)
+            for name, tensor in load(of_rank).items()
+        }
         save_file(tensors, temporary / RANDOM)
+        numbers = [of_rank for _, of_rank in states]
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
         _write_json(temporary / MANIFEST, {name: _sha256(temporary / name) for name in FILES})
@@ -99,7 +113,9 @@ def newest(directory: Path) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> None:
     """Put model, optimizer and random generators where they were when it was written."""
     weights = load_file(checkpoint.path / WEIGHTS)
     own = _weights(model)
@@ -108,8 +124,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         for name, tensor in own.items():
             tensor.copy_(weights[name])
     _restore_optimizer(model, optimizer, load_file(checkpoint.path / OPTIMIZER))
-    numbers = json.loads((checkpoint.path / STATE).read_text())["random"]
-    _restore_random(load_file(checkpoint.path / RANDOM), numbers)
+    numbers = json.loads((checkpoint.path / STATE).read_text())["random"][ranks.rank]
+    states = load_file(checkpoint.path / RANDOM).items()
+    own = {name.removeprefix(f"{ranks.rank}/"): state for name, state in states}
+    _restore_random(own, numbers, ranks.device)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -142,25 +160,24 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # moves to the devices
 
 
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys)}
-    if torch.cuda.is_available():
-        for device, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda:{device}"] = state
-    return tensors, {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return pack(tensors), {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
 
 
-def _restore_random(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def _restore_random(
+    tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device
+) -> None:
     version, words, gauss = numbers["python"]
     random.setstate((version, tuple(words), gauss))
     kind, *rest = numbers["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy(), *rest))
     torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            if f"cuda:{device}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda:{device}"], device)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
 def _steps(directory: Path) -> list[Path]:

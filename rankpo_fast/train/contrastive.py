@@ -21,6 +21,7 @@ from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.errors import InputError
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
@@ -40,16 +41,19 @@ def train_contrastive(
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
-    batches = read_batches(
-        data.train_data, training.per_device_train_batch_size, data.num_negatives, training.seed
-    )
-    run = Run.prepare("contrastive", model, data, loss, training, evaluation, compute)
-    if run.finished:
-        return run.path
-    encoder = run.load_encoder()
-    texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
-    about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
-    train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
+    with Ranks.joined(compute) as ranks:
+        with ranks.first_ahead():
+            rows = training.per_device_train_batch_size * ranks.size
+            batches = read_batches(data.train_data, rows, data.num_negatives, training.seed)
+            run = Run.prepare(
+                "contrastive", ranks, model, data, loss, training, evaluation, compute
+            )
+            if run.finished:
+                return run.path
+            encoder = run.load_encoder()
+            texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
+        about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
+        train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
 
 

@@ -5,6 +5,7 @@ Stage metrics stay tensors on their device until a line is written: no host sync
 
 import importlib.util
 import json
+import os
 import resource
 import sys
 import warnings
@@ -53,22 +54,26 @@ class MetricsLog:
         settings: dict[str, Any],
         first_step: int,
         total_steps: int,
+        *,
+        silent: bool = False,
     ):
-        self._path = directory / "metrics.jsonl"
+        self._silent = silent  # as ranks are that only read the numbers of their steps
+        self._path = Path(os.devnull) if silent else directory / "metrics.jsonl"
         self._every, self._total_steps = config.logging_steps, total_steps
         self._first_step = first_step
-        kind = REPORTERS.get(config.report_to)
+        kind = None if silent else REPORTERS.get(config.report_to)
         self._reporter = None if kind is None else kind(directory, settings)
         self._unread: deque[tuple[int, float, StepResult]] = deque()
         self._records: list[StepRecord] = []  # since the last line
         self._last_read = 0.0
 
     def __enter__(self) -> "MetricsLog":
-        _drop_lines_after(self._path, self._first_step)
+        if not self._silent:
+            _drop_lines_after(self._path, self._first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=self._total_steps, initial=self._first_step, desc="training", unit="step",
-            dynamic_ncols=True,
+            dynamic_ncols=True, disable=self._silent,
         )  # fmt: skip
         return self
 
@@ -119,7 +124,8 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """A line to the user that leaves the bar whole."""
-        self._bar.write(text, file=sys.stderr)
+        if not self._silent:
+            self._bar.write(text, file=sys.stderr)
 
 
 def peak_memory() -> int:

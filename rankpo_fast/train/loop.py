@@ -28,6 +28,7 @@ from rankpo_fast.train import output
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
 from rankpo_fast.train.profile import Profile
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import Ahead, Objective, Work, pack_step, train_step
 
@@ -80,34 +81,39 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
     """
-    config = run.training
+    config, ranks = run.training, run.ranks
     plan = Plan.of(config, objectives[0].stage.data)
     first_step = 0 if run.checkpoint is None else run.checkpoint.step
     left = plan.total_steps - first_step
-    profiled = Profile(run.path / output.PROFILE, config.profile_steps, left)
+    profile_steps = config.profile_steps if ranks.first else 0
+    profiled = Profile(run.path / output.PROFILE, profile_steps, left)
     texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
     run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
     run.open_output()
-    _seed(config.seed)
+    _seed(config.seed + ranks.rank)  # so that dropout differs
     optimizer = adamw(encoder, config)
     if run.checkpoint is not None:
-        checkpoints.restore(run.checkpoint, encoder, optimizer)
+        checkpoints.restore(run.checkpoint, encoder, optimizer, ranks)
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     steps = range(first_step, plan.total_steps)
 
     def make(step: int, max_tokens: int) -> list[Work]:
-        return pack_step(objectives, plan.batches(step), encoder, max_tokens)
+        return pack_step(objectives, plan.batches(step), encoder, max_tokens, ranks)
 
     with (
         Ahead(make, steps, memory) as works,
-        MetricsLog(run.path, config, run.settings, first_step, plan.total_steps) as log,
+        MetricsLog(
+            run.path, config, run.settings, first_step, plan.total_steps, silent=not ranks.first
+        ) as log,
         profiled as profile,
-        _StopSignal() as stop,
+        _StopSignal() as signals,
     ):
         for step in steps:
             done, rate = step + 1, learning_rate(step, plan.total_steps, config)
-            result = train_step(encoder, works, optimizer, rate, config.max_grad_norm, memory)
+            result = train_step(
+                encoder, works, optimizer, rate, config.max_grad_norm, memory, ranks
+            )
             if result.notes:
                 log.say(f"step {done}: out of memory, done again with {'; '.join(result.notes)}")
             with record_function("logging"):
@@ -118,25 +124,30 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
             if saved:
                 log.settle()
                 run.save_checkpoint(done, encoder, optimizer, memory)
+            stop = signals.agreed(ranks)
             due = run.evaluation.asked and _due(done, config.eval_steps)
-            if due and done < plan.total_steps and stop.requested is None:
+            if due and done < plan.total_steps and stop is None:
                 log.settle()
                 log.evaluation(done, run.evaluate(encoder))
-            if stop.requested is not None:
+                stop = signals.agreed(ranks)
+            if stop is not None:
                 log.settle()
                 if not saved:
                     run.save_checkpoint(done, encoder, optimizer, memory)
-                name = stop.requested.name
-                log.say(f"stopped by {name} after step {done}, which is saved; --resume continues")
-                raise SystemExit(EXIT_CODES[stop.requested])
+                log.say(
+                    f"stopped by {stop.name} after step {done}, which is saved; --resume continues"
+                )
+                raise SystemExit(EXIT_CODES[stop])
         log.settle()
         run.save_model(encoder)  # before the evaluation, whose failure then costs no training
         log.say(f"model saved in {run.path}")
-        if run.evaluation.asked and stop.requested is None:
+        stop = signals.agreed(ranks)
+        if run.evaluation.asked and stop is None:
             log.evaluation(plan.total_steps, run.evaluate(encoder))
-        if stop.requested is not None:
-            log.say(f"stopped by {stop.requested.name}; the model is saved")
-            raise SystemExit(EXIT_CODES[stop.requested])
+            stop = signals.agreed(ranks)
+        if stop is not None:
+            log.say(f"stopped by {stop.name}; the model is saved")
+            raise SystemExit(EXIT_CODES[stop])
 
 
 def _seed(seed: int) -> None:
@@ -165,6 +176,11 @@ class _StopSignal:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._request)
         return self
+
+    def agreed(self, ranks: Ranks) -> signal.Signals | None:
+        """What any rank was asked for: all stop after the same step."""
+        [number] = ranks.highest([self.requested or 0])
+        return signal.Signals(number) if number else None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

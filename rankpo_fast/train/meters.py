@@ -87,7 +87,8 @@ class Host(Meter):
         return self._peak
 
     def free(self) -> float:
-        return HOST_SHARE * host_free_bytes()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
+        return HOST_SHARE * host_free_bytes() / ranks
 
 
 class _Allocations(TorchDispatchMode):

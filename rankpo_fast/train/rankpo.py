@@ -21,8 +21,10 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
+from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
 from rankpo_fast.train.run import Run
@@ -45,30 +47,37 @@ def train_rankpo(
     again before the model to train is loaded. What is replayed goes through the model beside the
     pairs, batch by batch. Raises InputError for what the user can put right.
     """
-    rows = read_preferences(data.train_data, use_confidence=data.use_confidence)
-    pairs = PreferenceData(
-        rows, batch_size=training.per_device_train_batch_size, seed=training.seed
-    )
-    replayed = replay_batches(replay, training) if replay.replay_data else None
-    run = Run.prepare("rankpo", model, data, loss, training, evaluation, compute, replay)
-    if run.finished:
-        return run.path
-    other, reference = loss.reference_model_name_or_path, None
-    if loss.uses_reference and other is not None:
-        reference = other_model_similarities(other, model, pairs, run.device, compute)
-    encoder = run.load_encoder()
-    texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
-    about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
-    others = []
-    if replayed is not None:
-        others.append(replay_objective(replay, replayed, encoder, compute))
-        about["replay"] = describe_replay(replay, replayed)
-    if loss.uses_reference and other is None:
-        reference = reference_similarities(encoder, texts, pairs, compute)
-    if reference is not None:
-        pairs = pairs.with_reference(reference[0] - reference[1])
-        reference = reference.to(run.device)
-    train(run, encoder, [Objective(RankPOStage(pairs, texts, loss, reference)), *others], about)
+    with Ranks.joined(compute) as ranks:
+        with ranks.first_ahead():
+            rows = read_preferences(data.train_data, use_confidence=data.use_confidence)
+            pairs = PreferenceData(
+                rows,
+                batch_size=training.per_device_train_batch_size * ranks.size,
+                seed=training.seed,
+            )
+            replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
+            run = Run.prepare(
+                "rankpo", ranks, model, data, loss, training, evaluation, compute, replay
+            )
+            if run.finished:
+                return run.path
+            other, reference = loss.reference_model_name_or_path, None
+            if loss.uses_reference and other is not None:
+                reference = other_model_similarities(other, model, pairs, run.device, compute)
+            encoder = run.load_encoder()
+            texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
+            about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
+            others = []
+            if replayed is not None:
+                others.append(replay_objective(replay, replayed, encoder, compute))
+                about["replay"] = describe_replay(replay, replayed)
+            if loss.uses_reference and other is None:
+                reference = reference_similarities(encoder, texts, pairs, compute)
+            if reference is not None:
+                pairs = pairs.with_reference(reference[0] - reference[1])
+                reference = reference.to(run.device)
+        stage = RankPOStage(pairs, texts, loss, reference)
+        train(run, encoder, [Objective(stage), *others], about)
     return run.path
 
 
@@ -106,7 +115,7 @@ class RankPOStage:
         scores = torch.stack([stats.chosen_similarity, stats.rejected_similarity])
         reference = 0.0
         if self.reference is not None:
-            reference = self.reference[:, batch.rows].mean(dim=1)
+            reference = torch.stack([*map(mean, self.reference[:, batch.rows])])
         metrics = {"rewards/accuracies": stats.accuracy}
         for name, values in (
             ("rewards", self.config.beta * (scores - reference)),

@@ -14,11 +14,14 @@ APART = 2**63  # no --seed is as large, so that no random stream is shared with 
 FLAGS = ("--replay_data", "--replay_batch_size", "--replay_num_negatives")
 
 
-def replay_batches(config: ReplayConfig, training: TrainingConfig) -> ContrastiveData:
-    """The batches to be replayed. InputError as for those of stage 1."""
+def replay_batches(
+    config: ReplayConfig, training: TrainingConfig, processes: int
+) -> ContrastiveData:
+    """The batches to be replayed, of all processes. InputError as for those of stage 1."""
+    rows = config.replay_batch_size or training.per_device_train_batch_size
     return read_batches(
         config.replay_data,
-        config.replay_batch_size or training.per_device_train_batch_size,
+        rows * processes,
         config.replay_num_negatives,
         APART + training.seed,
         flags=FLAGS,

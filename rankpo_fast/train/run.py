@@ -1,8 +1,6 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
 import hashlib
-import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.log import check_report_to
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.texts import Texts
 from rankpo_kernels import native
 
@@ -56,7 +55,7 @@ class Run:
     training: TrainingConfig
     evaluation: EvaluationConfig
     compute: ComputeConfig
-    device: torch.device
+    ranks: Ranks
     retrieval: RetrievalSet | None
     preferences: list[PreferenceRow] | None
     settings: dict[str, Any]  # what a resumed run must share
@@ -66,6 +65,7 @@ class Run:
     def prepare(
         cls,
         stage: str,
+        ranks: Ranks,
         model: ModelConfig,
         data: ContrastiveDataConfig | RankPODataConfig,
         loss: ContrastiveLossConfig | RankPOLossConfig,
@@ -75,12 +75,7 @@ class Run:
         *replay: ReplayConfig,
     ) -> "Run":
         """Evaluation data, output directory and checkpoint; InputError if one will not do."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError(
-                "training runs in one process, but WORLD_SIZE is > 1: start it without torchrun"
-            )
         check_report_to(training.report_to)
-        device = compute.torch_device()
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
         inputs = _inputs(model, data, *replay, loss, evaluation)
@@ -89,12 +84,17 @@ class Run:
         check_writable("--cache_dir", cache, directory=True)
         if lies_in(cache, path):
             raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
-        settings = _settings(stage, (model, data, *replay, loss, training, compute), device)
-        checkpoint = _find_checkpoint(training, settings)
+        configs = (model, data, *replay, loss, training, compute)
+        settings = _settings(stage, ranks, configs)
+        checkpoint = _find_checkpoint(training, settings, ranks)
         return cls(
-            stage, model, training, evaluation, compute, device, retrieval, preferences, settings,
+            stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
             checkpoint,
         )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def path(self) -> Path:
@@ -105,7 +105,7 @@ class Run:
         """Nothing is left to resume; says so."""
         done = self.training.resume is not None and output.finished(self.path)
         if done:
-            _say(f"{self.path}: this run is finished, nothing to resume")
+            self.ranks.say(f"{self.path}: this run is finished, nothing to resume")
         return done
 
     def load_encoder(self) -> Encoder:
@@ -130,6 +130,10 @@ class Run:
         if self.checkpoint is None and asked is not None and memory.max_tokens < asked:
             raise InputError(f"--max_tokens_per_micro_batch {asked} does not fit into memory: "
                              f"{memory.max_tokens} does")  # fmt: skip
+        [shortage] = self.ranks.highest(
+            [-memory.max_tokens]
+        )  # all have what the least has room for
+        memory.max_tokens = -shortage
         return memory
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
@@ -141,41 +145,57 @@ class Run:
             **about,
             "model": f"{self.model.model_name_or_path}, {parameters:,} parameters, "
             f"{settings.pooling} pooling, up to {lengths} tokens",
-            "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}",
+            "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}"
+            + (f", on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             "losses": _backend(self.device),
         }
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
-        _say(f"rankpo-fast {self.stage}")
+        self.ranks.say(f"rankpo-fast {self.stage}")
         width = max(map(len, lines))
         for name, text in lines.items():
-            _say(f"  {name:{width}} {text}")
+            self.ranks.say(f"  {name:{width}} {text}")
 
     def open_output(self) -> None:
-        record = {"stage": self.stage, "settings": self.settings}
-        output.start(self.path, record, overwrite=self.training.overwrite_output_dir)
+        step = 0 if self.checkpoint is None else self.checkpoint.step
+        told = self.ranks.objects({**self.settings, "step that --resume found": step})
+        if self.ranks.first:
+            for rank, theirs in enumerate(told):
+                _check_same(f"rank {rank} of {len(told)}", theirs, told[0])
+            record = {"stage": self.stage, "settings": self.settings}
+            output.start(self.path, record, overwrite=self.training.overwrite_output_dir)
+        self.ranks.meet()
 
     def save_checkpoint(
         self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer, memory: Memory
     ) -> None:
         directory, keep = self.path / output.CHECKPOINTS, self.training.save_total_limit
         checkpoints.save(
-            directory, step, encoder, optimizer, self.settings, memory.max_tokens, keep=keep
-        )
+            directory, step, encoder, optimizer, self.settings, memory.max_tokens, keep=keep,
+            ranks=self.ranks,
+        )  # fmt: skip
+        self.ranks.meet()
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
-        return evaluate(
-            encoder,
-            retrieval=self.retrieval,
-            preferences=self.preferences,
-            cutoffs=self.evaluation.cutoffs,
-            max_tokens=self.compute.max_tokens_per_micro_batch,
-            legacy=self.evaluation.legacy_metrics,
-            cache_dir=self.compute.cache_path,
-        )
+        """Of the first rank; nothing on others."""
+        figures = {}
+        if self.ranks.first:
+            figures = evaluate(
+                encoder,
+                retrieval=self.retrieval,
+                preferences=self.preferences,
+                cutoffs=self.evaluation.cutoffs,
+                max_tokens=self.compute.max_tokens_per_micro_batch,
+                legacy=self.evaluation.legacy_metrics,
+                cache_dir=self.compute.cache_path,
+            )
+        self.ranks.meet()
+        return figures
 
     def save_model(self, encoder: Encoder) -> None:
-        output.save_model(self.path, encoder)
+        if self.ranks.first:
+            output.save_model(self.path, encoder)
+        self.ranks.meet()
 
 
 def read_evaluation_data(
@@ -201,8 +221,8 @@ def _inputs(*configs: Any) -> list[tuple[str, str]]:
     return inputs
 
 
-def _settings(stage: str, configs: tuple, device: torch.device) -> dict[str, Any]:
-    settings = {"stage": stage, "device": device.type, "processes": 1}
+def _settings(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
+    settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
@@ -217,28 +237,32 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find_checkpoint(training: TrainingConfig, settings: dict[str, Any]) -> Checkpoint | None:
+def _find_checkpoint(
+    training: TrainingConfig, settings: dict[str, Any], ranks: Ranks
+) -> Checkpoint | None:
     """The one to go on from; InputError if it, or the run there, was made under other settings."""
     if training.resume is None:
         return None
     path = Path(training.output_dir)
     record = output.read_record(path) or {}
-    _check_same(path, record.get("settings", settings), settings)
+    _check_same(f"--resume: {path}", record.get("settings", settings), settings)
     if output.finished(path):
         return None
     if training.resume == "newest":
         directory = path / output.CHECKPOINTS
         checkpoint = checkpoints.newest(directory)
         if checkpoint is None:
-            _say(f"--resume: no complete checkpoint in {directory}, starting from the beginning")
+            ranks.say(
+                f"--resume: no complete checkpoint in {directory}, starting from the beginning"
+            )
             return None
     else:
         checkpoint = checkpoints.read(Path(training.resume))
-    _check_same(checkpoint.path, checkpoint.settings, settings)
+    _check_same(f"--resume: {checkpoint.path}", checkpoint.settings, settings)
     return checkpoint
 
 
-def _check_same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     names = dict.fromkeys([*was, *now])
     changed = [
         f"  {name} was {was.get(name)}, is {now.get(name)}"
@@ -247,7 +271,7 @@ def _check_same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if changed:
         lines = "\n".join(changed)
-        raise InputError(f"--resume: {path} was made with other settings:\n{lines}")
+        raise InputError(f"{what} has other settings:\n{lines}")
 
 
 def _backend(device: torch.device) -> str:
@@ -263,7 +287,3 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

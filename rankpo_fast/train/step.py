@@ -27,6 +27,7 @@ from rankpo_fast.train.cache import CachedVectors, random_states, set_random_sta
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.meters import release
 from rankpo_fast.train.optim import update
+from rankpo_fast.train.ranks import Ranks, deal
 from rankpo_fast.train.texts import Batch, Texts
 
 
@@ -65,14 +66,20 @@ class Work(Movable):
 
     objective: Objective
     share: float  # of its loss in the step's
-    batch: Batch
+    batch: Batch  # with this rank's rows of it
     groups: list[MicroBatch]
-    query_places: Tensor  # [U] among the vectors of all groups
+    order: Tensor  # places of the rank's texts, as they were dealt, among the vectors of its groups
+    query_places: Tensor  # [U] among the vectors of all ranks
     passage_places: Tensor  # [N]
+    counts: list[int]  # vectors of each rank
+    rows: tuple[int, ...]  # of the data, of all ranks
+    of_loss: float  # the rank's part of the batch's loss, 1 of one that is alone
+    of_rows: float  # and of its rows
+    tokens: int  # of all ranks
 
 
 def pack_step(
-    objectives: list[Objective], numbers: range, encoder: Encoder, max_tokens: int
+    objectives: list[Objective], numbers: range, encoder: Encoder, max_tokens: int, ranks: Ranks
 ) -> list[Work]:
     """The batches `numbers` of every objective, which make a step; pinned if they go to a card."""
     works = []
@@ -81,16 +88,27 @@ def pack_step(
         for number in numbers:
             batch = data.batch(*divmod(number, data.batches_per_epoch))
             rows, queries, passages = texts.of(batch)
-            groups = encoder.plan(texts.table.lengths[rows], max_tokens)
-            place = torch.cat(groups).argsort()  # of each text among the vectors
+            lengths = texts.table.lengths[rows]
+            # Attention among l tokens costs l / (6 D) of what a layer's matrices cost.
+            dealt = deal(lengths * (1 + lengths / (6 * encoder.dim)), ranks.size)
+            own = dealt[ranks.rank]
+            groups = encoder.plan(lengths[own], max_tokens)
+            place = torch.cat(dealt).argsort()  # of each text among the vectors of all ranks
+            part = batch.part(ranks.rows(len(batch.rows)))
             works.append(
                 Work(
                     objective,
                     objective.weight / len(numbers),
-                    batch,
-                    [pack(texts.table, rows[group]) for group in groups],
+                    part,
+                    [pack(texts.table, rows[own[group]]) for group in groups],
+                    torch.cat([own[:0], *groups]).argsort(),
                     place[queries],
                     place[passages],
+                    list(map(len, dealt)),
+                    tuple(batch.rows.tolist()),
+                    part.weight / batch.weight if batch.weight else 0.0,
+                    len(part.rows) / len(batch.rows),
+                    int(lengths.sum()),
                 )
             )
     return pinned(works) if encoder.device.type == "cuda" else works
@@ -157,11 +175,11 @@ class StepResult:
 
     @property
     def tokens(self) -> int:
-        return sum(sum(group.lengths) for work in self.works for group in work.groups)
+        return sum(work.tokens for work in self.works)
 
     @property
     def queries(self) -> int:
-        return sum(len(work.batch.rows) for work in self.works)
+        return sum(len(work.rows) for work in self.works)
 
     def _total(self, losses: list[float]) -> float:
         return sum(work.share * loss for work, loss in zip(self.works, losses, strict=True))
@@ -170,7 +188,7 @@ class StepResult:
         guilty = [w for w, x in zip(self.works, losses, strict=True) if not math.isfinite(x)]
         rows: dict[str, set[int]] = {}  # by the flag that gave them
         for work in guilty or self.works:
-            rows.setdefault(work.objective.flag, set()).update((work.batch.rows + 1).tolist())
+            rows.setdefault(work.objective.flag, set()).update(row + 1 for row in work.rows)
         named = (
             f". Rows of {flag} in it, counted from 1: {', '.join(map(str, sorted(numbers)))}"
             for flag, numbers in rows.items()
@@ -188,6 +206,7 @@ def train_step(
     rate: float,
     max_grad_norm: float,
     memory: Memory,
+    ranks: Ranks,
 ) -> StepResult:
     """Take the next of `steps`; nothing waits for the device.
 
@@ -204,13 +223,14 @@ def train_step(
     began, random, notes = perf_counter(), random_states(encoder.device), []
     with record_function("data"):
         works = next(steps)
-    while (computed := _attempt(encoder, works, memory)) is None:
+    while (computed := _attempt(encoder, works, memory, ranks)) is None:
         optimizer.zero_grad(set_to_none=True)
         release(encoder.device)
         notes.append(memory.shrink([work.groups for work in works]))
         set_random_states(random, encoder.device)
         works = steps.again()
-    losses, metrics = computed
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, metrics = ranks.total(parameters, *computed)
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
     numbers = _to_host(torch.stack([*losses, norm]))
@@ -220,15 +240,21 @@ def train_step(
 Computed = tuple[list[Tensor], list[dict[str, Tensor]]]  # losses, metrics: 0-dim
 
 
-def _attempt(encoder: Encoder, works: list[Work], memory: Memory) -> Computed | None:
-    """`_gradients`; None if memory ran out, whose traceback and all that it holds is gone then."""
+def _attempt(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed | None:
+    """`_gradients`; None if memory ran out, whose traceback and all that it holds is gone then.
+
+    One of several ranks cannot begin again, since others wait for its vectors: it ends, and they
+    with it.
+    """
     try:
-        return _gradients(encoder, works, memory)
+        return _gradients(encoder, works, memory, ranks)
     except torch.OutOfMemoryError:
+        if ranks.size > 1:
+            raise
         return None
 
 
-def _gradients(encoder: Encoder, works: list[Work], memory: Memory) -> Computed:
+def _gradients(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed:
     """Add the gradient of all works to that of the parameters."""
     losses, metrics = [], []
     for work in works:
@@ -236,16 +262,17 @@ def _gradients(encoder: Encoder, works: list[Work], memory: Memory) -> Computed:
             work = to_device(work, encoder.device)
         with record_function("forward"):
             cached = CachedVectors(encoder, work.groups, kept=memory.kept(work.groups))
+        vectors = ranks.gathered(cached.vectors[work.order], work.counts)  # [n, D]
         with record_function("loss"):
-            vectors = cached.vectors  # [n, D]
             queries, passages = vectors[work.query_places], vectors[work.passage_places]
             result = work.objective.stage.loss(queries, passages, work.batch)
             sides = (work.query_places, result.d_queries), (work.passage_places, result.d_passages)
-            gradient = summed(len(vectors), *sides) * work.share
+            gradient = summed(len(vectors), *sides) * (work.share * work.of_loss)
+        gradient = ranks.owned(gradient, work.counts)
         with record_function("backward"):
-            cached.backward(gradient)
-        losses.append(result.loss)
-        metrics.append(_named(work.objective.prefix, result))
+            cached.backward(summed(len(gradient), (work.order, gradient)))
+        losses.append(result.loss * work.of_loss)
+        metrics.append(_named(work, result))
     return losses, metrics
 
 
@@ -257,10 +284,12 @@ def summed(n: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
     return total
 
 
-def _named(prefix: str, result: BatchLoss) -> dict[str, Tensor]:
-    """A batch's metrics; beside another's, its loss too, as the log's own is that of all."""
-    own = {"loss": result.loss} if prefix else {}
-    return {prefix + name: value for name, value in (own | result.metrics).items()}
+def _named(work: Work, result: BatchLoss) -> dict[str, Tensor]:
+    """The rank's part of a batch's metrics; with a prefix its loss too, as the log's is all's."""
+    prefix, own = work.objective.prefix, {}
+    if prefix:
+        own = {f"{prefix}loss": result.loss * work.of_loss}
+    return own | {prefix + name: value * work.of_rows for name, value in result.metrics.items()}
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

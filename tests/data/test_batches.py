@@ -164,6 +164,18 @@ def test_known_positives_of_any_row_of_the_query_are_excluded_and_never_drawn():
         assert others in ({"x"}, {"y"})
 
 
+def test_parts_of_a_batch_have_its_rows_with_what_each_excludes():
+    rows = [ContrastiveRow(f"q{i // 3}", (f"p{i}",), (f"n{i}",)) for i in range(12)]
+    batch = contrastive(rows, batch_size=12).batch(0, 0)
+    parts = [batch.part(rows) for rows in (slice(0, 5), slice(5, 5), slice(5, 12))]
+    for name in ("query_rows", "labels", "excluded_columns", "rows"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(batch, name))
+    counts = torch.cat([part.excluded_offsets.diff() for part in parts])
+    assert torch.equal(counts, batch.excluded_offsets.diff()) and counts.min() == 2
+    assert all(part.excluded_offsets[0] == 0 for part in parts)
+    assert sum(part.weight for part in parts) == batch.weight
+
+
 def test_known_positive_beyond_the_last_passage_of_the_batch_is_not_excluded():
     data = contrastive([ContrastiveRow("q", ("a", "b"), ())])
     for epoch in range(5):

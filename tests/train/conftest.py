@@ -1,17 +1,14 @@
 """Small data for both stages, and a way to run a stage with few words."""
 
-import dataclasses
 import json
 import random
 import signal
 from pathlib import Path
 
 import pytest
+import stages
 
-from rankpo_fast import config as configs
-from rankpo_fast.train.contrastive import train_contrastive
 from rankpo_fast.train.log import MetricsLog
-from rankpo_fast.train.rankpo import train_rankpo
 
 TRADES = ["nurse", "teacher", "developer", "cook", "pilot", "baker", "judge", "miner"]
 PLACES = ["Berlin", "Lyon", "Oslo"]
@@ -58,64 +55,17 @@ def preference_file(tmp_path_factory) -> str:
     return write_rows(tmp_path_factory.mktemp("rows") / "preferences.jsonl", rows)
 
 
-SMALL = {
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "num_negatives": 3,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 3e-3,
-    "max_steps": 6,
-    "logging_steps": 1,
-    "device": "cpu",
-}
-
-
 @pytest.fixture
 def run_stage(tmp_path, contrastive_file, preference_file):
     """run_stage("contrastive" or "rankpo", model, "name of the output", **flags) -> its Path."""
-    stages = {
-        "contrastive": (
-            train_contrastive,
-            configs.ContrastiveDataConfig,
-            configs.ContrastiveLossConfig,
-            contrastive_file,
-        ),
-        "rankpo": (
-            train_rankpo,
-            configs.RankPODataConfig,
-            configs.RankPOLossConfig,
-            preference_file,
-        ),
-    }
+    files = {"contrastive": contrastive_file, "rankpo": preference_file}
 
     def run(stage: str, model: Path | str, name: str, **flags) -> Path:
-        train, data, loss, file = stages[stage]
-        flags = {
-            **SMALL,
-            "model_name_or_path": str(model),
-            "train_data": [file],
-            "output_dir": str(tmp_path / name),
-            "cache_dir": str(tmp_path / "cache"),
-            **flags,
-        }
-        classes = [
-            configs.ModelConfig,
-            data,
-            loss,
-            configs.TrainingConfig,
-            configs.EvaluationConfig,
-            configs.ComputeConfig,
-            *([configs.ReplayConfig] if stage == "rankpo" else []),
-        ]
-        return train(*(_settings(cls, flags) for cls in classes))
+        places = {"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / "cache")}
+        flags = {"train_data": [files[stage]], **places, **flags}
+        return stages.run(stage, model_name_or_path=str(model), **flags)
 
     return run
-
-
-def _settings(cls: type, flags: dict) -> object:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in flags.items() if name in names})
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.loop import Plan
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw, learning_rate
+from rankpo_fast.train.ranks import ALONE
 from rankpo_fast.train.step import BatchLoss, Objective, Work, train_step
 
 
@@ -93,14 +94,17 @@ def toy_run(directory, loss, **flags):
         batch = SimpleNamespace(rows=rows, index=number)
         group = pack(TokenTable(torch.ones(1, dtype=torch.int32), torch.tensor([0, 1]), 0), ZERO)
         objective = Objective(SimpleNamespace(loss=batch_loss))
-        return Work(objective, 1 / per_step, batch, [group], ZERO, ZERO)
+        places = ZERO, ZERO, ZERO
+        return Work(
+            objective, 1 / per_step, batch, [group], *places, [1], tuple(rows.tolist()), 1.0, 1.0, 1
+        )
 
     model, per_step = Toy(), settings.gradient_accumulation_steps
     optimizer, memory = adamw(model, settings), Memory(1, 0.0, 0.0)
     steps = iter([[works(per_step * s + i) for i in range(per_step)] for s in range(3)])
     with MetricsLog(directory, settings, {}, 0, 3) as log:
         for step in range(3):
-            log.step(step + 1, 0.0, train_step(model, steps, optimizer, 0.1, 1.0, memory))
+            log.step(step + 1, 0.0, train_step(model, steps, optimizer, 0.1, 1.0, memory, ALONE))
 
 
 ZERO = torch.zeros(1, dtype=torch.int64)
@@ -244,9 +248,9 @@ def test_model_that_cannot_be_loaded_leaves_nothing_behind(run_stage, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(tiny_llama_dir, run_stage, monkeypatch):
+def test_several_processes_need_torchrun(tiny_llama_dir, run_stage, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE"):
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* start with torchrun"):
         run_stage("contrastive", tiny_llama_dir, "out")
 
 

@@ -23,6 +23,7 @@ from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw
 from rankpo_fast.train.rankpo import RankPOStage
+from rankpo_fast.train.ranks import ALONE
 from rankpo_fast.train.replay import replay_batches, replay_objective
 from rankpo_fast.train.step import BatchLoss, Objective, pack_step, train_step
 from rankpo_fast.train.texts import Texts
@@ -43,7 +44,7 @@ def objectives(tiny_llama_dir, preference_file, contrastive_file, tmp_path):
     return (
         encoder,
         Objective(RankPOStage(pairs, texts, RankPOLossConfig(), None)),
-        replay_objective(replay, replay_batches(replay, TRAINING), encoder, compute),
+        replay_objective(replay, replay_batches(replay, TRAINING, processes=1), encoder, compute),
     )
 
 
@@ -59,8 +60,8 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 
         seen = {}
         monkeypatch.setattr("rankpo_fast.train.step.update", keep)
-        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY.max_tokens)])
-        train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, MEMORY)
+        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY.max_tokens, ALONE)])
+        train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
         return seen
 
     both, first, second = (
@@ -76,7 +77,7 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 def test_its_rows_have_epochs_and_orders_of_their_own(objectives):
     """Both files have 24 rows and the run one seed: that gives 6 batches of pairs, 4 of replay."""
     encoder, *both = objectives
-    works = pack_step(both, range(8), encoder, MEMORY.max_tokens)
+    works = pack_step(both, range(8), encoder, MEMORY.max_tokens, ALONE)
     pairs, replayed = (torch.cat([w.batch.rows for w in part]) for part in (works[:8], works[8:]))
     orders = [pairs[:24], replayed[:24], replayed[24:]]
     assert all(torch.equal(order.sort().values, torch.arange(24)) for order in orders)

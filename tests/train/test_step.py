@@ -23,6 +23,7 @@ from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw
 from rankpo_fast.train.rankpo import RankPOStage
+from rankpo_fast.train.ranks import ALONE
 from rankpo_fast.train.step import Ahead, Objective, pack_step, summed, train_step
 from rankpo_fast.train.texts import Texts
 
@@ -43,7 +44,7 @@ def packed(tiny_llama_dir, tmp_path):
     compute = ComputeConfig(cache_dir=str(tmp_path))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()), weight=3.0)
-    works = pack_step([objective], range(2, 4), encoder, 40)  # of epoch 1
+    works = pack_step([objective], range(2, 4), encoder, 40, ALONE)  # of epoch 1
     return works, encoder, data, texts
 
 
@@ -51,7 +52,7 @@ def test_each_distinct_text_of_a_batch_is_encoded_once_and_found_again(packed):
     works, encoder, data, texts = packed
     seen = set()
     for work in works:
-        vectors = torch.cat([encoder(group) for group in work.groups])
+        vectors = torch.cat([encoder(group) for group in work.groups])[work.order]
         queries = [data.query_texts[i] for i in work.batch.query_texts]
         passages = [data.passage_texts[i] for i in work.batch.passage_texts]
         assert len(vectors) == len({*queries, *passages})
@@ -100,7 +101,7 @@ def test_rows_that_fall_on_one_place_are_summed():
 def test_a_work_moves_with_all_its_tensors(packed):
     work = to_device(packed[0][0], torch.device("meta"))
     tensors = [*vars(work.batch).values(), *(v for g in work.groups for v in vars(g).values())]
-    tensors = [x for x in [*tensors, work.query_places] if isinstance(x, torch.Tensor)]
+    tensors = [x for x in [*tensors, work.order, work.query_places] if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
     assert work.objective is packed[0][0].objective  # whose token table must stay where it is
 
@@ -158,10 +159,10 @@ def test_a_step_does_not_ask_the_device(
         texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
         config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
         objective = Objective(RankPOStage(pairs, texts, config, reference))
-    steps = iter([pack_step([objective], range(2), encoder.train(), 60) for _ in range(2)])
+    steps = iter([pack_step([objective], range(2), encoder.train(), 60, ALONE) for _ in range(2)])
     optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
     for _ in range(2):
         with NoAnswers():
-            result = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory)
+            result = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
         loss, norm = result.read(1)
         assert loss > 0 and norm > 0

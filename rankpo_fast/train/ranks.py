@@ -1,0 +1,210 @@
+"""Data-parallel training: the processes that torchrun starts take one step together.
+
+    texts of the batch      dealt out by cost; a rank encodes its own      all-gather  [n, D]
+    rows of the batch       a slice each, scored against all passages      sum by owner [n, D]
+    parameters' gradients   of the own texts, over the whole step          one all-reduce
+
+Every rank knows all rows, so each makes the same batch by itself and no text travels. Not DDP: that
+reduces whenever a backward ends, of which the gradient cache has many in a step.
+
+Only rank 0 writes. What ends a rank ends all: torchrun stops the others, which wait in a collective
+whose connection closes. n texts, D dims.
+"""
+
+import dataclasses
+import heapq
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from rankpo_fast.config import ComputeConfig
+from rankpo_fast.errors import InputError
+from rankpo_fast.ops.ranks import gather_rows, sum_rows
+
+STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(days=7)  # with rank 0, which may evaluate for long: who dies is not waited for
+BUCKET_BYTES = 256 * 2**20  # of gradients that travel at once: a copy of so many is made
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process among those that train together; without groups it is alone."""
+
+    device: torch.device
+    group: dist.ProcessGroup | None = None  # moves what lies on the devices
+    hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no card
+
+    @classmethod
+    @contextmanager
+    def joined(cls, compute: ComputeConfig) -> Iterator["Ranks"]:
+        """Those that WORLD_SIZE tells of, or a group of torch's that is there.
+
+        Raises:
+            InputError: torchrun did not start this process, or there is no card for this rank.
+        """
+        there = dist.is_initialized()
+        size = dist.get_world_size() if there else int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            yield cls(compute.torch_device())
+            return
+        device = own_device(compute)
+        if not there:
+            if missing := [name for name in STARTED_BY_TORCHRUN if name not in os.environ]:
+                raise InputError(
+                    f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun"
+                )
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        yield cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+        if not there:  # after an error the process ends, and does not wait here for others
+            dist.destroy_process_group()
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    # --- who waits for whom ---
+
+    def meet(self) -> None:
+        """Wait for all; SystemExit where one is gone, which has said why."""
+        self.highest([0])
+
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """Rank 0 does it before the others: it fills caches, and says once what is wrong for all.
+
+        Nobody goes on before all have done it.
+        """
+        if not self.first:
+            self.meet()
+        yield
+        if self.first:
+            self.meet()
+        self.meet()
+
+    def highest(self, numbers: Sequence[int]) -> list[int]:
+        """The greatest number of any rank in each place; raises SystemExit like `meet`."""
+        if self.hosts is None:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        try:
+            with record_function("communication"):
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+        except RuntimeError as error:
+            said = f"rankpo-fast: rank {self.rank} stops, since another is gone ({error})"
+            raise SystemExit(said) from error
+        return tensor.tolist()
+
+    def objects(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self.hosts is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    # --- a step ---
+
+    def rows(self, count: int) -> slice:
+        """The rank's part of so many rows; it may be empty."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gathered(self, vectors: Tensor, counts: list[int]) -> Tensor:
+        """Vectors [n, D] of all ranks, `counts` of each."""
+        if self.group is None:
+            return vectors
+        with record_function("communication"):
+            return gather_rows(vectors, counts, self.group)
+
+    def owned(self, gradient: Tensor, counts: list[int]) -> Tensor:
+        """What all ranks have [n, D] for this rank's vectors, summed."""
+        if self.group is None:
+            return gradient
+        with record_function("communication"):
+            return sum_rows(gradient, counts, self.group)
+
+    def total(
+        self, parameters: list[Tensor], losses: list[Tensor], metrics: list[Metrics]
+    ) -> tuple[list[Tensor], list[Metrics]]:
+        """Losses and metrics summed over ranks, and in place the gradients of the parameters."""
+        if self.group is None:
+            return losses, metrics
+        used = self.highest([parameter.grad is not None for parameter in parameters])
+        for parameter, is_used in zip(parameters, used, strict=True):
+            if is_used and parameter.grad is None:  # used by others' texts, not by own ones
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        values = [*losses, *(value for of_batch in metrics for value in of_batch.values())]
+        numbers = torch.stack([value.float() for value in values])
+        with record_function("communication"):
+            for bucket in _buckets([numbers, *gradients]):
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                dist.all_reduce(flat, group=self.group)
+                sums = flat.split([tensor.numel() for tensor in bucket])
+                for tensor, of_all in zip(bucket, sums, strict=True):
+                    tensor.copy_(of_all.view_as(tensor))
+        totals = iter(numbers.unbind())
+        losses = [next(totals) for _ in losses]
+        return losses, [{name: next(totals) for name in of_batch} for of_batch in metrics]
+
+
+ALONE = Ranks(torch.device("cpu"))
+
+
+def deal(costs: Tensor, hands: int) -> list[Tensor]:
+    """Which of the texts of `costs` [n] go to each hand: the dearest first, to who has least."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    heap = [(0.0, hand) for hand in range(hands)]
+    order = costs.argsort(descending=True, stable=True)
+    for text, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        so_far, hand = heap[0]
+        dealt[hand].append(text)
+        heapq.heapreplace(heap, (so_far + cost, hand))
+    return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
+
+
+def own_device(compute: ComputeConfig) -> torch.device:
+    """The card of LOCAL_RANK, which becomes the current one, or the CPU."""
+    device = compute.torch_device()
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise InputError(f"--device {device}: each rank needs a card of its own, give cuda or auto")
+    number = os.environ.get("LOCAL_RANK", "0")
+    device = dataclasses.replace(compute, device=f"cuda:{number}").torch_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, those of one dtype together up to BUCKET_BYTES."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(x.nbytes for x in bucket) + tensor.nbytes > BUCKET_BYTES
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket
