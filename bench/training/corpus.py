@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import BertConfig
 
-from rankpo_fast.config import ModelConfig
+from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.data.rows import write_jsonl
 from rankpo_fast.demo import lexicon, world
 from rankpo_fast.demo.steps import learn_tokenizer
@@ -25,8 +26,9 @@ from rankpo_fast.demo.world import FIELDS, Job, Split, SplitSize, Talent
 from rankpo_fast.model.load import load_encoder
 
 MAX_LENGTH = 512  # tokens, which no text reaches
+QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
 FEWEST, MOST = 8, 280  # words
-JOB_WORDS, TALENT_WORDS = (20, 0.5), (40, 0.65)  # the median, and the deviation of the logarithm
+JOB_WORDS, TALENT_WORDS = (20, 0.45), (40, 0.6)  # the median, and the deviation of the logarithm
 JOB_MORE = (
     "The group shares its laboratory for {term} with partners abroad.",
     "Seminars cover {term} and {term}.",
@@ -44,22 +46,24 @@ TALENT_MORE = (
 
 @dataclass(frozen=True)
 class Size:
-    """rows: of training. pool: how many jobs and talents they are drawn from again and again; None:
-    no text stands in two rows."""
+    """Of the training rows, the held-out jobs and talents, and the model."""
 
     rows: int
-    pool: SplitSize | None
     held_out: SplitSize
     layers: int
     hidden_size: int
 
 
-def write_corpus(directory: Path, size: Size, seed: int) -> list[dict]:
-    """train.jsonl, whose rows are also returned, and queries.jsonl, corpus.jsonl to evaluate on."""
+def write_corpus(directory: Path, size: Size, pool: SplitSize | None, seed: int) -> list[dict]:
+    """train.jsonl, whose rows are also returned; queries.jsonl and corpus.jsonl to evaluate on.
+
+    pool: how many jobs and talents the rows are drawn from again and again; None: no text stands in
+    two rows.
+    """
     rng = random.Random(seed)
     # So many talents that nearly every job finds two of its own.
-    pool = size.pool or SplitSize(2 * size.rows, 4 * size.rows)
-    rows = list(islice(_rows(rng, _split(rng, pool), once=size.pool is None), size.rows))
+    split = _split(rng, pool or SplitSize(2 * size.rows, 4 * size.rows))
+    rows = list(islice(_rows(rng, split, once=pool is None), size.rows))
     assert len(rows) == size.rows, f"{len(rows)} of {size.rows} rows found"
     queries, corpus = world.retrieval_rows(_split(rng, size.held_out))
     for name, lines in (("train", rows), ("queries", queries), ("corpus", corpus)):
@@ -92,6 +96,35 @@ def write_model(directory: Path, rows: Sequence[dict], size: Size) -> None:
 
 def texts_of(row: dict) -> list[str]:
     return [row["query"], *row["positives"], *row["negatives"]]
+
+
+def shape(rows: Sequence[dict], model: Path, batch_size: int, negatives: int, seed: int) -> dict:
+    """Of random batches: lengths in tokens; which share of them is padding where queries are padded
+    to the longest query and passages to the longest passage; which share of texts came before."""
+    encoder = load_encoder(EncoderConfig(str(model)), device=torch.device("cpu"))
+    queries = [row["query"] for row in rows]
+    passages = [[*row["positives"], *row["negatives"][:negatives]] for row in rows]
+    flat = [text for texts in passages for text in texts]
+    query_lengths = encoder.tokenize_queries(queries).lengths.numpy()  # [rows]
+    passage_lengths = encoder.tokenize_passages(flat).lengths.numpy().reshape(len(rows), -1)
+    random = np.random.default_rng(seed)
+    batches = [random.permutation(len(rows))[:batch_size] for _ in range(20)]
+    padded = [b.size * (query_lengths[b].max() + passage_lengths[b].max() * (1 + negatives))
+              for b in batches]  # fmt: skip
+    repeated = []
+    for batch in batches:
+        texts = [[queries[row] for row in batch], [text for row in batch for text in passages[row]]]
+        distinct = sum(len(set(part)) for part in texts)
+        repeated.append(1 - distinct / sum(map(len, texts)))
+    tokens = query_lengths.mean() + passage_lengths.mean() * (1 + negatives)
+    return {
+        "batch": batch_size,
+        "query tokens": np.quantile(query_lengths, QUANTILES).round().tolist(),
+        "passage tokens": np.quantile(passage_lengths, QUANTILES).round().tolist(),
+        "tokens of a row": float(tokens),
+        "padding": float(1 - batch_size * tokens / np.mean(padded)),
+        "repeated texts": float(np.mean(repeated)),
+    }
 
 
 def _rows(rng: random.Random, split: Split, *, once: bool) -> Iterator[dict]:
@@ -139,7 +172,9 @@ def _stretched(
     sentences = item.text.replace(". ", ".\n").split("\n")
     kept, count = [], 0
     while count < target:
-        kept.append(sentences[len(kept)] if len(kept) < len(sentences) else _sentence(rng, item, more))
+        kept.append(
+            sentences[len(kept)] if len(kept) < len(sentences) else _sentence(rng, item, more)
+        )
         count += len(kept[-1].split())
     return dataclasses.replace(item, text=" ".join(kept))
 
