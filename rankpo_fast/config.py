@@ -289,11 +289,16 @@ class ComputeConfig:
     max_tokens_per_micro_batch: int = _flag(
         "Budget of tokens of a micro-batch, padding included.", 16384
     )
+    activation_memory_gb: float | None = _flag(
+        "For graphs of micro-batches that are kept; others are computed twice. [half of what is "
+        "free]", None
+    )  # fmt: skip
     cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
 
     def __post_init__(self) -> None:
         _check_names(self, "device", "cache_dir")
         _check_at_least(self, 1, "max_tokens_per_micro_batch")
+        _check_at_least(self, 0, "activation_memory_gb")
 
     @property
     def cache_path(self) -> Path:

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from rankpo_fast.cli import main
 from rankpo_fast.config import PAPER_SPECIAL_TOKENS, TrainingConfig
 from rankpo_fast.flags import parse
+from rankpo_fast.train.step import BatchLoss
 
 CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
 PREFERENCE_ROW = {"query": "a nurse", "passage1": "nurse", "passage2": "cook", "preferred": "A"}
@@ -332,9 +334,9 @@ def test_mine_writes_rows_that_stage_1_reads(combine, trained, command, tmp_path
 
 
 def test_a_run_that_fails_says_so_without_a_traceback(command, capsys, monkeypatch):
-    def step_loss(stage, encoder, batch):
-        return stage.texts.embed(encoder, batch)[0].sum() * float("nan"), {}
+    def loss(stage, queries, passages, batch):
+        return BatchLoss(torch.tensor(float("nan")), queries, passages, {})
 
-    monkeypatch.setattr("rankpo_fast.train.contrastive.ContrastiveStage.step_loss", step_loss)
+    monkeypatch.setattr("rankpo_fast.train.contrastive.ContrastiveStage.loss", loss)
     assert main(command("contrastive", lines(CONTRASTIVE_ROW))) == 1
     assert "error: step 1: loss nan" in capsys.readouterr().err

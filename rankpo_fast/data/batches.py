@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.moving import Movable
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 
 ORDER, DRAW = 0, 1  # what a random stream is for, so that no two share one
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastiveBatch:
+class ContrastiveBatch(Movable):
     """M queries against N passages; the positive of row i is column labels[i]."""
 
     query_texts: Tensor  # [U] rows of the query table, distinct
@@ -34,7 +35,7 @@ class ContrastiveBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceBatch:
+class PreferenceBatch(Movable):
     """B pairs of passages, of which one was chosen and one rejected for the query."""
 
     query_texts: Tensor  # [U] rows of the query table, distinct
@@ -52,7 +53,8 @@ class ContrastiveData:
 
     A positive of a query text in any row is known as such in all its rows: it is never drawn as a
     negative there, and where it stands in a batch it is excluded for that query. A row that has
-    fewer negatives than asked gives those it has; `short_rows` counts such rows.
+    fewer negatives than asked gives those it has; `short_rows` counts such rows, `bare_rows` those
+    that give none.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class ContrastiveData:
         self._known = _Lists(known)
         self.query_texts: list[str] = list(queries)
         self.passage_texts: list[str] = list(passages)
+        self.batch_size = self._schedule.batch_size
         self.batches_per_epoch = self._schedule.batches_per_epoch
         self.short_rows = sum(len(ids) < num_negatives for ids in negatives)
+        self.bare_rows = sum(not ids or num_negatives == 0 for ids in negatives)
 
     def batch(self, epoch: int, index: int) -> ContrastiveBatch:
         """Batch `index` (0 to batches_per_epoch - 1) of `epoch`."""
@@ -133,6 +137,7 @@ class PreferenceData:
         self.rejected_ids = torch.tensor([passages.id(row.rejected) for row in rows])
         self.query_texts: list[str] = list(queries)
         self.passage_texts: list[str] = list(passages)
+        self.batch_size = self._schedule.batch_size
         self.batches_per_epoch = self._schedule.batches_per_epoch
         self._weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         self._reference_margins: Tensor | None = None
@@ -173,8 +178,9 @@ class _Schedule:
 
     def __init__(self, num_rows: int, batch_size: int, seed: int):
         assert num_rows > 0 and batch_size > 0 and seed >= 0
-        self._num_rows, self._batch_size, self._seed = num_rows, batch_size, seed
-        self.batches_per_epoch = max(1, num_rows // batch_size)
+        self._num_rows, self._seed = num_rows, seed
+        self.batch_size = min(batch_size, num_rows)
+        self.batches_per_epoch = num_rows // self.batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)  # the order last asked for
 
     def random(self, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
@@ -185,7 +191,7 @@ class _Schedule:
         if epoch != self._epoch:
             self._order = self.random(ORDER, epoch).permutation(self._num_rows)
             self._epoch = epoch
-        return self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._order[index * self.batch_size : (index + 1) * self.batch_size]
 
 
 class _Texts(dict[str, int]):

@@ -4,35 +4,24 @@ n texts to place; S texts of a micro-batch, T tokens of all of them, L the lengt
 """
 
 import bisect
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.moving import Movable
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(Movable):
     """S texts end to end; text i is input_ids[0, offsets[i] : offsets[i + 1]], none is empty."""
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in every text
     offsets: Tensor  # [S + 1] int32
     lengths: tuple[int, ...]  # the S lengths again, on the host
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same there; from pinned memory the copy does not wait."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "MicroBatch":
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change) -> "MicroBatch":
-        names = ("input_ids", "position_ids", "offsets")
-        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 def plan_packed(lengths: Tensor, max_tokens: int) -> list[Tensor]:

@@ -5,6 +5,7 @@ known before training. S sequences of a micro-batch, L the length they are padde
 """
 
 import hashlib
+import itertools
 import json
 import tempfile
 import warnings
@@ -50,6 +51,25 @@ class TokenTable:
     def lengths(self) -> Tensor:
         """Tokens of each text, [n] int64."""
         return self.offsets.diff()
+
+
+def joined(*tables: TokenTable) -> tuple[TokenTable, list[Tensor]]:
+    """One table of the distinct texts of all, and for each table the rows [n] of its texts in it.
+
+    Texts are the same when their ids are: cut at the limit, or with and without a prefix.
+    """
+    row_of: dict[bytes, int] = {}
+    rows = []
+    for table in tables:
+        ids, offsets = table.ids.numpy(), table.offsets.tolist()
+        keys = (ids[a:b].tobytes() for a, b in itertools.pairwise(offsets))
+        rows.append(
+            torch.tensor([row_of.setdefault(k, len(row_of)) for k in keys], dtype=torch.int64)
+        )
+    lengths = [len(key) // 4 for key in row_of]
+    offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    ids = torch.frombuffer(bytearray(b"".join(row_of)), dtype=torch.int32)
+    return TokenTable(ids, offsets, sum(table.truncated for table in tables)), rows
 
 
 def tokenize(
@@ -193,50 +213,3 @@ def _read_cache(path: Path, key: str) -> TokenTable | None:
         damage = str(error)
     warnings.warn(f"{path}: damaged cache file, tokenising anew ({damage})", stacklevel=3)
     return None
-
-
-# --- micro-batches ---
-
-
-def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
-    """Split texts of `lengths` [n] into index tensors [S] with S * L <= max_tokens.
-
-    Texts of like length go together. The longest come first: if memory runs out, it does at once.
-
-    Raises:
-        InputError: a text alone is longer than max_tokens.
-    """
-    longest_first = lengths.argsort(descending=True, stable=True)
-    batches = []
-    start = 0
-    while start < len(lengths):
-        longest = int(lengths[longest_first[start]])
-        assert longest > 0, "a text without tokens"
-        if longest > max_tokens:
-            raise InputError(
-                f"--max_tokens_per_micro_batch is {max_tokens}, but the longest text has "
-                f"{longest} tokens: raise it, or shorten the texts by a smaller maximum length"
-            )
-        stop = start + max_tokens // longest
-        batches.append(longest_first[start:stop])
-        start = stop
-    return batches
-
-
-def pad(
-    table: TokenTable, text_ids: Tensor, pad_token_id: int, padding_side: str
-) -> tuple[Tensor, Tensor]:
-    """Input ids and attention mask, [S, L] int64 both, of the texts `text_ids` [S].
-
-    L is the longest of them; padding_side "left" or "right" says where the pad tokens go.
-    """
-    assert padding_side in ("left", "right"), padding_side
-    starts = table.offsets[text_ids]  # [S]
-    lengths = table.offsets[text_ids + 1] - starts  # [S]
-    longest = int(lengths.max())
-    first = longest - lengths if padding_side == "left" else torch.zeros_like(lengths)
-    place = torch.arange(longest) - first[:, None]  # [S, L] of each column in its own text
-    mask = (place >= 0) & (place < lengths[:, None])
-    input_ids = torch.full(mask.shape, pad_token_id)
-    input_ids[mask] = table.ids[(starts[:, None] + place)[mask]].to(torch.int64)
-    return input_ids, mask.to(torch.int64)

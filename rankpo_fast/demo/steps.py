@@ -92,7 +92,7 @@ class Demo:
 
     def __init__(self, path: Path, seed: int, scale: Scale):
         self.path, self.seed, self.scale = path, seed, scale
-        self.compute = ComputeConfig("cpu", MAX_TOKENS, str(path / "cache"))
+        self.compute = ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(path / "cache"))
         self.world: dict[str, Split] = {}
         self.training_seconds = 0.0
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.data.tokens import TokenTable, micro_batches, pad, tokenize
+from rankpo_fast.data.moving import to_device
+from rankpo_fast.data.packing import MicroBatch, pack, pad, plan_padded
+from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
 
@@ -49,17 +51,19 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Vectors [S, D] fp32, not normalised, of padded ids and mask [S, L] int64.
-
-        Left and right padding give the same vectors.
-        """
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Vectors [S, D] fp32, not normalised."""
+        input_ids, attention_mask = pad(to_device(batch, self.device), self.tokenizer.pad_token_id)
         positions = {}
         if self._takes_positions:
             positions["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **positions)
         return pool(output.last_hidden_state, attention_mask, self.settings.pooling)
+
+    def plan(self, lengths: Tensor, max_tokens: int) -> list[Tensor]:
+        """Split texts of `lengths` [n] into groups that go through the backbone at once."""
+        return plan_padded(lengths, max_tokens)
 
     def embed(
         self, table: TokenTable, text_ids: Tensor | None = None, *, max_tokens: int
@@ -78,15 +82,10 @@ class Encoder(nn.Module):
             text_ids = torch.arange(len(table))
         if len(text_ids) == 0:
             return torch.zeros(0, self.dim, dtype=torch.float32, device=self.device)
-        batches = micro_batches(table.lengths[text_ids], max_tokens)
-        vectors = torch.cat([self.embed_batch(table, text_ids[batch]) for batch in batches])
+        batches = self.plan(table.lengths[text_ids], max_tokens)
+        vectors = torch.cat([self(pack(table, text_ids[batch])) for batch in batches])
         order = torch.cat(batches).argsort().to(vectors.device)
         return vectors[order]
-
-    def embed_batch(self, table: TokenTable, text_ids: Tensor) -> Tensor:
-        """Vectors [S, D] fp32 of the texts `text_ids` [S], all in one forward pass."""
-        ids, mask = pad(table, text_ids, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
-        return self(ids.to(self.device), mask.to(self.device))
 
     def tokenize_queries(
         self, texts: Sequence[str], cache_dir: str | Path | None = None

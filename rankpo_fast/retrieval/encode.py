@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from rankpo_fast.data.tokens import TokenTable, micro_batches
+from rankpo_fast.data.packing import pack
+from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.model.encoder import Encoder
 
 
@@ -22,13 +23,13 @@ def encode_texts(
     Raises:
         InputError: a text alone has more than max_tokens tokens.
     """
-    batches = micro_batches(table.lengths, max_tokens)
+    batches = encoder.plan(table.lengths, max_tokens)
     vectors = torch.empty(len(table), encoder.dim, dtype=torch.float32)
     training = encoder.training
     encoder.eval()
     with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:
         for text_ids in batches:
-            batch = encoder.embed_batch(table, text_ids)  # [S, D]
+            batch = encoder(pack(table, text_ids))  # [S, D]
             vectors[text_ids] = F.normalize(batch, dim=1).cpu()
             bar.update(len(text_ids))
     encoder.train(training)

@@ -6,7 +6,6 @@ M rows, N distinct passages, U distinct queries of a batch, D dims.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rankpo_fast.config import (
@@ -19,10 +18,11 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
 from rankpo_fast.data.rows import read_contrastive
-from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.errors import InputError
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.run import Run
+from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
 
 
@@ -45,6 +45,12 @@ def train_contrastive(
         num_negatives=data.num_negatives,
         seed=training.seed,
     )
+    if batches.batch_size == 1 and batches.bare_rows > 0:
+        raise InputError(
+            f"{batches.bare_rows:,} of {len(rows):,} rows of --train_data have no negative, and "
+            f"in a batch of one nothing else is one: give --per_device_train_batch_size 2 or more"
+            f"{'' if data.num_negatives else ', or --num_negatives 1'}"
+        )
     run = Run.prepare("contrastive", model, data, loss, training, evaluation, compute)
     if run.finished:
         return run.path
@@ -56,7 +62,7 @@ def train_contrastive(
         + (f", {short}: all of theirs are used" if batches.short_rows else ""),
         "loss": f"InfoNCE, temperature {loss.temperature}",
     }
-    train(run, encoder, ContrastiveStage(batches, texts, loss), about)
+    train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
 
 
@@ -64,36 +70,16 @@ def train_contrastive(
 class ContrastiveStage:
     data: ContrastiveData
     texts: Texts
-    loss: ContrastiveLossConfig
+    config: ContrastiveLossConfig
 
-    def step_loss(
-        self, encoder: Encoder, batch: ContrastiveBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        queries, passages = self.texts.embed(encoder, batch)  # [U, D], [N, D]
-        device = queries.device
-        queries = queries[batch.query_rows.to(device)]  # [M, D]
+    def loss(self, queries: Tensor, passages: Tensor, batch: ContrastiveBatch) -> BatchLoss:
         # Excluded columns: further positives of the same query text, in whatever row they stand.
-        loss, d_queries, d_passages, _, stats = info_nce_loss_and_grads(
-            queries.detach(),
-            passages.detach(),
-            batch.labels.to(device),
-            temperature=self.loss.temperature,
-            excluded=(batch.excluded_offsets.to(device), batch.excluded_columns.to(device)),
+        loss, d_rows, d_passages, _, stats = info_nce_loss_and_grads(
+            queries[batch.query_rows],  # [M, D]
+            passages,
+            batch.labels,
+            temperature=self.config.temperature,
+            excluded=(batch.excluded_offsets, batch.excluded_columns),
         )
-        loss = KnownGradients.apply(loss, queries, passages, d_queries, d_passages)
-        return loss, stats._asdict()
-
-
-class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients came with it (as the statistics did, from the same pass): after the
-    loss its tensors, then as many gradients."""
-
-    @staticmethod
-    def forward(ctx, loss, *tensors_and_gradients):
-        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        gradients = ctx.saved_tensors
-        return None, *(grad_loss * gradient for gradient in gradients), *[None] * len(gradients)
+        d_queries = summed(len(queries), (batch.query_rows, d_rows))
+        return BatchLoss(loss, d_queries, d_passages, stats._asdict())

@@ -8,9 +8,11 @@ import json
 import resource
 import sys
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,14 +22,15 @@ from tqdm import tqdm
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.errors import InputError
+from rankpo_fast.train.step import StepResult
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step."""
+    """One optimizer step, as it is written down."""
 
     epoch: float  # epochs done with it
-    loss: float  # mean over its batches
+    loss: float
     learning_rate: float
     grad_norm: float  # before clipping
     metrics: list[dict[str, Tensor]]  # 0-dim, of each batch
@@ -37,7 +40,11 @@ class StepRecord:
 
 
 class MetricsLog:
-    """A context manager; `step` after each optimizer step, `write` for anything else."""
+    """A context manager; `step` after each optimizer step, `write` for anything else.
+
+    A step's numbers are read when they are there, on a card while the next step is under way;
+    before anything is built upon a step, `settle` waits for it.
+    """
 
     def __init__(
         self,
@@ -52,7 +59,9 @@ class MetricsLog:
         self._first_step = first_step
         kind = REPORTERS.get(config.report_to)
         self._reporter = None if kind is None else kind(directory, settings)
+        self._unread: deque[tuple[int, float, StepResult]] = deque()
         self._records: list[StepRecord] = []  # since the last line
+        self._last_read = 0.0
 
     def __enter__(self) -> "MetricsLog":
         _drop_lines_after(self._path, self._first_step)
@@ -69,12 +78,30 @@ class MetricsLog:
         if self._reporter is not None:
             self._reporter.close()
 
-    def step(self, step: int, record: StepRecord) -> None:
+    def step(self, step: int, epoch: float, result: StepResult) -> None:
+        """Raises FloatingPointError if the step's numbers, or the last one's, are not finite."""
+        self._unread.append((step, epoch, result))
+        while self._unread and (len(self._unread) > 1 or result.arrived is None):
+            self._read()
+
+    def settle(self) -> None:
+        """Wait for the numbers of all steps; raises FloatingPointError like `step`."""
+        while self._unread:
+            self._read()
+
+    def _read(self) -> None:
+        step, epoch, result = self._unread.popleft()
+        loss, norm = result.read(step)
+        now = perf_counter()
+        seconds = now - max(result.began, self._last_read)
+        self._last_read = now
+        record = StepRecord(
+            epoch, loss, result.learning_rate, norm, result.metrics, result.tokens,
+            result.queries, seconds,
+        )  # fmt: skip
         self._records.append(record)
-        memory, speed = peak_memory(), record.tokens / record.seconds
-        self._bar.set_postfix_str(
-            f"loss {record.loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB"
-        )
+        memory, speed = peak_memory(), record.tokens / seconds
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB")
         self._bar.update()
         if step % self._every == 0 or step == self._total_steps:
             self.write(step, {**_line(self._records), "peak_memory_bytes": memory})
@@ -118,12 +145,13 @@ def _line(records: list[StepRecord]) -> dict[str, float]:
 
 
 def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Over batches, in one transfer from the device."""
-    names = list(metrics[0])
-    if not names:
-        return {}
-    values = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
-    return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+    """Over the batches that have them, in one transfer from the device."""
+    names = dict.fromkeys(name for batch in metrics for name in batch)
+    means = [
+        torch.stack([batch[name].float() for batch in metrics if name in batch]).mean()
+        for name in names
+    ]
+    return dict(zip(names, torch.stack(means).tolist(), strict=True)) if names else {}
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

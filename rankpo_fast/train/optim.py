@@ -39,15 +39,23 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * course[config.lr_scheduler_type]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def update(
+    optimizer: torch.optim.AdamW, losses: list[Tensor], rate: float, max_norm: float
+) -> Tensor:
+    """One step; returns the norm of the gradients, 0-dim, before they are scaled to `max_norm` (0:
+    left as they are).
+
+    The host is not asked: clipping is a scale that the step applies as it reads the gradients, and
+    from the first loss or norm on that is not finite no step changes anything.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    bad = ~torch.stack([*losses, norm]).isfinite().all()
+    # The two attributes through which torch's GradScaler steers fused optimizers.
+    optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", bad.float()), bad.float())
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients down to `max_norm` (0: leave them); returns the norm they had, 0-dim."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm

@@ -19,12 +19,11 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
-from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
-from rankpo_fast.train.contrastive import KnownGradients
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.run import Run
+from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
 
 
@@ -54,11 +53,13 @@ def train_rankpo(
     encoder = run.load_encoder()
     texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
     if loss.uses_reference and other is None:
-        reference = reference_similarities(encoder, texts, pairs, compute.cache_path)
+        reference = reference_similarities(encoder, texts, pairs, compute)
     if reference is not None:
         pairs = pairs.with_reference(reference[0] - reference[1])
     about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
-    train(run, encoder, RankPOStage(pairs, texts, loss, reference), about)
+    if reference is not None:
+        reference = reference.to(run.device)
+    train(run, encoder, [Objective(RankPOStage(pairs, texts, loss, reference))], about)
     return run.path
 
 
@@ -66,44 +67,40 @@ def train_rankpo(
 class RankPOStage:
     data: PreferenceData
     texts: Texts
-    loss: RankPOLossConfig
-    reference: Tensor | None  # [2, rows] similarities of chosen and rejected, for the rewards
+    config: RankPOLossConfig
+    reference: Tensor | None  # [2, rows] similarities of chosen and rejected, on the device
 
-    def step_loss(
-        self, encoder: Encoder, batch: PreferenceBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        queries, passages = self.texts.embed(encoder, batch)  # [U, D], [N, D]
-        device = queries.device
-        tensors = (
-            queries[batch.query_rows.to(device)],  # [B, D]
-            passages[batch.chosen_rows.to(device)],
-            passages[batch.rejected_rows.to(device)],
+    def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> BatchLoss:
+        config = self.config
+        loss, d_rows, d_chosen, d_rejected, stats = rankpo_loss_and_grads(
+            queries[batch.query_rows],  # [B, D]
+            passages[batch.chosen_rows],
+            passages[batch.rejected_rows],
+            reference_margins=batch.reference_margins,
+            beta=config.beta,
+            temperature=config.temperature,
+            gamma_beta_ratio=config.gamma_beta_ratio,
+            label_smoothing=config.label_smoothing,
+            loss_type=config.loss_type,
+            sft_weight=config.sft_weight,
+            rankpo_weight=config.rankpo_weight,
+            weights=batch.weights,
         )
-        margins = batch.reference_margins
-        loss, *gradients, stats = rankpo_loss_and_grads(
-            *(x.detach() for x in tensors),
-            reference_margins=None if margins is None else margins.to(device),
-            beta=self.loss.beta,
-            temperature=self.loss.temperature,
-            gamma_beta_ratio=self.loss.gamma_beta_ratio,
-            label_smoothing=self.loss.label_smoothing,
-            loss_type=self.loss.loss_type,
-            sft_weight=self.loss.sft_weight,
-            rankpo_weight=self.loss.rankpo_weight,
-            weights=batch.weights.to(device),
+        pairs = (batch.chosen_rows, d_chosen), (batch.rejected_rows, d_rejected)
+        d_queries = summed(len(queries), (batch.query_rows, d_rows))
+        return BatchLoss(
+            loss, d_queries, summed(len(passages), *pairs), self._metrics(stats, batch)
         )
-        loss = KnownGradients.apply(loss, *tensors, *gradients)
-        return loss, self._metrics(stats, batch)
 
     def _metrics(self, stats: RankPOStats, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Scores are cosines, rewards beta * (score - reference score), as the original has it."""
         scores = torch.stack([stats.chosen_similarity, stats.rejected_similarity])
         reference = 0.0
         if self.reference is not None:
-            reference = self.reference[:, batch.rows].mean(dim=1).to(scores)
+            reference = self.reference[:, batch.rows].mean(dim=1)
         metrics = {"rewards/accuracies": stats.accuracy}
         for name, values in (
-            ("rewards", self.loss.beta * (scores - reference)),
+            ("rewards", self.config.beta * (scores - reference)),
             ("scores", scores),
         ):
             metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = values

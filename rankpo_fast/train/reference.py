@@ -45,7 +45,7 @@ def other_model_similarities(
         flag = "--reference_model_name_or_path"
         raise InputError(str(error).replace("--model_name_or_path", flag)) from error
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
-    similarities = reference_similarities(encoder, texts, data, compute.cache_path)
+    similarities = reference_similarities(encoder, texts, data, compute)
     del encoder
     gc.collect()  # modules refer to themselves in circles
     if device.type == "cuda":
@@ -54,44 +54,34 @@ def other_model_similarities(
 
 
 def reference_similarities(
-    encoder: Encoder, texts: Texts, data: PreferenceData, cache_dir: Path
+    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig
 ) -> Tensor:
     """Similarities [2, rows] fp32 on the CPU: of chosen and of rejected, without dropout."""
     key = _key(encoder, texts, data)
-    path = cache_dir / f"reference-{key[:32]}.safetensors"
+    path = compute.cache_path / f"reference-{key[:32]}.safetensors"
     similarities = _read(path, key)
     if similarities is None:
-        similarities = _similarities(encoder, texts, data)
+        max_tokens = compute.max_tokens_per_micro_batch
+        vectors = encode_texts(encoder, texts.table, max_tokens=max_tokens, progress="reference")
+        parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
+        similarities = torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)
         metadata = {"sha256": _content_hash(key, similarities)}
         with whole_file(path) as temporary:
             save_file({"similarities": similarities}, temporary, metadata)
     return similarities
 
 
-def _similarities(encoder: Encoder, texts: Texts, data: PreferenceData) -> Tensor:
-    tables = {"reference queries": texts.queries, "reference passages": texts.passages}
-    queries, passages = (
-        encode_texts(encoder, table, max_tokens=texts.max_tokens, progress=name)
-        for name, table in tables.items()
-    )  # [U, D], [N, D]
-    parts = []
-    for rows in torch.arange(len(data.query_ids)).split(PAIRS_AT_ONCE):
-        query, chosen, rejected = (
-            queries[data.query_ids[rows]],
-            passages[data.chosen_ids[rows]],
-            passages[data.rejected_ids[rows]],
-        )
-        parts.append(pair_similarities(query, chosen, rejected))
-    return torch.cat(parts, dim=1)
+def _pairs(texts: Texts, data: PreferenceData) -> Tensor:
+    """Rows [3, rows] of the table: of query, chosen and rejected."""
+    passages = torch.stack([data.chosen_ids, data.rejected_ids])
+    return torch.cat([texts.query_rows[data.query_ids][None], texts.passage_rows[passages]])
 
 
 def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:
     tensors = {
-        "query ids": texts.queries.ids,
-        "query offsets": texts.queries.offsets,
-        "passage ids": texts.passages.ids,
-        "passage offsets": texts.passages.offsets,
-        "pairs": torch.stack([data.query_ids, data.chosen_ids, data.rejected_ids]),
+        "ids": texts.table.ids,
+        "offsets": texts.table.offsets,
+        "pairs": _pairs(texts, data),
         **encoder.backbone.state_dict(),
     }
     digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())

@@ -20,6 +20,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 from rankpo_fast.data.rows import PreferenceRow, RetrievalSet, read_preferences, read_retrieval
+from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
@@ -29,6 +30,7 @@ from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.log import check_report_to
+from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.texts import Texts
 from rankpo_kernels import native
 
@@ -111,6 +113,12 @@ class Run:
             texts = evaluation_texts(self.retrieval, self.preferences or [])
             Texts.tokenize(encoder, *texts, self.compute)
         return encoder
+
+    def measure_memory(self, encoder: Encoder, tables: list[TokenTable]) -> Memory:
+        gigabytes = self.compute.activation_memory_gb
+        room = None if gigabytes is None else gigabytes * 2**30
+        table, _ = joined(*tables)
+        return Memory.measure(encoder, table, self.compute.max_tokens_per_micro_batch, room)
 
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""

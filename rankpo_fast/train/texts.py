@@ -1,14 +1,14 @@
-"""The distinct texts of a run, tokenised once, and the embeddings of those a batch needs."""
+"""The distinct texts of a run, tokenised once, and which of them a batch needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.batches import ContrastiveBatch, PreferenceBatch
-from rankpo_fast.data.tokens import TokenTable, micro_batches
+from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 
@@ -32,11 +32,12 @@ def check_lengths(encoder: Encoder) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Queries and passages as token ids; U and N of them are in a batch, D dims."""
+    """Queries and passages as token ids, those that are equal once."""
 
-    queries: TokenTable
-    passages: TokenTable
-    max_tokens: int  # of a micro-batch, padding included
+    table: TokenTable
+    query_rows: Tensor  # [queries] the table's row of each query text
+    passage_rows: Tensor  # [passages] and of each passage text
+    tokens: tuple[float, float]  # of a query and of a passage, on average
 
     @classmethod
     def tokenize(
@@ -48,35 +49,27 @@ class Texts:
     ) -> "Texts":
         """InputError if a text alone does not fit into a micro-batch: now, not in mid-training."""
         check_lengths(encoder)
-        texts = cls(
+        tables = (
             encoder.tokenize_queries(queries, config.cache_path),
             encoder.tokenize_passages(passages, config.cache_path),
-            config.max_tokens_per_micro_batch,
         )
-        for lengths in texts.lengths:
-            micro_batches(lengths, texts.max_tokens)
-        return texts
+        table, rows = joined(*tables)
+        encoder.plan(table.lengths, config.max_tokens_per_micro_batch)
+        return cls(table, *rows, tuple(table.lengths.double().mean().item() for table in tables))
 
-    def embed(self, encoder: Encoder, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Queries [U, D] and passages [N, D] of the batch, each distinct text once, fp32."""
-        queries = encoder.embed(self.queries, batch.query_texts, max_tokens=self.max_tokens)
-        passages = encoder.embed(self.passages, batch.passage_texts, max_tokens=self.max_tokens)
-        return queries, passages
-
-    @cached_property
-    def lengths(self) -> tuple[Tensor, Tensor]:
-        """Tokens of each query and of each passage."""
-        return self.queries.lengths, self.passages.lengths
-
-    def tokens(self, batch: Batch) -> int:
-        queries, passages = self.lengths
-        return int(queries[batch.query_texts].sum() + passages[batch.passage_texts].sum())
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct texts of a batch as rows [n] of the table, and the places in that of its
+        query texts [U] and its passage texts [N]."""
+        queries, passages = (
+            self.query_rows[batch.query_texts],
+            self.passage_rows[batch.passage_texts],
+        )
+        rows, places = torch.cat([queries, passages]).unique(return_inverse=True)
+        return rows, *places.split([len(queries), len(passages)])
 
     def summary(self) -> str:
-        queries, passages = self.lengths
-        cut = self.queries.truncated + self.passages.truncated
-        mean_query, mean_passage = queries.double().mean(), passages.double().mean()
+        queries, passages = len(self.query_rows), len(self.passage_rows)
         return (
-            f"{len(queries):,} queries of {mean_query:.0f} tokens on average and "
-            f"{len(passages):,} passages of {mean_passage:.0f}; {cut:,} were truncated"
+            f"{queries:,} queries of {self.tokens[0]:.0f} tokens on average and {passages:,} "
+            f"passages of {self.tokens[1]:.0f}; {self.table.truncated:,} were truncated"
         )

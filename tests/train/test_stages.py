@@ -1,5 +1,6 @@
 """Both stages learn, and what they compute is what the paper and the flags say."""
 
+import json
 import math
 import warnings
 
@@ -16,6 +17,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.rows import ContrastiveRow, read_preferences
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.contrastive import ContrastiveStage
 from rankpo_fast.train.rankpo import RankPOStage
@@ -44,6 +46,37 @@ def test_contrastive_loss_falls(model, request, run_stage, read_metrics):
     assert said | {"peak_memory_bytes"} <= lines[-1].keys()
 
 
+@pytest.mark.parametrize("negatives, works", [([], False), (["a cook"], True)])
+def test_a_batch_of_one_needs_negatives_of_its_own(
+    negatives, works, tiny_llama_dir, run_stage, tmp_path
+):
+    row = {"query": "a nurse", "positives": ["nurse"], "negatives": negatives}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    data = [str(tmp_path / "rows.jsonl")]
+    flags = {"train_data": data, "per_device_train_batch_size": 1, "max_steps": 1}
+    if works:
+        run_stage("contrastive", tiny_llama_dir, "out", **flags)
+    else:
+        with pytest.raises(InputError, match="2 of 2 rows .* --per_device_train_batch_size 2 or"):
+            run_stage("contrastive", tiny_llama_dir, "out", **flags)
+
+
+def test_fewer_rows_than_a_batch_asks_for_are_said(tiny_llama_dir, run_stage, capsys):
+    run_stage("contrastive", tiny_llama_dir, "out", per_device_train_batch_size=100, max_steps=1)
+    assert "1 of 2 x 24 rows" in capsys.readouterr().err
+
+
+def compute(cache):
+    return ComputeConfig(cache_dir=str(cache))
+
+
+def embed(encoder, texts, batch):
+    """Vectors of the batch's distinct queries and passages, in one graph."""
+    rows, queries, passages = texts.of(batch)
+    vectors = encoder.embed(texts.table, rows, max_tokens=4096)
+    return vectors[queries], vectors[passages]
+
+
 def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     """Loss and gradient against a dense softmax whose mask is made from the texts themselves."""
     rows = [
@@ -53,17 +86,13 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     ]
     encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
     data = ContrastiveData(rows, batch_size=3, num_negatives=2, seed=0)
-    compute = ComputeConfig(cache_dir=str(tmp_path))
-    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute(tmp_path))
     batch = data.batch(0, 0)
-    loss, metrics = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05)).step_loss(
-        encoder, batch
-    )
-    loss.backward()
-    gradient = [p.grad.clone() for p in encoder.parameters()]
-    encoder.zero_grad()
+    vectors = embed(encoder, texts, batch)
+    stage = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05))
+    loss, d_queries, d_passages, metrics = stage.loss(*(x.detach() for x in vectors), batch)
 
-    queries, passages = (F.normalize(x, dim=1) for x in texts.embed(encoder, batch))
+    queries, passages = (F.normalize(x, dim=1) for x in vectors)
     scores = queries[batch.query_rows] @ passages.T / 0.05
     columns = [data.passage_texts[i] for i in batch.passage_texts]
     for i, row in enumerate(batch.rows.tolist()):
@@ -73,10 +102,9 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
                 scores[i, j] = -torch.inf
     assert scores.isinf().any()
     expected = F.cross_entropy(scores, batch.labels)
-    expected.backward()
     torch.testing.assert_close(loss, expected)
-    for got, parameter in zip(gradient, encoder.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-5)
+    gradients = torch.autograd.grad(expected, vectors)
+    torch.testing.assert_close((d_queries, d_passages), gradients, rtol=1e-3, atol=1e-5)
     right = (scores.argmax(dim=1) == batch.labels).float().mean()
     torch.testing.assert_close(metrics["accuracy"], right)
 
@@ -115,8 +143,7 @@ def stage(tiny_llama_dir, preference_file, tmp_path):
     def make(reference=None, **flags):
         encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
         data = PreferenceData(read_preferences([preference_file]), batch_size=24, seed=0)
-        compute = ComputeConfig(cache_dir=str(tmp_path))
-        texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+        texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute(tmp_path))
         if reference is not None:
             data = data.with_reference(reference[0] - reference[1])
         return encoder, RankPOStage(data, texts, RankPOLossConfig(**flags), reference)
@@ -132,9 +159,10 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
         reference, loss_type=loss_type, gamma_beta_ratio=0.3, beta=1.5, sft_weight=0.5
     )
     batch = rankpo.data.batch(0, 0)
-    loss, metrics = rankpo.step_loss(encoder, batch)
+    vectors = embed(encoder, rankpo.texts, batch)
+    loss, *got, metrics = rankpo.loss(*(x.detach() for x in vectors), batch)
 
-    queries, passages = (F.normalize(x, dim=1) for x in rankpo.texts.embed(encoder, batch))
+    queries, passages = (F.normalize(x, dim=1) for x in vectors)
     queries = queries[batch.query_rows]
     scores = torch.stack(
         [(queries * passages[rows]).sum(1) for rows in (batch.chosen_rows, batch.rejected_rows)]
@@ -143,7 +171,9 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
     logits = 1.5 * (over / 0.1 - 0.3)
     losses = -F.logsigmoid(logits) if loss_type == "sigmoid" else torch.relu(1 - logits)
     sft = F.cross_entropy(scores.T / 0.1, torch.zeros(24, dtype=torch.long))
-    torch.testing.assert_close(loss, losses.mean() + 0.5 * sft)
+    expected = losses.mean() + 0.5 * sft
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(tuple(got), torch.autograd.grad(expected, vectors))
     rewards = 1.5 * (scores - reference[:, batch.rows])
     torch.testing.assert_close(metrics["rewards/chosen"], rewards[0].mean())
     torch.testing.assert_close(metrics["rewards/rejected"], rewards[1].mean())
@@ -152,33 +182,33 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
 def test_reference_is_computed_once_and_kept(stage, tmp_path, monkeypatch):
     encoder, rankpo = stage()
     texts, data = rankpo.texts, rankpo.data
-    first = reference_similarities(encoder, texts, data, tmp_path)
-    monkeypatch.setattr("rankpo_fast.train.reference._similarities", None)  # must not be called
-    assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+    first = reference_similarities(encoder, texts, data, compute(tmp_path))
+    monkeypatch.setattr("rankpo_fast.train.reference.encode_texts", None)  # must not be called
+    assert torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
 def test_reference_is_that_of_the_model_as_it_is(stage, tmp_path):
     encoder, rankpo = stage()
     texts, data = rankpo.texts, rankpo.data
-    first = reference_similarities(encoder, texts, data, tmp_path)
+    first = reference_similarities(encoder, texts, data, compute(tmp_path))
     with torch.no_grad():
         encoder.backbone.get_input_embeddings().weight.mul_(-1)
-    assert not torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+    assert not torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
 def test_damaged_reference_is_computed_anew(stage, tmp_path):
     encoder, rankpo = stage()
     texts, data = rankpo.texts, rankpo.data
-    first = reference_similarities(encoder, texts, data, tmp_path)
+    first = reference_similarities(encoder, texts, data, compute(tmp_path))
     [path] = tmp_path.glob("reference-*")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.warns(UserWarning, match="damaged cache file"):
-        assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+        assert torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(reference_similarities(encoder, texts, data, tmp_path), first)
+        assert torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
 def test_another_model_can_be_the_reference(tiny_llama_dir, tiny_bert_dir, run_stage, read_metrics):

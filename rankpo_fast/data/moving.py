@@ -1,0 +1,37 @@
+"""Whole batches on their way to a device: every tensor of a Movable, and of those inside it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Movable:
+    """A dataclass whose tensors move together; what else it holds stays where it is."""
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """The same there; the copy of what is pinned does not wait."""
+    return _each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(value: T) -> T:
+    """The same in memory that a card can read by itself."""
+    return _each_tensor(value, Tensor.pin_memory)
+
+
+def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """`value` with its tensors changed, also those in lists and in what is Movable."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_each_tensor(item, change) for item in value]
+    if isinstance(value, Movable):
+        names = [field.name for field in dataclasses.fields(value)]
+        parts = {name: _each_tensor(getattr(value, name), change) for name in names}
+        return dataclasses.replace(value, **parts)
+    return value
