@@ -69,21 +69,22 @@ def cases(quick: bool) -> list[Case]:
     size = {"batch_size": 16, "steps": 3, "rounds": 1} if quick else {}
     of_learning = {"steps": 100, "ndcg": True} | size
     large = {"steps": 3, "rounds": 1} | size | {"batch_size": 64 if quick else 1024}
-    forgetful = partial(rankpo_fast, compute={"activation_memory_gb": 0.0})
-    padded = partial(rankpo_fast, model={"packing": False})
+    forgetful = {
+        "rankpo-fast, nothing kept": partial(rankpo_fast, compute={"activation_memory_gb": 0.0})
+    }
+    padded = {"rankpo-fast, padded": partial(rankpo_fast, model={"packing": False})}
     return [
         Case("learning", f"{learn} (no text twice)", ST | OURS, **of_learning),
         Case("repeats", f"{learn} (texts repeat)", ST | OURS, repeats=True, **of_learning),
-        Case("large batch", "Does a batch of 1024 fit?", ST | CACHED | OURS, negatives=0, **large),
+        Case(
+            "large batch", f"Does a batch of {large['batch_size']} fit?",
+            ST | CACHED | OURS | forgetful, negatives=0, **large,
+        ),
         Case(
             "recomputing", "What does recomputing cost?",
-            {"one graph, autograd": one_graph} | OURS | {"rankpo-fast, nothing kept": forgetful},
-            **size,
+            {"one graph, autograd": one_graph} | OURS | forgetful, **size,
         ),
-        Case(
-            "padding", "What does padding cost?",
-            {"rankpo-fast, padded": padded} | OURS, **size,
-        ),
+        Case("padding", "What does padding cost?", padded | OURS, **size),
     ]  # fmt: skip
 
 
@@ -134,6 +135,7 @@ def main() -> int:
         }
         write_model(directory / MODEL, corpora[False], size)
         untrained = ndcg(directory / MODEL, directory / "False")
+        about[f"untrained nDCG@{CUTOFF}"] = f"{untrained:.3f}"
         print(f"untrained, the model has an nDCG@{CUTOFF} of {untrained:.3f}\n")
         for case in cases(args.quick):
             if case.name not in args.only:

@@ -107,7 +107,7 @@ def rankpo_fast(task: Task, *, model: dict | None = None, compute: dict | None =
         ContrastiveLossConfig(temperature=TEMPERATURE),
         _training(task),
         EvaluationConfig(),
-        ComputeConfig("cpu", MAX_TOKENS, str(task.cache), **(compute or {})),
+        ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(task.cache), **(compute or {})),
     )
 
 
@@ -117,7 +117,7 @@ def one_graph(task: Task) -> None:
     from rankpo_fast.data.batches import ContrastiveData
     from rankpo_fast.data.rows import read_contrastive
     from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.train.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+    from rankpo_fast.train.optim import adamw, learning_rate, update
     from rankpo_fast.train.texts import Texts
 
     config = _training(task)
@@ -128,23 +128,23 @@ def one_graph(task: Task) -> None:
         num_negatives=task.negatives,
         seed=task.seed,
     )
-    compute = ComputeConfig("cpu", MAX_TOKENS, str(task.cache))
+    compute = ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(task.cache))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     optimizer = adamw(encoder, config)
     for step in range(task.steps):
         batch = data.batch(*divmod(step, data.batches_per_epoch))
-        queries, passages = texts.embed(encoder, batch)
-        info_nce_loss(
-            queries[batch.query_rows],
-            passages,
+        rows, queries, passages = texts.of(batch)
+        vectors = encoder.embed(texts.table, rows, max_tokens=MAX_TOKENS)
+        loss = info_nce_loss(
+            vectors[queries][batch.query_rows],
+            vectors[passages],
             batch.labels,
             temperature=TEMPERATURE,
             excluded=(batch.excluded_offsets, batch.excluded_columns),
-        ).backward()
-        clip_gradients(encoder, config.max_grad_norm)
-        set_learning_rate(optimizer, learning_rate(step, task.steps, config))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        )
+        loss.backward()
+        rate = learning_rate(step, task.steps, config)
+        update(optimizer, [loss.detach()], rate, config.max_grad_norm)
     encoder.save(task.output)
 
 

@@ -61,8 +61,8 @@ def write_corpus(directory: Path, size: Size, pool: SplitSize | None, seed: int)
     two rows.
     """
     rng = random.Random(seed)
-    # So many talents that nearly every job finds two of its own.
-    split = _split(rng, pool or SplitSize(2 * size.rows, 4 * size.rows))
+    # Without a pool, more than enough for nearly every job to find two talents of its own.
+    split = _split(rng, pool or SplitSize(2 * size.rows, 4 * size.rows + 400))
     rows = list(islice(_rows(rng, split, once=pool is None), size.rows))
     assert len(rows) == size.rows, f"{len(rows)} of {size.rows} rows found"
     queries, corpus = world.retrieval_rows(_split(rng, size.held_out))
