@@ -82,7 +82,11 @@ class EncoderConfig:
     pooling: Literal["auto", "last", "mean", "cls"] = _flag(
         "auto: as the model directory says, else last (causal models) or mean.", "auto"
     )
-    attn_implementation: str = _flag("As transformers names it.", "auto")
+    attn_implementation: Literal[
+        "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen_attn",
+        "sdpa", "eager",
+    ] = _flag("auto: the fastest there is; eager pads.", "auto")  # fmt: skip
+    packing: bool = _flag("Texts go through the model end to end, without padding.", True)
     query_prefix: str | None = _flag("Goes before every query. [as the model says]", None)
     passage_prefix: str | None = _flag("Goes before every passage. [as the model says]", None)
     max_query_length: int | None = _flag(
@@ -94,7 +98,7 @@ class EncoderConfig:
     bf16: bool = _flag("Autocast: faster, vectors good to two digits.", False)
 
     def __post_init__(self) -> None:
-        _check_names(self, "model_name_or_path", "tokenizer_name", "attn_implementation")
+        _check_names(self, "model_name_or_path", "tokenizer_name")
         _check_choices(self)
         _check_at_least(self, 1, "max_query_length", "max_passage_length")
 
@@ -108,6 +112,9 @@ class ModelConfig(EncoderConfig):
     special_tokens: list[str] = _flag("Added to the tokenizer; paper: the paper's own.", [])
     gradient_checkpointing: bool = _flag("Less memory for a third more compute.", True)
     disable_dropout: bool = _flag("Every dropout at 0.", False)
+    use_liger_kernel: bool | None = _flag(
+        "Liger's kernels in the model. [where installed, on a GPU]", None
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from rankpo_fast.errors import InputError
 
@@ -117,6 +117,10 @@ def _flags_of_file(path: Path, kinds: dict[str, Any]) -> dict[str, list[str]]:
             flags[name] = [f"--{name}", *map(str, value)] if value else []
         elif value is True:
             flags[name] = [f"--{name}"]
-        elif value is not None and (value is not False or kinds[name] is bool):
+        elif value is not None and (value is not False or _switches(kinds[name])):
             flags[name] = [f"--{name}={value}"]
     return flags
+
+
+def _switches(kind: Any) -> bool:
+    return kind is bool or bool in get_args(kind)

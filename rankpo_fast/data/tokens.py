@@ -1,7 +1,7 @@
-"""Texts -> a table of token ids -> padded micro-batches that fit a token budget.
+"""Texts -> a table of token ids.
 
 n texts are tokenised once, their T ids packed end to end in one tensor, so that all lengths are
-known before training. S sequences of a micro-batch, L the length they are padded to.
+known before training.
 """
 
 import hashlib

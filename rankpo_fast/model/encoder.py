@@ -1,9 +1,8 @@
 """Text -> vector: a transformers backbone, its tokenizer, and the settings that join them.
 
-S sequences, L padded length, D dims, n texts.
+S texts of a micro-batch, T tokens of all of them, L of the longest; D dims, n texts of a table.
 """
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankpo_fast.data.moving import to_device
-from rankpo_fast.data.packing import MicroBatch, pack, pad, plan_padded
+from rankpo_fast.data.packing import MicroBatch, pack, pad, plan_packed, plan_padded
 from rankpo_fast.data.tokens import TokenTable, tokenize
+from rankpo_fast.model.attention import Kernel, packed_arguments, register
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
 
@@ -25,6 +25,10 @@ class Encoder(nn.Module):
     """Backbone, pooling and tokenizer. Made by `load_encoder`; its vectors are not normalised.
 
     The weights are fp32; with `bf16` the forward pass computes in bf16 by autocast.
+
+    Attributes:
+        packed: whether texts go through the backbone end to end, without padding.
+        attention: what computes its attention, by the name that --attn_implementation has for it.
     """
 
     def __init__(
@@ -40,7 +44,19 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.settings = settings
         self.bf16 = bf16
-        self._takes_positions = _takes_positions(backbone)
+        self.packed = False
+        self.attention = self._own_attention = backbone.config._attn_implementation
+        self._first_position = first_position(backbone)
+
+    def use_kernel(self, kernel: Kernel | None) -> None:
+        """Pack texts and let `kernel` attend; None: pad them, for the backbone's own attention.
+
+        ImportError, OSError: what the kernel is installed from does not load.
+        """
+        name = self._own_attention if kernel is None else register(kernel)
+        self.backbone.set_attn_implementation(name)
+        self.packed = kernel is not None
+        self.attention = name if kernel is None else kernel.name
 
     @property
     def dim(self) -> int:
@@ -52,18 +68,44 @@ class Encoder(nn.Module):
         return self.backbone.device
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Vectors [S, D] fp32, not normalised."""
-        input_ids, attention_mask = pad(to_device(batch, self.device), self.tokenizer.pad_token_id)
-        positions = {}
-        if self._takes_positions:
-            positions["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **positions)
-        return pool(output.last_hidden_state, attention_mask, self.settings.pooling)
+        """Vectors [S, D] fp32 of the texts, not normalised; the batch may be on another device."""
+        batch = to_device(batch, self.device)
+        return pool(self.states(batch), batch.offsets, self.settings.pooling)
+
+    def states(self, batch: MicroBatch) -> Tensor:
+        """The backbone's last states of all tokens of a batch on its device, [T, D]."""
+        forward = self._packed_states if self.packed else self._padded_states
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return forward(batch)
+
+    def _packed_states(self, batch: MicroBatch) -> Tensor:
+        output = self.backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids + self._first_position,
+            attention_mask=None,
+            use_cache=False,
+            **packed_arguments(batch),
+        )
+        return output.last_hidden_state[0]
+
+    def _padded_states(self, batch: MicroBatch) -> Tensor:
+        input_ids, mask = pad(batch, self.tokenizer.pad_token_id)
+        output = self.backbone(input_ids=input_ids, attention_mask=mask)
+        texts = torch.arange(len(batch.lengths), device=self.device)
+        tokens = batch.input_ids.shape[1]  # known here, so that nobody has to ask the device
+        rows = texts.repeat_interleave(batch.offsets.diff(), output_size=tokens)  # [T]
+        places = rows * input_ids.shape[1] + batch.position_ids[0]
+        return output.last_hidden_state.flatten(0, 1).index_select(0, places)
 
     def plan(self, lengths: Tensor, max_tokens: int) -> list[Tensor]:
-        """Split texts of `lengths` [n] into groups that go through the backbone at once."""
-        return plan_padded(lengths, max_tokens)
+        """Texts of `lengths` [n] -> the texts [S] of each micro-batch of at most max_tokens.
+
+        The longest text is in the first. Padding counts where there is any.
+
+        Raises:
+            InputError: a text alone has more than max_tokens tokens.
+        """
+        return (plan_packed if self.packed else plan_padded)(lengths, max_tokens)
 
     def embed(
         self, table: TokenTable, text_ids: Tensor | None = None, *, max_tokens: int
@@ -82,9 +124,9 @@ class Encoder(nn.Module):
             text_ids = torch.arange(len(table))
         if len(text_ids) == 0:
             return torch.zeros(0, self.dim, dtype=torch.float32, device=self.device)
-        batches = self.plan(table.lengths[text_ids], max_tokens)
-        vectors = torch.cat([self(pack(table, text_ids[batch])) for batch in batches])
-        order = torch.cat(batches).argsort().to(vectors.device)
+        groups = self.plan(table.lengths[text_ids], max_tokens)
+        vectors = torch.cat([self(pack(table, text_ids[group])) for group in groups])
+        order = torch.cat(groups).argsort().to(vectors.device)
         return vectors[order]
 
     def tokenize_queries(
@@ -125,15 +167,9 @@ class Encoder(nn.Module):
         write_settings(directory, self.settings, self.dim)
 
 
-def position_padding(backbone: nn.Module) -> int | None:
-    """The padding row of the table of positions; RoBERTa's family has one and counts on from it."""
+def first_position(backbone: nn.Module) -> int:
+    """The number of a text's first position: RoBERTa's family counts on from a padding row."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name:
-            return module.padding_idx
-    return None
-
-
-def _takes_positions(backbone: nn.Module) -> bool:
-    """Whether to say where each token stands; backbones with a padding row see that themselves."""
-    takes = "position_ids" in inspect.signature(backbone.forward).parameters
-    return takes and position_padding(backbone) is None
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0

@@ -5,6 +5,8 @@ costs milliseconds and tells which attention works, how many positions there are
 see only those before them. That is the skeleton.
 """
 
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +14,25 @@ import torch
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.attention import (
+    KERNELS,
+    Kernel,
+    Needs,
+    Unpackable,
+    find_kernels,
+    why_not_packed,
+)
+from rankpo_fast.model.check import check_packing
 from rankpo_fast.model.directories import blaming, check_config, check_weights, find_directory
-from rankpo_fast.model.encoder import Encoder, position_padding
+from rankpo_fast.model.encoder import Encoder, first_position
+from rankpo_fast.model.liger import use_liger
 from rankpo_fast.model.settings import EncoderSettings, backbone_folder, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FLAG, TOKENIZER_FLAG = "--model_name_or_path", "--tokenizer_name"
+ATTENTION_DROPOUTS = ["attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"]
 PAD_TOKENS = ["<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"]
 
 
@@ -33,7 +46,8 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
 
     Raises:
         InputError: no such model or tokenizer, unsafe or incomplete files, or settings that this
-            model cannot be used with; the message names the flag.
+            model cannot be used with; the message names the flag. Also where packing changes what
+            the model computes, which a few texts find out.
     """
     training = config if isinstance(config, ModelConfig) else None
     from_scratch = training is not None and training.from_scratch
@@ -45,13 +59,13 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     backbone_config = _load_config(folder)
     if training is not None and training.disable_dropout:
         _drop_nothing(backbone_config)
-    skeleton = _skeleton(backbone_config, config, device)
+    skeleton = _skeleton(backbone_config, config)
+    attention, kernels = _choose_attention(backbone_config, config, skeleton, device)
     settings = _settings(config, directory, skeleton)
     tokenizer = _load_tokenizer(config, folder, backbone_config)
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        attention = skeleton.config._attn_implementation
         if from_scratch:
             backbone = _new_backbone(backbone_config, attention)
         else:
@@ -65,8 +79,12 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             parameter.requires_grad_(False)
     if training is not None:
         _prepare_training(backbone, training)
-    encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16)
-    return encoder.to(device).eval()
+    encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
+    if training is not None:
+        use_liger(backbone, training.use_liger_kernel, device)
+    if kernels:
+        _pack(encoder, kernels, config)
+    return encoder
 
 
 # --- the backbone ---
@@ -93,35 +111,11 @@ def _drop_nothing(config: "PreTrainedConfig") -> None:
                 setattr(part, name, 0.0)
 
 
-def _skeleton(
-    backbone_config: "PreTrainedConfig", config: EncoderConfig, device: torch.device
-) -> "PreTrainedModel":
-    """The backbone on the meta device, with the attention it is going to have."""
+def _skeleton(backbone_config: "PreTrainedConfig", config: EncoderConfig) -> "PreTrainedModel":
+    """The backbone on the meta device: attention sdpa where the backbone has it, else eager."""
+    attention = "eager" if _softcap(backbone_config) else None  # which older versions leave out
     with blaming(f"{MODEL_FLAG} {config.model_name_or_path}"):
-        skeleton = _new_backbone(backbone_config, None, "meta")
-    default = skeleton.config._attn_implementation  # sdpa where the backbone has it, else eager
-    asked = config.attn_implementation
-    if asked != "auto":
-        if "flash" in asked and (device.type == "cpu" or not config.bf16):
-            raise InputError(f"--attn_implementation {asked} needs a GPU and --bf16 true; "
-                             f"{default} works here")  # fmt: skip
-        with blaming(f"--attn_implementation {asked} cannot be used ({default} can)"):
-            return _new_backbone(backbone_config, asked, "meta")
-    if device.type == "cuda" and config.bf16:
-        for flash in _installed_flash_attention():
-            try:
-                return _new_backbone(backbone_config, flash, "meta")
-            except (ImportError, ValueError):  # not for this card, or not for this backbone
-                continue
-    return skeleton
-
-
-def _installed_flash_attention() -> list[str]:
-    """Versions in transformers' names, the one to prefer first; 4 is not yet released."""
-    from transformers import utils
-
-    checks = {v: getattr(utils, f"is_flash_attn_{v}_available", None) for v in (3, 2, 4)}
-    return [f"flash_attention_{v}" for v, installed in checks.items() if installed and installed()]
+        return _new_backbone(backbone_config, attention, "meta")
 
 
 def _new_backbone(
@@ -167,6 +161,111 @@ def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
         getattr(backbone, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
+# --- its attention ---
+
+
+def _choose_attention(
+    backbone_config: "PreTrainedConfig",
+    config: EncoderConfig,
+    skeleton: "PreTrainedModel",
+    device: torch.device,
+) -> tuple[str, list[Kernel]]:
+    """What transformers computes padded texts with, and kernels for packed ones, the best first.
+
+    There are none where texts are to be padded; the user hears why, unless asked for.
+    """
+    default = skeleton.config._attn_implementation
+    asked = config.attn_implementation
+    needs = _needs(backbone_config, config, device)
+    kernels = find_kernels(needs)
+    if asked not in ("auto", "eager"):
+        [kernel] = [kernel for kernel in KERNELS if kernel.name == asked]
+        if reason := kernel.why_not(needs):
+            raise InputError(f"--attn_implementation {asked}: {reason}; {kernels[0].name} "
+                             f"works here")  # fmt: skip
+        kernels = [kernel]
+    if config.packing:
+        reason = "eager attention is for padded texts" if asked == "eager" else None
+        reason = reason or why_not_packed(skeleton)
+        if reason is None:
+            _warn_of_dropout(needs, kernels, asked)
+            return default, kernels
+        _warn_of_padding(config, reason)
+    if asked == "varlen_attn":
+        raise InputError(f"--attn_implementation {asked} is for packed texts, which these are not; "
+                         f"{default} works here")  # fmt: skip
+    if asked != "auto":
+        with blaming(f"--attn_implementation {asked} cannot be used ({default} can)"):
+            _new_backbone(backbone_config, asked, "meta")
+        return asked, []
+    for kernel in kernels:
+        if "flash" in kernel.name:
+            try:
+                _new_backbone(backbone_config, kernel.name, "meta")
+            except (ImportError, ValueError):  # not for this backbone
+                continue
+            return kernel.name, []
+    return default, []
+
+
+def _needs(
+    backbone_config: "PreTrainedConfig", config: EncoderConfig, device: torch.device
+) -> Needs:
+    text = backbone_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    training = isinstance(config, ModelConfig)
+    return Needs(
+        device=device,
+        half=config.bf16,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        window=bool(getattr(text, "sliding_window", None)),
+        softcap=_softcap(backbone_config),
+        dropout=training and any(getattr(text, name, 0) for name in ATTENTION_DROPOUTS),
+    )
+
+
+def _softcap(config: "PreTrainedConfig") -> bool:
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def _pack(encoder: Encoder, kernels: list[Kernel], config: EncoderConfig) -> None:
+    """Let the encoder pack with the first kernel that loads, once it has been checked."""
+    for kernel in kernels:
+        try:
+            encoder.use_kernel(kernel)
+        except (ImportError, OSError) as error:  # installed, but not for this Python, torch or CUDA
+            broken = f"--attn_implementation {kernel.name}: {kernel.distribution} does not load"
+            if config.attn_implementation != "auto":
+                raise InputError(f"{broken} ({error}); sdpa works here") from error
+            warnings.warn(f"{broken} ({error})", stacklevel=3)
+            continue
+        try:
+            check_packing(encoder, kernel)
+        except Unpackable as reason:
+            encoder.use_kernel(None)
+            _warn_of_padding(config, str(reason))
+        return
+
+
+def _warn_of_padding(config: EncoderConfig, reason: str) -> None:
+    warnings.warn(
+        f"{MODEL_FLAG} {config.model_name_or_path}: texts are padded to others of similar length "
+        f"rather than packed: {reason} (--packing false asks for that)",
+        stacklevel=4,
+    )
+
+
+def _warn_of_dropout(needs: Needs, kernels: list[Kernel], asked: str) -> None:
+    """Attention dropout alone can keep the fast kernels of a card away."""
+    best = find_kernels(dataclasses.replace(needs, dropout=False))[0]
+    if asked == "auto" and best is not kernels[0]:
+        warnings.warn(
+            f"dropout in attention is computed by {kernels[0].name}; --disable_dropout true makes "
+            f"it {best.name}, which is faster",
+            stacklevel=4,
+        )
+
+
 # --- how text is read ---
 
 
@@ -207,8 +306,7 @@ def _positions(backbone: "PreTrainedModel") -> float:
     positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if not positions or positions < 0:
         return float("inf")
-    padding = position_padding(backbone)
-    return positions if padding is None else positions - padding - 1
+    return positions - first_position(backbone)
 
 
 # --- the tokenizer ---

@@ -1,31 +1,20 @@
-"""Token states of a text -> one vector, right under left and right padding: only the mask is asked.
+"""Token states of texts that lie end to end -> one vector a text.
 
-S sequences, L padded length, D dims.
+S texts of T tokens in all, D dims.
 """
 
 import torch
 from torch import Tensor
 
 
-def pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """Pool states [S, L, D] of any float dtype over attention_mask [S, L] (1 text, 0 padding).
+def pool(states: Tensor, offsets: Tensor, pooling: str) -> Tensor:
+    """Pool states [T, D] of any float dtype; text i is states[offsets[i] : offsets[i + 1]].
 
     Returns [S, D] fp32: the state of the last token, of the first ("cls"), or the "mean" of all.
+    Sums are taken in one order, also in the backward pass on a GPU.
     """
     if pooling == "mean":
-        return _mean(states, attention_mask)
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    if pooling == "last":
-        token = (positions * attention_mask).argmax(dim=1)  # [S]
-    else:
-        assert pooling == "cls", pooling
-        token = attention_mask.argmax(dim=1)  # [S] the first of equal maxima
-    rows = torch.arange(len(states), device=states.device)
-    return states[rows, token].float()
-
-
-def _mean(states: Tensor, attention_mask: Tensor) -> Tensor:
-    # Padding may hold inf or nan, which a product with 0 would not remove.
-    padding = attention_mask[:, :, None] == 0  # [S, L, 1]
-    total = states.float().masked_fill(padding, 0.0).sum(dim=1)  # [S, D]
-    return total / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.segment_reduce(states.float(), "mean", offsets=offsets, axis=0, unsafe=True)
+    assert pooling in ("last", "cls"), pooling
+    token = offsets[1:] - 1 if pooling == "last" else offsets[:-1]  # [S]
+    return states.index_select(0, token).float()

@@ -23,12 +23,12 @@ def encode_texts(
     Raises:
         InputError: a text alone has more than max_tokens tokens.
     """
-    batches = encoder.plan(table.lengths, max_tokens)
+    groups = encoder.plan(table.lengths, max_tokens)
     vectors = torch.empty(len(table), encoder.dim, dtype=torch.float32)
     training = encoder.training
     encoder.eval()
     with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:
-        for text_ids in batches:
+        for text_ids in groups:
             batch = encoder(pack(table, text_ids))  # [S, D]
             vectors[text_ids] = F.normalize(batch, dim=1).cpu()
             bar.update(len(text_ids))
