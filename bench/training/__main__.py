@@ -69,7 +69,7 @@ def cases(quick: bool) -> list[Case]:
     size = {"batch_size": 16, "steps": 3, "rounds": 1} if quick else {}
     of_learning = {"steps": 100, "ndcg": True} | size
     large = {"steps": 3, "rounds": 1} | size | {"batch_size": 64 if quick else 1024}
-    many_groups = {"batch_size": 256, "steps": 6} | size  # of MAX_TOKENS each
+    many_groups = {"batch_size": 256} | size  # of which to keep all or one
     forgetful = {
         "rankpo-fast, nothing kept": partial(rankpo_fast, compute={"activation_memory_gb": 0.0})
     }
@@ -141,15 +141,16 @@ def main() -> int:
         for case in cases(args.quick):
             if case.name not in args.only:
                 continue
-            rows = corpora[case.repeats]
-            about_batch = shape(rows, directory / MODEL, case.batch_size, case.negatives, SEED)
-            print(f"{case.name}: {case.question}\n{described(about_batch)}", flush=True)
-            measured = compare(case, directory, case.rounds or args.rounds)
-            rows = summary(case, measured, about_batch["tokens of a row"])
+            batch = shape(
+                corpora[case.repeats], directory / MODEL, case.batch_size, case.negatives, SEED
+            )
+            print(f"{case.name}: {case.question}\n{described(batch)}", flush=True)
+            answers = compare(case, directory, case.rounds or args.rounds)
+            rows = summary(case, answers, batch["tokens of a row"])
             print(table(rows), flush=True)
             red += [f"{case.name}: {row.contender}" for row in rows if is_red(row)]
             results.append(
-                {"case": case.name, "question": case.question, "shape": rounded(about_batch)}
+                {"case": case.name, "question": case.question, "shape": rounded(batch)}
                 | {"rows": [rounded(dataclasses.asdict(row)) for row in rows]}
             )
             write(output, about, results)

@@ -11,7 +11,8 @@ from bench.training.contenders import Contender, Measured, Task, measure
 # Imported once, by the server that every process is forked from; those not installed are skipped.
 IMPORTED = [
     "bench.training.contenders", "rankpo_fast.train.contrastive", "rankpo_fast.retrieval.evaluate",
-    "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",
+    "transformers.models.bert.modeling_bert", "datasets", "accelerate",
+    "sentence_transformers.sentence_transformer.losses",
 ]  # fmt: skip
 NOT_INSTALLED, OUT_OF_MEMORY = "is not installed", "out of memory"
 
