@@ -78,11 +78,16 @@ def main() -> int:
         red += [f"{row.case}: {row.contender}" for row in rows if row.note and _is_ours(row)]
         results.append(
             {"case": case.name, "question": case.question, "shape": case.shape}
-            | {"rows": [_rounded(dataclasses.asdict(row)) for row in rows]}
+            | {"rows": [rounded(dataclasses.asdict(row)) for row in rows]}
         )
         write(output, about, results)  # what is measured stays, whatever comes
         del case  # and its buffers, before the next ones are made
     print(f"written to {output}")
+    return failed(red)
+
+
+def failed(red: list[str]) -> int:
+    """The exit code, once it is said what it stands for."""
     for name in red:
         print(f"FAILED {name}")
     return 1 if red else 0
@@ -115,7 +120,7 @@ def _is_ours(row: Row) -> bool:
     return row.contender.startswith("rankpo-fast")
 
 
-def _rounded(row: dict) -> dict:
+def rounded(row: dict) -> dict:
     """Four digits, and without what is None."""
     four = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()}
     return {key: x for key, x in four.items() if x is not None and x != "" and key != "case"}
@@ -145,7 +150,7 @@ def machine(device: str) -> dict[str, str]:
     if device == "cuda":
         about = {"device": torch.cuda.get_device_name(), "driver": _driver()}
         about |= {"cuda": torch.version.cuda}
-        about |= {name: version for name in PACKAGES if (version := _version(name))}
+        about |= {name: found for name in PACKAGES if (found := version(name))}
     else:
         library = native.library()
         rows = library.rankpo_instruction_set().decode() if library else "torch"
@@ -158,7 +163,7 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -135,23 +135,33 @@ def _peak_bytes(run: Run, device: str) -> int:
     """The most memory in use during a run, above what was in use before it; results are held to its
     end."""
     run()  # libraries and kernels allocate once
-    gc.collect()
     if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # or freed buffers would count as in use before
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = mark_resident()
         result = run()
+        peak = peak_resident() - before
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return peak
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def mark_resident() -> int:
+    """Bytes this process has resident now, from where `peak_resident` starts anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or freed buffers would count as in use before
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # sets the high-water mark VmHWM to what is resident now
-    before = _status("VmRSS")
-    result = run()
-    peak = _status("VmHWM") - before
-    del result
-    return peak
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """The most bytes this process had resident since `mark_resident`."""
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

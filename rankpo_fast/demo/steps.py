@@ -28,6 +28,8 @@ from rankpo_fast.demo import world
 from rankpo_fast.demo.world import Split, SplitSize
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from rankpo_fast.model.encoder import Encoder
 
 CUTOFF = 20
@@ -276,10 +278,10 @@ class Demo:
         self.training_seconds += time.perf_counter() - began
 
 
-def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: int) -> None:
-    """A tokenizer learnt from `texts`, and the config of a one-layer Llama."""
+def learn_tokenizer(texts: Sequence[str], max_length: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE of VOCABULARY tokens: `<s> text </s>`, nothing is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -295,10 +297,17 @@ def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: i
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=ends
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
     )  # fmt: skip
+
+
+def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: int) -> None:
+    """A tokenizer learnt from `texts`, and the config of a one-layer Llama."""
+    from transformers import LlamaConfig
+
+    tokenizer = learn_tokenizer(texts, MAX_LENGTH)
     tokenizer.save_pretrained(directory)
     LlamaConfig(
         architectures=["LlamaModel"],
