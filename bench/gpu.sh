@@ -40,7 +40,8 @@ many=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then many=(-n "$(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 12))" --dist worksteal); fi
 status=0
 timeout --signal=INT --kill-after=10 170 "$PYTHON" -m pytest "${many[@]}" -p no:cacheprovider -rfE \
-  tests/ops tests/test_losses.py tests/kernels tests/bench \
+  tests/ops tests/test_losses.py tests/kernels tests/bench/test_bench.py tests/bench/test_cost.py \
+  tests/train/test_cuda.py tests/model/test_attention.py \
   --ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_sanitizer.py --ignore=tests/ops/test_ranks.py \
   2>&1 | tee "$logs/tests.log" || status=$?
 note tests "$logs/tests.log" "$status"

@@ -96,6 +96,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         checkpoints.restore(run.checkpoint, encoder, optimizer, ranks)
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
+    run.ranks.say(f"  memory: {memory.summary()}")
     steps = range(first_step, plan.total_steps)
 
     def make(step: int, max_tokens: int) -> list[Work]:

@@ -60,6 +60,13 @@ class Memory:
             encoder.zero_grad(set_to_none=True)
         return cls(trial.max_tokens, room, trial.graph / trial.tokens, longest)
 
+    def summary(self) -> str:
+        token, room = self.graph_bytes / 2**10, self.room / 2**30
+        return (
+            f"micro-batches of up to {self.max_tokens:,} tokens, {token:,.0f} KiB each; graphs of "
+            f"{room:.3g} GiB are kept, what is beyond is computed twice"
+        )
+
     def kept(self, groups: Sequence[MicroBatch]) -> int:
         """Of how many groups, from the last, the graph is kept; that of the last costs nothing."""
         used, kept = 0.0, 0

@@ -148,6 +148,7 @@ class Run:
             "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}"
             + (f", on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             "losses": _backend(self.device),
+            "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
         }
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
@@ -276,7 +277,7 @@ def _check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _backend(device: torch.device) -> str:
     if device.type == "cuda":
-        return "in chunks by cuBLAS"
+        return "Triton and cuBLAS"
     library = native.library()
     return (
         "in torch" if library is None else f"native ({library.rankpo_instruction_set().decode()})"
