@@ -4,6 +4,7 @@ What a function returns, says on stderr and exits with comes back from every ran
 """
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -26,8 +27,10 @@ from torch import nn
 
 from rankpo_fast import cli
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ops import ranks
 from rankpo_fast.train import contrastive, run, step
 from rankpo_fast.train.log import MetricsLog
+from rankpo_fast.train.memory import Memory
 
 SECONDS = 60  # that ranks may take to end
 
@@ -198,14 +201,43 @@ def command_on_a_full_disk(*flags):
         command(*flags)
 
 
-def command_with_own_rate(*flags):
-    """The last rank has another learning rate than the others."""
+def command_with_own(own, *flags):
+    """The last rank has more flags than the others."""
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-    command(*flags, *(["--learning_rate", "1"] if last else []))
+    command(*flags, *(own if last else []))
+
+
+def train_out_of_memory(stage, stop=None, **flags):
+    """The second batch fails on the last rank, on the first, on the second, each time further on
+    and with the work done."""
+    places = [
+        (step, "CachedVectors"),
+        (contrastive, "info_nce_loss_and_grads"),
+        (step.CachedVectors, "backward"),
+    ]
+    with contextlib.ExitStack() as patches:
+        for number, (owner, name) in enumerate(places):
+            function = getattr(owner, name)
+            if int(os.environ["RANK"]) == (number - 1) % len(places):
+                function = _failing(function, 2 + number)
+            patches.enter_context(mock.patch.object(owner, name, function))
+        train(stage, stop, **flags)
+
+
+def _failing(function, at):
+    calls = itertools.count(1)
+
+    def failing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        return result
+
+    return failing
 
 
 def command_out_of_memory(*flags):
-    """Of the last rank, in a step."""
+    """Of the last rank, whatever the step does."""
     vectors = step.CachedVectors
 
     def fail(*args, **kwargs):
@@ -215,3 +247,27 @@ def command_out_of_memory(*flags):
 
     with mock.patch.object(step, "CachedVectors", fail):
         command(*flags)
+
+
+def connected(stage, **flags):
+    """The collectives that the devices' group had been used for when memory was measured."""
+    with contextlib.ExitStack() as patches:
+        spies = {
+            name: patches.enter_context(mock.patch.object(owner, name, wraps=getattr(owner, name)))
+            for owner, name in [
+                (dist, "all_reduce"),
+                (dist, "all_to_all_single"),
+                (ranks, "_all_gather"),
+            ]
+        }
+        used, measure = set(), Memory.measure
+
+        def measured(*args):
+            for name, spy in spies.items():
+                if any(call.kwargs["group"] is dist.group.WORLD for call in spy.mock_calls):
+                    used.add(name)
+            return measure(*args)
+
+        patches.enter_context(mock.patch.object(Memory, "measure", measured))
+        stages.run(stage, **flags)
+    return used

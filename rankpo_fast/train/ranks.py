@@ -7,8 +7,8 @@
 Every rank knows all rows, so each makes the same batch by itself and no text travels. Not DDP: that
 reduces whenever a backward ends, of which the gradient cache has many in a step.
 
-Only rank 0 writes. What ends a rank ends all: torchrun stops the others, which wait in a collective
-whose connection closes. n texts, D dims.
+Only rank 0 writes. Out of memory on one, all do the step again. What ends a rank ends all: torchrun
+stops the others, which wait in a collective whose connection closes. n texts, D dims.
 """
 
 import dataclasses
@@ -35,6 +35,14 @@ PATIENCE = timedelta(days=7)  # with rank 0, which may evaluate for long: who di
 BUCKET_BYTES = 256 * 2**20  # of gradients that travel at once: a copy of so many is made
 
 Metrics = dict[str, Tensor]
+
+
+class OutOfMemory(Exception):
+    """Of the device of a rank, which all ranks raise."""
+
+    def __init__(self, here: bool):
+        super().__init__(here)
+        self.here = here  # whether it was this rank's
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,23 +117,54 @@ class Ranks:
         if self.hosts is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        try:
-            with record_function("communication"):
-                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
-        except RuntimeError as error:
-            said = f"rankpo-fast: rank {self.rank} stops, since another is gone ({error})"
-            raise SystemExit(said) from error
+        with self._talk():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
         return tensor.tolist()
 
     def objects(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
+        """The values of all ranks; raises SystemExit like `meet`."""
         if self.hosts is None:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.hosts)
+        with self._talk():
+            dist.all_gather_object(values, value, group=self.hosts)
         return values
 
+    @contextmanager
+    def _talk(self) -> Iterator[None]:
+        try:
+            with record_function("communication"):
+                yield
+        except RuntimeError as error:
+            said = f"rankpo-fast: rank {self.rank} stops, since another is gone ({error})"
+            raise SystemExit(said) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside, without a collective, has been done on all ranks afterwards.
+
+        Raises:
+            OutOfMemory: on all, where one ran out of memory: none waits for what it cannot give.
+        """
+        failed = False
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            failed = True
+        [anywhere] = self.highest([failed])
+        if anywhere:
+            raise OutOfMemory(failed)
+
     # --- a step ---
+
+    def connect(self) -> None:
+        """Use every collective of a step once: NCCL takes a card's memory for each at its first."""
+        if self.group is None:
+            return
+        ones = torch.ones(self.size, device=self.device)
+        counts = [1] * self.size
+        self.owned(self.gathered(ones[:1], counts), counts)
+        dist.all_reduce(ones, group=self.group)
 
     def rows(self, count: int) -> slice:
         """The rank's part of so many rows; it may be empty."""

@@ -39,6 +39,7 @@ FREE_TO_CHANGE = {
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
 }  # fmt: skip
+MET_FOR = ("save_steps", "eval_steps")  # of these, what ranks must share all the same
 TRAINED_ON = ("train_data", "replay_data")  # files that may move, but not change
 READ = {
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", *TRAINED_ON,
@@ -126,6 +127,7 @@ class Run:
         room = None if gigabytes is None else gigabytes * 2**30
         tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table, _ = joined(*tables)
+        self.ranks.connect()
         memory = Memory.measure(encoder, table, tokens, room)
         if self.checkpoint is None and asked is not None and memory.max_tokens < asked:
             raise InputError(f"--max_tokens_per_micro_batch {asked} does not fit into memory: "
@@ -159,7 +161,11 @@ class Run:
 
     def open_output(self) -> None:
         step = 0 if self.checkpoint is None else self.checkpoint.step
-        told = self.ranks.objects({**self.settings, "step that --resume found": step})
+        meetings = {f"--{name}": getattr(self.training, name) for name in MET_FOR}
+        told = self.ranks.objects({
+            **self.settings, **meetings, "whether to evaluate": self.evaluation.asked,
+            "step that --resume found": step,
+        })  # fmt: skip
         if self.ranks.first:
             for rank, theirs in enumerate(told):
                 _check_same(f"rank {rank} of {len(told)}", theirs, told[0])

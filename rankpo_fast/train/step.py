@@ -27,7 +27,7 @@ from rankpo_fast.train.cache import CachedVectors, random_states, set_random_sta
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.meters import release
 from rankpo_fast.train.optim import update
-from rankpo_fast.train.ranks import Ranks, deal
+from rankpo_fast.train.ranks import OutOfMemory, Ranks, deal
 from rankpo_fast.train.texts import Batch, Texts
 
 
@@ -210,8 +210,8 @@ def train_step(
 ) -> StepResult:
     """Take the next of `steps`; nothing waits for the device.
 
-    Out of memory, the step is done again with less of it: the batches, their loss and the random
-    numbers are the same.
+    Out of memory, on whatever rank, the step is done again with less of it: the batches, their loss
+    and the random numbers are the same.
 
     Args:
         rate: the learning rate.
@@ -223,56 +223,62 @@ def train_step(
     began, random, notes = perf_counter(), random_states(encoder.device), []
     with record_function("data"):
         works = next(steps)
-    while (computed := _attempt(encoder, works, memory, ranks)) is None:
+    while True:
+        try:
+            losses, metrics = _gradients(encoder, works, memory, ranks)
+            break
+        except OutOfMemory as error:
+            here = error.here  # and its traceback, with all that it holds, is gone
         optimizer.zero_grad(set_to_none=True)
         release(encoder.device)
-        notes.append(memory.shrink([work.groups for work in works]))
+        notes += _shrink(memory, works, ranks, here)
         set_random_states(random, encoder.device)
         works = steps.again()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses, metrics = ranks.total(parameters, *computed)
+    losses, metrics = ranks.total(parameters, losses, metrics)
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
     numbers = _to_host(torch.stack([*losses, norm]))
     return StepResult(*numbers, metrics, works, rate, began, notes)
 
 
-Computed = tuple[list[Tensor], list[dict[str, Tensor]]]  # losses, metrics: 0-dim
+def _shrink(memory: Memory, works: list[Work], ranks: Ranks, here: bool) -> list[str]:
+    """Less of it for the ranks that ran out, of tokens for all; says what, of every rank."""
+    note = memory.shrink([work.groups for work in works]) if here else None
+    told = ranks.objects((note, memory.max_tokens))
+    memory.max_tokens = min(tokens for _, tokens in told)
+    if ranks.size > 1:
+        return [f"{note} (rank {rank})" for rank, (note, _) in enumerate(told) if note is not None]
+    return [note]
 
 
-def _attempt(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed | None:
-    """`_gradients`; None if memory ran out, whose traceback and all that it holds is gone then.
+def _gradients(
+    encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Add the gradient of all works to that of the parameters; losses and metrics, 0-dim.
 
-    One of several ranks cannot begin again, since others wait for its vectors: it ends, and they
-    with it.
+    Raises:
+        OutOfMemory: on all ranks, none of which waits in a collective then.
     """
-    try:
-        return _gradients(encoder, works, memory, ranks)
-    except torch.OutOfMemoryError:
-        if ranks.size > 1:
-            raise
-        return None
-
-
-def _gradients(encoder: Encoder, works: list[Work], memory: Memory, ranks: Ranks) -> Computed:
-    """Add the gradient of all works to that of the parameters."""
     losses, metrics = [], []
     for work in works:
-        with record_function("data"):
-            work = to_device(work, encoder.device)
-        with record_function("forward"):
-            cached = CachedVectors(encoder, work.groups, kept=memory.kept(work.groups))
-        vectors = ranks.gathered(cached.vectors[work.order], work.counts)  # [n, D]
-        with record_function("loss"):
+        with ranks.together():
+            with record_function("data"):
+                work = to_device(work, encoder.device)
+            with record_function("forward"):
+                cached = CachedVectors(encoder, work.groups, kept=memory.kept(work.groups))
+                vectors = cached.vectors[work.order]
+        vectors = ranks.gathered(vectors, work.counts)  # [n, D]
+        with ranks.together(), record_function("loss"):
             queries, passages = vectors[work.query_places], vectors[work.passage_places]
             result = work.objective.stage.loss(queries, passages, work.batch)
             sides = (work.query_places, result.d_queries), (work.passage_places, result.d_passages)
             gradient = summed(len(vectors), *sides) * (work.share * work.of_loss)
+            losses.append(result.loss * work.of_loss)
+            metrics.append(_named(work, result))
         gradient = ranks.owned(gradient, work.counts)
-        with record_function("backward"):
+        with ranks.together(), record_function("backward"):
             cached.backward(summed(len(gradient), (work.order, gradient)))
-        losses.append(result.loss * work.of_loss)
-        metrics.append(_named(work, result))
     return losses, metrics
 
 

@@ -1,6 +1,7 @@
 """Ranks that train together take the steps of one process, and end together."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -142,6 +143,34 @@ def test_all_stop_when_one_is_told_to_and_go_on_bit_by_bit(
         assert one.get("eval/alignment") == other.get("eval/alignment")
 
 
+def test_out_of_memory_on_one_all_do_the_step_again_and_resume_with_what_was_found(
+    ran, answered, flags, tiny_bert_dir, tmp_path
+):
+    """With dropout on. Where no graph but the last is kept, each time all halve their tokens."""
+    more = {"max_steps": 3, "activation_memory_gb": 0.0, "max_tokens_per_micro_batch": 400}
+    of = flags("contrastive", tiny_bert_dir, "cramped", **more)
+    ended = ran(rank_runs.train_out_of_memory, stop=2, **of)
+    assert [rank.code for rank in ended] == [143] * RANKS, ended
+    said = ended[0].said.partition("step 1: out of memory, done again with ")[2].splitlines()[0]
+    notes = re.findall(r"at most (\d+) tokens in a micro-batch, not (\d+) \(rank (\d)\)", said)
+    budgets, befores, ranks = zip(*notes, strict=True)
+    assert ranks == ("2", "0", "1") and befores == ("400", *budgets[:2])
+    [checkpoint] = (tmp_path / "cramped" / "checkpoints").iterdir()
+    assert checkpoints.read(checkpoint).max_tokens == int(budgets[-1])
+    answered(rank_runs.train, resume="newest", **of)
+    more["max_tokens_per_micro_batch"] = int(budgets[-1])
+    answered(rank_runs.train, **flags("contrastive", tiny_bert_dir, "roomy", **more))
+    got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("cramped", "roomy"))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_all_collectives_of_a_step_are_used_before_memory_is_measured(
+    answered, flags, tiny_llama_dir
+):
+    used = answered(rank_runs.connected, **flags("contrastive", tiny_llama_dir, "o", max_steps=1))
+    assert used == [{"_all_gather", "all_to_all_single", "all_reduce"}] * RANKS
+
+
 # --- one command, several processes ---
 
 
@@ -174,12 +203,13 @@ def test_others_end_when_the_first_cannot_save(ran, flags, tiny_llama_dir):
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
 
 
-def test_others_end_when_one_is_out_of_memory(ran, flags, tiny_llama_dir):
+def test_all_end_when_one_has_no_memory_for_the_longest_text(ran, flags, tiny_llama_dir):
     *others, last = ran(
         rank_runs.command_out_of_memory, *arguments(flags("contrastive", tiny_llama_dir, "out"))
     )
-    assert last.code == 1 and "OutOfMemoryError" in last.said
-    assert all(rank.code == 1 for rank in others)
+    assert last.code == 2 and "alone in a micro-batch: give" in last.said
+    for rank in others:
+        assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
 
 
 @pytest.mark.parametrize(
@@ -187,21 +217,33 @@ def test_others_end_when_one_is_out_of_memory(ran, flags, tiny_llama_dir):
     [
         (["--temperature", "-1"], "--temperature must be > 0"),
         (["--train_data", "nothing.jsonl"], "nothing.jsonl"),
+        (["--profile_steps", "5", "--max_steps", "3"], "--profile_steps 5 needs 4 steps before"),
     ],
-    ids=["flag", "data"],
+    ids=["flag", "data", "steps"],
 )
 def test_bad_input_ends_all_and_is_said_once(words, said, ran, flags, tiny_llama_dir):
     first, *others = ran(
         rank_runs.command, *arguments(flags("contrastive", tiny_llama_dir, "o"), *words)
     )
     assert first.code == 2 and said in first.said
-    assert all(rank.code > 0 and said not in rank.said for rank in others)
+    for rank in others:
+        assert rank.code > 0 and said not in rank.said and "Traceback" not in rank.said
 
 
-def test_ranks_that_were_started_unlike_are_refused(ran, flags, tiny_llama_dir):
+def test_ranks_that_were_started_unlike_are_refused(ran, flags, tiny_llama_dir, preference_file):
+    """In what they compute, and in when they meet."""
     of = flags("contrastive", tiny_llama_dir, "out", max_steps=1)
-    first, *others = ran(rank_runs.command_with_own_rate, *arguments(of))
-    assert first.code == 2 and "--learning_rate was 1.0, is 1e-05" in first.said
+    own = ["--learning_rate", "1", "--save_steps", "2", "--eval_steps", "3"]
+    own += ["--preference_data", preference_file]
+    first, *others = ran(rank_runs.command_with_own, own, *arguments(of))
+    assert first.code == 2 and "rank 2 of 3 has other settings" in first.said
+    for line in (
+        "--learning_rate was 1.0, is 1e-05",
+        "--save_steps was 2, is None",
+        "--eval_steps was 3, is None",
+        "whether to evaluate was True, is False",
+    ):
+        assert line in first.said
     assert all(rank.code == 1 for rank in others)
 
 
