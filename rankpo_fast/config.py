@@ -85,8 +85,8 @@ class EncoderConfig:
     attn_implementation: Literal[
         "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen_attn",
         "sdpa", "eager",
-    ] = _flag("auto: the fastest there is; eager pads.", "auto")  # fmt: skip
-    packing: bool = _flag("Texts go through the model end to end, without padding.", True)
+    ] = _flag("auto: the fastest here, which the start names; eager pads.", "auto")  # fmt: skip
+    packing: bool = _flag("Texts end to end, none padded; false: padded to similar lengths.", True)
     query_prefix: str | None = _flag("Goes before every query. [as the model says]", None)
     passage_prefix: str | None = _flag("Goes before every passage. [as the model says]", None)
     max_query_length: int | None = _flag(
@@ -114,7 +114,7 @@ class ModelConfig(EncoderConfig):
     disable_dropout: bool = _flag("Every dropout at 0.", False)
     torch_compile: bool = _flag("Compile the layers: a slow start, then faster steps.", False)
     use_liger_kernel: bool | None = _flag(
-        "Liger's kernels in the model. [where installed, on a GPU]", None
+        "Liger's kernels in the model. [where installed, on a GPU]", None, nargs="?", const=True
     )
 
     def __post_init__(self) -> None:
@@ -261,6 +261,10 @@ class TrainingConfig:
     adam_beta2: float = _flag("Of AdamW.", 0.999)
     adam_epsilon: float = _flag("Of AdamW.", 1e-8)
     max_grad_norm: float = _flag("Gradients are scaled down to this norm; 0: never.", 1.0)
+    activation_memory_gb: float | None = _flag(
+        "To keep what backward needs rather than compute it twice; 0: the least. [what one "
+        "micro-batch leaves of what is free, of half of it on the CPU]", None, metavar="GB"
+    )  # fmt: skip
     seed: int = _flag("Of row order, sampled negatives, dropout, random weights.", 42)
     logging_steps: int = _flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = _flag("Steps between two evaluations. [only at the end]", None)
@@ -275,7 +279,7 @@ class TrainingConfig:
         "Also send the metrics there.", "none"
     )
     profile_steps: int = _flag(
-        "Say where the time of so many steps goes; their trace goes to profile/.", 0
+        "Say where the time of so many steps goes, after 4 more; their trace is in profile/.", 0
     )
 
     def __post_init__(self) -> None:
@@ -287,6 +291,7 @@ class TrainingConfig:
         )
         _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
         _check_at_least(self, 0, "weight_decay", "max_grad_norm", "profile_steps")
+        _check_at_least(self, 0, "activation_memory_gb")
         _check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
@@ -331,19 +336,15 @@ class ComputeConfig:
 
     device: str = _flag("auto, cpu, cuda or cuda:N.", "auto")
     max_tokens_per_micro_batch: int | None = _flag(
-        "Tokens that go through the encoder at once, padding included. [what the card has room "
-        "for; on the CPU what is fast]", None
-    )  # fmt: skip
-    activation_memory_gb: float | None = _flag(
-        "For graphs of micro-batches that are kept; others are computed twice. [half of what is "
-        "free]", None
+        "Tokens through the model at once, padding included: speed and memory, not the batch. "
+        "[found by trying on a card, 4096 on the CPU; the longest text in any case]", None,
+        metavar="TOKENS",
     )  # fmt: skip
     cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
 
     def __post_init__(self) -> None:
         _check_names(self, "device", "cache_dir")
         _check_at_least(self, 1, "max_tokens_per_micro_batch")
-        _check_at_least(self, 0, "activation_memory_gb")
 
     @property
     def cache_path(self) -> Path:

@@ -71,12 +71,15 @@ def cases(quick: bool) -> list[Case]:
     large = {"steps": 3, "rounds": 1} | size | {"batch_size": 64 if quick else 1024}
     many_groups = {"batch_size": 256} | size  # of which to keep all or one
     forgetful = {
-        "rankpo-fast, nothing kept": partial(rankpo_fast, compute={"activation_memory_gb": 0.0})
+        "rankpo-fast, nothing kept": partial(rankpo_fast, training={"activation_memory_gb": 0.0})
     }
     padded = {"rankpo-fast, padded": partial(rankpo_fast, model={"packing": False})}
     return [
         Case("learning", f"{learn} (no text twice)", ST | OURS, **of_learning),
-        Case("repeats", f"{learn} (texts repeat)", ST | OURS, repeats=True, **of_learning),
+        Case(
+            "repeats", f"{learn} (texts repeat)", ST | OURS, repeats=True,
+            **{"rounds": 1} | of_learning,
+        ),
         Case(
             "large batch", f"Does a batch of {large['batch_size']} fit?",
             ST | CACHED | OURS | forgetful, negatives=0, **large,

@@ -216,17 +216,18 @@ class _Schedule:
         self._num_rows, self._seed = num_rows, seed
         self.batch_size = min(batch_size, num_rows)
         self.batches_per_epoch = num_rows // self.batch_size
-        self._epoch, self._order = -1, np.empty(0, np.int64)  # the order last asked for
+        # The epoch last asked for, and its order: one object, since two threads may ask.
+        self._last = -1, np.empty(0, np.int64)
 
     def random(self, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
         return np.random.default_rng((purpose, self._seed, epoch, index))
 
     def rows(self, epoch: int, index: int) -> np.ndarray:
         assert 0 <= index < self.batches_per_epoch, f"no batch {index} in an epoch"
-        if epoch != self._epoch:
-            self._order = self.random(ORDER, epoch).permutation(self._num_rows)
-            self._epoch = epoch
-        return self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        last = self._last
+        if last[0] != epoch:
+            last = self._last = epoch, self.random(ORDER, epoch).permutation(self._num_rows)
+        return last[1][index * self.batch_size : (index + 1) * self.batch_size]
 
 
 class _Texts(dict[str, int]):

@@ -77,7 +77,8 @@ def check_budget(lengths: Tensor, max_tokens: int | None) -> None:
     if max_tokens is not None and len(lengths) > 0 and (longest := int(lengths.max())) > max_tokens:
         raise InputError(
             f"--max_tokens_per_micro_batch is {max_tokens}, but the longest text has {longest} "
-            "tokens: raise it, or shorten the texts by a smaller maximum length"
+            f"tokens: give {longest} or more, or a smaller --max_passage_length (or "
+            "--max_query_length)"
         )
 
 

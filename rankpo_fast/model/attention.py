@@ -120,7 +120,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_texts: Texts,
+    packed_texts: Texts | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -136,6 +136,8 @@ def packed_attention(
     Raises:
         Unpackable: a mask, a bias or a sink, which would otherwise be ignored.
     """
+    if packed_texts is None:
+        raise Unpackable("its layers do not hand on where texts end")
     if attention_mask is not None:
         raise Unpackable("it makes an attention mask of its own")
     for name in ("position_bias", "s_aux", "sinks", "indices", "block_indices"):

@@ -86,7 +86,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if kernels:
         _pack(encoder, kernels, config)
     if training is not None and training.torch_compile:
-        _compile(backbone)
+        _compile(backbone, training.gradient_checkpointing)
     return encoder
 
 
@@ -164,13 +164,20 @@ def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
         getattr(backbone, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
-def _compile(backbone: "PreTrainedModel") -> None:
+def _compile(backbone: "PreTrainedModel", checkpointed: bool) -> None:
     """Each layer by itself: they share one build, and between them nothing is gained. In place, so
-    that no parameter changes its name."""
+    that no parameter changes its name.
+
+    Of checkpointed layers the parts: where something in a layer cannot be compiled (attention on
+    the CPU), the compiler gives up a checkpointed one as a whole, and only where there are
+    gradients, so that dropout would not be drawn again as it was.
+    """
     lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
     inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    layers = [layer for m in lists if id(m) not in inner for layer in m]
-    for layer in layers or [backbone]:
+    layers = [layer for m in lists if id(m) not in inner for layer in m] or [backbone]
+    if checkpointed:
+        layers = [part for layer in layers for part in layer.children()]
+    for layer in layers:
         layer.compile(dynamic=True)
 
 
@@ -189,7 +196,7 @@ def _choose_attention(
     """
     default = skeleton.config._attn_implementation
     asked = config.attn_implementation
-    needs = _needs(backbone_config, config, device)
+    needs = _needs(backbone_config, config, skeleton, device)
     kernels = find_kernels(needs)
     if asked not in ("auto", "eager"):
         [kernel] = [kernel for kernel in KERNELS if kernel.name == asked]
@@ -222,15 +229,19 @@ def _choose_attention(
 
 
 def _needs(
-    backbone_config: "PreTrainedConfig", config: EncoderConfig, device: torch.device
+    backbone_config: "PreTrainedConfig",
+    config: EncoderConfig,
+    skeleton: "PreTrainedModel",
+    device: torch.device,
 ) -> Needs:
     text = backbone_config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
     training = isinstance(config, ModelConfig)
+    heads = getattr(text, "num_attention_heads", 1)
+    dims = [dim for m in skeleton.modules() if isinstance(dim := getattr(m, "head_dim", 0), int)]
     return Needs(
         device=device,
         half=config.bf16,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=max(dims) or text.hidden_size // heads,  # not all layers need have the same
         window=bool(getattr(text, "sliding_window", None)),
         softcap=_softcap(backbone_config),
         dropout=training and any(getattr(text, name, 0) for name in ATTENTION_DROPOUTS),
@@ -292,12 +303,16 @@ def _settings(
     if config.pooling == "auto":
         flags["pooling"] = None
     settings |= {name: flag for name, flag in flags.items() if flag is not None}
-    limit = _positions(skeleton)
+    limit, short = _positions(skeleton), _positions_of_short_texts(skeleton)
     for name in ("max_query_length", "max_passage_length"):
         if flags[name] is not None and flags[name] > limit:
             raise InputError(f"--{name} {flags[name]} is more than the {limit} positions of "
                              f"{config.model_name_or_path}")  # fmt: skip
         settings[name] = min(settings[name], limit)
+        if settings[name] > short:
+            raise InputError(f"--{name} {settings[name]:.0f}: {config.model_name_or_path} turns "
+                             f"positions otherwise for all texts of a batch once one has more "
+                             f"than {short} tokens; give {short} or less")  # fmt: skip
     return EncoderSettings(**settings)
 
 
@@ -320,6 +335,17 @@ def _positions(backbone: "PreTrainedModel") -> float:
     if not positions or positions < 0:
         return float("inf")
     return positions - first_position(backbone)
+
+
+def _positions_of_short_texts(backbone: "PreTrainedModel") -> float:
+    """Tokens up to which "longrope" counts positions in one way: beyond, a text's vector would
+    depend on how long its neighbours are. Infinity for all others."""
+    config = backbone.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return float("inf")
+    own = getattr(config, "original_max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or own
 
 
 # --- the tokenizer ---

@@ -34,8 +34,18 @@ def encode_texts(
     encoder.eval()
     with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:
         for text_ids in groups:
-            batch = encoder(pack(table, text_ids))  # [S, D]
-            vectors[text_ids] = F.normalize(batch, dim=1).cpu()
+            vectors[text_ids] = _encode(encoder, table, text_ids)
             bar.update(len(text_ids))
     encoder.train(training)
     return vectors
+
+
+def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor) -> Tensor:
+    """Vectors [S, D] of a micro-batch; in two halves where memory does not suffice for it."""
+    try:
+        return F.normalize(encoder(pack(table, text_ids)), dim=1).cpu()
+    except torch.OutOfMemoryError:
+        if len(text_ids) == 1:
+            raise
+    torch.cuda.empty_cache()  # of blocks cut for the larger one
+    return torch.cat([_encode(encoder, table, half) for half in text_ids.tensor_split(2)])

@@ -1,12 +1,13 @@
 """What a run says while it goes: metrics.jsonl, the progress bar, tensorboard or wandb.
 
-Stage metrics stay tensors on their device until a line is written: no host sync per step.
+Numbers of a step are read when they have come to the host, on a card a step later: nothing waits.
 """
 
 import importlib.util
 import json
 import os
 import resource
+import statistics
 import sys
 import warnings
 from collections import deque
@@ -17,7 +18,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from rankpo_fast.config import TrainingConfig
@@ -34,7 +34,7 @@ class StepRecord:
     loss: float
     learning_rate: float
     grad_norm: float  # before clipping
-    metrics: list[dict[str, Tensor]]  # 0-dim, of each batch
+    metrics: list[dict[str, float]]  # of each batch
     tokens: int
     queries: int
     seconds: float
@@ -96,12 +96,12 @@ class MetricsLog:
 
     def _read(self) -> None:
         step, epoch, result = self._unread.popleft()
-        loss, norm = result.read(step)
+        loss, norm, metrics = result.read(step)
         now = perf_counter()
         seconds = now - max(result.began, self._last_read)
         self._last_read = now
         record = StepRecord(
-            epoch, loss, result.learning_rate, norm, result.metrics, result.tokens,
+            epoch, loss, result.learning_rate, norm, metrics, result.tokens,
             result.queries, seconds,
         )  # fmt: skip
         self._records.append(record)
@@ -150,14 +150,10 @@ def _line(records: list[StepRecord]) -> dict[str, float]:
     }
 
 
-def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Over the batches that have them, in one transfer from the device."""
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Over the batches that have them."""
     names = dict.fromkeys(name for batch in metrics for name in batch)
-    means = [
-        torch.stack([batch[name].float() for batch in metrics if name in batch]).mean()
-        for name in names
-    ]
-    return dict(zip(names, torch.stack(means).tolist(), strict=True)) if names else {}
+    return {name: statistics.fmean(m[name] for m in metrics if name in m) for name in names}
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -89,7 +89,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     profiled = Profile(run.path / output.PROFILE, profile_steps, left)
     texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
     run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
-    run.open_output()
+    run.compare_ranks()
     _seed(config.seed + ranks.rank)  # so that dropout differs
     optimizer = adamw(encoder, config)
     if run.checkpoint is not None:
@@ -97,6 +97,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     run.ranks.say(f"  memory: {memory.summary()}")
+    run.open_output()  # which may clear an earlier run, now that nothing speaks against this one
     steps = range(first_step, plan.total_steps)
 
     def make(step: int, max_tokens: int) -> list[Work]:

@@ -72,11 +72,15 @@ class Host(Meter):
     def __enter__(self) -> "Host":
         self._peak = 0
         self._watch = _Allocations()
+        # What the compiler meets first while it is watched, it never compiles.
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._watch.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._watch.__exit__(*exception)
+        self._eager.__exit__(*exception)
 
     def held(self) -> int:
         held = self._watch.alive()

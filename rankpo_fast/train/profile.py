@@ -38,7 +38,7 @@ class Profile:
     def __init__(self, directory: Path, steps: int, left: int):
         if steps and left < WARM_UP + steps:
             raise InputError(f"--profile_steps {steps} needs {WARM_UP} steps before, but {left} "
-                             f"are left: give at most {max(0, left - WARM_UP)}")  # fmt: skip
+                             f"are left in all: {WARM_UP + steps} would do")  # fmt: skip
         self._directory, self._steps, self._seen = directory, steps, 0
         self._tokens = 0
         self._profiler: torch.profiler.profile | None = None

@@ -64,7 +64,10 @@ class Ranks:
         there = dist.is_initialized()
         size = dist.get_world_size() if there else int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
-            yield cls(compute.torch_device())
+            device = compute.torch_device()
+            if device.index is not None:  # kernels and events are the current device's
+                torch.cuda.set_device(device)
+            yield cls(device)
             return
         device = own_device(compute)
         if not there:

@@ -1,6 +1,7 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.texts import Texts
 from rankpo_kernels import native
 
-# What a run that goes on may change: none of it touches the weights.
+# What a run that goes on may change: none of it changes a bit of the weights.
 FREE_TO_CHANGE = {
+    "activation_memory_gb", "gradient_checkpointing",
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
 }  # fmt: skip
@@ -120,21 +122,23 @@ class Run:
     def measure_memory(self, encoder: Encoder, tables: list[TokenTable]) -> Memory:
         """As asked for, or found, or as the run had it that goes on: it decides how sums are
         rounded and what dropout draws. InputError if what was asked for does not fit."""
-        gigabytes, asked = (
-            self.compute.activation_memory_gb,
-            self.compute.max_tokens_per_micro_batch,
-        )
+        asked = self.compute.max_tokens_per_micro_batch
+        gigabytes = self.training.activation_memory_gb
         room = None if gigabytes is None else gigabytes * 2**30
         tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table, _ = joined(*tables)
         self.ranks.connect()
         memory = Memory.measure(encoder, table, tokens, room)
+        if tokens is not None and self.checkpoint is not None and memory.max_tokens < tokens:
+            warnings.warn(
+                f"--resume: micro-batches of {memory.max_tokens:,} tokens fit now, {tokens:,} did "
+                f"before: sums are rounded otherwise, so the run goes on, but not bit by bit",
+                stacklevel=2,
+            )
         if self.checkpoint is None and asked is not None and memory.max_tokens < asked:
             raise InputError(f"--max_tokens_per_micro_batch {asked} does not fit into memory: "
                              f"{memory.max_tokens} does")  # fmt: skip
-        [shortage] = self.ranks.highest(
-            [-memory.max_tokens]
-        )  # all have what the least has room for
+        [shortage] = self.ranks.highest([-memory.max_tokens])  # all have what the least has
         memory.max_tokens = -shortage
         return memory
 
@@ -159,7 +163,8 @@ class Run:
         for name, text in lines.items():
             self.ranks.say(f"  {name:{width}} {text}")
 
-    def open_output(self) -> None:
+    def compare_ranks(self) -> None:
+        """InputError where ranks were not told the same: some would wait for others for ever."""
         step = 0 if self.checkpoint is None else self.checkpoint.step
         meetings = {f"--{name}": getattr(self.training, name) for name in MET_FOR}
         told = self.ranks.objects({
@@ -169,6 +174,10 @@ class Run:
         if self.ranks.first:
             for rank, theirs in enumerate(told):
                 _check_same(f"rank {rank} of {len(told)}", theirs, told[0])
+        self.ranks.meet()
+
+    def open_output(self) -> None:
+        if self.ranks.first:
             record = {"stage": self.stage, "settings": self.settings}
             output.start(self.path, record, overwrite=self.training.overwrite_output_dir)
         self.ranks.meet()

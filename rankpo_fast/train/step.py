@@ -152,26 +152,28 @@ class Ahead:
 class StepResult:
     """What a step says of itself, which the device may still be computing."""
 
-    numbers: Tensor  # losses of the works, and the gradient's norm before clipping; on the host
+    numbers: Tensor  # the gradient's norm before clipping, losses and metrics of the works; on host
     arrived: torch.cuda.Event | None  # after which `numbers` hold
-    metrics: list[dict[str, Tensor]]  # of each work, 0-dim
+    names: list[list[str]]  # of each work's metrics
     works: list[Work]
     learning_rate: float
     began: float  # by perf_counter
     notes: list[str]  # what was done to make it fit into memory, if that ran out
 
-    def read(self, step: int) -> tuple[float, float]:
-        """Loss and gradient norm; waits for this step, and for nothing after it.
+    def read(self, step: int) -> tuple[float, float, list[dict[str, float]]]:
+        """Loss, gradient norm and each work's metrics; waits for this step, for nothing after it.
 
         Raises:
-            FloatingPointError: one is not finite; the weights are as before the step.
+            FloatingPointError: loss or norm is not finite; the weights are as before the step.
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        *losses, norm = self.numbers.tolist()
+        norm, *values = self.numbers.tolist()
+        losses, values = values[: len(self.works)], iter(values[len(self.works) :])
         if not all(map(math.isfinite, [*losses, norm])):
             raise FloatingPointError(self._complaint(step, losses, norm))
-        return self._total(losses), norm
+        metrics = [{name: next(values) for name in of_work} for of_work in self.names]
+        return self._total(losses), norm, metrics
 
     @property
     def tokens(self) -> int:
@@ -238,8 +240,9 @@ def train_step(
     losses, metrics = ranks.total(parameters, losses, metrics)
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
-    numbers = _to_host(torch.stack([*losses, norm]))
-    return StepResult(*numbers, metrics, works, rate, began, notes)
+    values = [norm, *losses, *(value for of_work in metrics for value in of_work.values())]
+    numbers = _to_host(torch.stack([value.to(norm.dtype) for value in values]))
+    return StepResult(*numbers, list(map(list, metrics)), works, rate, began, notes)
 
 
 def _shrink(memory: Memory, works: list[Work], ranks: Ranks, here: bool) -> list[str]:

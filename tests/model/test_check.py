@@ -40,7 +40,8 @@ def causality_forgotten(right, query, key, value, asked):
 
 
 def a_trace_of_all(right, query, key, value, asked):
-    return right(query, key, value, asked) + 3e-6 * query.mean(dim=0)
+    second = slice(*asked.texts.offsets[1:3].tolist())
+    return right(query, key, value, asked) + 1e-6 * query[second].mean(dim=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

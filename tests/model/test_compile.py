@@ -8,6 +8,7 @@ from rankpo_fast.config import ModelConfig
 from rankpo_fast.data.packing import pack
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.cache import CachedVectors
+from rankpo_fast.train.memory import Memory
 
 CPU = torch.device("cpu")
 
@@ -71,3 +72,21 @@ def test_compiled_layers_train_as_eager_ones_do(model, checkpointing, request, g
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
     compiled.save(tmp_path)
     assert load_encoder(ModelConfig(str(tmp_path)), device=CPU).state_dict().keys() == got.keys()
+
+
+def test_what_is_computed_twice_is_compiled_where_there_are_gradients_too(tiny_bert_dir, graphs):
+    """Else the pass with a graph, which is not, would draw other dropout than the one without."""
+    flags = {"bf16": False, "torch_compile": True, "gradient_checkpointing": True}
+    encoder = load_encoder(ModelConfig(str(tiny_bert_dir), **flags), device=CPU).train()
+    table = encoder.tokenize_passages(["a nurse", "a teacher"])
+    encoder(pack(table, torch.arange(2))).sum().backward()
+    assert len(graphs) > 0
+
+
+def test_measuring_memory_keeps_no_layer_from_being_compiled(tiny_llama_dir, graphs):
+    flags = {"bf16": False, "torch_compile": True, "gradient_checkpointing": False}
+    encoder = load_encoder(ModelConfig(str(tiny_llama_dir), **flags), device=CPU).train()
+    table = encoder.tokenize_passages(["a nurse", "a teacher"])
+    Memory.measure(encoder, table, 4096, None)
+    encoder(pack(table, torch.arange(2))).sum().backward()
+    assert len(graphs) > 0

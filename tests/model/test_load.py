@@ -141,6 +141,39 @@ def test_the_padding_row_of_a_position_table_is_no_position(llama_copy):
 # --- weights and tokens ---
 
 
+def test_lengths_that_would_change_neighbours_are_refused(tiny_tokenizer, tmp_path):
+    """With "longrope", a text longer than the original positions turns those of all others."""
+    from transformers import Phi3Config
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    Phi3Config(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        original_max_position_embeddings=64, pad_token_id=0, architectures=["Phi3Model"],
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    tiny_tokenizer.save_pretrained(tmp_path)
+    flags = {"from_scratch": True, "max_query_length": 64}
+    with pytest.raises(InputError, match="--max_passage_length 512: .* give 64 or less"):
+        load_encoder(ModelConfig(str(tmp_path), **flags), device=CPU)
+    encoder = load_encoder(ModelConfig(str(tmp_path), max_passage_length=64, **flags), device=CPU)
+    assert encoder.packed
+
+
+def test_layers_that_hand_nothing_on_are_padded(tiny_tokenizer, tmp_path):
+    from transformers import NemotronConfig
+
+    NemotronConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0,
+        architectures=["NemotronModel"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="do not hand on where texts end"):
+        encoder = load_encoder(ModelConfig(str(tmp_path), from_scratch=True), device=CPU)
+    assert not encoder.packed
+
+
 def test_random_weights_come_from_the_seed_and_leave_the_generator_alone(tiny_llama_dir):
     state = torch.get_rng_state()
     first, same, other = (
@@ -379,10 +412,11 @@ def test_what_dropout_in_attention_costs_on_a_card_is_said(tiny_bert_dir, monkey
     from rankpo_fast.model.load import _needs, _warn_of_dropout
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = ModelConfig(str(tiny_bert_dir))
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
-    needs = _needs(AutoConfig.from_pretrained(tiny_bert_dir), config, torch.device("cuda"))
+    config = AutoConfig.from_pretrained(tiny_bert_dir)
+    skeleton = AutoModel.from_config(config)
+    needs = _needs(config, ModelConfig(str(tiny_bert_dir)), skeleton, torch.device("cuda"))
     kernels = attention.find_kernels(needs)
     assert needs.dropout and kernels[0].name == "sdpa"
     with pytest.warns(UserWarning, match="--disable_dropout true makes it varlen_attn"):

@@ -95,3 +95,19 @@ def test_vectors_are_fp32_whatever_torchs_default(encoder):
         )
     finally:
         torch.set_default_dtype(default)
+
+
+def test_encoding_goes_on_in_halves_where_memory_does_not_suffice(tiny_llama_dir, monkeypatch):
+    encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
+    table = encoder.tokenize_passages([f"nurse number {i}" for i in range(13)])
+    expected, sizes, states = encode_texts(encoder, table), [], encoder.states
+
+    def at_most_three(batch):
+        sizes.append(len(batch.lengths))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError
+        return states(batch)
+
+    monkeypatch.setattr(encoder, "states", at_most_three)
+    torch.testing.assert_close(encode_texts(encoder, table), expected, rtol=0, atol=1e-5)
+    assert sizes[0] == 13

@@ -197,6 +197,15 @@ def test_nothing_that_is_read_or_kept_lies_in_the_output_directory(
     assert inside.exists()
 
 
+def test_earlier_run_is_replaced_only_when_memory_suffices(tiny_llama_dir, run_stage, monkeypatch):
+    output = run_stage("contrastive", tiny_llama_dir, "out")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    monkeypatch.setattr("rankpo_fast.train.memory._try", lambda *args: None)
+    with pytest.raises(InputError, match="out of memory"):
+        run_stage("contrastive", tiny_llama_dir, "out", overwrite_output_dir=True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_record_without_model_files_is_tolerated(tiny_llama_dir, run_stage):
     output = run_stage("contrastive", tiny_llama_dir, "out", max_steps=1)
     record = json.loads((output / "training.json").read_text())

@@ -164,5 +164,5 @@ def test_a_step_does_not_ask_the_device(
     for _ in range(2):
         with NoAnswers():
             result = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
-        loss, norm = result.read(1)
+        loss, norm, _ = result.read(1)
         assert loss > 0 and norm > 0
