@@ -738,6 +738,43 @@ MUTANTS = [
         'by.device.type == "cpu"',
         PAIR_LOSS,
     ),
+    # the training engine
+    Mutant(
+        "dropout-is-drawn-anew", "rankpo_fast/train/cache.py",
+        "        set_random_states(states, device)\n        yield",
+        "        yield",
+        of("tests/train/test_cache.py", "no_bit and dropout"),
+    ),
+    Mutant(
+        "objectives-weigh-alike", "rankpo_fast/train/step.py",
+        "* (work.share * work.of_loss)",
+        "* work.of_loss",
+        of("tests/train/test_replay.py", "weighted_sum"),
+    ),
+    Mutant(
+        "nan-stops-one-step-alone", "rankpo_fast/train/optim.py",
+        'getattr(optimizer, "found_inf", bad.float())',
+        "bad.float()",
+        of("tests/train/test_loop.py", "not_finite"),
+    ),
+    Mutant(
+        "small-gradients-are-scaled-up", "rankpo_fast/train/optim.py",
+        ".clamp(min=1.0)",
+        "",
+        of("tests/train/test_loop.py", "scaled_down"),
+    ),
+    Mutant(
+        "window-wider-by-one", "rankpo_fast/model/attention.py",
+        "    return asked.window - 1, 0 if",
+        "    return asked.window, 0 if",
+        of("tests/model/test_attention.py", "alone and fp64"),
+    ),
+    Mutant(
+        "packs-take-one-token-more", "rankpo_fast/data/packing.py",
+        "(length, -1)",
+        "(length - 1, -1)",
+        ("tests/data/test_packing.py",),
+    ),
 ]  # fmt: skip
 
 

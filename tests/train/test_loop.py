@@ -18,7 +18,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.loop import Plan
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.optim import adamw, learning_rate
+from rankpo_fast.train.optim import adamw, learning_rate, update
 from rankpo_fast.train.ranks import ALONE
 from rankpo_fast.train.step import BatchLoss, Objective, Work, train_step
 
@@ -63,6 +63,16 @@ def test_biases_and_norms_are_not_decayed():
     groups = adamw(model, config(weight_decay=0.1)).param_groups
     decayed = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
     assert decayed == {0.1: [2], 0.0: [1, 1, 1]}
+
+
+@pytest.mark.parametrize("max_norm, length", [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_gradients_are_scaled_down_to_the_norm_and_never_up(max_norm, length):
+    """Read off the moments, since the step scales gradients as it reads them."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = adamw(nn.ParameterList([weight]), config(adam_beta1=0.0))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert update(optimizer, [torch.zeros(())], 0.1, max_norm) == 5.0
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"].norm(), torch.tensor(length))
 
 
 # --- a loop over a toy ---
