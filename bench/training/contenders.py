@@ -213,4 +213,5 @@ def _training(task: Task, **more: Any) -> TrainingConfig:
         learning_rate=task.learning_rate,
         warmup_ratio=WARMUP,
         seed=task.seed,
+        **more,
     )
