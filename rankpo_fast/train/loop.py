@@ -96,7 +96,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         checkpoints.restore(run.checkpoint, encoder, optimizer, ranks)
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
-    run.ranks.say(f"  memory: {memory.summary()}")
+    ranks.say(f"  memory: {memory.summary()}")
     run.open_output()  # which may clear an earlier run, now that nothing speaks against this one
     steps = range(first_step, plan.total_steps)
 

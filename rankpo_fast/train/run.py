@@ -126,7 +126,7 @@ class Run:
         gigabytes = self.training.activation_memory_gb
         room = None if gigabytes is None else gigabytes * 2**30
         tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
-        table, _ = joined(*tables)
+        table = tables[0] if len(tables) == 1 else joined(*tables)[0]
         self.ranks.connect()
         memory = Memory.measure(encoder, table, tokens, room)
         if tokens is not None and self.checkpoint is not None and memory.max_tokens < tokens:
