@@ -138,7 +138,7 @@ class Demo:
         from rankpo_fast.retrieval.mining import mine_hard_negatives
 
         rows = mine_hard_negatives(
-            self._load(RANDOM),
+            self.load(RANDOM),
             read_contrastive(self._data(RANDOM)),
             [talent.text for talent in self.world["train"].talents],
             search_range=MINING_RANGE,
@@ -155,7 +155,7 @@ class Demo:
         """For every split: of what stage 1 retrieves for its jobs among its talents."""
         from rankpo_fast.data.rows import write_jsonl
 
-        encoder = self._load(STAGE1)
+        encoder = self.load(STAGE1)
         for number, (name, split) in enumerate(self.world.items()):
             rows = world.preference_rows(
                 split,
@@ -245,7 +245,7 @@ class Demo:
 
         retrieval, preferences = read_evaluation_data(self._evaluation(split, preferences=True))
         figures = evaluate(
-            self._load(name),
+            self.load(name),
             retrieval=retrieval,
             preferences=preferences,
             cutoffs=[CUTOFF],
@@ -253,7 +253,7 @@ class Demo:
         )
         return {axis: figures[axis] for axis in (f"ndcg@{CUTOFF}", "alignment")}
 
-    def _load(self, name: str) -> "Encoder":
+    def load(self, name: str) -> "Encoder":
         from rankpo_fast.model.load import load_encoder
 
         config = self._untrained() if name == UNTRAINED else self._trained(name)
