@@ -22,13 +22,20 @@ def use_liger(backbone: "PreTrainedModel", asked: bool | None, device: torch.dev
     Raises:
         InputError: asked for, and not possible.
     """
-    if asked is False:
+    if asked is False or (asked is None and _why_not(backbone, device)):
         return
-    reason = _why_not(backbone, device)
-    if reason is not None:
-        if asked:
-            raise InputError(f"--use_liger_kernel true: {reason}; give --use_liger_kernel false")
-        return
+    try:
+        apply_liger(backbone, device)
+    except ValueError as error:
+        raise InputError(
+            f"--use_liger_kernel true: {error}; give --use_liger_kernel false"
+        ) from None
+
+
+def apply_liger(backbone: "PreTrainedModel", device: torch.device) -> None:
+    """The same, or ValueError that says why not."""
+    if (reason := _why_not(backbone, device)) is not None:
+        raise ValueError(reason)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     # Its defaults replace the forward of a language model's head, which an encoder does not have.
