@@ -253,9 +253,14 @@ def count_others(known: Known) -> Tensor:
 
 
 def limits(positive: Tensor, settings: Settings) -> Tensor:
-    """The similarity above which a passage is taken for a positive that nobody marked."""
+    """The similarity above which a passage is taken for a positive that nobody marked.
+
+    A passage with the positive's text is as similar, not more, whatever rounding says: two ways to
+    sum a product differ by less than eight units.
+    """
     reach = positive.abs() * settings.margin if settings.relative_margin else settings.margin
-    return positive - reach
+    rounding = 8 * torch.finfo(positive.dtype).eps * positive.abs().clamp(min=1)
+    return positive - reach + rounding
 
 
 class Stats(NamedTuple):

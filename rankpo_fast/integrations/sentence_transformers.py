@@ -8,7 +8,7 @@ flattened; B texts a column, D dims; documents of a batch lie column by column, 
 Tried with sentence-transformers 6.0 to 6.2.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from random import sample
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Features = dict[str, Any]  # of one column
+Prefixes = Mapping[str, Any]  # options that a MatryoshkaLoss adds while it calls a loss
 DIRECTIONS = {
     "query_to_doc": "query_to_passage", "doc_to_query": "passage_to_query",
     "query_to_query": "query_to_query", "doc_to_doc": "passage_to_passage",
@@ -65,6 +66,8 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
             similarity_fct that cannot be fused.
     """
 
+    prefixes: Prefixes = {}
+
     def __init__(
         self,
         model: "SentenceTransformer",
@@ -85,18 +88,15 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         _is_cosine(similarity_fct)  # names one that cannot be fused
         self.mask_duplicates = mask_duplicates
 
-    def prefixes(self) -> dict[str, Any]:
-        """Options that a `MatryoshkaLoss` around this one adds."""
-        return {}
-
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
     ) -> Tensor:
+        _check_no_labels(self, labels)
         features = list(sentence_features)
-        ids = self.text_ids(features, labels)
+        ids = self.text_ids(features)
         with _named_if_unpooled():
             embeddings = embed_columns(self.model, features)
-        return self.contrast(embeddings, ids, self.scale)
+        return self.contrast(embeddings, ids, self.prefixes)
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None
@@ -104,24 +104,23 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         _check_no_labels(self, labels)
         if self.mask_duplicates:
             raise ValueError("mask_duplicates looks at texts: call the loss, not its embeddings")
-        return self.contrast(embeddings, None, self.scale)
+        return self.contrast(embeddings, None, self.prefixes)
 
-    def text_ids(self, features: list[Features], labels: Tensor | None) -> list[Tensor] | None:
+    def text_ids(self, features: list[Features]) -> list[Tensor] | None:
         """[B] int64 a column, equal for equal texts, if duplicates are masked.
 
         Of the features before the model has seen them: pooling may change an attention mask.
         """
-        _check_no_labels(self, labels)
         return [text_ids(column) for column in features] if self.mask_duplicates else None
 
     def contrast(
-        self, embeddings: list[Tensor], ids: list[Tensor] | None, scale: float | Tensor
+        self, embeddings: list[Tensor], ids: list[Tensor] | None, prefixes: Prefixes
     ) -> Tensor:
         """The loss of embeddings, [B, D] a column."""
         _check_columns(embeddings, at_least=2)
         queries, passages = embeddings[0], torch.cat(embeddings[1:])
         each_B = torch.arange(len(queries), device=queries.device)
-        options: dict[str, Any] = self.prefixes()
+        options: dict[str, Any] = dict(prefixes)
         if "doc_to_doc" in self.directions or self.hardness_mode:
             options["curated"] = each_B.repeat(len(embeddings) - 1)
         if self.hardness_mode and self.hardness_strength:
@@ -134,7 +133,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         # Prefixes are compared by cosine: theirs normalises what it has cut.
         return info_nce_loss(
             queries, passages, each_B,
-            scale=_shared(scale),
+            scale=_shared(self.scale),
             normalize="matryoshka_dims" in options or _is_cosine(self.similarity_fct),
             directions=[DIRECTIONS[direction] for direction in self.directions],
             partition=self.partition_mode,
@@ -154,6 +153,8 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
     The loss is computed at once over all of them, whatever the mini-batch. Arguments are those of
     theirs and of `MultipleNegativesRankingLoss`.
     """
+
+    prefixes: Prefixes = {}
 
     def __init__(
         self,
@@ -185,26 +186,26 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
     ) -> Tensor:
+        _check_no_labels(self, labels)
         features = list(sentence_features)
-        ids = self.loss.text_ids(features, labels)
-        learnt = self.scale if isinstance(self.scale, Tensor) else None
-        before = None if learnt is None else learnt.grad
-        if learnt is not None:
-            learnt.grad = None
+        ids = self.loss.text_ids(features)
         with _named_if_unpooled():
-            loss = self.forward_cached(features, ids)
-        if learnt is None:
-            return loss
-        # The scale has its gradient already: it has to come with the embeddings', in backward.
-        gradient, learnt.grad = learnt.grad, before
-        return loss if gradient is None else loss + gradient * (learnt - learnt.detach())
+            if not isinstance(self.scale, Tensor):
+                return self.forward_cached(features, ids)
+            # The scale's gradient is there too soon: like the embeddings' it comes with backward.
+            before, self.scale.grad = self.scale.grad, None
+            try:
+                loss = self.forward_cached(features, ids)
+            finally:
+                gradient, self.scale.grad = self.scale.grad, before
+        return loss if gradient is None else loss + gradient * (self.scale - self.scale.detach())
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: list[Tensor] | None = None,
         *, with_backward: bool = False,
     ) -> Tensor:  # fmt: skip
         """reps: mini-batches of embeddings, a list a column; `labels`: the texts' ids, if any."""
-        loss = self.loss.contrast([torch.cat(column) for column in reps], labels, self.scale)
+        loss = self.loss.contrast([torch.cat(column) for column in reps], labels, self.prefixes)
         if with_backward:
             loss.backward()
         return loss.detach() if with_backward else loss
@@ -224,13 +225,11 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
             negative margin.
     """
 
+    prefixes: Prefixes = {}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_margin(self)
-
-    def prefixes(self) -> dict[str, Any]:
-        """Options that a `MatryoshkaLoss` around this one adds; the guide is never cut."""
-        return {}
 
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
@@ -249,7 +248,7 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
     def _retokenized(self, column: Features) -> Features:
         ids = column["input_ids"]
         if "cu_seq_lens_q" in column:
-            ids = ids[0].tensor_split(column["cu_seq_lens_q"][1:-1].cpu())
+            ids = ids[0].tensor_split(column["cu_seq_lens_q"][1:-1].long().cpu())
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return batch_to_device(self.guide.preprocess(texts), self.guide.device)
 
@@ -257,13 +256,12 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
     """`GISTEmbedLoss` by gradient caching. Arguments as theirs."""
 
+    prefixes: Prefixes = {}
+    citation = theirs.GISTEmbedLoss.citation
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_margin(self)
-
-    def prefixes(self) -> dict[str, Any]:
-        """Options that a `MatryoshkaLoss` around this one adds; the guide is never cut."""
-        return {}
 
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
@@ -295,9 +293,8 @@ class MatryoshkaLoss(theirs.MatryoshkaLoss):
         self.fused = hasattr(loss, "prefixes")
         if self.fused:
             vars(loss).pop("calculate_loss", None)  # theirs, which would cut a second time
-            loss.prefixes = self.prefixes
 
-    def prefixes(self) -> dict[str, Any]:
+    def drawn(self) -> Prefixes:
         """matryoshka_dims and matryoshka_weights of one step."""
         dims, count = range(len(self.matryoshka_dims)), self.n_dims_per_step
         drawn = sorted(sample(dims, count)) if 0 < count < len(dims) else dims
@@ -309,9 +306,13 @@ class MatryoshkaLoss(theirs.MatryoshkaLoss):
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
     ) -> Tensor:
-        if self.fused:
+        if not self.fused:
+            return super().forward(sentence_features, labels)
+        self.loss.prefixes = self.drawn()
+        try:
             return self.loss(sentence_features, labels)
-        return super().forward(sentence_features, labels)
+        finally:
+            del self.loss.prefixes
 
 
 class RankPOLoss(nn.Module):
@@ -373,20 +374,30 @@ class RankPOLoss(nn.Module):
 
 
 def with_reference_margins(
-    dataset: "Dataset", model: "SentenceTransformer", batch_size: int = 32
+    dataset: "Dataset",
+    model: "SentenceTransformer",
+    batch_size: int = 32,
+    prompts: str | dict[str, str] | None = None,
 ) -> "Dataset":
     """The dataset with a column "label" for `RankPOLoss`: margins of a frozen reference model.
 
     Args:
-        dataset: its first three columns are query, chosen, rejected.
+        dataset: its columns are query, chosen, rejected, in this order.
         model: the reference, which need not be in memory while training.
         batch_size: texts encoded at a time.
+        prompts: as in the arguments of the trainer: of all columns, or by column.
     """
-    if len(dataset.column_names) < 3:
+    if len(dataset.column_names) != 3:
         raise ValueError(f"columns must be query, chosen, rejected, got {dataset.column_names}")
     embeddings = [
-        model.encode(list(dataset[name]), batch_size=batch_size, convert_to_tensor=True)
-        for name in dataset.column_names[:3]
+        # A prompt, if an empty one: the trainer knows nothing of a model's default.
+        model.encode(
+            list(dataset[name]),
+            prompt=prompts if isinstance(prompts, str) else (prompts or {}).get(name, ""),
+            batch_size=batch_size,
+            convert_to_tensor=True,
+        )
+        for name in dataset.column_names
     ]
     chosen_B, rejected_B = pair_similarities(*embeddings)
     return dataset.add_column("label", (chosen_B - rejected_B).tolist())
@@ -417,9 +428,11 @@ def text_ids(features: Features) -> Tensor:
     """[B] int64 hashes of a column's tokens, wherever their padding is: equal texts are equal, and
     of a million unequal ones hardly two (3e-8)."""
     tokens = features.get("input_ids")
-    if tokens is None or not ("cu_seq_lens_q" in features or "attention_mask" in features):
+    ends = "cu_seq_lens_q" in features or "attention_mask" in features
+    if tokens is None or not ends or features.get("modality", "text") != "text":
         raise ValueError(
-            f"mask_duplicates needs input_ids and attention_mask of texts, got {sorted(features)}"
+            "mask_duplicates needs input_ids and attention_mask of texts, got "
+            f"{features.get('modality', 'text')} with {sorted(features)}"
         )
     if "cu_seq_lens_q" in features:
         tokens = tokens[0]  # [T]
@@ -436,9 +449,9 @@ def text_ids(features: Features) -> Tensor:
 def _mixed(tokens: Tensor, positions: Tensor) -> Tensor:
     """A random-looking int64 for each token at its place (the finaliser of splitmix64)."""
     x = (tokens.to(torch.int64) + 1) * -7046029254386353131 + (positions + 1) * -4658895280553007687
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return x ^ (x >> 31)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << 64 - shift) - 1))) * factor
+    return x
 
 
 def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> Tensor:
@@ -456,7 +469,7 @@ def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> T
         )
         first = get_rank() * B
     directions = ["query_to_passage"]
-    options: dict[str, Any] = loss.prefixes()
+    options: dict[str, Any] = dict(loss.prefixes)
     if loss.contrast_anchors:
         directions.append("query_to_query")
     if loss.contrast_positives:

@@ -1,0 +1,316 @@
+"""Every option of sentence-transformers' losses: loss and gradients are theirs."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from problems import NoMatrix
+from st_cases import Rows, bert, error, flatten, result, rows_of, texts
+from torch import nn
+
+from rankpo_fast import info_nce_loss
+from rankpo_fast.ops import batch
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("datasets")
+
+from sentence_transformers.sentence_transformer import losses as theirs  # noqa: E402
+from sentence_transformers.util import dot_score  # noqa: E402
+
+from rankpo_fast.integrations import sentence_transformers as ours  # noqa: E402
+
+needs_hardness = pytest.mark.skipif(
+    "hardness_mode" not in inspect.signature(info_nce_loss).parameters, reason="no hardness_mode"
+)
+EQUAL = 1e-5  # relative, in fp32
+GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
+OPTIONS = {
+    "default": {},
+    "scale": {"scale": 3.5},
+    "dot": {"similarity_fct": dot_score, "scale": 0.3},
+    "both-ways": {"directions": ("query_to_doc", "doc_to_query")},
+    "both-ways-apart": {"directions": GTE[::2], "partition_mode": "per_direction"},
+    "query-to-query": {"directions": GTE[:2]},
+    "doc-to-doc": {"directions": (GTE[0], GTE[3])},
+    "gte": {"directions": GTE},
+    "gte-dot": {"directions": GTE, "similarity_fct": dot_score, "scale": 0.3},
+    "mode-without-strength": {"hardness_mode": "all_negatives", "directions": GTE},
+}
+HARD = {
+    f"{mode}-{name}": {"hardness_mode": mode, "hardness_strength": 9.0} | options
+    for mode, (name, options) in itertools.product(
+        MODES, {"alone": {}, "gte": OPTIONS["gte"], "apart": OPTIONS["both-ways-apart"],
+                "dot": OPTIONS["dot"]}.items(),
+    )
+}  # fmt: skip
+GRID = [
+    *[pytest.param(options, id=name) for name, options in OPTIONS.items()],
+    *[pytest.param(options, id=name, marks=needs_hardness) for name, options in HARD.items()],
+]
+GUIDED = [
+    pytest.param(
+        {"margin": margin, "margin_strategy": strategy, "contrast_anchors": anchors,
+         "contrast_positives": positives, "temperature": 0.1},
+        id=f"{strategy}-{margin}{'-anchors' * anchors}{'-positives' * positives}",
+    )
+    for (strategy, margin), anchors, positives in itertools.product(
+        [("absolute", 0.0), ("absolute", 0.2), ("relative", 0.2)], [False, True], [False, True]
+    )
+]  # fmt: skip
+DOCUMENTS = pytest.mark.parametrize("documents", [1, 2, 4])
+CACHED = pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+DIMS = {"matryoshka_dims": [16, 5, 12], "matryoshka_weights": [1.0, 0.3, 2.0]}
+FEW = {"matryoshka_dims": [16, 8, 4, 2], "n_dims_per_step": 2}
+AROUND = {"alone": None, "matryoshka": DIMS, "n-dims-per-step": FEW}
+WRAPPED = pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+
+
+def pair(name, around, model, *args, **options):
+    """(theirs, ours) of that class, with their own Matryoshka around each."""
+    both = []
+    for library in (theirs, ours):
+        loss = getattr(library, name)(model, *args, **options)
+        both.append(library.MatryoshkaLoss(model, loss, **around) if around else loss)
+    return both
+
+
+def of_rows(name, around, columns, tokenizer, *args, **options) -> float:
+    model = Rows(16, tokenizer)
+    if name.startswith("Cached"):
+        options["mini_batch_size"] = 3
+    reference, loss = pair(name, around, model, *args, **options)
+    return error(result(loss, rows_of(columns), model), result(reference, rows_of(columns), model))
+
+
+@WRAPPED
+@CACHED
+@DOCUMENTS
+@pytest.mark.parametrize("options", GRID)
+def test_ranking_losses_are_theirs(options, documents, cached, around, tiny_tokenizer):
+    name = "Cached" * cached + "MultipleNegativesRankingLoss"
+    assert of_rows(name, around, 1 + documents, tiny_tokenizer, **options) < EQUAL
+
+
+@WRAPPED
+@CACHED
+@pytest.mark.parametrize("documents", [1, pytest.param(2, marks=needs_hardness)])
+@pytest.mark.parametrize("options", GUIDED)
+def test_guided_losses_are_theirs(options, documents, cached, around, tiny_tokenizer):
+    guide = Rows(6, tiny_tokenizer, seed=5)
+    name = "Cached" * cached + "GISTEmbedLoss"
+    assert of_rows(name, around, 1 + documents, tiny_tokenizer, guide, **options) < EQUAL
+
+
+@pytest.mark.parametrize("documents", [3, pytest.param(4, marks=needs_hardness)])
+def test_the_plain_guided_loss_takes_more_columns_than_theirs(documents, tiny_tokenizer):
+    """Their plain one takes three, their cached one any number."""
+    model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
+    options = {"contrast_positives": documents == 4, "temperature": 0.1}
+    features = rows_of(1 + documents)
+    reference = result(theirs.CachedGISTEmbedLoss(model, guide, **options), features, model)
+    assert (
+        error(result(ours.GISTEmbedLoss(model, guide, **options), features, model), reference)
+        < EQUAL
+    )
+
+
+FORMS = {
+    "plain": ("MultipleNegativesRankingLoss", {"directions": GTE}),
+    "cached": ("CachedMultipleNegativesRankingLoss", {"directions": GTE, "mini_batch_size": 4}),
+    "cached-by-tokens": (
+        "CachedMultipleNegativesRankingLoss", {"directions": GTE, "mini_batch_num_tokens": 40},
+    ),
+    "guided": ("GISTEmbedLoss", {"contrast_positives": False}),
+    "guided-cached": ("CachedGISTEmbedLoss", {"contrast_positives": False, "mini_batch_size": 4}),
+}  # fmt: skip
+INPUTS = ["padded", "prompts", "prompts-not-pooled", "flattened"]
+EACH_FORM = pytest.mark.parametrize("form", FORMS)
+
+
+def made(library, form, model, guide, **more):
+    name, options = FORMS[form]
+    arguments = [guide] * form.startswith("guided")
+    return getattr(library, name)(model, *arguments, **options | more)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("around", [None, DIMS], ids=["alone", "matryoshka"])
+@EACH_FORM
+def test_gradients_of_a_model_are_theirs(form, around, inputs, tiny_bert_dir):
+    """With a guide that sees other tokens, which are made of the model's, decoded."""
+    model, guide = bert(tiny_bert_dir), bert(tiny_bert_dir, seed=1)
+    guide.max_seq_length = 9
+    if inputs == "flattened":
+        flatten(model)
+    if inputs == "prompts-not-pooled":
+        model[1].include_prompt = False
+    prompts = ["find: ", "text: ", "text: "] if inputs.startswith("prompts") else [None] * 3
+    columns = zip(texts(3), prompts, strict=True)
+    features = [model.preprocess(column, prompt=prompt) for column, prompt in columns]
+    assert ("cu_seq_lens_q" in features[0]) == (inputs == "flattened")
+    both = []
+    for library in (theirs, ours):
+        loss = made(library, form, model, guide)
+        both.append(result(library.MatryoshkaLoss(model, loss, **around) if around else loss,
+                           features, model))  # fmt: skip
+    assert error(both[1], both[0]) < EQUAL
+
+
+@EACH_FORM
+def test_dropout_is_drawn_as_theirs(form, tiny_bert_dir):
+    model, guide = bert(tiny_bert_dir, dropout=0.2).train(), bert(tiny_bert_dir, seed=1)
+    features = [model.preprocess(column) for column in texts(3)]
+    true, got = [result(made(x, form, model, guide), features, model) for x in (theirs, ours)]
+    assert error(got, true) < EQUAL
+
+
+@EACH_FORM
+def test_a_loss_is_theirs_where_there_are_no_gradients(form, tiny_bert_dir):
+    model, guide = bert(tiny_bert_dir), bert(tiny_bert_dir, seed=1)
+    features = [model.preprocess(column) for column in texts(3)]
+    with torch.no_grad():
+        true, got = [made(x, form, model, guide)(features, None) for x in (theirs, ours)]
+    torch.testing.assert_close(got, true, rtol=EQUAL, atol=0)
+
+
+@EACH_FORM
+def test_their_matryoshka_takes_our_losses(form, tiny_tokenizer):
+    model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
+    both = [
+        theirs.MatryoshkaLoss(model, made(library, form, model, guide), **DIMS)
+        for library in (theirs, ours)
+    ]
+    true, got = [result(loss, rows_of(3), model) for loss in both]
+    assert error(got, true) < EQUAL
+
+
+@pytest.mark.parametrize("wrapper", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+@pytest.mark.parametrize("form", ["plain", "guided"])
+def test_their_losses_over_layers_take_our_losses(form, wrapper, tiny_bert_dir):
+    model, guide = bert(tiny_bert_dir), bert(tiny_bert_dir, seed=1)
+    features = [model.preprocess(column) for column in texts(3)]
+    more = {"matryoshka_dims": [32, 8]} if wrapper == "Matryoshka2dLoss" else {}
+    true, got = [
+        result(
+            getattr(theirs, wrapper)(model, made(x, form, model, guide), **more), features, model
+        )
+        for x in (theirs, ours)
+    ]
+    assert error(got, true) < EQUAL
+
+
+def test_our_matryoshka_is_theirs_around_any_other_loss(tiny_tokenizer):
+    model = Rows(16, tiny_tokenizer)
+    loss = theirs.TripletLoss(model)
+    true, got = [
+        result(library.MatryoshkaLoss(model, loss, [16, 8]), rows_of(3), model)
+        for library in (theirs, ours)
+    ]
+    assert error(got, true) < EQUAL
+
+
+@CACHED
+def test_a_loss_in_two_matryoshkas_is_cut_by_each_alone_and_not_by_itself(cached, tiny_tokenizer):
+    model, features = Rows(16, tiny_tokenizer), rows_of(2)
+    name = "Cached" * cached + "MultipleNegativesRankingLoss"
+    loss = getattr(ours, name)(model)
+    wrapped = [ours.MatryoshkaLoss(model, loss, dims) for dims in ([16, 8], [4])]
+    for dims, ours_around in zip(([16, 8], [4]), wrapped, strict=True):
+        reference = theirs.MatryoshkaLoss(model, getattr(theirs, name)(model), dims)
+        true = result(reference, features, model)
+        assert error(result(ours_around, features, model), true) < EQUAL
+    true = result(getattr(theirs, name)(model), features, model)
+    assert error(result(loss, features, model), true) < EQUAL
+
+
+def test_embeddings_made_once_serve_our_loss_and_their_regulariser(tiny_tokenizer):
+    class Both(nn.Module):
+        def __init__(self, library, model):
+            super().__init__()
+            self.model = model
+            self.ranking = library.MultipleNegativesRankingLoss(model)
+            self.spread = theirs.GlobalOrthogonalRegularizationLoss(model)
+
+        def forward(self, features, labels):
+            embeddings = [self.model(column)["sentence_embedding"] for column in features]
+            ranking = self.ranking.compute_loss_from_embeddings(embeddings, labels)
+            return ranking + sum(self.spread.compute_loss_from_embeddings(embeddings).values())
+
+    model = Rows(16, tiny_tokenizer)
+    true, got = [result(Both(x, model), rows_of(3), model) for x in (theirs, ours)]
+    assert error(got, true) < EQUAL
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot"])
+def test_the_similarity_of_a_model_is_fused(name, tiny_bert_dir):
+    model = bert(tiny_bert_dir)
+    model.similarity_fn_name = name
+    features = [model.preprocess(column) for column in texts(2)]
+    options = {"similarity_fct": model.similarity, "scale": 2.0}
+    true, got = [
+        result(x.MultipleNegativesRankingLoss(model, **options), features, model)
+        for x in (theirs, ours)
+    ]
+    assert error(got, true) < EQUAL
+
+
+@EACH_FORM
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_embeddings_of_low_precision_come_nearer_the_truth_than_theirs(dtype, form, tiny_tokenizer):
+    model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
+    for each in (model, guide):
+        each.to(dtype)
+    low = [result(made(x, form, model, guide), rows_of(3), model) for x in (theirs, ours)]
+    for each in (model, guide):
+        each.double()
+    truth = result(made(theirs, form, model, guide), rows_of(3), model)
+    of_theirs, of_ours = [error(x, truth) for x in low]
+    # the gradient itself is stored in the dtype
+    assert (
+        low[1][1][0].dtype == dtype and of_ours < 2 * torch.finfo(dtype).eps and of_ours < of_theirs
+    )
+
+
+@CACHED
+def test_a_learnt_scale_has_their_gradient(cached, tiny_tokenizer):
+    """Their plain loss takes a parameter for the scale; grads add up, scaled as fp16 scales."""
+    model, features = Rows(16, tiny_tokenizer), rows_of(3)
+    reference = theirs.MultipleNegativesRankingLoss(model, nn.Parameter(torch.tensor(7.0)))
+    name = "Cached" * cached + "MultipleNegativesRankingLoss"
+    loss = getattr(ours, name)(model, nn.Parameter(torch.tensor(7.0)))
+    for around in (None, DIMS):
+        both = [
+            library.MatryoshkaLoss(model, x, **around) if around else x
+            for library, x in ((theirs, reference), (ours, loss))
+        ]
+        for of in ([model, model], [reference.scale, loss.scale]):
+            true, got = [
+                result(x, features, each, factor=1024) for x, each in zip(both, of, strict=True)
+            ]
+            assert error(got, true) < EQUAL
+    alone = result(reference, features, reference.scale)[1][0]
+    loss.scale.grad = torch.tensor(3.0)
+    for _ in range(2):
+        value, before = loss(rows_of(3), None), loss.scale.grad.clone()
+        assert loss.scale.grad == before
+        (value * 0.5).backward()
+    torch.testing.assert_close(loss.scale.grad, 3 + alone, rtol=EQUAL, atol=0)
+
+
+@pytest.mark.parametrize(
+    "around", [None, {"matryoshka_dims": [16, 4]}], ids=["alone", "matryoshka"]
+)
+@EACH_FORM
+def test_no_matrix_of_scores_is_made(form, around, tiny_tokenizer, monkeypatch):
+    B, documents = 256, 2
+    monkeypatch.setitem(batch.DEFAULT_WORKSPACE, "cpu", 4 * B * documents * 4 * 8)
+    model = Rows(16, tiny_tokenizer, rows=B * (1 + documents))
+    guide = Rows(6, tiny_tokenizer, seed=5, rows=B * (1 + documents))
+    loss = made(ours, form, model, guide)
+    if around:
+        loss = ours.MatryoshkaLoss(model, loss, **around)
+    with NoMatrix(limit=B * B):
+        loss(rows_of(1 + documents, B), None).backward()
+    assert model[0].weight.grad.norm() > 0
