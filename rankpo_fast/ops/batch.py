@@ -196,12 +196,12 @@ def checked(
         asked = settings.margin is not None or PP in settings.directions or chosen != other
         if curated is None and M and asked:
             curated = torch.arange(N, device=device) // group
-    if settings.hardness_mode == HARD and M and own is None:
-        if curated is None or (batch.curated is None and N == M):
-            raise ValueError(
-                "hardness_mode='hard_negatives' finds none: give curated, own_negatives, or (without "
-                "labels) more than one passage per query"
-            )
+    none_chosen = own is None and (curated is None or (batch.curated is None and N == M))
+    if settings.hardness_mode == HARD and M and none_chosen:
+        raise ValueError(
+            "hardness_mode='hard_negatives' finds none: give curated, own_negatives, or (without "
+            "labels) more than one passage per query"
+        )
     relations = Relations(
         labels, *(batch.positives or (None, None)), batch.query_ids, batch.passage_ids,
         *(batch.excluded or (None, None)), own_offsets, curated,

@@ -82,9 +82,7 @@ def spread(
     """
     local, ranks = agree(group, device, prepare)
     q, p, relations, weights_M = local[:4]
-    relations = relations_of_all(
-        relations, ranks, all_queries=local.all_queries, apart=local.apart
-    )
+    relations = relations_of_all(relations, ranks, all_queries=local.all_queries, apart=local.apart)
     if local.all_passages:
         p = gather_rows(p, ranks.passages, group)
     if local.all_queries:

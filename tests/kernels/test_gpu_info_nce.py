@@ -63,7 +63,7 @@ def nothing_is_zero_by_luck():
 
 
 FEW = ["not-cosine", "margin", "guide", "smoothing", "passage-to-query", "both-ways"]
-FEW += ["both-ways-apart"]  # options that few launches serve
+FEW += ["both-ways-apart", "hard-in-batch", "hard-both-ways"]  # options that few launches serve
 
 
 def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
@@ -136,7 +136,8 @@ def test_options_in_fp32(name):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
-    "name", ["not-cosine", "excluded", "margin", "guide", "own", "everything-joint"]
+    "name",
+    ["not-cosine", "excluded", "margin", "guide", "own", "everything-joint", "hard-in-batch"],
 )
 def test_options_in_low_precision(name, dtype):
     """Those of one softmax are stored in bf16."""
@@ -209,11 +210,14 @@ def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
     [("fp32", ["ids"]), ("bf16-stored", ["ids"]), ("fp32", ["ids", "own", "positives"])],
     ids=["exact", "stored", "general"],
 )
-def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names):
+@pytest.mark.parametrize("hardness", ["", "in_batch_negatives", "hard_negatives"])
+def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names, hardness):
     dtype, how = PIPELINES[pipeline]
-    case = problem(*names, dtype=dtype)
+    case, settings = problem(*names, "curated", dtype=dtype), ROOMY
+    if hardness:
+        settings = replace(ROOMY, hardness_mode=hardness, hardness_strength=9.0)
     positive_M, hardest_M = label_and_hardest(*case)
-    result = launch(*case, ROOMY, uneven(M), scale=20.0, **how)
+    result = launch(*case, settings, uneven(M), scale=20.0, **how)
     assert error(result.hardest_M, hardest_M) < 1e-6
     assert error(result.positive_M, positive_M) < 1e-6
 
@@ -578,6 +582,7 @@ FORMS = {
     "few-launches": ("bf16-few-launches", "both-ways", {"workspace_bytes": 1 << 20}),
     "filter": ("fp32", "ids", {"gradient_filter": 0.3}),
     "everything": ("fp32", "everything-guided", {}),
+    "hardness": ("fp32", "hard-everything", {}),
     "short-prefix": ("fp32", "everything-one-way", {"dims": (9,), "dim_weights": (1.0,)}),
 }
 

@@ -230,6 +230,7 @@ REFUSED = {
     "own": dict(own_negatives=torch.ones(3, 1, 4)),
     "margin": dict(false_negative_margin=0.1),
     "filter": dict(gradient_filter=1e-3),
+    "hardness": dict(hardness_mode="all_negatives", hardness_strength=9.0),
     "backend": dict(backend="triton"),
 }
 

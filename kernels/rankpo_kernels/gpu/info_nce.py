@@ -235,7 +235,8 @@ def _launch_statistics(
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._statistics_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
-        row_parts or absent(Partials), column_parts or absent(Partials), positive_R, inverse_top, stored,
+        row_parts or absent(Partials), column_parts or absent(Partials),
+        positive_R, inverse_top, stored,
         problem.scale, R, N, 0 if stored is None else stored.stride(0),
         problem.dims, _guide_dims(block), block.curated, **_shape(tiles),
     )  # fmt: skip
@@ -252,7 +253,8 @@ def _launch_gradients(
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._gradients_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
-        row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR, inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
+        row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR,
+        inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
         problem.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
         0 if label_slope_LR is None else label_slope_LR.stride(0),
         problem.dims, _guide_dims(block), block.curated, only_over, **_shape(tiles),
