@@ -109,6 +109,17 @@ def test_loss_and_gradients_pass_the_gates(M, N, D, tiles, rows, temperatures, c
             assert off < 1.5 * error(same_dtype, want) + FLOOR[dtype]
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.05, 0.02, 0.01])
+@pipelines
+def test_hardness_passes_the_gates(pipeline, temperature):
+    dtype, how = PIPELINES[pipeline]
+    hardness = {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
+    case = *problem("curated", M=17, N=33, dtype=dtype), replace(ROOMY, **hardness)
+    loss_gate, grad_gate = gates(dtype, temperature)
+    bounds = loss_gate, grad_gate, 2 * gates(torch.float32, temperature)[1]
+    assert_equals_definition(case, bounds, scale=1 / temperature, **how)
+
+
 @pipelines
 def test_in_one_dimension_cosines_are_signs_without_gradient(pipeline):
     dtype, how = PIPELINES[pipeline]
@@ -582,7 +593,7 @@ FORMS = {
     "few-launches": ("bf16-few-launches", "both-ways", {"workspace_bytes": 1 << 20}),
     "filter": ("fp32", "ids", {"gradient_filter": 0.3}),
     "everything": ("fp32", "everything-guided", {}),
-    "hardness": ("fp32", "hard-everything", {}),
+    "hardness": ("fp32", "hard-in-batch", {}),
     "short-prefix": ("fp32", "everything-one-way", {"dims": (9,), "dim_weights": (1.0,)}),
 }
 

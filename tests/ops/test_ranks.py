@@ -74,7 +74,8 @@ def test_every_reduction_equals_one_process_in_fp32(ranks, name, reduction):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "ids", "symmetric", "query-to-query", "everything-guided"]
+    "name",
+    ["plain", "ids", "symmetric", "query-to-query", "passage-to-passage", "everything-guided"],
 )
 def test_a_rank_without_rows_takes_part(ranks, name):
     assert worst(ranks(compare, name, "empty", torch.float64, "sum")) < 1e-12

@@ -85,7 +85,7 @@ def info_nce(
     if stored is None:
         stored = stores_scores(*q_MD.shape, len(p_ND))
     stored = stored and plain and any(needs[:2]) and q_MD.dtype == torch.bfloat16
-    stored = stored and not settings.gradient_filter and not settings.hardness_mode
+    stored = stored and not settings.gradient_filter
     if few is None:
         few = takes_few_launches(q_MD.dtype, *q_MD.shape, len(p_ND))
     few = few and not stored and any(needs[:2])
