@@ -6,6 +6,7 @@ B texts a column, D dims.
 import random
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 SENTENCES = [
@@ -113,3 +114,125 @@ def flatten(model) -> None:
     if model[0].model_forward_params is not None:
         model[0].model_forward_params |= {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
         model[0].model_forward_params |= {"max_length_q", "max_length_k"}
+
+
+# --- what two ranks do ---
+
+GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+RANKS = {
+    "plain": ("MultipleNegativesRankingLoss", {"directions": GTE}, None),
+    "hard": (
+        "CachedMultipleNegativesRankingLoss",
+        {"hardness_mode": "all_negatives", "hardness_strength": 5.0, "mini_batch_size": 3}, None,
+    ),
+    "matryoshka": (
+        "MultipleNegativesRankingLoss",
+        {"directions": GTE[::2], "partition_mode": "per_direction"}, [16, 6],
+    ),
+    "guided": ("GISTEmbedLoss", {"temperature": 0.1}, None),
+    "guided-cached": ("CachedGISTEmbedLoss", {"temperature": 0.1, "mini_batch_size": 3}, [16, 6]),
+}  # fmt: skip
+
+
+def in_ddp(loss: nn.Module, model: nn.Module) -> nn.Module:
+    """The loss, its model in DDP; as the trainer does, wherever a loss inside has it."""
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for module in list(loss.modules()):
+        if getattr(module, "model", None) is model:
+            module.model = wrapped
+    return loss
+
+
+def of_rank(columns: int, B: int) -> list[dict[str, Tensor]]:
+    """Every rank has rows of its own."""
+    whole = rows_of(columns, B * dist.get_world_size())
+    start = dist.get_rank() * B
+    return [{key: x[start : start + B] for key, x in column.items()} for column in whole]
+
+
+def gathered_error(name: str, tokenizer) -> float:
+    """Of loss and averaged gradients beside theirs."""
+    from sentence_transformers.sentence_transformer import losses as theirs
+
+    from rankpo_fast.integrations import sentence_transformers as ours
+
+    kind, options, dims = RANKS[name]
+    model, guide = Rows(16, tokenizer), Rows(6, tokenizer, seed=5)
+    both = []
+    for library in (theirs, ours):
+        arguments = [guide] * ("GIST" in kind)
+        loss = getattr(library, kind)(model, *arguments, gather_across_devices=True, **options)
+        loss = library.MatryoshkaLoss(model, loss, dims) if dims else loss
+        both.append(result(in_ddp(loss, model), of_rank(3, 5), model))
+    return error(both[1], both[0])
+
+
+def masked_error(kind: str, tokenizer) -> float:
+    """Of averaged gradients beside one process with all rows, of which ranks have unequal many."""
+    from rankpo_fast.integrations import sentence_transformers as ours
+
+    model = Rows(16, tokenizer)
+    whole = rows_of(2, 9)
+    whole[1]["input_ids"][7] = whole[1]["input_ids"][2]  # a positive of the other rank
+    whole[0]["input_ids"][8] = whole[0]["input_ids"][0]  # a query of the other rank
+    mine = slice(0, 6) if dist.get_rank() == 0 else slice(6, 9)
+    part = [{key: x[mine] for key, x in column.items()} for column in whole]
+    options = {"mask_duplicates": True, "directions": GTE}
+    one, two = (
+        getattr(ours, kind)(model, gather_across_devices=gather, **options)
+        for gather in (False, True)
+    )
+    true = result(one, whole, model)
+    loss, grads = result(in_ddp(two, model), part, model)
+    dist.all_reduce(loss)
+    return error((loss / dist.get_world_size(), grads), true)
+
+
+def learnt_scales(kind: str, tokenizer, gather: bool) -> list[float]:
+    """After each of three steps on rows of the rank's own."""
+    from rankpo_fast.integrations import sentence_transformers as ours
+
+    model = Rows(16, tokenizer)
+    scale = nn.Parameter(torch.tensor(7.0))
+    loss = in_ddp(getattr(ours, kind)(model, scale, gather_across_devices=gather), model)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
+    scales = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(of_rank(2, 5), None).backward()
+        optimizer.step()
+        scales.append(scale.item())
+    return scales
+
+
+def trained_by_ranks(kind: str, directory, output: str) -> tuple[list[float], list[float], float]:
+    """(curve with theirs, with ours, the learnt scale of a third run), by their trainer."""
+    import os
+
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer import losses as theirs
+
+    from rankpo_fast.integrations import sentence_transformers as ours
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    rows = Dataset.from_dict(dict(zip(["anchor", "positive"], texts(2, 22), strict=True)))
+    curves, scale = [], nn.Parameter(torch.tensor(20.0))
+    for library, by in ((theirs, 20.0), (ours, 20.0), (ours, scale)):
+        model = bert(directory, num_hidden_layers=1)
+        loss = getattr(library, kind)(model, by, gather_across_devices=True)
+        args = SentenceTransformerTrainingArguments(
+            output, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, seed=0,
+            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+            ddp_backend="gloo",
+        )  # fmt: skip
+        trainer = SentenceTransformerTrainer(model, args, rows, loss=loss)
+        trainer.train()
+        assert isinstance(loss.model, nn.parallel.DistributedDataParallel)
+        curves.append([x["loss"] for x in trainer.state.log_history if "loss" in x])
+    return curves[0], curves[1], scale.item()

@@ -34,7 +34,7 @@ EACH_RANKING = pytest.mark.parametrize("name", RANKING)
 
 def make(name, model, **options):
     if name in GUIDED:
-        return getattr(ours, name)(model, model, contrast_positives=False, **options)
+        return getattr(ours, name)(model, model, **options)
     return getattr(ours, name)(model, **options)
 
 
@@ -107,7 +107,7 @@ def test_a_duplicate_of_the_positive_is_as_similar_as_it_for_the_guide(name, tin
     model, guide = Rows(16, tiny_tokenizer), Rows(64, tiny_tokenizer, seed=5)
     features = rows_of(2, B=20)
     features[1]["input_ids"][10:] = features[1]["input_ids"][:10]
-    options = {"contrast_positives": False, "temperature": 0.1}
+    options = {"temperature": 0.1}
     true, got = [
         result(getattr(library, name)(model, guide, **options), features, model)
         for library in (theirs, ours)

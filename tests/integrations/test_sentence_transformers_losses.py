@@ -1,6 +1,5 @@
 """Every option of sentence-transformers' losses: loss and gradients are theirs."""
 
-import inspect
 import itertools
 
 import pytest
@@ -9,7 +8,6 @@ from problems import NoMatrix
 from st_cases import Rows, bert, error, flatten, result, rows_of, texts
 from torch import nn
 
-from rankpo_fast import info_nce_loss
 from rankpo_fast.ops import batch
 
 pytest.importorskip("sentence_transformers")
@@ -20,9 +18,6 @@ from sentence_transformers.util import dot_score  # noqa: E402
 
 from rankpo_fast.integrations import sentence_transformers as ours  # noqa: E402
 
-needs_hardness = pytest.mark.skipif(
-    "hardness_mode" not in inspect.signature(info_nce_loss).parameters, reason="no hardness_mode"
-)
 EQUAL = 1e-5  # relative, in fp32
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -46,8 +41,10 @@ HARD = {
     )
 }  # fmt: skip
 GRID = [
-    *[pytest.param(options, id=name) for name, options in OPTIONS.items()],
-    *[pytest.param(options, id=name, marks=needs_hardness) for name, options in HARD.items()],
+    pytest.param(options, documents, id=f"{name}-{documents}")
+    for each, numbers in ((OPTIONS, (1, 2, 4)), (HARD, (2,)))
+    for name, options in each.items()
+    for documents in numbers
 ]
 GUIDED = [
     pytest.param(
@@ -59,12 +56,9 @@ GUIDED = [
         [("absolute", 0.0), ("absolute", 0.2), ("relative", 0.2)], [False, True], [False, True]
     )
 ]  # fmt: skip
-DOCUMENTS = pytest.mark.parametrize("documents", [1, 2, 4])
 CACHED = pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 DIMS = {"matryoshka_dims": [16, 5, 12], "matryoshka_weights": [1.0, 0.3, 2.0]}
-FEW = {"matryoshka_dims": [16, 8, 4, 2], "n_dims_per_step": 2}
-AROUND = {"alone": None, "matryoshka": DIMS, "n-dims-per-step": FEW}
-WRAPPED = pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+WRAPPED = pytest.mark.parametrize("around", [None, DIMS], ids=["alone", "matryoshka"])
 
 
 def pair(name, around, model, *args, **options):
@@ -86,8 +80,7 @@ def of_rows(name, around, columns, tokenizer, *args, **options) -> float:
 
 @WRAPPED
 @CACHED
-@DOCUMENTS
-@pytest.mark.parametrize("options", GRID)
+@pytest.mark.parametrize("options, documents", GRID)
 def test_ranking_losses_are_theirs(options, documents, cached, around, tiny_tokenizer):
     name = "Cached" * cached + "MultipleNegativesRankingLoss"
     assert of_rows(name, around, 1 + documents, tiny_tokenizer, **options) < EQUAL
@@ -95,7 +88,7 @@ def test_ranking_losses_are_theirs(options, documents, cached, around, tiny_toke
 
 @WRAPPED
 @CACHED
-@pytest.mark.parametrize("documents", [1, pytest.param(2, marks=needs_hardness)])
+@pytest.mark.parametrize("documents", [1, 2])
 @pytest.mark.parametrize("options", GUIDED)
 def test_guided_losses_are_theirs(options, documents, cached, around, tiny_tokenizer):
     guide = Rows(6, tiny_tokenizer, seed=5)
@@ -103,11 +96,11 @@ def test_guided_losses_are_theirs(options, documents, cached, around, tiny_token
     assert of_rows(name, around, 1 + documents, tiny_tokenizer, guide, **options) < EQUAL
 
 
-@pytest.mark.parametrize("documents", [3, pytest.param(4, marks=needs_hardness)])
+@pytest.mark.parametrize("documents", [3, 4])
 def test_the_plain_guided_loss_takes_more_columns_than_theirs(documents, tiny_tokenizer):
     """Their plain one takes three, their cached one any number."""
     model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
-    options = {"contrast_positives": documents == 4, "temperature": 0.1}
+    options = {"temperature": 0.1}
     features = rows_of(1 + documents)
     reference = result(theirs.CachedGISTEmbedLoss(model, guide, **options), features, model)
     assert (
@@ -122,10 +115,9 @@ FORMS = {
     "cached-by-tokens": (
         "CachedMultipleNegativesRankingLoss", {"directions": GTE, "mini_batch_num_tokens": 40},
     ),
-    "guided": ("GISTEmbedLoss", {"contrast_positives": False}),
-    "guided-cached": ("CachedGISTEmbedLoss", {"contrast_positives": False, "mini_batch_size": 4}),
+    "guided": ("GISTEmbedLoss", {}),
+    "guided-cached": ("CachedGISTEmbedLoss", {"mini_batch_size": 4}),
 }  # fmt: skip
-INPUTS = ["padded", "prompts", "prompts-not-pooled", "flattened"]
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
 
@@ -135,8 +127,10 @@ def made(library, form, model, guide, **more):
     return getattr(library, name)(model, *arguments, **options | more)
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("around", [None, DIMS], ids=["alone", "matryoshka"])
+@pytest.mark.parametrize("inputs, around", [
+    ("padded", None), ("padded", DIMS), ("prompts", None), ("prompts-not-pooled", None),
+    ("flattened", DIMS),
+], ids=str)  # fmt: skip
 @EACH_FORM
 def test_gradients_of_a_model_are_theirs(form, around, inputs, tiny_bert_dir):
     """With a guide that sees other tokens, which are made of the model's, decoded."""
@@ -156,6 +150,17 @@ def test_gradients_of_a_model_are_theirs(form, around, inputs, tiny_bert_dir):
         both.append(result(library.MatryoshkaLoss(model, loss, **around) if around else loss,
                            features, model))  # fmt: skip
     assert error(both[1], both[0]) < EQUAL
+
+
+@EACH_FORM
+def test_a_matryoshka_of_few_dims_draws_theirs(form, tiny_tokenizer):
+    model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
+    few = {"matryoshka_dims": [16, 8, 4, 2], "n_dims_per_step": 2}
+    true, got = [
+        result(x.MatryoshkaLoss(model, made(x, form, model, guide), **few), rows_of(3), model)
+        for x in (theirs, ours)
+    ]
+    assert error(got, true) < EQUAL
 
 
 @EACH_FORM

@@ -1,0 +1,56 @@
+"""Negatives from two ranks: gradients under DDP are those of sentence-transformers' losses."""
+
+import pytest
+import st_cases
+import torch
+
+from bench.processes import processes
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+RANKING = pytest.mark.parametrize(
+    "kind", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with processes(2, tmp_path_factory.mktemp("ranks")) as ask:
+
+        def answers(*what):
+            got = ask(*what)
+            for answer in got:
+                if isinstance(answer, Exception):
+                    raise answer
+            return got
+
+        yield answers
+
+
+@pytest.mark.parametrize("name", st_cases.RANKS)
+def test_gathered_losses_are_theirs(ranks, name, tiny_tokenizer):
+    assert max(ranks(st_cases.gathered_error, name, tiny_tokenizer)) < 1e-5
+
+
+@RANKING
+def test_duplicates_of_other_ranks_are_masked(ranks, kind, tiny_tokenizer):
+    assert max(ranks(st_cases.masked_error, kind, tiny_tokenizer)) < 1e-5
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["own", "gathered"])
+@RANKING
+def test_a_learnt_scale_is_one_on_all_ranks(ranks, kind, gather, tiny_tokenizer):
+    first, second = ranks(st_cases.learnt_scales, kind, tiny_tokenizer, gather)
+    assert first == second and first[0] != first[-1]
+
+
+def test_their_trainer_trains_alike_on_two_ranks(ranks, tiny_bert_dir, tmp_path):
+    kind = "CachedMultipleNegativesRankingLoss"
+    answers = ranks(st_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path))
+    true, got, _ = answers[0]
+    assert len(true) == 6
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(true), rtol=1e-4, atol=0)
+    scales = [scale for *_, scale in answers]
+    assert scales[0] == scales[1] != 20
