@@ -20,9 +20,11 @@ SECONDS = 120  # that any answer may take
 
 
 @contextlib.contextmanager
-def processes(size: int, directory: Path) -> Iterator[Callable[..., list[Any]]]:
+def processes(
+    size: int, directory: Path, method: str = "spawn"
+) -> Iterator[Callable[..., list[Any]]]:
     """A function that has all ranks call one, and returns what each answers, an exception too."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(method)
     pipes = [context.Pipe() for _ in range(size)]
     ranks = [
         context.Process(target=_serve, args=(rank, size, directory / "meet", there), daemon=True)

@@ -142,7 +142,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         return super().get_config_dict() | {
-            "scale": float(self.scale), "mask_duplicates": self.mask_duplicates,
+            "scale": _number(self.scale), "mask_duplicates": self.mask_duplicates,
         }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
 
     def get_config_dict(self) -> dict[str, Any]:
         return super().get_config_dict() | {
-            "scale": float(self.scale), "mask_duplicates": self.loss.mask_duplicates,
+            "scale": _number(self.scale), "mask_duplicates": self.loss.mask_duplicates,
         }  # fmt: skip
 
 
@@ -507,6 +507,10 @@ def _shared(scale: float | Tensor) -> float | Tensor:
     if isinstance(scale, Tensor) and scale.requires_grad and _several_ranks():
         return _AverageGradient.apply(scale)
     return scale
+
+
+def _number(scale: float | Tensor) -> float:
+    return scale.item() if isinstance(scale, Tensor) else scale
 
 
 def _several_ranks() -> bool:

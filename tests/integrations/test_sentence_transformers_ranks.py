@@ -10,6 +10,8 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+import rankpo_fast.integrations.sentence_transformers  # noqa: E402, F401  (so that a fork has it)
+
 RANKING = pytest.mark.parametrize(
     "kind", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 )
@@ -17,7 +19,9 @@ RANKING = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with processes(2, tmp_path_factory.mktemp("ranks")) as ask:
+    # Forked they have imported all; but autograd's threads, which a card has, outlive no fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    with processes(2, tmp_path_factory.mktemp("ranks"), method) as ask:
 
         def answers(*what):
             got = ask(*what)

@@ -25,7 +25,7 @@ def main() -> tuple[float, float]:
         model, scale, mini_batch_size=16, mask_duplicates=True
     )
     args = SentenceTransformerTrainingArguments(
-        "outputs/examples/sentence_transformers", max_steps=30, per_device_train_batch_size=44,
+        "outputs/examples/sentence_transformers", max_steps=20, per_device_train_batch_size=32,
         learning_rate=2e-3, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(model, args, rows, rows, loss)

@@ -9,7 +9,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.evaluation import TripletEvaluator
+from sentence_transformers.sentence_transformer.evaluation import TripletEvaluator
 
 from rankpo_fast.integrations.examples import small_world
 from rankpo_fast.integrations.sentence_transformers import RankPOLoss, with_reference_margins
@@ -27,7 +27,7 @@ def main() -> tuple[float, float]:
     rows = with_reference_margins(Dataset.from_dict(columns), model)
     alignment = TripletEvaluator(*columns.values(), main_similarity_function="cosine")
     args = SentenceTransformerTrainingArguments(
-        "outputs/examples/sentence_transformers_rankpo", max_steps=30, learning_rate=2e-3,
+        "outputs/examples/sentence_transformers_rankpo", max_steps=20, learning_rate=2e-3,
         per_device_train_batch_size=32, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(model, args, rows, loss=RankPOLoss(model, beta=2.0))
