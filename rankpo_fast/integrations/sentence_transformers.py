@@ -53,12 +53,13 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
     """InfoNCE over (query, positive) or (query, positive, negative, ...) columns.
 
     Args:
-        scale: as theirs, or a parameter of one number, which is then learnt; ranks share its
-            gradient.
+        scale: as theirs, or a parameter of one number, which the trainer then learns; ranks share
+            its gradient. Checkpoints hold the model and the optimizer, not the loss: to resume,
+            make it with the scale that it had.
         similarity_fct: `cos_sim`, `dot_score`, or the `similarity` of a model that has one of them.
         mask_duplicates: equal texts of a batch are no negatives of each other, which otherwise
-            takes `BatchSamplers.NO_DUPLICATES`. Equal are tokens, of all ranks if they are
-            gathered.
+            takes `BatchSamplers.NO_DUPLICATES`: a document with the text of a positive of the same
+            query text, or of the query, if that is on its rank. Equal are tokens, prompts too.
         others: as theirs.
 
     Raises:
@@ -127,7 +128,12 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
             options["hardness_mode"] = self.hardness_mode
             options["hardness_strength"] = self.hardness_strength
         if ids is not None:
-            options |= {"query_ids": ids[0], "passage_ids": torch.cat(ids[1:])}
+            ids_B, ids_N = ids[0], torch.cat(ids[1:])
+            same_B = _first_equal(ids_B, ids_N, otherwise=each_B)
+            options |= {
+                "query_ids": ids_B, "passage_ids": ids_N,
+                "excluded": (torch.arange(len(ids_B) + 1, device=ids_B.device), same_B),
+            }  # fmt: skip
         if self.gather_across_devices and _several_ranks():
             options["process_group"] = dist.group.WORLD
         # Prefixes are compared by cosine: theirs normalises what it has cut.
@@ -218,7 +224,8 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
 
 class GISTEmbedLoss(theirs.GISTEmbedLoss):
     """InfoNCE without the negatives that a guide model finds more similar than the positive, less
-    a margin (GISTEmbed, Solatorio 2024). Arguments as theirs; any number of negative columns.
+    a margin (GISTEmbed, Solatorio 2024). Arguments as theirs; any number of negative columns. A
+    text is never its own negative, as with theirs where the guide sees it in its positive.
 
     Raises:
         ValueError: a label column, columns of unequal length, a model without pooling, or a
@@ -452,6 +459,13 @@ def _mixed(tokens: Tensor, positions: Tensor) -> Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << 64 - shift) - 1))) * factor
     return x
+
+
+def _first_equal(ids_B: Tensor, ids_N: Tensor, otherwise: Tensor) -> Tensor:
+    """A column [B] of ids_N that equals each of ids_B, where there is one."""
+    order_N = ids_N.argsort()
+    found_B = order_N[torch.searchsorted(ids_N[order_N], ids_B).clamp(max=len(ids_N) - 1)]
+    return torch.where(ids_N[found_B] == ids_B, found_B, otherwise)
 
 
 def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> Tensor:

@@ -40,11 +40,12 @@ def make(name, model, **options):
 
 # --- duplicates ---
 
-# Row 4 has row 1's positive, row 5 has row 0's query, row 2's negative is row 3's positive.
+# Row 4 has row 1's positive, row 5 has row 0's query, row 2's negative is row 3's positive, row 0's
+# negative is row 4's query.
 QUERIES = ["a cook", "teacher", "nurse", "welder", "tutor", "a cook"]
 POSITIVES = ["he boils", "she teaches", "at night", "in Lyon", "she teaches", "they roast at home"]
-NEGATIVES = ["pianos", "trains", "in Lyon", "letters", "biology", "forest"]
-NO_NEGATIVES = {(1, 4), (4, 1), (0, 5), (5, 0), (3, 8)}  # row, document
+NEGATIVES = ["tutor", "trains", "in Lyon", "letters", "biology", "forest"]
+NO_NEGATIVES = {(1, 4), (4, 1), (0, 5), (5, 0), (3, 8), (4, 6)}  # row, document
 
 
 def without_pairs(model, features, scale=20.0):
@@ -81,7 +82,6 @@ def test_a_text_has_one_id_wherever_it_stands(tiny_bert_dir):
     model = bert(tiny_bert_dir)
     right = ours.text_ids(model.preprocess(column))
     assert len(set(right.tolist())) == len(column) - 1 and right[3] == right[-2]
-    assert (right.abs() > 2**40).all()  # they fill their bits
     alone = [ours.text_ids(model.preprocess([text]))[0] for text in column]
     assert alone == right.tolist()
     model.tokenizer.padding_side = "left"
@@ -94,11 +94,13 @@ def test_a_text_has_one_id_wherever_it_stands(tiny_bert_dir):
     assert torch.equal(ours.text_ids(model.preprocess(column)), right)
 
 
-def test_ids_tell_tokens_in_another_order_apart():
+def test_ids_tell_tokens_and_their_order_apart():
     ids = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 7, 6], [6, 5, 7], [5, 5, 8]])
     assert len(set(ours.text_ids({"input_ids": ids, "attention_mask": ids > 0}).tolist())) == 5
-    many = torch.arange(60_000).reshape(20_000, 3)
-    assert len(ours.text_ids({"input_ids": many, "attention_mask": many >= 0}).unique()) == 20_000
+    tokens = torch.arange(10_000)[:, None]
+    single = ours.text_ids({"input_ids": tokens, "attention_mask": tokens >= 0})
+    ones = (single[:, None] >> torch.arange(64) & 1).double().mean(0)
+    assert len(single.unique()) == 10_000 and ((ones - 0.5).abs() < 0.03).all()  # all bits are used
 
 
 @pytest.mark.parametrize("name", GUIDED)

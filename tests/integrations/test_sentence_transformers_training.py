@@ -166,8 +166,8 @@ def test_a_run_resumes_with_the_scale_that_it_had(tiny_bert_dir, tmp_path):
     resumed = start(scales[3], tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     got = torch.tensor([x["loss"] for x in resumed.state.log_history if "loss" in x])
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
-    assert resumed.loss.scale.item() == pytest.approx(scales[7], rel=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+    assert resumed.loss.scale.item() == pytest.approx(scales[7], rel=1e-5)
 
     loaded = SentenceTransformer(str(tmp_path / "whole" / "checkpoint-8"), device="cpu")
     for got, true in zip(loaded.parameters(), whole.model.parameters(), strict=True):
