@@ -188,18 +188,25 @@ def masked_error(kind: str, tokenizer) -> float:
     return error((loss / dist.get_world_size(), grads), true)
 
 
-def learnt_scales(kind: str, tokenizer, gather: bool) -> list[float]:
-    """After each of three steps on rows of the rank's own."""
+def learnt_scales(kind: str, tokenizer, gather: bool, alone: bool = False) -> list[float]:
+    """After each of three steps on rows of the rank's own; or by their loss alone on all rows."""
+    from sentence_transformers.sentence_transformer import losses as theirs
+
     from rankpo_fast.integrations import sentence_transformers as ours
 
     model = Rows(16, tokenizer)
     scale = nn.Parameter(torch.tensor(7.0))
-    loss = in_ddp(getattr(ours, kind)(model, scale, gather_across_devices=gather), model)
+    if alone:
+        loss = theirs.MultipleNegativesRankingLoss(model, scale)
+        features = rows_of(2, 5 * dist.get_world_size())
+    else:
+        loss = in_ddp(getattr(ours, kind)(model, scale, gather_across_devices=gather), model)
+        features = of_rank(2, 5)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     scales = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss(of_rank(2, 5), None).backward()
+        loss(features, None).backward()
         optimizer.step()
         scales.append(scale.item())
     return scales

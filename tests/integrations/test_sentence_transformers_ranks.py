@@ -46,8 +46,11 @@ def test_duplicates_of_other_ranks_are_masked(ranks, kind, tiny_tokenizer):
 @pytest.mark.parametrize("gather", [False, True], ids=["own", "gathered"])
 @RANKING
 def test_a_learnt_scale_is_one_on_all_ranks(ranks, kind, gather, tiny_tokenizer):
+    of_one_process = ranks(st_cases.learnt_scales, kind, tiny_tokenizer, False, True)[0]
     first, second = ranks(st_cases.learnt_scales, kind, tiny_tokenizer, gather)
     assert first == second and first[0] != first[-1]
+    if gather:
+        assert first == pytest.approx(of_one_process, rel=1e-5)
 
 
 def test_their_trainer_trains_alike_on_two_ranks(ranks, tiny_bert_dir, tmp_path):

@@ -650,6 +650,21 @@ def test_guides_of_two_dtypes_are_taken_to_one(dtypes, backend, interpreted):
     assert got == info_nce_loss(world.q, world.p, world.labels, **options, backend=backend)
 
 
+@pytest.mark.parametrize("directions", [(QP,), (QP, PQ)], ids=["fused", "general"])
+@pytest.mark.parametrize("margin_type", ["absolute", "relative"])
+def test_what_is_as_similar_as_the_positive_is_not_above_it(margin_type, directions):
+    """Passages may share their text; how two equal similarities were rounded is no matter."""
+    q, p, _ = draw(50, 50, 64, torch.float32, converged=False)
+    guide_queries, guide_passage = torch.randn(2, 50, 384, generator=torch.manual_seed(0))
+    guide = guide_queries + guide_passage[0], guide_passage[:1].repeat(50, 1)
+    options = {"directions": directions, "temperature": 0.1}
+    unguided = info_nce_loss(q, p, **options)
+    loss = info_nce_loss(
+        q, p, guide=guide, false_negative_margin=0.0, margin_type=margin_type, **options
+    )
+    torch.testing.assert_close(loss, unguided, rtol=1e-6, atol=0)
+
+
 def test_a_guide_of_fp64_stays_so_beside_embeddings_of_fp64():
     """It finds a passage a little above the limit, which fp32 could not tell."""
     q, p = torch.ones(1, 4), torch.zeros(3, 4, dtype=torch.float64)
