@@ -33,7 +33,8 @@ class Rows(nn.Sequential):
         self.tokenizer = tokenizer
 
     def forward(self, features: dict) -> dict:
-        return features | {"sentence_embedding": self[0](features["input_ids"][:, 0])}
+        features["sentence_embedding"] = self[0](features["input_ids"][:, 0])
+        return features
 
     def get_embedding_dimension(self) -> int:
         return self[0].embedding_dim
