@@ -25,6 +25,7 @@ PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
 LAUNCHER = KERNELS + "gpu/info_nce.py"
 COMMON, BATCH = "rankpo_fast/ops/common.py", "rankpo_fast/ops/batch.py"
 NATIVE = "kernels/native/rows.cpp"
+ST = "rankpo_fast/integrations/sentence_transformers.py"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
 PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
@@ -810,6 +811,43 @@ MUTANTS = [
         "(length, -1)",
         "(length - 1, -1)",
         ("tests/data/test_packing.py",),
+    ),
+    # integrations
+    Mutant(
+        "rounding-finds-duplicates", OBJECTIVE,
+        "- reach + rounding",
+        "- reach",
+        ops("as_similar_as"),
+    ),
+    Mutant(
+        "scale-has-its-gradient-too-soon", ST,
+        "before, self.scale.grad = self.scale.grad, None",
+        "before = self.scale.grad",
+        of("tests/integrations/test_sentence_transformers_losses.py", "learnt"),
+    ),
+    Mutant(
+        "ranks-add-up-the-scale", ST,
+        "grad / dist.get_world_size()",
+        "grad",
+        of("tests/integrations/test_sentence_transformers_ranks.py", "learnt"),
+    ),
+    Mutant(
+        "cut-for-good", ST,
+        "            del self.loss.prefixes",
+        "            pass",
+        of("tests/integrations/test_sentence_transformers_losses.py", "two_matryoshkas"),
+    ),
+    Mutant(
+        "ids-of-padding", ST,
+        ") * mask).sum(1)",
+        ")).sum(1)",
+        of("tests/integrations/test_sentence_transformers.py", "one_id"),
+    ),
+    Mutant(
+        "the-guide-writes-into-the-model", ST,
+        "[dict(column) for column in features]",
+        "features",
+        of("tests/integrations/test_sentence_transformers_losses.py", "their_matryoshka"),
     ),
 ]  # fmt: skip
 

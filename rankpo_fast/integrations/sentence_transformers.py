@@ -488,9 +488,9 @@ def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> T
         directions.append("query_to_query")
     if loss.contrast_positives:
         directions.append("passage_to_passage")  # positives alone: -2 takes negatives out of it
-        curated = [torch.full((len(column),), -2) for column in passages]
-        curated[0][:] = -1
-        options["curated"] = torch.cat(curated).to(queries.device)
+        curated = queries.new_full((sum(map(len, passages)),), -2, dtype=torch.int64)
+        curated[: len(passages[0])] = -1
+        options["curated"] = curated
     return info_nce_loss(
         queries, torch.cat(passages), torch.arange(first, first + B, device=queries.device),
         temperature=loss.temperature,

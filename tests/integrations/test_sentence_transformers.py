@@ -10,6 +10,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from launcher import NoSync
 from st_cases import SENTENCES, Rows, bert, error, flatten, result, rows_of, texts
 from torch import nn
 
@@ -97,6 +98,9 @@ def test_a_text_has_one_id_wherever_it_stands(tiny_bert_dir):
 def test_ids_tell_tokens_and_their_order_apart():
     ids = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 7, 6], [6, 5, 7], [5, 5, 8]])
     assert len(set(ours.text_ids({"input_ids": ids, "attention_mask": ids > 0}).tolist())) == 5
+    flat = {"input_ids": ids.reshape(1, -1), "cu_seq_lens_q": torch.tensor([0, 3, 9, 15])}
+    with NoSync():  # with a card
+        ours._first_equal(ours.text_ids(flat), ours.text_ids(flat), torch.arange(3))
     tokens = torch.arange(10_000)[:, None]
     single = ours.text_ids({"input_ids": tokens, "attention_mask": tokens >= 0})
     ones = (single[:, None] >> torch.arange(64) & 1).double().mean(0)
