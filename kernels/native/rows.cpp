@@ -85,9 +85,10 @@ Sums exponentials(const InfoNCERows& in, float* s, const Hard& hard) {
 
 // The exponentials of row i with its hardness.
 Sums hardened(const InfoNCERows& in, int64_t i, float* s) {
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
     const float chosen = 1.0f + in.chosen_hardness / in.scale, other = 1.0f + in.other_hardness / in.scale;
-    if (in.curated && chosen != other)
-        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, static_cast<int32_t>(in.first_row + i)});
+    if (in.curated && in.chosen_hardness != in.other_hardness)
+        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, row});
     if (in.other_hardness != 0.0f) return exponentials(in, s, Hardness{other});
     return exponentials(in, s, NoHardness{});
 }
