@@ -50,7 +50,7 @@ struct Sums {
 
 // s := exp(hard(s) - top).
 template <bool kMoment, typename Hard>
-Sums exponentials(float* s, int64_t n, const Hard& hard) {
+Sums exponentials(float* s, int64_t n, Hard hard) {
     float hardest = kMasked, top = kMasked;
 #pragma omp simd reduction(max : hardest)
     for (int64_t j = 0; j < n; ++j) hardest = s[j] > hardest ? s[j] : hardest;
@@ -79,7 +79,7 @@ Sums exponentials(float* s, int64_t n, const Hard& hard) {
 }
 
 template <typename Hard>
-Sums exponentials(const InfoNCERows& in, float* s, const Hard& hard) {
+Sums exponentials(const InfoNCERows& in, float* s, Hard hard) {
     return in.d_logits ? exponentials<true>(s, in.columns, hard) : exponentials<false>(s, in.columns, hard);
 }
 
