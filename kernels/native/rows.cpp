@@ -50,7 +50,7 @@ struct Sums {
 
 // s := exp(hard(s) - top).
 template <bool kMoment, typename Hard>
-Sums exponentials(float* s, int64_t n, const Hard& hard) {
+Sums exponentials(float* s, int64_t n, Hard hard) {
     float hardest = kMasked, top = kMasked;
 #pragma omp simd reduction(max : hardest)
     for (int64_t j = 0; j < n; ++j) hardest = s[j] > hardest ? s[j] : hardest;
@@ -79,15 +79,16 @@ Sums exponentials(float* s, int64_t n, const Hard& hard) {
 }
 
 template <typename Hard>
-Sums exponentials(const InfoNCERows& in, float* s, const Hard& hard) {
+Sums exponentials(const InfoNCERows& in, float* s, Hard hard) {
     return in.d_logits ? exponentials<true>(s, in.columns, hard) : exponentials<false>(s, in.columns, hard);
 }
 
 // The exponentials of row i with its hardness.
 Sums hardened(const InfoNCERows& in, int64_t i, float* s) {
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
     const float chosen = 1.0f + in.chosen_hardness / in.scale, other = 1.0f + in.other_hardness / in.scale;
-    if (in.curated && chosen != other)
-        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, static_cast<int32_t>(in.first_row + i)});
+    if (in.curated && in.chosen_hardness != in.other_hardness)
+        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, row});
     if (in.other_hardness != 0.0f) return exponentials(in, s, Hardness{other});
     return exponentials(in, s, NoHardness{});
 }

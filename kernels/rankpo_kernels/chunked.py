@@ -557,7 +557,8 @@ def _general(
         owner_H = expand(relations.own_offsets.diff(), len(own_HD))
         own_pairs = (owner_H, torch.arange(len(own_HD), device=device))
         s_LH = _pair_logits(queries, owned, *own_pairs, scale, bounds)
-        own_by = 1 + settings.hardness[0] / scale
+        chosen = settings.hardness[0]
+        own_by = 1 + chosen / scale if chosen else 1.0
         own_stats = [_own_stats(s_H, own_by, owner_H, M) for s_H in s_LH]
 
     loss_M, d_scale = s_LP.new_zeros(M), torch.zeros_like(scale)

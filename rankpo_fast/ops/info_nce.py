@@ -90,14 +90,17 @@ def info_nce_definition(
             d: (scale * s).masked_fill(masked, -torch.inf) for d, (s, masked) in blocks.items()
         }
         of_pairs = {QP: logits[QP][i_P], PQ: logits[QP].T[a_P], QQ: logits[QQ][i_P], PP: logits[PP]}
-        hardness = (torch.where(mine_MN, chosen, other) * blocks[QP][0].detach())[i_P]
+        s_MN, masked_MN = blocks[QP][0].detach(), blocks[QP][1]
+        hardness_MN = torch.where(mine_MN, chosen * s_MN, other * s_MN)
+        hardness_PN = hardness_MN.masked_fill(masked_MN, 0)[i_P]
         if own_HD is not None:
             owner_H = expand(relations.own_offsets.diff(), len(own_HD))
-            own_PH = (q @ unit(own_HD[:, :prefix]).T)[i_P]
-            hardness = torch.cat([hardness, chosen * own_PH.detach()], 1)
-            own_PH = (scale * own_PH).masked_fill(owner_H != i_P[:, None], -torch.inf)
+            own_PH, others_PH = (q @ unit(own_HD[:, :prefix]).T)[i_P], owner_H != i_P[:, None]
+            hardness_PH = (chosen * own_PH.detach()).masked_fill(others_PH, 0)
+            hardness_PN = torch.cat([hardness_PN, hardness_PH], 1)
+            own_PH = (scale * own_PH).masked_fill(others_PH, -torch.inf)
             of_pairs[QP] = torch.cat([of_pairs[QP], own_PH], 1)
-        hardened = of_pairs | {QP: of_pairs[QP] + hardness}
+        hardened = of_pairs | {QP: of_pairs[QP] + hardness_PN}
         parts = [settings.directions] if settings.joint else [(d,) for d in settings.directions]
         for part in parts:
             copies = max(1, sum(d in (QP, PQ) for d in part))  # of the positive

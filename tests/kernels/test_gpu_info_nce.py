@@ -414,7 +414,7 @@ def test_a_loss_below_the_smallest_number_is_zero_with_gradient_zero(pipeline):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "stored", "few", "filter", "everything-one-way", "symmetric"]
+    "name", ["plain", "stored", "few", "filter", "everything-one-way", "symmetric", "hard-chosen"]
 )
 @pytest.mark.parametrize("where", ["query", "passage"])
 def test_nan_is_where_the_definition_has_it(where, name):

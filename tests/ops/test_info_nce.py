@@ -333,7 +333,7 @@ class World:
 
     def hard(self, mode="hard_negatives"):
         return {
-            "hardness_mode": mode, "hardness_strength": 2.0,
+            "hardness_mode": mode, "hardness_strength": 2.1,
             "curated": self.integers(-2, self.M, self.N),
         }  # fmt: skip
 

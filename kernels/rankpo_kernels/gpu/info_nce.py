@@ -414,8 +414,9 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     relative = products_needed and (stored or dtype == torch.float16)
     block = _score_block(p, QP, None)
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
-    row_bytes = 12 * tiles_n + (padded(N) * p.q_MD.element_size() if products_needed else 0)
     hard = block.hardness is not None
+    row_bytes = 4 * (3 + hard) * tiles_n
+    row_bytes += padded(N) * p.q_MD.element_size() if products_needed else 0
     chunks = chunks_of(M, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
     R0 = chunks[0].stop
 
