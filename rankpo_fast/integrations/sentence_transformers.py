@@ -261,7 +261,8 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 
 
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
-    """`GISTEmbedLoss` by gradient caching. Arguments as theirs."""
+    """`GISTEmbedLoss` by gradient caching. Arguments as theirs, whose 6.0 and 6.1 know no guide with
+    another tokenizer."""
 
     prefixes: Prefixes = {}
     citation = theirs.GISTEmbedLoss.citation
