@@ -225,7 +225,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
 class GISTEmbedLoss(theirs.GISTEmbedLoss):
     """InfoNCE without the negatives that a guide model finds more similar than the positive, less
     a margin (GISTEmbed, Solatorio 2024). Arguments as theirs; any number of negative columns. A
-    text is never its own negative, as with theirs where the guide sees it in its positive.
+    query is never its own negative: with theirs it is, where its positive has its text.
 
     Raises:
         ValueError: a label column, columns of unequal length, a model without pooling, or a
@@ -261,8 +261,8 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 
 
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
-    """`GISTEmbedLoss` by gradient caching. Arguments as theirs, whose 6.0 and 6.1 know no guide with
-    another tokenizer."""
+    """`GISTEmbedLoss` by gradient caching. Arguments as theirs; a guide with another tokenizer needs
+    6.2."""
 
     prefixes: Prefixes = {}
     citation = theirs.GISTEmbedLoss.citation
