@@ -261,8 +261,8 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 
 
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
-    """`GISTEmbedLoss` by gradient caching. Arguments as theirs; a guide with another tokenizer needs
-    6.2."""
+    """`GISTEmbedLoss` by gradient caching. Arguments as theirs; from 6.2 on the guide may have another
+    tokenizer."""
 
     prefixes: Prefixes = {}
     citation = theirs.GISTEmbedLoss.citation
