@@ -261,8 +261,8 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 
 
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
-    """`GISTEmbedLoss` by gradient caching. Arguments as theirs; from 6.2 on the guide may have another
-    tokenizer."""
+    """`GISTEmbedLoss` by gradient caching. Arguments as theirs. A guide with another tokenizer takes
+    6.2 or later."""
 
     prefixes: Prefixes = {}
     citation = theirs.GISTEmbedLoss.citation
