@@ -261,8 +261,10 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
 
 
 class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
-    """`GISTEmbedLoss` by gradient caching. Arguments as theirs. A guide with another tokenizer takes
-    6.2 or later."""
+    """`GISTEmbedLoss` by gradient caching. Arguments as theirs.
+
+    From 6.2 on the guide may have another tokenizer.
+    """
 
     prefixes: Prefixes = {}
     citation = theirs.GISTEmbedLoss.citation
