@@ -16,6 +16,7 @@ B pairs of a rank, D dims; images are the queries, texts the passages.
 
 from argparse import Namespace
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class ClipLoss(nn.Module):
             loss = loss + info_nce_loss(text_features, image_features.detach(), **options) / 2
         else:
             if own_rows_alone:
-                features = [_with_gradient_over(self.world_size, x) for x in features]
+                features = [_GradientOver.apply(x, self.world_size) for x in features]
             loss = info_nce_loss(
                 *features, directions=BOTH_WAYS, partition="per_direction", **options
             )
@@ -231,11 +232,17 @@ def _group(rank: int, world_size: int) -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
-def _with_gradient_over(ranks: int, x: Tensor) -> Tensor:
-    x = x.view_as(x)
-    if x.requires_grad:
-        x.register_hook(lambda grad: grad / ranks)
-    return x
+class _GradientOver(torch.autograd.Function):
+    """x, and 1 / ranks of its gradient. (A hook is lost where torch.compile breaks the graph.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None
 
 
 def _with_value_of_all(loss: Tensor) -> Tensor:
