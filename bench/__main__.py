@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import in_batch, info_nce, rankpo, sentence_transformers
+from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers
 from bench.measure import Case, Row, measure
 from rankpo_kernels import native
 
@@ -106,6 +106,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
         yield from in_batch.cases(device, quick)
         yield from rankpo.cases(device, quick)
         yield from sentence_transformers.cases(device, quick)
+        yield from open_clip.cases(device, quick)
         return
     from bench.cases import tiles
 
@@ -114,6 +115,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
     yield from in_batch.cases(device, quick)
     yield from rankpo.cases(device, quick)
     yield from sentence_transformers.cases(device, quick)
+    yield from open_clip.cases(device, quick)
     yield from tiles.cases(device, quick)
     yield from of_losses
 
