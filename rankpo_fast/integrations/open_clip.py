@@ -15,6 +15,7 @@ B pairs of a rank, D dims; images are the queries, texts the passages.
 """
 
 from argparse import Namespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,9 +40,8 @@ class ClipLoss(nn.Module):
             1 / world_size of them (the scale all of its own); with it, a feature gets gradients
             from its own row alone, none for having been a candidate of others or of its partner,
             and scores are computed once for either direction.
-        cache_labels: no effect: there are no labels to cache.
-        rank, world_size: as torch.distributed has them, whose default group is used. One rank
-            talks to nobody.
+        cache_labels, rank: without effect: there are no labels to cache, and the group knows.
+        world_size: of torch.distributed, whose default group is used; with 1 nobody is talked to.
         use_horovod: not supported.
     """
 
@@ -82,11 +82,11 @@ class ClipLoss(nn.Module):
             logit_bias: has no part in a softmax; its gradient is 0, which keeps DDP content.
 
         Raises:
-            ValueError: unequal numbers of images and texts; a rank or world_size unlike that of
+            ValueError: unequal numbers of images and texts; a world_size unlike that of
                 torch.distributed; what `info_nce_loss` refuses.
         """
         _check_pairs(image_features, text_features)
-        group = _group(self.rank, self.world_size)
+        group = _group(self.world_size)
         options = {"scale": logit_scale, "normalize": False, "process_group": group}
         features = image_features, text_features
         own_rows_alone = group is not None and not self.gather_with_grad
@@ -115,7 +115,7 @@ class CoCaLoss(ClipLoss):
     """
 
     def __init__(
-        self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, **options: bool
+        self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, **options: Any
     ):
         super().__init__(**options)
         self.caption_loss_weight = caption_loss_weight
@@ -184,7 +184,7 @@ class SigLipLoss(nn.Module):
             scale=logit_scale,
             bias=0.0 if logit_bias is None else logit_bias,
             normalize=False,
-            process_group=_group(self.rank, self.world_size),
+            process_group=_group(self.world_size),
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -193,7 +193,7 @@ def create_loss(args: Namespace) -> nn.Module:
     """The loss that the flags of open_clip_train ask for.
 
     Raises:
-        ValueError: --horovod; or distillation, which compares whole matrices of scores.
+        ValueError: distillation, which compares matrices of scores; what the losses refuse.
     """
     if args.distill:
         raise ValueError(
@@ -221,14 +221,12 @@ def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
-def _group(rank: int, world_size: int) -> dist.ProcessGroup | None:
+def _group(world_size: int) -> dist.ProcessGroup | None:
     if world_size == 1:
         return None
-    here = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else "not initialised"
-    if here != (rank, world_size):
-        raise ValueError(
-            f"torch.distributed must be at (rank, world_size) {(rank, world_size)}, but is {here}"
-        )
+    size = dist.get_world_size() if dist.is_initialized() else 0
+    if size != world_size:
+        raise ValueError(f"world_size is {world_size}, but torch.distributed has {size} ranks")
     return dist.group.WORLD
 
 

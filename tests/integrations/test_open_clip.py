@@ -74,6 +74,14 @@ def agree(equal, whose, option, got, want):
         assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_numbers_may_be_rows_of_one(name):
+    """As `nonscalar_logit_scale` of a model has them."""
+    numbers = [torch.tensor([x], requires_grad=True) for x in (10.0, -3.0)]
+    loss = getattr(ours, name)()(*features(5, 8, torch.float32), *numbers)
+    assert loss.shape == () and [x.shape for x in torch.autograd.grad(loss, numbers)] == [(1,)] * 2
+
+
 @needs_theirs
 @pytest.mark.parametrize("name", LOSSES)
 def test_they_are_called_as_theirs(name):
@@ -235,7 +243,7 @@ REFUSED = {
     ),
     "integers": (lambda: ours.ClipLoss()(*[x.long() for x in pair(3, 3)[:2]], 1.0), "int64"),
     "scales": (lambda: ours.ClipLoss()(*pair(3, 3)[:2], torch.ones(3)), "scale must be one number"),
-    "ranks": (lambda: ours.ClipLoss(world_size=2)(*pair(3, 3)), "(0, 2), but is not initialised"),
+    "world": (lambda: ours.ClipLoss(world_size=2)(*pair(3, 3)), "torch.distributed has 0 ranks"),
     "horovod": (lambda: ours.create_loss(flags(horovod=True)), "torch.distributed: start with"),
     "way": (lambda: ours.SigLipLoss(dist_impl="ring"), "or gather, got 'ring'"),
     "distillation": (lambda: ours.create_loss(flags(distill=True)), "DistillClipLoss"),
@@ -297,6 +305,6 @@ def test_ranks_compile(ranks):
     assert all(max(errors) < 1e-6 for errors in answered(ranks(compare_compiled)))
 
 
-def test_a_rank_of_another_world_is_refused(ranks):
-    for rank, answer in enumerate(ranks(refuse)):
-        assert isinstance(answer, ValueError) and f"({rank}, 7)" in str(answer)
+def test_a_world_of_another_size_is_refused(ranks):
+    for answer in ranks(refuse):
+        assert isinstance(answer, ValueError) and "7, but torch.distributed has 3" in str(answer)
