@@ -4,8 +4,6 @@ Images and texts are rows of numbers, features are of 8 dims.
 """
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from gates import error
 from torch import nn
 
+from bench.cases.open_clip import theirs
 from rankpo_fast.integrations import open_clip as ours
 
 SIZES = {"even": [4, 4, 4], "uneven": [5, 3, 0]}  # pairs of each rank, from the front
@@ -36,20 +35,6 @@ def siglip(image_features, text_features, logit_scale, logit_bias):
 
 
 DEFINITIONS = {"ClipLoss": clip, "SigLipLoss": siglip}
-
-
-@functools.cache
-def theirs():
-    """open_clip.loss without its package, which imports torchvision and timm; None where it is not
-    installed."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
-        return None
-    path = Path(package.submodule_search_locations[0], "loss.py")
-    spec = importlib.util.spec_from_file_location("loss_of_open_clip", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Towers(nn.Module):

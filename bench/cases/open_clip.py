@@ -4,9 +4,11 @@ Given the normalised features of B images and B texts, loss and gradients of the
 of SigLIP's bias, on one device.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -26,6 +28,21 @@ LOSSES = {  # the scale and bias that each starts from, and the products that it
     "ClipLoss": ((1 / 0.07,), FORMS[1]),
     "SigLipLoss": ((10.0, -10.0), PLAIN),
 }
+
+
+@functools.cache
+def theirs() -> ModuleType | None:
+    """open_clip.loss without its package, which imports torchvision and timm; None where it is not
+    installed."""
+    package = find_spec("open_clip")
+    if package is None:
+        return None
+    spec = spec_from_file_location(
+        "loss_of_open_clip", Path(package.submodule_search_locations[0], "loss.py")
+    )
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -49,16 +66,14 @@ def run_of(module: ModuleType, name: str, leaves: list[Tensor]) -> Callable[[], 
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    if find_spec("open_clip") is None:
+    if theirs() is None:
         print("open_clip is not installed: its losses are left out\n")
         return
-    from open_clip import loss as theirs
-
-    modules = {OURS: ours, THEIRS: theirs}
+    modules = {OURS: ours, THEIRS: theirs()}
     for name, (_, form) in LOSSES.items():
         for B, D in QUICK if quick else SHAPES[device]:
             leaves = draw(name, FOR_ERRORS, D, device, DTYPE[device])
-            exact = run_of(theirs, name, [x.detach().double().requires_grad_() for x in leaves])()
+            exact = run_of(theirs(), name, [x.detach().double().requires_grad_() for x in leaves])()
             errors = dict.fromkeys(modules, math.nan)
             for who, module in modules.items():
                 with noting(who, {}):

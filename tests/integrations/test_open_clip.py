@@ -1,5 +1,6 @@
 """open_clip's losses: what theirs and the definition give, without a matrix of scores."""
 
+import functools
 import inspect
 import re
 from argparse import Namespace
@@ -15,10 +16,10 @@ from clip_cases import (
     descend,
     inputs,
     refuse,
-    theirs,
 )
 from gates import draw, error, gates
 
+from bench.cases.open_clip import theirs
 from bench.processes import processes
 from rankpo_fast.integrations import open_clip as ours
 
@@ -75,10 +76,14 @@ def agree(equal, whose, option, got, want):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_numbers_may_be_rows_of_one(name):
-    """As `nonscalar_logit_scale` of a model has them."""
+def test_what_open_clip_train_passes_and_takes(name):
+    """A dict of losses to sum; scale and bias are rows of one with `nonscalar_logit_scale`."""
     numbers = [torch.tensor([x], requires_grad=True) for x in (10.0, -3.0)]
-    loss = getattr(ours, name)()(*features(5, 8, torch.float32), *numbers)
+    of_loss = getattr(ours, name)()
+    leaves = *features(5, 8, torch.float32), *numbers
+    said = of_loss(*leaves, output_dict=True)
+    assert said == {"contrastive_loss": of_loss(*leaves)}
+    loss = sum(said.values())
     assert loss.shape == () and [x.shape for x in torch.autograd.grad(loss, numbers)] == [(1,)] * 2
 
 
@@ -168,7 +173,7 @@ def curve(loss, model, batches):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
     for batch in batches:
-        value = sum(loss(**model(*batch), output_dict=True).values())
+        value = loss(**model(*batch))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -176,23 +181,25 @@ def curve(loss, model, batches):
     return torch.tensor([*values, model.logit_scale.item()])
 
 
-@needs_theirs
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_model_of_theirs_trains_alike(name):
-    open_clip = pytest.importorskip("open_clip")
+def model_of_theirs(open_clip):
     vision = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 8}
     text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
-    draws = torch.Generator().manual_seed(1)
-    images = torch.randn(2, 16, 3, 8, 8, generator=draws)
-    tokens = torch.randint(1, 20, (2, 16, 6), generator=draws)
-    batches = [(images[i % 2], tokens[i % 2]) for i in range(30)]
-    curves = []
-    for module in (ours, theirs()):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = open_clip.CLIP(16, vision, text, init_logit_bias=-3.0, output_dict=True)
-        curves.append(curve(getattr(module, name)(), model, batches))
-    got, want = curves
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_clip.CLIP(16, vision, text, init_logit_bias=-3.0, output_dict=True)
+
+
+@pytest.mark.parametrize("whose", WHOSE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_a_training_are_the_same(name, whose):
+    make, batches = Towers, [inputs(16, seed=seed) for seed in (1, 2)]
+    if whose == "open_clip":
+        make = functools.partial(model_of_theirs, pytest.importorskip("open_clip"))
+        draws = torch.Generator().manual_seed(1)
+        images = torch.randn(2, 16, 3, 8, 8, generator=draws)
+        tokens = torch.randint(1, 20, (2, 16, 6), generator=draws)
+        batches = list(zip(images, tokens, strict=True))
+    got, want = (curve(loss, make(), batches * 15) for loss in losses(name, whose))
     assert want[29] < 0.8 * want[0]
     assert (got - want).abs().max() < 1e-4
 
