@@ -1,4 +1,4 @@
-"""open_clip's losses in plain torch and as they are, towers to train with them, and what ranks do.
+"""open_clip's losses in plain torch, towers to train with them, and what ranks do.
 
 Images and texts are rows of numbers, features are of 8 dims.
 """

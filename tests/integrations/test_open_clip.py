@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from clip_cases import (
     DEFINITIONS,
     Towers,
@@ -46,10 +47,8 @@ def results(loss, image_features, text_features, scale, bias=-3.0, autocast=Fals
     return [value, *torch.autograd.grad(value, leaves, allow_unused=True)]
 
 
-def features(B, D, dtype, converged=False):
-    return [
-        torch.nn.functional.normalize(x).to(dtype) for x in draw(B, B, D, torch.float64, False)[:2]
-    ]
+def features(B, D, dtype):
+    return [F.normalize(x).to(dtype) for x in draw(B, B, D, torch.float64, False)[:2]]
 
 
 @pytest.mark.parametrize("whose", WHOSE)
