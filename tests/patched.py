@@ -2,13 +2,16 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from gates import error
+from rank_runs import start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -78,7 +81,9 @@ def embedders(room: str) -> ModuleType:
 
 def bi_encoder(dropout: float = 0.1, **settings) -> nn.Module:
     model = embedders("encoder_only.base").BiEncoderOnlyEmbedderModel
-    return model(backbone(dropout), **{"temperature": 0.02, "normalize_embeddings": True} | settings)
+    return model(
+        backbone(dropout), **{"temperature": 0.02, "normalize_embeddings": True} | settings
+    )
 
 
 # --- Tevatron ---
@@ -188,6 +193,21 @@ def split(side: dict, rows: int) -> list[dict]:
 
 
 # --- ranks ---
+
+
+def on_two_ranks(directory: Path, function: Callable, *args) -> list:
+    """What it answers on each of two gloo ranks."""
+    ended = start(2, directory / "ranks", _in_group, function, *args).ended()
+    assert [rank.code for rank in ended] == [0, 0], "\n".join([rank.said for rank in ended])
+    return [rank.answer for rank in ended]
+
+
+def _in_group(function, *args):
+    dist.init_process_group("gloo")
+    answer = function(*args)
+    dist.destroy_process_group()
+    return answer
+
 
 ADAPTERS = {bi_encoder: flag_embedding, encoder: tevatron, dense_model: tevatron}
 ACROSS = {bi_encoder: {"negatives_cross_device": True}}

@@ -1,7 +1,7 @@
 """What the patches of FlagEmbedding and Tevatron share: methods that stand in for a library's until
 they are taken back, and the loss that both libraries compute.
 
-    loss = mean over queries i of the W ranks of cross entropy(q_i . p_j / temperature, own positive)
+    loss = mean over queries i of all ranks of cross_entropy(q_i . p_j / temperature, positive of i)
 
 Both gather the rows of all ranks, keep the gradients of their own and compute this on every rank.
 M queries, N passages of a rank, D dims.

@@ -1,16 +1,16 @@
 """Tevatron's encoders patched: their losses, gradients and trainings, on the same seeds."""
 
-import contextlib
 import copy
+import importlib
+from types import SimpleNamespace
 
 import patched
 import pytest
 import torch
 from gates import error
-from patched import batch, cached_step, loss_and_gradients
+from patched import batch, cached_step, loss_and_gradients, on_two_ranks
 from problems import NoMatrix
 
-from bench.processes import processes
 from rankpo_fast.integrations.tevatron import GradCacheLoss, apply_to
 
 
@@ -133,26 +133,87 @@ def test_tevatrons_own_cached_loss_leaves_out_the_temperature():
     assert error(ours[0], theirs[0]) < 1e-5 and error(ours[1], theirs[1]) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    pytest.importorskip("tevatron")
-    with processes(2, tmp_path_factory.mktemp("ranks")) as ask:
-        yield ask
-
-
 @pytest.mark.parametrize(
-    "build, temperature", [(patched.encoder, 0.02), (patched.dense_model, 1.0)], ids=["now", "0.1.0"]
+    "build, temperature",
+    [(patched.encoder, 0.02), (patched.dense_model, 1.0)],
+    ids=["now", "0.1.0"],
 )
-def test_two_ranks_have_the_gradient_of_one_process(ranks, build, temperature):
-    for answer in ranks(patched.across_ranks, build, 2, temperature):
+def test_two_ranks_have_the_gradient_of_one_process(build, temperature, tmp_path):
+    if build is patched.dense_model:
+        pytest.importorskip("tevatron")
+    for answer in on_two_ranks(tmp_path, patched.across_ranks, build, 2, temperature):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["their loss"] == pytest.approx(2, rel=1e-5)  # each logs it over two
         assert answer["scale"] == pytest.approx(1, rel=1e-5) and answer["direction"] < 1e-5
 
 
-def test_a_gradient_cache_across_two_ranks(ranks):
-    pytest.importorskip("gradcache")
-    for answer in ranks(patched.cached_across_ranks, 1.0):
+def test_a_gradient_cache_across_two_ranks(tmp_path):
+    pytest.importorskip("gradcache"), pytest.importorskip("tevatron")
+    for answer in on_two_ranks(tmp_path, patched.cached_across_ranks, 1.0):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["loss of one"] == pytest.approx(2, rel=1e-5)
         assert answer["gradient of one"] < 1e-5
+
+
+def trained(build, directory, cached=False, loss_fn=None):
+    """The losses of 20 steps by Tevatron 0.1.0's trainer, which Trainer has outgrown in the details
+    named here."""
+    from tevatron import trainer as theirs
+    from tevatron.arguments import DenseTrainingArguments
+
+    class Outgrown:
+        scaler = None
+
+        def compute_loss(self, model, inputs, **_):
+            return super().compute_loss(model, inputs)
+
+        def training_step(self, model, inputs, _=None):
+            return super().training_step(model, inputs)
+
+    patched.grad_cache()
+    theirs = importlib.reload(theirs)  # for grad_cache by its name
+    base = theirs.GCTrainer if cached else theirs.DenseTrainer
+    arguments = DenseTrainingArguments(
+        output_dir=str(directory), max_steps=20, per_device_train_batch_size=6, learning_rate=3e-3,
+        logging_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        gc_q_chunk_size=4, gc_p_chunk_size=4,
+    )  # fmt: skip
+    queries, passages = batch(24, 2)
+    rows = [
+        ({k: x[i] for k, x in queries.items()}, {k: x[2 * i : 2 * i + 2] for k, x in passages.items()})
+        for i in range(24)
+    ]
+
+    def collate(chosen):
+        sides = zip(*chosen, strict=True)
+        stack = (torch.stack, torch.cat)
+        return [{k: s([x[k] for x in side]) for k in side[0]} for s, side in zip(stack, sides, strict=True)]
+
+    model = build()
+    model.data_args = SimpleNamespace(train_n_passages=2)
+    trainer = type("Trainer", (Outgrown, base), {})(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate
+    )
+    if loss_fn is not None:
+        trainer.gc.loss_fn = loss_fn
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def small_dense_model():
+    return patched.dense_model(group=2)
+
+
+@pytest.mark.parametrize("build", [patched.encoder, small_dense_model], ids=["now", "0.1.0"])
+def test_their_trainer_trains_the_same(build, tmp_path):
+    theirs = trained(build, tmp_path)
+    with apply_to(type(build())):
+        ours = trained(build, tmp_path)
+    assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
+    assert sum(ours[-5:]) < sum(ours[:5])
+
+
+def test_their_cached_trainer_trains_the_same(tmp_path):
+    theirs = trained(small_dense_model, tmp_path, cached=True)
+    ours = trained(small_dense_model, tmp_path, cached=True, loss_fn=GradCacheLoss(1.0))
+    assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
