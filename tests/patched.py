@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -62,6 +63,16 @@ def loss_and_gradients(model: nn.Module, texts: tuple, **more) -> tuple[Tensor, 
     loss = model(*texts, **more).loss
     loss.backward()
     return loss.detach(), gradient(model)
+
+
+def run_example(name: str, directory: Path, monkeypatch) -> None:
+    """Call its `main`, and take back the patch that a script may leave."""
+    example = importlib.import_module(f"rankpo_fast.integrations.examples.{name}")
+    monkeypatch.chdir(directory)
+    with ExitStack() as patches:
+        apply_to = example.apply_to
+        monkeypatch.setattr(example, "apply_to", lambda x: patches.enter_context(apply_to(x)))
+        example.main()
 
 
 def gradient(model: nn.Module) -> Tensor:

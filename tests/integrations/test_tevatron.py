@@ -1,7 +1,6 @@
 """Tevatron's encoders patched: their losses, gradients and trainings, on the same seeds."""
 
 import copy
-import importlib
 from types import SimpleNamespace
 
 import patched
@@ -158,6 +157,8 @@ def test_a_gradient_cache_across_two_ranks(tmp_path):
 def trained(build, directory, cached=False, loss_fn=None):
     """The losses of 20 steps by Tevatron 0.1.0's trainer, which Trainer has outgrown in the details
     named here."""
+    pytest.importorskip("tevatron"), pytest.importorskip("gradcache")
+    patched.grad_cache()  # which their trainer imports by that name
     from tevatron import trainer as theirs
     from tevatron.arguments import DenseTrainingArguments
 
@@ -170,8 +171,6 @@ def trained(build, directory, cached=False, loss_fn=None):
         def training_step(self, model, inputs, _=None):
             return super().training_step(model, inputs)
 
-    patched.grad_cache()
-    theirs = importlib.reload(theirs)  # for grad_cache by its name
     base = theirs.GCTrainer if cached else theirs.DenseTrainer
     arguments = DenseTrainingArguments(
         output_dir=str(directory), max_steps=20, per_device_train_batch_size=6, learning_rate=3e-3,
@@ -180,14 +179,19 @@ def trained(build, directory, cached=False, loss_fn=None):
     )  # fmt: skip
     queries, passages = batch(24, 2)
     rows = [
-        ({k: x[i] for k, x in queries.items()}, {k: x[2 * i : 2 * i + 2] for k, x in passages.items()})
+        (
+            {key: x[i] for key, x in queries.items()},
+            {key: x[2 * i : 2 * i + 2] for key, x in passages.items()},
+        )
         for i in range(24)
     ]
 
     def collate(chosen):
-        sides = zip(*chosen, strict=True)
-        stack = (torch.stack, torch.cat)
-        return [{k: s([x[k] for x in side]) for k in side[0]} for s, side in zip(stack, sides, strict=True)]
+        of_query, of_passages = zip(*chosen, strict=True)
+        return (
+            {key: torch.stack([x[key] for x in of_query]) for key in of_query[0]},
+            {key: torch.cat([x[key] for x in of_passages]) for key in of_passages[0]},
+        )
 
     model = build()
     model.data_args = SimpleNamespace(train_n_passages=2)
@@ -217,3 +221,10 @@ def test_their_cached_trainer_trains_the_same(tmp_path):
     theirs = trained(small_dense_model, tmp_path, cached=True)
     ours = trained(small_dense_model, tmp_path, cached=True, loss_fn=GradCacheLoss(1.0))
     assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_example_trains(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tevatron")
+    patched.run_example("tevatron", tmp_path, monkeypatch)
+    first, last = capsys.readouterr().out.splitlines()[-2:]
+    assert float(last.split()[-1]) < float(first.split()[-1]) / 2
