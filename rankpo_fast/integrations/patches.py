@@ -76,9 +76,9 @@ def in_batch_loss(
 def refuse_other_losses(
     model: nn.Module, similarity: Callable, loss: Callable, temperature: float
 ) -> None:
-    """Raise ValueError unless two queries and three passages show that the model's own methods, which
-    are not called for a fused loss, make mean cross entropy of dot products. On the CPU, so that no
-    device is waited for."""
+    """Raise ValueError unless the model's own methods, which a fused loss does not call, make mean
+    cross entropy of dot products. Two queries and three passages on the CPU tell, so that no device
+    is waited for."""
     q = torch.tensor([[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]], device="cpu")
     p = torch.tensor([[1.0, 1.0, 0.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]], device="cpu")
     labels = torch.tensor([1, 2], device="cpu")

@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaModel
 
 from rankpo_fast.integrations.flag_embedding import apply_to
 
-pytest.importorskip("datasets")
 if not patched.util.find_spec("FlagEmbedding"):
     pytest.skip("FlagEmbedding is not installed", allow_module_level=True)
 
