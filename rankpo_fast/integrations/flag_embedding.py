@@ -4,9 +4,9 @@
 
     apply_to(BiEncoderOnlyEmbedderModel)  # or AbsEmbedderModel, for all; or one model
 
-Tried with FlagEmbedding 1.4.2 and transformers 5.23 (1.3.3 has the same methods). `import
-FlagEmbedding` itself fails with transformers 5.24, which no longer has the module
-`modeling_attn_mask_utils` that one of its rerankers imports; its embedders do work there.
+Tried with FlagEmbedding 1.4.2; the methods of 1.3.3 are the same, but its runner needs transformers
+4. Take transformers 5.23 or older: 5.24 has no `modeling_attn_mask_utils` any more, which one of
+FlagEmbedding's rerankers and so `import FlagEmbedding` needs. What trains embedders works there.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,11 @@ def apply_to(model: type | nn.Module) -> ExitStack:
     """
     require("FlagEmbedding", "1.3.3", "1.4.2")
 
+    in_batch, cross_device = "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"
+
     def fused(theirs: Callable) -> Callable:
+        across_devices = theirs.__name__ == cross_device
+
         def compute_loss(
             self,
             q_reps: Tensor,
@@ -58,10 +62,9 @@ def apply_to(model: type | nn.Module) -> ExitStack:
                 return theirs(self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
             score = compute_score_func or self.compute_score
             refuse_other_losses(self, score, self.compute_loss, self.temperature)
-            group = dist.group.WORLD if self.negatives_cross_device else None
+            group = dist.group.WORLD if across_devices else None
             return None, in_batch_loss(q_reps, p_reps, self.temperature, group)
 
         return compute_loss
 
-    names = ("_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss")
-    return replaced(model, dict.fromkeys(names, fused))
+    return replaced(model, {in_batch: fused, cross_device: fused})
