@@ -4,9 +4,9 @@
 
     apply_to(BiEncoderOnlyEmbedderModel)  # or AbsEmbedderModel, for all; or one model
 
-Tried with FlagEmbedding 1.4.2; the methods of 1.3.3 are the same, but its runner needs transformers
-4. Take transformers 5.23 or older: 5.24 has no `modeling_attn_mask_utils` any more, which one of
-FlagEmbedding's rerankers and so `import FlagEmbedding` needs. What trains embedders works there.
+Tried with FlagEmbedding 1.4.1, the first whose trainer runs with transformers 5, and 1.4.2; with
+transformers 5.23. With 5.24 `import FlagEmbedding` fails, since one of its rerankers imports
+`modeling_attn_mask_utils`, which is gone; its parts that train embedders work there too.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,11 @@ def apply_to(model: type | nn.Module) -> ExitStack:
         `_compute_in_batch_neg_loss` and `_compute_cross_device_neg_loss` have this `__module__`.
 
     Raises:
-        ImportError: FlagEmbedding is not installed, or older than 1.3.3.
+        ImportError: FlagEmbedding is not installed, or older than 1.4.1.
         ValueError: the model has no such methods, or has been given these before; in training, if
             it scores by something else than dot products, or passages do not divide by queries.
     """
-    require("FlagEmbedding", "1.3.3", "1.4.2")
-
+    require("FlagEmbedding", "1.4.1", "1.4.1 and 1.4.2")
     in_batch, cross_device = "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"
 
     def fused(theirs: Callable) -> Callable:

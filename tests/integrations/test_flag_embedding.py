@@ -188,9 +188,9 @@ def test_what_cannot_be_fused_is_named():
         apply_to(nn.Linear)
 
 
-def test_versions_without_the_hooks_are_refused(monkeypatch):
-    monkeypatch.setattr(metadata, "version", lambda name: "1.2.11")
-    with pytest.raises(ImportError, match="FlagEmbedding >= 1.3.3 .* and 1.2.11 is installed"):
+def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "1.4.0")
+    with pytest.raises(ImportError, match="FlagEmbedding >= 1.4.1 .* and 1.4.0 is installed"):
         apply_to(nn.Linear)
 
 
