@@ -4,8 +4,8 @@
     trainer.gc.loss_fn = GradCacheLoss(model.temperature, torch.distributed.group.WORLD)
 
 Tried with the DenseModel of tevatron 0.1.0 from PyPI, which has no temperature, and with a model
-built as those of its repository since 2024 (tevatron.retriever). Version numbers tell them not
-apart, so what is asked for are the methods.
+built as those of its repository (tevatron.retriever). Version numbers do not tell them apart: the
+repository says 0.0.1. So methods are asked for instead.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,6 @@ def apply_to(model: type | nn.Module) -> ExitStack:
             before; in training, if it scores by something else than dot products, or passages do
             not divide by queries.
     """
-
     for name in ("encode_query", "encode_passage"):
         if not hasattr(model, name):
             raise ValueError(f"{model} has no method {name}: give one of Tevatron's encoders")
