@@ -212,7 +212,7 @@ class ContrastiveTrainer(EmbeddingTrainer):
             return super().compute_loss(model, inputs, return_outputs)
         loss = model(**inputs).loss
         if loss is None:
-            raise ValueError(f"{type(self.model).__name__} returns no loss: evaluate without it")
+            raise ValueError(f"{type(self.model).__name__} returns no loss in evaluation")
         return (loss, None) if return_outputs else loss
 
     def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:

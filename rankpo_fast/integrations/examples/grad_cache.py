@@ -39,9 +39,9 @@ def main() -> None:
         return pool_padded(model(**tokens).last_hidden_state, tokens.attention_mask, "mean")
 
     for step in range(10):
-        rows = random.Random(step).sample(world.triplets, 64)
+        rows = random.Random(step).sample(world.triplets, 32)
         passages = [row[key] for row in rows for key in ("positive", "negative")]
-        loss = backward(embed, [row["query"] for row in rows], passages, size=16)
+        loss = backward(embed, [row["query"] for row in rows], passages, size=8)
         optimizer.step()
         optimizer.zero_grad()
         if step in (0, 9):
