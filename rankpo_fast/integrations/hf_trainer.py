@@ -85,8 +85,6 @@ class EmbeddingTrainer(Trainer):
             trainer["processing_class"] = tokenizer
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         args.remove_unused_columns = False  # columns are those of texts, not the model's arguments
-        if args.ddp_broadcast_buffers is None:  # else the second forward of a step writes over
-            args.ddp_broadcast_buffers = False  # what the backward of the first one needs
         self.pooling = pooling
         self._sums: dict[bool, dict[str, Tensor]] = {}  # by whether in training
         super().__init__(model, args, **trainer)
@@ -98,7 +96,8 @@ class EmbeddingTrainer(Trainer):
         return model
 
     def _freeze_pooler(self, model: nn.Module) -> None:
-        """Of BERT's kind: it would get no gradient, which DDP waits for."""
+        """Of BERT's kind: it gets no gradient, for which DDP waits where it does not look for such
+        parameters, as with gradient checkpointing."""
         pooler = getattr(model, "pooler", None) if isinstance(model, PreTrainedModel) else None
         if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
             pooler.requires_grad_(False)

@@ -5,7 +5,7 @@ accelerate launch -m rankpo_fast.integrations.examples.accelerate
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from transformers import AutoModel
 
 from rankpo_fast import InfoNCELoss
@@ -14,9 +14,7 @@ from rankpo_fast.model.pooling import pool_padded
 
 
 def main() -> None:
-    # a step embeds twice: the second time must not write over what backward needs of the first
-    twice = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(gradient_accumulation_steps=2, kwargs_handlers=[twice])
+    accelerator = Accelerator(gradient_accumulation_steps=2)
     with accelerator.main_process_first():
         world = small_world()
     model, collate = AutoModel.from_pretrained(world.model), collator(world.model)
