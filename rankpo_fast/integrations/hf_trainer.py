@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH
 from rankpo_fast.integrations import require
@@ -39,7 +40,6 @@ require("transformers", "5", tried="5.0.0 and 5.24.0")
 require("accelerate", "1.1", tried="1.15.0")
 
 from accelerate.utils import gather_object  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ class EmbeddingTrainer(Trainer):
         trainer: all others of transformers' Trainer.
     """
 
-    loss_is_scaled_for_ga = False  # so that the Trainer divides by the number of micro-batches
-
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -88,6 +86,7 @@ class EmbeddingTrainer(Trainer):
         self.pooling = pooling
         self._sums: dict[bool, dict[str, Tensor]] = {}  # by whether in training
         super().__init__(model, args, **trainer)
+        self.model_accepts_loss_kwargs = False  # so it divides by the number of micro-batches
         self._freeze_pooler(self.model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -182,9 +181,12 @@ class ContrastiveTrainer(EmbeddingTrainer):
     ModelForTraining, is trained by that; then neither pooling nor `loss` have a say.
 
     Args:
-        loss: default InfoNCELoss(process_group=dist.group.WORLD) where there are several ranks,
-            and there InfoNCELoss() keeps to the negatives of each rank.
+        loss: default `InfoNCELoss(process_group=dist.group.WORLD)` where there are several ranks;
+            `InfoNCELoss()` leaves each with its own negatives.
         more: `EmbeddingTrainer`'s.
+
+    Raises:
+        ValueError: a loss of another kind, or a batch that does not fit.
     """
 
     def __init__(
@@ -199,6 +201,8 @@ class ContrastiveTrainer(EmbeddingTrainer):
             raise ValueError(f"loss must be an InfoNCELoss, got {type(loss).__name__}")
         if loss is not None and loss.log_scale is not None:
             raise ValueError("loss learns its temperature, which no optimizer here would step")
+        if loss is not None and loss.options.get("reduction", "mean") != "mean":
+            raise ValueError("loss must have reduction='mean': steps and ranks are averaged")
         super().__init__(model, args, **more)
         ranks = dist.group.WORLD if self.args.world_size > 1 else None
         self.loss = InfoNCELoss(process_group=ranks) if loss is None else loss
@@ -283,6 +287,7 @@ class RankPOTrainer(EmbeddingTrainer):
         peft_config: `model` becomes `get_peft_model(model, peft_config)`.
         compute_metrics: of predictions [rows, 2], similarities of chosen and rejected, and of
             label_ids [rows], all 0.
+        pooling: "last" as in the original, or as in `EmbeddingTrainer`.
 
     Raises:
         ValueError: naming the row that is no pair, or the argument that is missing.
@@ -375,22 +380,20 @@ class RankPOTrainer(EmbeddingTrainer):
                 f"rejected of each"
             )
         q, c, r = queries, passages[::2], passages[1::2]
-        reference_B2 = batch.get("reference")
-        margins = None if reference_B2 is None else reference_B2[:, 0] - reference_B2[:, 1]
+        margins, reference = None, 0.0
+        if "reference" in batch:
+            reference_B2 = batch["reference"].view(torch.float32)
+            margins, reference = reference_B2[:, 0] - reference_B2[:, 1], reference_B2.mean(0)
         loss, dq, dc, dr, stats = rankpo_loss_and_grads(
             q, c, r, reference_margins=margins, **self.options
         )
-        sft, rankpo = self.options["sft_weight"], self.options["rankpo_weight"]
-        temperature, parts, sft_loss = self.options["temperature"], {}, 0.0
+        metrics = stats.metrics(self.options["beta"], reference)
+        sft, rankpo, sft_loss = self.options["sft_weight"], self.options["rankpo_weight"], 0.0
         if sft:
-            sft_loss = rankpo_loss(
-                q, c, r, temperature=temperature, sft_weight=1.0, rankpo_weight=0.0
-            )
-            parts["sft_loss"] = sft_loss
+            alone = self.options | {"sft_weight": 1.0, "rankpo_weight": 0.0}
+            metrics["sft_loss"] = sft_loss = rankpo_loss(q, c, r, **alone)
         if rankpo:
-            parts["rankpo_loss"] = (loss - sft * sft_loss) / rankpo
-        reference = 0.0 if reference_B2 is None else reference_B2.mean(0)
-        metrics = parts | stats.metrics(self.options["beta"], reference)
+            metrics["rankpo_loss"] = (loss - sft * sft_loss) / rankpo
         return loss, dq, torch.stack([dc, dr], 1).flatten(0, 1), metrics
 
 
@@ -401,8 +404,9 @@ class _WithReference:
     collate: Callable
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        reference_B2 = torch.tensor([row["reference"] for row in rows])
-        return {**self.collate(rows), "reference": reference_B2}
+        reference_B2 = torch.tensor([row["reference"] for row in rows], dtype=torch.float32)
+        # as integers: under DeepSpeed the Trainer rounds a batch's floats to the model's dtype
+        return {**self.collate(rows), "reference": reference_B2.view(torch.int32)}
 
 
 @contextmanager
@@ -440,8 +444,7 @@ def _tokenized(rows: Any, tokenizer: Any, args: RankPOArguments) -> "Dataset":
             with_indices=True,
             fn_kwargs={
                 "tokenizer": tokenizer,
-                "max_query_length": args.max_query_length,
-                "max_passage_length": args.max_passage_length,
+                "limits": (args.max_query_length, *[args.max_passage_length] * 2),
             },
             remove_columns=rows.column_names,
             num_proc=args.dataset_num_proc,
@@ -449,23 +452,17 @@ def _tokenized(rows: Any, tokenizer: Any, args: RankPOArguments) -> "Dataset":
         )
 
 
-def _tokens(
-    row: dict, number: int, tokenizer: Any, max_query_length: int, max_passage_length: int
-) -> dict[str, dict]:
+def _tokens(row: dict, number: int, tokenizer: Any, limits: tuple[int, ...]) -> dict[str, dict]:
     for key in ("query", "passage1", "passage2"):
         if not isinstance(row.get(key), str):
             raise ValueError(f"row {number}: {key!r} must be a text, got {row.get(key)!r}")
-    if row.get("preferred") not in ("A", "B"):
-        raise ValueError(
-            f"row {number}: 'preferred' must be 'A' or 'B', got {row.get('preferred')!r}"
-        )
-    chosen, rejected = row["passage1"], row["passage2"]
-    if row["preferred"] == "B":
-        chosen, rejected = rejected, chosen
-    limits = {"query": max_query_length, "chosen": max_passage_length}
-    limits["rejected"] = max_passage_length
-    texts = {"query": row["query"], "chosen": chosen, "rejected": rejected}
+    passages = {"A": ("passage1", "passage2"), "B": ("passage2", "passage1")}
+    preferred = row.get("preferred")
+    if preferred not in passages:
+        raise ValueError(f"row {number}: 'preferred' must be 'A' or 'B', got {preferred!r}")
     return {
-        name: dict(tokenizer(text, max_length=limits[name], truncation=True))
-        for name, text in texts.items()
+        name: dict(tokenizer(row[key], max_length=limit, truncation=True))
+        for name, key, limit in zip(
+            ("query", "chosen", "rejected"), ("query", *passages[preferred]), limits, strict=True
+        )
     }

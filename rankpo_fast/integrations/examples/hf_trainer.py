@@ -13,7 +13,7 @@ def main() -> None:
     world = small_world()
     model = AutoModel.from_pretrained(world.model)
     tokenizer = AutoTokenizer.from_pretrained(world.model)
-    run = {"output_dir": "outputs/examples/hf_trainer", "learning_rate": 1e-3, "max_steps": 20,
+    run = {"output_dir": "outputs/examples/hf_trainer", "learning_rate": 1e-3, "max_steps": 10,
            "per_device_train_batch_size": 16, "logging_steps": 1, "report_to": "none"}  # fmt: skip
     first = ContrastiveTrainer(
         model, TrainingArguments(**run), pooling="mean", tokenizer=tokenizer,
