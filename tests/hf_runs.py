@@ -111,7 +111,6 @@ def arguments(directory, kind=TrainingArguments, **more):
         "use_cpu": True,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "remove_unused_columns": kind is not TrainingArguments,  # ours does without
     }
     return kind(**settings | more)
 
@@ -127,7 +126,7 @@ def curve(trainer, resume=None):
 
 
 def trained(directory, model, tokenizer, *, stage=1, across=True, **more):
-    """Gradient descent by ours: (losses, weights)."""
+    """Gradient descent by ours: (losses, metrics, weights)."""
     more = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0} | more
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as BERT has it
     model = AutoModel.from_pretrained(model, **dropout)

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -310,9 +311,7 @@ class RankPOTrainer(EmbeddingTrainer):
         compute_metrics: Callable | None = None,
         pooling: str = "last",
     ):  # fmt: skip
-        own = {field.name for field in fields(RankPOArguments)}
-        own -= {field.name for field in fields(TrainingArguments)}
-        if missing := sorted(name for name in own if not hasattr(args, name)):
+        if missing := [name for name in RankPOArguments.__annotations__ if not hasattr(args, name)]:
             raise ValueError(f"args must be RankPOArguments, or have their {', '.join(missing)}")
         if tokenizer is None:
             raise ValueError("tokenizer is missing: rows are texts")
@@ -322,8 +321,8 @@ class RankPOTrainer(EmbeddingTrainer):
                 if args.reference_free
                 else "reference_free=False needs a ref_model: the model itself will do"
             )
-        self.options = {field.name: getattr(args, field.name) for field in fields(MarginOptions)}
-        MarginOptions(**self.options)  # names what is wrong
+        margin = {field.name: getattr(args, field.name) for field in fields(MarginOptions)}
+        self.options = vars(MarginOptions(**margin))  # which names what is wrong
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -333,10 +332,7 @@ class RankPOTrainer(EmbeddingTrainer):
             ref_model = model if itself else ref_model
         if data_collator is None:
             data_collator = RankPODataCollatorWithPadding(tokenizer.pad_token_id)
-
-        def tokenized(rows):
-            return _tokenized(rows, tokenizer, args)
-
+        tokenized = partial(_tokenized, tokenizer, args)
         super().__init__(
             model, args, pooling=pooling, tokenizer=tokenizer, data_collator=data_collator,
             train_dataset=_each(tokenized, train_dataset),
@@ -347,12 +343,10 @@ class RankPOTrainer(EmbeddingTrainer):
         if args.disable_dropout:
             _drop_nothing(self.model)
         if ref_model is not None:
+            referenced = partial(self._referenced, ref_model)
             with _at_rest(ref_model, self.args.device):
-                for name in ("train_dataset", "eval_dataset"):
-                    rows = _each(
-                        lambda rows: self._referenced(rows, ref_model), getattr(self, name)
-                    )
-                    setattr(self, name, rows)
+                self.train_dataset = _each(referenced, self.train_dataset)
+                self.eval_dataset = _each(referenced, self.eval_dataset)
             self.data_collator = _WithReference(data_collator)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -362,7 +356,7 @@ class RankPOTrainer(EmbeddingTrainer):
         return model
 
     @torch.no_grad()
-    def _referenced(self, rows: "Dataset", model: nn.Module) -> "Dataset":
+    def _referenced(self, model: nn.Module, rows: "Dataset") -> "Dataset":
         """Rows with `reference`, similarities of chosen and of rejected; each rank computes its
         share."""
         share = rows.shard(self.args.world_size, self.args.process_index, contiguous=True)
@@ -414,8 +408,10 @@ def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
     """In eval mode on the device; afterwards as and where it was."""
     home, training = next(model.parameters()).device, model.training
     model.to(device).eval()
-    yield
-    model.to(home).train(training)
+    try:
+        yield
+    finally:
+        model.to(home).train(training)
 
 
 def _drop_nothing(model: nn.Module) -> None:
@@ -431,21 +427,19 @@ def _each(change: Callable, datasets: Any) -> Any:
     return None if datasets is None else change(datasets)
 
 
-def _tokenized(rows: Any, tokenizer: Any, args: RankPOArguments) -> "Dataset":
+def _tokenized(tokenizer: Any, args: RankPOArguments, rows: Any) -> "Dataset":
     """Rows {"query", "chosen", "rejected"} of token ids and masks."""
-    require("datasets", "2.20", tried="5.2.0")
+    require("datasets", "2.20", tried="4.4.1 and 5.2.0")
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
         rows = Dataset.from_list(list(rows))
+    limits = (args.max_query_length, *[args.max_passage_length] * 2)
     with args.main_process_first(desc="tokenising"):
         return rows.map(
             _tokens,
             with_indices=True,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "limits": (args.max_query_length, *[args.max_passage_length] * 2),
-            },
+            fn_kwargs={"tokenizer": tokenizer, "limits": limits},
             remove_columns=rows.column_names,
             num_proc=args.dataset_num_proc,
             desc="Tokenizing",
@@ -456,13 +450,12 @@ def _tokens(row: dict, number: int, tokenizer: Any, limits: tuple[int, ...]) -> 
     for key in ("query", "passage1", "passage2"):
         if not isinstance(row.get(key), str):
             raise ValueError(f"row {number}: {key!r} must be a text, got {row.get(key)!r}")
-    passages = {"A": ("passage1", "passage2"), "B": ("passage2", "passage1")}
-    preferred = row.get("preferred")
-    if preferred not in passages:
+    preferred, passages = row.get("preferred"), ("passage1", "passage2")
+    if preferred not in ("A", "B"):
         raise ValueError(f"row {number}: 'preferred' must be 'A' or 'B', got {preferred!r}")
+    keys = ("query", *(passages if preferred == "A" else passages[::-1]))
+    names = ("query", "chosen", "rejected")
     return {
         name: dict(tokenizer(row[key], max_length=limit, truncation=True))
-        for name, key, limit in zip(
-            ("query", "chosen", "rejected"), ("query", *passages[preferred]), limits, strict=True
-        )
+        for name, key, limit in zip(names, keys, limits, strict=True)
     }

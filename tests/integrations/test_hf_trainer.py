@@ -75,7 +75,7 @@ def rankpo(model, tokenizer, directory, rows=30, reference=None, **more):
 
 
 def plain(model, tokenizer, directory, kind=Plain, rows=triplets, **more):
-    args = arguments(directory, **more)
+    args = arguments(directory, remove_unused_columns=False, **more)
     return kind(model, args, data_collator=Collator(tokenizer), train_dataset=rows(30))
 
 
@@ -279,7 +279,7 @@ def test_compute_loss_func_would_double_them(tmp_path, tiny_tokenizer, llama):
 
     more, gradient = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER, Gradients()
     trainer = Trainer(
-        Vectors(), arguments(tmp_path, **more), data_collator=Collator(tiny_tokenizer),
+        Vectors(), arguments(tmp_path, remove_unused_columns=False, **more), data_collator=Collator(tiny_tokenizer),
         train_dataset=triplets(8), callbacks=[gradient],
         compute_loss_func=lambda vectors, *_, **__: info_nce_loss(*vectors),
     )  # fmt: skip
@@ -603,7 +603,10 @@ def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, tiny_lla
         (dict(model=llama, args=args, train_dataset=preferences(3)), "tokenizer is missing"),
         (dict(model=llama, args=own, **full), "reference_free=False needs a ref_model: the model"),
         (dict(model=llama, ref_model=llama, args=args, **full), "but reference_free=True"),
-        (dict(model=llama, args=arguments(tmp_path), **full), "have their beta, dataset_num_proc"),
+        (
+            dict(model=llama, args=arguments(tmp_path), **full),
+            "have their reference_free, beta, temp",
+        ),
         (dict(model=llama, args=args, pooling="max", **full), "pooling must be one of last, mean"),
         (dict(model=llama, args=pair_arguments(tmp_path, beta=0.0), **full), "beta must be > 0"),
         (dict(args=args, model_init=lambda: llama, peft_config=1, **full), "goes with model, not"),
