@@ -279,8 +279,8 @@ def test_compute_loss_func_would_double_them(tmp_path, tiny_tokenizer, llama):
 
     more, gradient = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER, Gradients()
     trainer = Trainer(
-        Vectors(), arguments(tmp_path, remove_unused_columns=False, **more), data_collator=Collator(tiny_tokenizer),
-        train_dataset=triplets(8), callbacks=[gradient],
+        Vectors(), arguments(tmp_path, remove_unused_columns=False, **more), callbacks=[gradient],
+        data_collator=Collator(tiny_tokenizer), train_dataset=triplets(8),
         compute_loss_func=lambda vectors, *_, **__: info_nce_loss(*vectors),
     )  # fmt: skip
     trainer.train()
