@@ -684,8 +684,7 @@ def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
         pytest.importorskip(name)
     name = f"rankpo_fast.integrations.examples.{name}"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    few = world._replace(triplets=world.triplets[:64], preferences=world.preferences[:48])
-    monkeypatch.setattr(examples, "small_world", lambda: few)
+    monkeypatch.setattr(examples, "small_world", lambda: world)
     monkeypatch.chdir(tmp_path)
     runpy.run_module(name, run_name="__main__")
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
