@@ -5,7 +5,8 @@ VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 # What the adapters are held against. Their dependencies are left out: they would bring torchvision,
 # which does not fit every torch, and much that no loss needs.
-PEERS := open_clip_torch==3.3.0 FlagEmbedding==1.4.2 tevatron==0.1.0 gradcache==0.0.1
+PEERS := open_clip_torch==3.3.0 FlagEmbedding==1.4.2 tevatron==0.1.0 gradcache==0.0.1 \
+	lightning==2.6.6 lightning-utilities torchmetrics
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
