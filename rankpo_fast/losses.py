@@ -29,8 +29,8 @@ class InfoNCELoss(nn.Module):
 
     options: what does not change with the batch (`rankpo_fast.ops.batch.InfoNCEOptions`):
     normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
-    margin_type, matryoshka_dims, matryoshka_weights, gradient_filter, workspace_bytes, backend,
-    process_group, exchange.
+    margin_type, matryoshka_dims, matryoshka_weights, hardness_mode, hardness_strength,
+    gradient_filter, workspace_bytes, backend, process_group, exchange.
     Wrong ones raise ValueError here.
     """
 

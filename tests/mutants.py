@@ -102,6 +102,18 @@ MUTANTS = [
         OPTIONS,
     ),
     Mutant(
+        "apart-repel", SCORES,
+        " & (owner_n != APART)[None, :]",
+        "",
+        OPTIONS,
+    ),
+    Mutant(
+        "gradients-without-hardness", SCORES,
+        "hard_mn - tl.load(row_slopes.lse",
+        "s_mn - tl.load(row_slopes.lse",
+        OPTIONS,
+    ),
+    Mutant(
         "columns-past-the-end", SCORES,
         "left_mn & mask_n[None, :]",
         "left_mn",
@@ -227,6 +239,12 @@ MUTANTS = [
         "union-keeps-the-first-top", SLOPES,
         "tl.maximum(a[0], b[0])\n    floor",
         "a[0]\n    floor",
+        gpu("hardest"),
+    ),
+    Mutant(
+        "hardest-by-its-logit", SLOPES,
+        "(of_rows if QP else of_qq)[5]",
+        "(of_rows if QP else of_qq)[0]",
         gpu("hardest"),
     ),
     Mutant(
@@ -441,6 +459,12 @@ MUTANTS = [
         CPU,
     ),
     Mutant(
+        "cpu-columns-with-hardness", CHUNKED,
+        "columns[level].add(x_rC, *want)",
+        "columns[level].add(self.hardened(x_rC, slab), *want)",
+        CPU,
+    ),
+    Mutant(
         "cpu-chunks-overwrite-dp", CHUNKED,
         "beta=0 if rows.start == 0 else 1",
         "beta=0",
@@ -463,6 +487,12 @@ MUTANTS = [
         "native-keeps-known-pairs", NATIVE,
         "s[in.known_columns[k]] = kMasked",
         "(void)k",
+        CPU,
+    ),
+    Mutant(
+        "native-moment-with-hardness", NATIVE,
+        "moment += e * (s[j] - hardest)",
+        "moment += e * (hard(s[j], j) - hardest)",
         CPU,
     ),
     # rankpo_fast/ops/common.py and batch.py
@@ -507,6 +537,12 @@ MUTANTS = [
         "ranks-labels-of-own-passages", ACROSS,
         "column + own.start",
         "column",
+        RANKS,
+    ),
+    Mutant(
+        "ranks-repelled-by-others-apart", ACROSS,
+        "own_N.clamp(max=-1)",
+        "own_N.clamp(-1, -1)",
         RANKS,
     ),
     Mutant(

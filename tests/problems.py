@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rankpo_fast.ops.batch import known_definition
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_definition
-from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations
+from rankpo_kernels.objective import APART, DIRECTIONS, PP, PQ, QP, QQ, Relations
 
 M, N, D = 19, 37, 24  # two small tiles of rows, two of columns, none full
 
@@ -30,10 +30,27 @@ GRID = {
     "one-short-prefix": (("ids",), {"dims": (11,), "dim_weights": (1.5,)}),
     "passage-to-query": (("ids",), {"directions": (PQ,)}),
     "query-to-query": (("positives",), {"directions": (QQ,)}),
-    "passage-to-passage": (("positives", "curated"), {"directions": (PP,)}),
+    "passage-to-passage": (("positives", "curated", "apart"), {"directions": (PP,)}),
     "both-ways": (("excluded",), {"directions": (QP, PQ), "label_smoothing": 0.1}),
     "both-ways-apart": ((), {"directions": (QP, PQ), "joint": False}),
     "symmetric": (("ids", "positives"), {"directions": (QP, PQ), "joint": False}),
+    "hard-in-batch": (
+        ("curated", "ids"), {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0},
+    ),
+    "hard-chosen": (
+        ("curated", "own"), {"hardness_mode": "hard_negatives", "hardness_strength": 5.0},
+    ),
+    "hard-both-ways": (
+        ("ids",),
+        {"hardness_mode": "all_negatives", "hardness_strength": 9.0, "directions": (QP, PQ)},
+    ),
+    "hard-everything": (
+        ("ids", "excluded", "positives", "own", "curated", "apart"),
+        {
+            "hardness_mode": "hard_negatives", "hardness_strength": 5.0, "directions": DIRECTIONS,
+            "label_smoothing": 0.2, "margin": 0.4, "dims": (9, 20), "dim_weights": (1.0, 0.3),
+        },
+    ),
     "everything-one-way": (
         ("ids", "excluded", "positives", "own", "curated"),
         {"margin": 0.4, "label_smoothing": 0.2, "dims": (9, 20), "dim_weights": (1.0, 0.3)},
@@ -103,6 +120,8 @@ def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
         fields["own_offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if "curated" in names:
         fields["curated_N"] = integers(M + 1, N) - 1
+        if "apart" in names:
+            fields["curated_N"][::3] = APART
     if "guide" in names:
         fields |= {"guide_queries": normal(M, 7), "guide_passages": normal(N, 7)}
     return q, p, own, Relations(**fields)

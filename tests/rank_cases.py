@@ -46,7 +46,7 @@ def joined(cases: list[tuple]) -> tuple:
             if relations[name] is not None:
                 relations[name] = relations[name] + column
         if (owner_N := relations["curated_N"]) is not None:
-            relations["curated_N"] = torch.where(owner_N < 0, -1, owner_N + row)
+            relations["curated_N"] = torch.where(owner_N < 0, owner_N, owner_N + row)
         parts.append(relations)
         row, column = row + len(of_rank[0]), column + len(of_rank[1])
     whole = {}

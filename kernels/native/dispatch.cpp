@@ -60,7 +60,7 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 4; }
+int32_t rankpo_abi_version() { return 5; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 

@@ -30,10 +30,13 @@ struct InfoNCERows {
     float* loss;                 // [R] softplus(logsumexp of the negatives - positive logit), unweighted
     float* positive;             // [R] similarity of the positive
     float* hardest;              // [R] similarity of the hardest negative, -inf if there is none
-    float* d_logits;             // [R] or null, with row_weights: sum_j logit_j d(w_i loss_i)/d(logit_j)
+    float* d_logits;             // [R] or null, with row_weights: sum_j scale sim_j d(w_i loss_i)/d(logit_j)
     int64_t rows, columns;
     int64_t first_row;  // number of this chunk's first row
     float scale;        // 1 / temperature, > 0
+    // Logits of negatives are (scale + hardness) similarity, with the gradient of scale similarity: of those that were
+    // curated for the row, and of others.
+    float chosen_hardness, other_hardness;
 };
 
 // One chunk of rows of a loss that is a sum over pairs. `scores` [R, N] holds dot products; times column_scale they are

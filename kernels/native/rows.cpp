@@ -23,29 +23,74 @@ void mask_above(const InfoNCERows& in, int64_t i, float* s) {
     }
 }
 
-struct Sums {
-    double exponentials, moment;  // of exp(s - top), and of that times s - top
+// Hardness as a factor of logits; what is masked stays below all others.
+struct NoHardness {
+    static constexpr bool kNone = true;
+    float operator()(float s, int64_t) const { return s; }
 };
 
-// s := exp(s - top).
-template <bool kMoment>
-Sums exponentials(float* s, int64_t n, float top) {
-    Sums sums{};
+struct Hardness {
+    static constexpr bool kNone = false;
+    float by;
+    float operator()(float s, int64_t) const { return s * by; }
+};
+
+struct HardnessOfChosen {
+    static constexpr bool kNone = false;
+    float chosen, other;
+    const int32_t* curated;
+    int32_t row;
+    float operator()(float s, int64_t j) const { return s * (curated[j] == row ? chosen : other); }
+};
+
+struct Sums {
+    float top, hardest;           // of hard(s), and of s
+    double exponentials, moment;  // of exp(hard(s) - top), and of that times s - hardest
+};
+
+// s := exp(hard(s) - top).
+template <bool kMoment, typename Hard>
+Sums exponentials(float* s, int64_t n, Hard hard) {
+    float hardest = kMasked, top = kMasked;
+#pragma omp simd reduction(max : hardest)
+    for (int64_t j = 0; j < n; ++j) hardest = s[j] > hardest ? s[j] : hardest;
+    if (Hard::kNone) {
+        top = hardest;
+    } else {
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < n; ++j) top = hard(s[j], j) > top ? hard(s[j], j) : top;
+    }
+    Sums sums{top, hardest, 0, 0};
     constexpr int64_t kBlock = 1024;  // fp32 sums within a block, fp64 across blocks
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t stop = start + kBlock < n ? start + kBlock : n;
         float sum = 0, moment = 0;
 #pragma omp simd reduction(+ : sum, moment)
         for (int64_t j = start; j < stop; ++j) {
-            const float x = s[j] - top, e = exp_nonpositive(x);
+            const float e = exp_nonpositive(hard(s[j], j) - top);
             sum += e;
-            if (kMoment) moment += e * x;
+            if (kMoment) moment += e * (s[j] - hardest);
             s[j] = e;
         }
         sums.exponentials += sum;
         sums.moment += moment;
     }
     return sums;
+}
+
+template <typename Hard>
+Sums exponentials(const InfoNCERows& in, float* s, Hard hard) {
+    return in.d_logits ? exponentials<true>(s, in.columns, hard) : exponentials<false>(s, in.columns, hard);
+}
+
+// The exponentials of row i with its hardness.
+Sums hardened(const InfoNCERows& in, int64_t i, float* s) {
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
+    const float chosen = 1.0f + in.chosen_hardness / in.scale, other = 1.0f + in.other_hardness / in.scale;
+    if (in.curated && in.chosen_hardness != in.other_hardness)
+        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, row});
+    if (in.other_hardness != 0.0f) return exponentials(in, s, Hardness{other});
+    return exponentials(in, s, NoHardness{});
 }
 
 void info_nce_row(const InfoNCERows& in, int64_t i) {
@@ -72,12 +117,8 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
         for (int64_t e = in.first[i]; e < in.last[i]; ++e)
             for (int64_t k = in.start[e]; k < in.stop[e]; ++k) s[in.known_columns[k]] = kMasked;
 
-    float top = kMasked;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
-    const bool alone = !(top > kMasked);  // no negative is left (or all of them are NaN)
-
-    const Sums sums = in.d_logits ? exponentials<true>(s, n, top) : exponentials<false>(s, n, top);
+    const Sums sums = hardened(in, i, s);
+    const bool alone = !(sums.hardest > kMasked);  // no negative is left (or all of them are NaN)
     const double sum = sums.exponentials;
     in.positive[i] = positive / in.scale;
     const bool poisoned = sum != sum || positive != positive;  // NaN stays NaN, in gap too
@@ -88,8 +129,8 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
         if (in.d_logits) in.d_logits[i] = 0.0f;
         return;
     }
-    const float gap = top + std::log(static_cast<float>(sum)) - positive;
-    in.hardest[i] = top / in.scale;
+    const float gap = sums.top + std::log(static_cast<float>(sum)) - positive;
+    in.hardest[i] = sums.hardest / in.scale;
     in.loss[i] = softplus(gap);
     if (!in.row_weights) return;
 
@@ -103,7 +144,7 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
         for (int64_t j = 0; j < n; ++j) s[j] *= factor;
     }
     s[label] = -pull * in.scale * (column_scale ? column_scale[label] : 1.0f);
-    if (in.d_logits) in.d_logits[i] = pull * (top - positive + static_cast<float>(sums.moment / sum));
+    if (in.d_logits) in.d_logits[i] = pull * (sums.hardest - positive + static_cast<float>(sums.moment / sum));
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ from torch import Tensor
 from rankpo_kernels import native
 from rankpo_kernels.norms import compute_dtype, inverse_norms, tangent_
 from rankpo_kernels.objective import (
+    APART,
     PP,
     PQ,
     QP,
@@ -253,29 +254,38 @@ def _add_pairs(
             _add_rows(b.grad_ND, j, a.unit(i).mul_(dot_cD))
 
 
-def _own_stats(logits_H: Tensor, owner_H: Tensor, M: int) -> Stats:
-    """Statistics of the own negatives of each query."""
-    top_M = logits_H.new_full((M,), FLOOR).scatter_reduce_(0, owner_H, logits_H, "amax")
-    e_H = (logits_H - top_M[owner_H]).exp()
+def _own_stats(logits_H: Tensor, by: Tensor | float, owner_H: Tensor, M: int) -> Stats:
+    """Statistics of the own negatives of each query; hardness multiplies their logits `by`."""
+    hard_H = logits_H * by
+    top_M = logits_H.new_full((M,), FLOOR).scatter_reduce_(0, owner_H, hard_H, "amax")
+    e_H = (hard_H - top_M[owner_H]).exp()
     sums = logits_H.new_zeros(4, M)
     parts = (e_H, e_H * logits_H, logits_H, torch.ones_like(logits_H))
     for sum_M, values_H in zip(sums, parts, strict=True):
         _add_rows(sum_M, owner_H, values_H)
-    return _stats(top_M, *sums)
+    stats = _stats(top_M, *sums)
+    return stats._replace(top=stats.top / by)
 
 
 def _stats(top: Tensor, e: Tensor, weighted: Tensor, total: Tensor, count: Tensor) -> Stats:
     """From sums of exp(s - top), of that times s, of s and of 1."""
     mean = weighted / e.masked_fill(e == 0, 1)
-    return Stats(top + e.log(), mean, total, count, top.masked_fill(top <= FLOOR, -torch.inf))
+    return Stats(top + e.log(), mean, total, count, _found(top))
 
 
-def _row_stats(x_rC: Tensor, want_mean: bool, want_total: bool) -> Stats:
-    top_r = x_rC.amax(1).clamp(min=FLOOR)
-    e_rC = (x_rC - top_r[:, None]).exp_()
+def _found(top: Tensor) -> Tensor:
+    return top.masked_fill(top <= FLOOR, -torch.inf)
+
+
+def _row_stats(x_rC: Tensor, hard_rC: Tensor, want_mean: bool, want_total: bool) -> Stats:
+    """`hard_rC`: the logits with hardness, or the same."""
+    top_r = hard_rC.amax(1).clamp(min=FLOOR)
+    e_rC = (hard_rC - top_r[:, None]).exp_()
     e_r, none_r = e_rC.sum(1), torch.zeros_like(top_r)
     weighted_r = e_rC.mul_(x_rC).sum(1) if want_mean else none_r
-    return _stats(top_r, e_r, weighted_r, *(_totals(x_rC, 1) if want_total else (none_r, none_r)))
+    totals = _totals(x_rC, 1) if want_total else (none_r, none_r)
+    stats = _stats(top_r, e_r, weighted_r, *totals)
+    return stats if hard_rC is x_rC else stats._replace(top=_found(x_rC.amax(1)))
 
 
 def _totals(x_rC: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -392,8 +402,10 @@ class Chunk:
         block = self.block
         query_r = block.query_R[self.rows][slab]
         known, mine_rC, above_rC = block.lists.pairs(query_r), None, None
-        if block.curated_C is not None:
+        if block.curated_C is not None and (block.along_rows == PP or block.limit_LM is not None):
             mine_rC = block.curated_C == query_r[:, None]
+            if block.along_rows == PP:
+                mine_rC |= block.curated_C == APART
         if self.judge:
             above_rC = self.judge[0][slab].mul_(block.guides[1].inverse_LN[0])
             above_rC = above_rC > block.limit_LM[0, query_r, None]
@@ -418,16 +430,28 @@ class Chunk:
             out.mul_(block.a.ratio_LN[level, self.vectors][slab, None])
         return out
 
+    def hardened(self, x_rC: Tensor, slab: slice) -> Tensor:
+        """The logits along the rows: with the hardness of query_to_passage."""
+        block, (chosen, other) = self.block, self.block.settings.hardness
+        if block.along_rows != QP or not (chosen or other):
+            return x_rC
+        by = 1 + other / block.scale
+        if chosen != other and block.curated_C is not None:
+            mine_rC = block.curated_C == block.query_R[self.rows][slab][:, None]
+            by = torch.where(mine_rC, 1 + chosen / block.scale, by)
+        return x_rC * by  # what is MASKED stays so, or is -inf
+
     def stats(self, columns: list[ColumnStats], *want: bool) -> list[Stats]:
         """Of the rows, for each prefix; those of columns are added to `columns`."""
         rows = [[] for _ in self.scores]
         for slab in self.slabs():
             self.to_logits(slab)
             for level, scores_RC in enumerate(self.scores):
+                x_rC = scores_RC[slab]
                 if self.block.along_rows:
-                    rows[level].append(_row_stats(scores_RC[slab], *want))
+                    rows[level].append(_row_stats(x_rC, self.hardened(x_rC, slab), *want))
                 if columns:
-                    columns[level].add(scores_RC[slab], *want)
+                    columns[level].add(x_rC, *want)
         return [_joined(parts) for parts in rows if parts]
 
     def to_slopes(self, slab: slice, lines: Lines) -> None:
@@ -437,14 +461,15 @@ class Chunk:
             x_rC, of_level = scores_RC[slab], lines[level]
             picked = []
             if block.along_rows:
-                picked.append(Line(*(x[slab, None] for x in of_level[block.along_rows])))
+                of_rows = Line(*(x[slab, None] for x in of_level[block.along_rows]))
+                picked.append((self.hardened(x_rC, slab), of_rows))
             if block.along_columns:
-                picked.append(of_level[block.along_columns])
+                picked.append((x_rC, of_level[block.along_columns]))
             slopes_rC = 0
-            for lse, soft, _ in picked:
-                slopes_rC += (x_rC - lse).exp_().mul_(soft)
+            for logits_rC, (lse, soft, _) in picked:
+                slopes_rC += (logits_rC - lse).exp_().mul_(soft)
             if settings.label_smoothing:
-                flat = sum(line.flat for line in picked)
+                flat = sum(line.flat for _, line in picked)
                 slopes_rC -= torch.where(x_rC > FLOOR, flat, 0)
             if len(self.scores) > 1 and settings.normalize:
                 along_rC = x_rC.mul_(slopes_rC)
@@ -499,8 +524,7 @@ def _blocks(
     wanted = [direction if direction in settings.directions else None for direction in (QP, PQ)]
     rest = (limit_LM, scale, bounds, settings)
     if any(wanted):
-        exempt_N = None if limit_LM is None else curated_N
-        of = (queries, passages, None, each_M, of_passages, exempt_N)
+        of = (queries, passages, None, each_M, of_passages, curated_N)
         blocks.append(Block(*of, *wanted, guides and guides[::2], *rest))
     if QQ in settings.directions:
         of = (queries, all_queries, None, each_M, _lists(keys, of_all.labels_M), None)
@@ -533,7 +557,9 @@ def _general(
         owner_H = expand(relations.own_offsets.diff(), len(own_HD))
         own_pairs = (owner_H, torch.arange(len(own_HD), device=device))
         s_LH = _pair_logits(queries, owned, *own_pairs, scale, bounds)
-        own_stats = [_own_stats(s_H, owner_H, M) for s_H in s_LH]
+        chosen = settings.hardness[0]
+        own_by = 1 + chosen / scale if chosen else 1.0
+        own_stats = [_own_stats(s_H, own_by, owner_H, M) for s_H in s_LH]
 
     loss_M, d_scale = s_LP.new_zeros(M), torch.zeros_like(scale)
     hardest_M = torch.full_like(loss_M, -torch.inf)
@@ -612,7 +638,7 @@ def _general(
     _add_pairs(queries, passages, *pairs[:2], slope_LP, s_LP, scale, bounds)
     if owned is not None and QP in settings.directions and M:
         slope_LH = torch.stack([
-            soft[owner_H] * (s_H - lse[owner_H]).exp() - flat[owner_H]
+            soft[owner_H] * (s_H * own_by - lse[owner_H]).exp() - flat[owner_H]
             for (lse, soft, flat), s_H in zip((of[QP] for of in lines), s_LH, strict=True)
         ])  # fmt: skip
         _add_pairs(queries, owned, *own_pairs, slope_LH, s_LH, scale, bounds)
@@ -657,7 +683,8 @@ def _fused(
         unit = inverse_norms if settings.normalize else lambda x, dtype: x.new_ones(len(x))
         inverse_guide_M, inverse_guide_N = (unit(x, dtype) for x in guides)
     curated_N = None
-    if settings.margin is not None and relations.curated_N is not None:
+    chosen, other = settings.hardness
+    if relations.curated_N is not None and (settings.margin is not None or chosen != other):
         curated_N = relations.curated_N.to(torch.int32)  # half the bytes to compare
 
     loss_M, positive_M, hardest_M = q_MD.new_empty(3, M, dtype=dtype)
@@ -698,7 +725,7 @@ def _fused(
             limit_R, judge, curated_N, weights_R,
             loss_M[rows], positive_M[rows], hardest_M[rows],
             d_logits_M[rows] if need_scale else None,
-            rows.start, scale_number,
+            rows.start, scale_number, chosen, other,
         )  # fmt: skip
         if not (need_q or need_p):
             continue

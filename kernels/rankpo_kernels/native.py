@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankpo_kernels.objective import KINDS, PairSettings
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `RankedRows` counts them
 MOST_PASSAGES = 256  # RANKPO_MOST_PASSAGES
 
@@ -45,6 +45,8 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("columns", ctypes.c_int64),
         ("first_row", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("chosen_hardness", ctypes.c_float),
+        ("other_hardness", ctypes.c_float),
     ]
 
 
@@ -167,14 +169,14 @@ def info_nce_rows(
     limit: Tensor | None, judge: tuple[Tensor, Tensor] | None, curated: Tensor | None,
     row_weights: Tensor | None,
     loss: Tensor, positive: Tensor, hardest: Tensor, d_logits: Tensor | None,
-    first_row: int, scale: float,
+    first_row: int, scale: float, *hardness: float,
 ) -> None:  # fmt: skip
     """One chunk of rows, in place; the arguments are the fields of `InfoNCERows`."""
     tensors = (
         scores_RN, column_scale, labels, *(known or (None,) * 5), limit, *(judge or (None,) * 2),
         curated, row_weights, loss, positive, hardest, d_logits,
     )  # fmt: skip
-    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale)
+    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale, *hardness)
     library().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
 
 

@@ -11,6 +11,9 @@ which list the pair itself:
 
     loss_k = log(c + exp(lse_k - s_k)),   loss_i = mean of its loss_k,   total = sum_i w_i loss_i
 
+With hardness a negative of query_to_passage, of similarity s, has the logit scale s + h s there,
+the second s a constant: what follows from logits (lse) has it, what goes along gradients has not.
+
 M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
@@ -28,7 +31,10 @@ from torch.distributed import distributed_c10d as c10d
 QP, PQ = "query_to_passage", "passage_to_query"
 QQ, PP = "query_to_query", "passage_to_passage"
 DIRECTIONS = (QP, PQ, QQ, PP)
-
+IN_BATCH, HARD, ALL_NEGATIVES = HARDNESS_MODES = (
+    "in_batch_negatives", "hard_negatives", "all_negatives",
+)  # fmt: skip
+APART = -2  # in curated: chosen for no query, and in no sum of passage_to_passage
 
 DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
 
@@ -52,6 +58,18 @@ class Settings:
     # that are a rank's own where q (with its labels and guide) holds the queries of all.
     group: str | None = None
     window: tuple[int, int] | None = None
+    hardness_mode: str | None = None
+    hardness_strength: float = 0.0
+
+    @property
+    def hardness(self) -> tuple[float, float]:
+        """(of negatives that were chosen for the query, of others): what is added to a logit of
+        query_to_passage, per similarity."""
+        strength = self.hardness_strength
+        return (
+            0.0 if self.hardness_mode == IN_BATCH else strength,
+            0.0 if self.hardness_mode == HARD else strength,
+        )
 
     def text(self) -> str:
         """In steps that torch.compile can trace, which json's encoder is not."""
@@ -104,7 +122,7 @@ class Relations(NamedTuple):
     excluded_offsets: Tensor | None = None
     excluded_columns: Tensor | None = None
     own_offsets: Tensor | None = None  # own negatives of query i: rows offsets[i] : offsets[i + 1]
-    curated_N: Tensor | None = None  # the query a passage was chosen for, -1 if none
+    curated_N: Tensor | None = None  # the query a passage was chosen for, -1 if none, or APART
     guide_queries: Tensor | None = None  # [M, G], whose similarities decide the margin
     guide_passages: Tensor | None = None  # [N, G]
 
@@ -260,7 +278,7 @@ def limits(positive: Tensor, settings: Settings) -> Tensor:
 
 class Stats(NamedTuple):
     """Of the negatives of each row of a block (or each column): no negatives give lse = top = -inf
-    and zeros."""
+    and zeros. Hardness is in lse and in the softmax."""
 
     lse: Tensor
     mean: Tensor  # mean logit under the softmax

@@ -17,8 +17,11 @@ from rankpo_fast.ops import ranks
 from rankpo_fast.ops.common import Reduction, check_embeddings, row_weights, uniform_weight
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
+    APART,
     DEFAULT_WORKSPACE,
     DIRECTIONS,
+    HARD,
+    HARDNESS_MODES,
     PP,
     QP,
     Relations,
@@ -29,6 +32,7 @@ from rankpo_kernels.objective import (
 )
 
 Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 class Batch(NamedTuple):
@@ -62,6 +66,8 @@ class InfoNCEOptions:
     margin_type: str = "absolute"
     matryoshka_dims: Sequence[int] | None = None
     matryoshka_weights: Sequence[float] | None = None
+    hardness_mode: str | None = None
+    hardness_strength: float = 0.0
     gradient_filter: float = 0.0
     workspace_bytes: int | None = None
     backend: str | None = None
@@ -73,6 +79,7 @@ class InfoNCEOptions:
             "reduction": ("mean", "sum", "none"),
             "partition": ("joint", "per_direction"),
             "margin_type": ("absolute", "relative"),
+            "hardness_mode": (None, *HARDNESS_MODES),
             "backend": (None, "torch", "triton"),
             "exchange": ("gather", "ring"),
         }
@@ -86,7 +93,7 @@ class InfoNCEOptions:
             raise ValueError("exchange='ring' is given without process_group")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        for name in ("false_negative_margin", "gradient_filter"):
+        for name in ("false_negative_margin", "gradient_filter", "hardness_strength"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
@@ -96,6 +103,13 @@ class InfoNCEOptions:
             raise ValueError(
                 f"directions must be distinct and of {', '.join(DIRECTIONS)}, got {self.directions}"
             )
+        if bool(self.hardness_mode) != bool(self.hardness_strength):
+            raise ValueError(
+                "hardness_mode and a hardness_strength > 0 go together, got "
+                f"{self.hardness_mode!r} and {self.hardness_strength}"
+            )
+        if self.hardness_mode and QP not in directions:
+            raise ValueError(f"hardness_mode is of {QP}, which is not among {directions}")
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if dims is None and weights is not None:
             raise ValueError(f"matryoshka_weights {weights} are given without matryoshka_dims")
@@ -130,6 +144,8 @@ class InfoNCEOptions:
             relative_margin=self.margin_type == "relative",
             dims=tuple(ascending),
             dim_weights=tuple([float(weights[dims.index(prefix)]) for prefix in ascending]),
+            hardness_mode=self.hardness_mode,
+            hardness_strength=float(self.hardness_strength),
             gradient_filter=float(self.gradient_filter),
             backend=self.backend,
         )
@@ -176,17 +192,26 @@ def checked(
             )
         group = N // max(M, 1)
         labels = torch.arange(0, M * group, max(group, 1), device=device)
-        if curated is None and M and (settings.margin is not None or PP in settings.directions):
+        chosen, other = settings.hardness
+        asked = settings.margin is not None or PP in settings.directions or chosen != other
+        if curated is None and M and asked:
             curated = torch.arange(N, device=device) // group
+    none_chosen = own is None and (curated is None or (batch.curated is None and N == M))
+    if settings.hardness_mode == HARD and M and none_chosen:
+        raise ValueError(
+            "hardness_mode='hard_negatives' finds none: give curated, own_negatives, or (without "
+            "labels) more than one passage per query"
+        )
     relations = Relations(
         labels, *(batch.positives or (None, None)), batch.query_ids, batch.passage_ids,
         *(batch.excluded or (None, None)), own_offsets, curated,
         *_guide(batch.guide, dtype),
     )  # fmt: skip
-    if settings.gradient_filter and not is_plain(relations, settings):
+    unlike = settings.hardness_mode or not is_plain(relations, settings)
+    if settings.gradient_filter and unlike:
         raise ValueError(
             "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "
-            "label_smoothing or matryoshka_dims"
+            "label_smoothing, matryoshka_dims or hardness_mode"
         )
     _check_integers(relations, M, N, device)
     if device.type == "cuda" and not ranks.several(options.process_group):
@@ -325,7 +350,7 @@ def check_values(relations: Relations, N: int, H: int) -> None:
     M = len(relations.labels_M)
     _check_range("labels", relations.labels_M, 0, N, "passages")
     if relations.curated_N is not None:
-        _check_range("curated", relations.curated_N, -1, M, "queries")
+        _check_range("curated", relations.curated_N, APART, M, "queries")
     for name, offsets, columns in (
         ("excluded", relations.excluded_offsets, relations.excluded_columns),
         ("positives", relations.positive_offsets, relations.positive_columns),

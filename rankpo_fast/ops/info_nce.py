@@ -23,6 +23,7 @@ from rankpo_fast.ops import ranks
 from rankpo_fast.ops.batch import (
     Batch,
     Direction,
+    HardnessMode,
     InfoNCEOptions,
     as_scale,
     check_values,
@@ -35,6 +36,7 @@ from rankpo_fast.ops.common import Reduction, apart, mean, register_gradients, u
 from rankpo_kernels import chunked
 from rankpo_kernels.norms import compute_dtype
 from rankpo_kernels.objective import (
+    APART,
     PP,
     PQ,
     QP,
@@ -65,12 +67,14 @@ def info_nce_definition(
     if owner_N is not None:
         mine_MN = owner_N == torch.arange(M, device=q_MD.device)[:, None]
     smooth, loss_M = settings.label_smoothing, q_MD.new_zeros(M)
+    chosen, other = settings.hardness
+    apart_MN = mine_MN if owner_N is None else mine_MN | (owner_N == APART)
     for prefix, weight in settings.levels(q_MD.shape[1]):
         unit = unit_rows if settings.normalize else Tensor.clone
         q, p = unit(q_MD[:, :prefix]), unit(p_ND[:, :prefix])
         blocks = {  # similarities of every pair's query or positive, and who is no negative there
             QP: (q @ p.T, known_MN), QQ: (q @ q.T, known_MN[:, labels_M]),
-            PP: ((p @ p.T)[a_P], (known_MN | mine_MN)[i_P]),
+            PP: ((p @ p.T)[a_P], (known_MN | apart_MN)[i_P]),
         }  # fmt: skip
         if settings.margin is not None:
             judge = (q, p)
@@ -86,21 +90,24 @@ def info_nce_definition(
             d: (scale * s).masked_fill(masked, -torch.inf) for d, (s, masked) in blocks.items()
         }
         of_pairs = {QP: logits[QP][i_P], PQ: logits[QP].T[a_P], QQ: logits[QQ][i_P], PP: logits[PP]}
+        s_MN, masked_MN = blocks[QP][0].detach(), blocks[QP][1]
+        hardness_MN = torch.where(mine_MN, chosen * s_MN, other * s_MN)
+        hardness_PN = hardness_MN.masked_fill(masked_MN, 0)[i_P]
         if own_HD is not None:
             owner_H = expand(relations.own_offsets.diff(), len(own_HD))
-            own_PH = scale * (q @ unit(own_HD[:, :prefix]).T)[i_P]
-            own_PH = own_PH.masked_fill(owner_H != i_P[:, None], -torch.inf)
+            own_PH, others_PH = (q @ unit(own_HD[:, :prefix]).T)[i_P], owner_H != i_P[:, None]
+            hardness_PH = (chosen * own_PH.detach()).masked_fill(others_PH, 0)
+            hardness_PN = torch.cat([hardness_PN, hardness_PH], 1)
+            own_PH = (scale * own_PH).masked_fill(others_PH, -torch.inf)
             of_pairs[QP] = torch.cat([of_pairs[QP], own_PH], 1)
-        parts = [[of_pairs[d]] for d in settings.directions]
-        if settings.joint:  # each direction that holds the positive lists it
-            parts = [[of_pairs[d] for d in settings.directions]]
+        hardened = of_pairs | {QP: of_pairs[QP] + hardness_PN}
+        parts = [settings.directions] if settings.joint else [(d,) for d in settings.directions]
         for part in parts:
-            copies = max(
-                1, sum(d in (QP, PQ) for d in settings.directions) if settings.joint else 1
-            )
-            negatives = torch.cat(part, 1)
+            copies = max(1, sum(d in (QP, PQ) for d in part))  # of the positive
+            negatives = torch.cat([of_pairs[d] for d in part], 1)
             positive_P1 = s_P[:, None].expand(-1, copies)
-            gap_P = negatives.logsumexp(1) - positive_P1.logsumexp(1)
+            lse_P = torch.cat([hardened[d] for d in part], 1).logsumexp(1)
+            gap_P = lse_P - positive_P1.logsumexp(1)
             loss_P = softplus(gap_P) + math.log(copies)
             if smooth:
                 candidates = torch.cat([positive_P1, negatives], 1)
@@ -218,6 +225,8 @@ def info_nce_loss(
     partition: Literal["joint", "per_direction"] = "joint",
     matryoshka_dims: Sequence[int] | None = None,
     matryoshka_weights: Sequence[float] | None = None,
+    hardness_mode: HardnessMode | None = None,
+    hardness_strength: float = 0.0,
     gradient_filter: float = 0.0,
     workspace_bytes: int | None = None,
     backend: Literal["torch", "triton"] | None = None,
@@ -247,9 +256,10 @@ def info_nce_loss(
             loss of a query is the mean over its positives, each against the negatives alone.
         own_negatives: [M, K, D], or [H, D] with own_offsets [M + 1] int64: rows own_offsets[i] :
             own_offsets[i + 1] are negatives of query i and of no other, in query_to_passage.
-        curated: [N] int64, the query that a passage was chosen for, or -1. Where labels are None,
-            the query of its group. No margin masks it for that query, nor do passages chosen for
-            one query repel its positives in passage_to_passage; own negatives are exempt as well.
+        curated: [N] int64, the query that a passage was chosen for, or -1; or -2 for none, and it
+            stands in no sum of passage_to_passage, for any query. Where labels are None, the query
+            of its group. No margin masks it for that query, nor do passages chosen for one query
+            repel its positives in passage_to_passage; own negatives are exempt as well.
         false_negative_margin: passages (or queries) more similar than the label minus this are
             left out of the negatives, without gradient through the limit (NV-Retriever, Moreira et
             al. 2024). Similarities are those before the scale. In passage_to_query the limit is
@@ -267,10 +277,15 @@ def info_nce_loss(
         matryoshka_dims: the sum of the losses of the first d dims for these d, distinct and of 1 to
             D (Kusupati et al. 2022). A guide is never cut.
         matryoshka_weights: factor of each; default 1.
+        hardness_mode: which negatives of query_to_passage weigh the more the more similar they are
+            (Lan et al. 2025, eq. 5): "in_batch_negatives", those that were not chosen for the
+            query; "hard_negatives", those that were (curated, own_negatives); "all_negatives".
+        hardness_strength: > 0. That times their similarity, without its gradient, is added to their
+            logits in the softmax; what label_smoothing adds is as without it.
         gradient_filter: eps > 0 lets the gradient products leave out scores whose gradients are
             small: the gradient of each unit vector is off by at most eps * scale * the weight of
             its softmax. For query_to_passage alone, without further positives, own negatives,
-            smoothing or prefixes. 0 is exact; the loss always is.
+            smoothing, prefixes or hardness. 0 is exact; the loss always is.
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
             256 MiB on CUDA.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
@@ -286,7 +301,7 @@ def info_nce_loss(
             is computed in torch, on CUDA too.
         exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
             rank, holds those of two ranks at a time, and computes scores twice; in torch, for
-            query_to_passage without further positives, own negatives, margin and filter.
+            query_to_passage without further positives, own negatives, margin, hardness and filter.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2
@@ -301,6 +316,7 @@ def info_nce_loss(
         "directions": directions, "partition": partition,
         "false_negative_margin": false_negative_margin, "margin_type": margin_type,
         "matryoshka_dims": matryoshka_dims, "matryoshka_weights": matryoshka_weights,
+        "hardness_mode": hardness_mode, "hardness_strength": hardness_strength,
         "gradient_filter": gradient_filter, "workspace_bytes": workspace_bytes,
         "backend": backend, "process_group": process_group, "exchange": exchange,
     }  # fmt: skip
@@ -392,6 +408,7 @@ def _prepared(
     def prepare() -> ranks.Local:
         options = InfoNCEOptions(**static)
         ring, across = options.exchange == "ring", QQ in options.directions
+        apart = PP in options.directions
         of_sum = replace(options, reduction="sum")
         arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
         q, p, own, number, relations, text = arguments
@@ -410,7 +427,7 @@ def _prepared(
         }
         return ranks.Local(
             q, p, relations, weights, terms, options.reduction, across, not ring,
-            (own, number, settings),
+            (own, number, settings), apart,
         )  # fmt: skip
 
     local, of_all = ranks.spread(group, batch.queries.device, prepare)
@@ -443,9 +460,10 @@ def _check_ring(relations: Relations, settings: Settings) -> None:
         settings.directions != (QP,)
         or any(x is not None for x in unlike)
         or settings.gradient_filter
+        or settings.hardness_mode
         or settings.backend == "triton"
     ):
         raise ValueError(
             "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
-            "false_negative_margin, gradient_filter and backend='triton'"
+            "false_negative_margin, gradient_filter, hardness_mode and backend='triton'"
         )

@@ -43,6 +43,7 @@ class Local(NamedTuple):
     all_queries: bool = False  # whether the loss needs those of all ranks, with labels and guide
     all_passages: bool = True
     rest: Any = None
+    apart: bool = False  # whether it needs to know which passages of others are APART
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def spread(
     """
     local, ranks = agree(group, device, prepare)
     q, p, relations, weights_M = local[:4]
-    relations = relations_of_all(relations, ranks, all_queries=local.all_queries)
+    relations = relations_of_all(relations, ranks, all_queries=local.all_queries, apart=local.apart)
     if local.all_passages:
         p = gather_rows(p, ranks.passages, group)
     if local.all_queries:
@@ -207,9 +208,12 @@ def key_count(relations: Relations) -> int:
     return sum(len(x) for x in columns if x is not None)
 
 
-def relations_of_all(relations: Relations, ranks: Ranks, *, all_queries: bool) -> Relations:
+def relations_of_all(
+    relations: Relations, ranks: Ranks, *, all_queries: bool, apart: bool
+) -> Relations:
     """A rank's relations with the passages of all ranks; labels and guide are those of the queries
-    of all ranks where `all_queries` says so."""
+    of all ranks where `all_queries` says so, and others' passages that are APART so with `apart`.
+    """
     group, own = ranks.group, ranks.own(ranks.passages)
     shifted = {
         name: column + own.start
@@ -227,8 +231,16 @@ def relations_of_all(relations: Relations, ranks: Ranks, *, all_queries: bool) -
     if all_queries:
         lists.append(relations.labels_M)
         counts.append(ranks.queries)
+    curated_N, own_N = None, relations.curated_N
+    if apart:  # on all ranks, whoever has some
+        if own_N is None:
+            own_N = relations.labels_M.new_full((ranks.passages[group.rank()],), -1)
+        lists.append(own_N.clamp(max=-1))
+        counts.append(ranks.passages)
     gathered = gather_lists(lists, counts, group)
     changes = {}
+    if apart:
+        curated_N = gathered.pop()
     if all_queries:
         changes["labels_M"] = gathered.pop()
     if passage_ids is not None:
@@ -236,9 +248,10 @@ def relations_of_all(relations: Relations, ranks: Ranks, *, all_queries: bool) -
     if query_ids is not None:
         keys = _excluded(query_ids, relations.labels_M, *gathered)
         changes["excluded_offsets"], changes["excluded_columns"] = keys
-    if relations.curated_N is not None:  # passages of other ranks are chosen for none of ours
-        curated_N = relations.curated_N.new_full((sum(ranks.passages),), -1)
-        curated_N[own] = relations.curated_N
+    if own_N is not None:  # passages of other ranks are chosen for none of ours
+        if curated_N is None:
+            curated_N = own_N.new_full((sum(ranks.passages),), -1)
+        curated_N[own] = own_N
         changes["curated_N"] = curated_N
     if relations.guide_passages is not None:
         changes["guide_passages"] = _gathered(relations.guide_passages, ranks.passages, group)

@@ -10,7 +10,7 @@ from problems import EVERYTHING, GRID, M, N, NoMatrix, exact, label_and_hardest,
 
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels import chunked, native
-from rankpo_kernels.objective import Relations, Settings, limits
+from rankpo_kernels.objective import HARDNESS_MODES, Relations, Settings, limits
 
 SCALE = 20.0
 PLAIN = Settings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
@@ -53,13 +53,18 @@ def test_options_in_fp32(name, path):
     assert loss < loss_gate and grads < grad_gate
 
 
+@pytest.mark.parametrize("hardness", ["", *HARDNESS_MODES])
 @pytest.mark.parametrize("names", [["ids"], ["ids", "own", "positives"]], ids=["plain", "own"])
-def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(names):
-    case = problem(*names, dtype=torch.float64)
-    result = chunked.info_nce(*case[:3], torch.tensor(SCALE), case[3], PLAIN, None)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(names, hardness, dtype):
+    case, settings = problem(*names, "curated", dtype=dtype), PLAIN
+    if hardness:
+        settings = replace(PLAIN, hardness_mode=hardness, hardness_strength=9.0)
+    result = chunked.info_nce(*case[:3], torch.tensor(SCALE), case[3], settings, None)
     of_label_M, hardest_M = label_and_hardest(*case)
-    assert error(result.hardest_M, hardest_M) < 1e-12
-    assert error(result.positive_M, of_label_M) < 1e-12
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    assert error(result.hardest_M, hardest_M) < bound
+    assert error(result.positive_M, of_label_M) < bound
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if "margin" in GRID[name][1]])

@@ -63,7 +63,7 @@ def nothing_is_zero_by_luck():
 
 
 FEW = ["not-cosine", "margin", "guide", "smoothing", "passage-to-query", "both-ways"]
-FEW += ["both-ways-apart"]  # options that few launches serve
+FEW += ["both-ways-apart", "hard-in-batch", "hard-both-ways"]  # options that few launches serve
 
 
 def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
@@ -109,6 +109,17 @@ def test_loss_and_gradients_pass_the_gates(M, N, D, tiles, rows, temperatures, c
             assert off < 1.5 * error(same_dtype, want) + FLOOR[dtype]
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.05, 0.02, 0.01])
+@pipelines
+def test_hardness_passes_the_gates(pipeline, temperature):
+    dtype, how = PIPELINES[pipeline]
+    hardness = {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
+    case = *problem("curated", M=17, N=33, dtype=dtype), replace(ROOMY, **hardness)
+    loss_gate, grad_gate = gates(dtype, temperature)
+    bounds = loss_gate, grad_gate, 2 * gates(torch.float32, temperature)[1]
+    assert_equals_definition(case, bounds, scale=1 / temperature, **how)
+
+
 @pipelines
 def test_in_one_dimension_cosines_are_signs_without_gradient(pipeline):
     dtype, how = PIPELINES[pipeline]
@@ -136,7 +147,8 @@ def test_options_in_fp32(name):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
-    "name", ["not-cosine", "excluded", "margin", "guide", "own", "everything-joint"]
+    "name",
+    ["not-cosine", "excluded", "margin", "guide", "own", "everything-joint", "hard-in-batch"],
 )
 def test_options_in_low_precision(name, dtype):
     """Those of one softmax are stored in bf16."""
@@ -209,11 +221,14 @@ def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
     [("fp32", ["ids"]), ("bf16-stored", ["ids"]), ("fp32", ["ids", "own", "positives"])],
     ids=["exact", "stored", "general"],
 )
-def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names):
+@pytest.mark.parametrize("hardness", ["", "in_batch_negatives", "hard_negatives"])
+def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(pipeline, names, hardness):
     dtype, how = PIPELINES[pipeline]
-    case = problem(*names, dtype=dtype)
+    case, settings = problem(*names, "curated", dtype=dtype), ROOMY
+    if hardness:
+        settings = replace(ROOMY, hardness_mode=hardness, hardness_strength=9.0)
     positive_M, hardest_M = label_and_hardest(*case)
-    result = launch(*case, ROOMY, uneven(M), scale=20.0, **how)
+    result = launch(*case, settings, uneven(M), scale=20.0, **how)
     assert error(result.hardest_M, hardest_M) < 1e-6
     assert error(result.positive_M, positive_M) < 1e-6
 
@@ -399,7 +414,7 @@ def test_a_loss_below_the_smallest_number_is_zero_with_gradient_zero(pipeline):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "stored", "few", "filter", "everything-one-way", "symmetric"]
+    "name", ["plain", "stored", "few", "filter", "everything-one-way", "symmetric", "hard-chosen"]
 )
 @pytest.mark.parametrize("where", ["query", "passage"])
 def test_nan_is_where_the_definition_has_it(where, name):
@@ -578,6 +593,7 @@ FORMS = {
     "few-launches": ("bf16-few-launches", "both-ways", {"workspace_bytes": 1 << 20}),
     "filter": ("fp32", "ids", {"gradient_filter": 0.3}),
     "everything": ("fp32", "everything-guided", {}),
+    "hardness": ("fp32", "hard-in-batch", {}),
     "short-prefix": ("fp32", "everything-one-way", {"dims": (9,), "dim_weights": (1.0,)}),
 }
 

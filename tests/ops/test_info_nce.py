@@ -17,7 +17,7 @@ from rankpo_fast.ops import batch
 from rankpo_fast.ops import info_nce as module
 from rankpo_fast.ops.info_nce import _info_nce, _info_nce_grads, info_nce_definition
 from rankpo_kernels import chunked
-from rankpo_kernels.objective import DIRECTIONS, PP, PQ, QP, QQ, Relations, Settings
+from rankpo_kernels.objective import DIRECTIONS, HARDNESS_MODES, PP, PQ, QP, QQ, Relations, Settings
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -33,7 +33,7 @@ def spelled_out(
     labels, D, *, query_ids=None, passage_ids=None, excluded=(None, None), positives=(None, None),
     own_offsets=None, curated=None, guide=(), normalize=True, label_smoothing=0.0, directions=(QP,),
     partition="joint", false_negative_margin=None, margin_type="absolute", matryoshka_dims=None,
-    matryoshka_weights=None,
+    matryoshka_weights=None, hardness_mode=None, hardness_strength=0.0,
 ):  # fmt: skip
     """The definition's (relations, settings) for public options."""
     levels = []
@@ -48,6 +48,7 @@ def spelled_out(
         normalize=normalize, workspace_bytes=0, directions=tuple(directions),
         joint=partition == "joint", label_smoothing=label_smoothing, margin=false_negative_margin,
         relative_margin=margin_type == "relative", dims=dims, dim_weights=dim_weights,
+        hardness_mode=hardness_mode, hardness_strength=hardness_strength,
     )  # fmt: skip
 
 
@@ -209,12 +210,18 @@ def test_further_positives_are_no_negatives_either():
     torch.testing.assert_close(got, torch.stack(of_queries), rtol=1e-12, atol=0)
 
 
-def test_a_row_with_nothing_left_has_loss_and_gradient_zero(path):
+HARD_IN_BATCH = {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
+HARD_ALL = {"hardness_mode": "all_negatives", "hardness_strength": 9.0}
+hard_or_not = pytest.mark.parametrize("options", [{}, HARD_ALL], ids=["plain", "hard"])
+
+
+@hard_or_not
+def test_a_row_with_nothing_left_has_loss_and_gradient_zero(options, path):
     q, p, labels = draw(3, 4, 8, torch.float32, converged=False)
     same = torch.zeros(4, dtype=torch.int64)
-    loss, dq, dp, ds = ours(q, p, labels, 50, passage_ids=same)
+    loss, dq, dp, ds = ours(q, p, labels, 50, passage_ids=same, **options)
     assert loss == 0 and not dq.any() and not dp.any() and ds == 0
-    loss, dq, dp, _ = ours(q[:1], p[:1], None, 50)
+    loss, dq, dp, _ = ours(q[:1], p[:1], None, 50, **options)
     assert loss == 0 and not dq.any() and not dp.any()
 
 
@@ -257,11 +264,12 @@ def test_a_positive_far_below_the_negatives_does_not_overflow(path):
     assert loss == 200 and d_scale == 2 and dq.isfinite().all()
 
 
-def test_nan_in_one_query_stays_in_its_row(path):
+@hard_or_not
+def test_nan_in_one_query_stays_in_its_row(options, path):
     q, p, labels = draw(6, 12, 16, torch.float32, converged=False)
-    clean = info_nce_loss(q, p, labels, reduction="none")
+    clean = info_nce_loss(q, p, labels, reduction="none", **options)
     q[2, 3] = torch.nan
-    loss_M = info_nce_loss(q, p, labels, reduction="none")
+    loss_M = info_nce_loss(q, p, labels, reduction="none", **options)
     assert loss_M[2].isnan()
     others = torch.arange(6) != 2
     assert torch.equal(loss_M[others], clean[others])
@@ -323,6 +331,15 @@ class World:
             "false_negative_margin": 0.2, "curated": self.integers(-1, self.M, self.N),
         }  # fmt: skip
 
+    def hard(self, mode="hard_negatives"):
+        return {
+            "hardness_mode": mode, "hardness_strength": 2.1,
+            "curated": self.integers(-2, self.M, self.N),
+        }  # fmt: skip
+
+    def hard_in_batch(self):
+        return self.hard("in_batch_negatives")
+
     def of(self, names):
         options = {}
         for name in names:
@@ -343,10 +360,12 @@ STATIC = {
     "four-partitions": {"directions": DIRECTIONS, "partition": "per_direction"},
     "prefixes": {"matryoshka_dims": (12, 5, 8)},
     "one-prefix": {"matryoshka_dims": (7,)},
+    "hard-all": HARD_ALL,
     "weighted-prefixes": {"matryoshka_dims": (8, 3), "matryoshka_weights": (0.5, 2.0)},
 }
 TENSORS = [
     "ids", "excluded", "positives", "own", "ragged_own", "margin", "relative", "curated", "guide",
+    "hard", "hard_in_batch",
 ]  # fmt: skip
 
 
@@ -380,7 +399,7 @@ ALTERNATIVES = [
     ["ids"], ["excluded"], ["positives"], ["own", "ragged_own"], ["dot-products"], ["smoothing"],
     ["margin", "relative", "curated", "guide"],
     ["symmetric", "symmetric-joint", "rows-and-queries", "four-directions", "four-partitions"],
-    ["prefixes", "one-prefix", "weighted-prefixes"],
+    ["prefixes", "one-prefix", "weighted-prefixes"], ["hard", "hard_in_batch", "hard-all"],
 ]  # fmt: skip
 
 
@@ -413,6 +432,33 @@ def test_gradcheck_with_options(names):
         return info_nce_loss(q, p, world.labels, scale=scale, own_negatives=own, **options)
 
     torch.autograd.gradcheck(loss, [x.requires_grad_() for x in leaves], fast_mode=True)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.05, 0.02, 0.01])
+@pytest.mark.parametrize("mode", HARDNESS_MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hardness_passes_the_gates(dtype, mode, temperature, path):
+    world = World(M=33, N=70, D=100, dtype=dtype)
+    options = world.hard(mode) | {"hardness_strength": 9.0}
+    truth = exact(world.q, world.p, world.labels, 1 / temperature, **options)
+    result = ours(world.q, world.p, world.labels, 1 / temperature, 2.0**10, **options)
+    loss_gate, grad_gate = gates(dtype, temperature)
+    assert error(result[0], truth[0]) < loss_gate
+    assert max(map(error, result[1:3], truth[1:3])) < grad_gate
+    # a difference, of sums that fp32 has rounded
+    assert error(result[3], truth[3]) < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("names", [["hard", "own"], ["hard_in_batch", "symmetric", "prefixes"]])
+def test_the_scale_has_the_gradient_of_hardened_losses(names):
+    """Nothing else may be checked by differences, which see what a gradient stops at."""
+    world = World(M=4, N=9)
+    scale, options = torch.tensor(3.0, dtype=torch.float64, requires_grad=True), world.of(names)
+
+    def loss(scale):
+        return info_nce_loss(world.q, world.p, world.labels, scale=scale, **options)
+
+    torch.autograd.gradcheck(loss, scale)
 
 
 @pytest.mark.parametrize("shape", ["ragged_own", "own"])
@@ -525,6 +571,31 @@ def test_equals_sentence_transformers(directions, partition, negatives):
     torch.testing.assert_close(grouped, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("mode", HARDNESS_MODES)
+@pytest.mark.parametrize(("directions", "partition"), ST_GRID, ids=str)
+def test_hardness_equals_that_of_sentence_transformers(directions, partition, mode, negatives):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    options = {"scale": 20.0, "hardness_mode": mode, "hardness_strength": 9.0}
+    theirs = MultipleNegativesRankingLoss(
+        None, directions=directions, partition_mode=partition, **options
+    )
+    M, columns = 6, 1 + negatives
+    world = World(M=M, N=M * columns, dtype=torch.float32)
+    q, p = world.q.requires_grad_(), world.p.requires_grad_()
+    want = theirs.compute_loss_from_embeddings([q, *p.split(M)], None)
+    options |= {"directions": [ST_NAMES[name] for name in directions], "partition": partition}
+    owner = torch.arange(M).repeat(columns)
+    got = info_nce_loss(q, p, torch.arange(M), curated=owner, **options)
+    assert error(got, want) < 1e-5
+    grads = [torch.autograd.grad(loss, (q, p)) for loss in (got, want)]
+    assert max(map(error, *grads)) < 1e-5
+    if negatives:  # our own layout: groups of a query, positive first
+        by_query = p.unflatten(0, (columns, M)).transpose(0, 1).flatten(0, 1)
+        assert error(info_nce_loss(q, by_query, **options), want) < 1e-5
+
+
 @pytest.mark.parametrize("negatives", [False, True], ids=["pairs", "triplets"])
 @pytest.mark.parametrize("margin_type", ["absolute", "relative"])
 def test_margin_and_guide_equal_those_of_gist(margin_type, negatives, monkeypatch):
@@ -542,14 +613,15 @@ def test_margin_and_guide_equal_those_of_gist(margin_type, negatives, monkeypatc
         torch.nn.CosineSimilarity(dim=-1), torch.nn.CrossEntropyLoss(),
     )  # fmt: skip
     theirs.temperature, theirs.margin, theirs.margin_strategy = 0.2, 0.1, margin_type
-    # their positives are compared with positives alone, ours with all passages
-    theirs.contrast_anchors, theirs.contrast_positives = True, not negatives
+    theirs.contrast_anchors = theirs.contrast_positives = True
     theirs.must_retokenize = theirs.gather_across_devices = False
     monkeypatch.setattr(gist_embed, "embed_columns", lambda model, features: model)
     want = theirs([], None)
     got = info_nce_loss(
         q, p, torch.arange(M), temperature=0.2, guide=guide, false_negative_margin=0.1,
-        margin_type=margin_type, directions=(QP, QQ) if negatives else (QP, QQ, PP),
+        margin_type=margin_type, directions=(QP, QQ, PP),
+        # their negatives may be masked, and are not compared with positives
+        curated=torch.tensor([-1, -2]).repeat_interleave(M)[: len(p)],
     )  # fmt: skip
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(loss, (q, p)) for loss in (got, want)]
@@ -740,6 +812,7 @@ def test_loss_and_grads_equal_autograd_and_count_the_batch():
         pytest.param({"directions": DIRECTIONS, "label_smoothing": 0.1}, id="four-directions"),
         pytest.param({"directions": (QP, PQ), "false_negative_margin": 0.2}, id="margin"),
         pytest.param({"matryoshka_dims": (8, 16)}, id="prefixes"),
+        pytest.param({"curated": torch.arange(512) // 4} | HARD_IN_BATCH, id="hardness"),
     ],
 )
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -824,6 +897,7 @@ OPCHECKS = {
         "query_ids": torch.arange(6), "passage_ids": torch.arange(12),
         "excluded": (torch.arange(7), torch.zeros(6, dtype=torch.int64)),
     },
+    "hardness": {"curated": torch.arange(12) // 2} | HARD_IN_BATCH,
     # Every tensor is given, so the list of relations has no None: torch then wants other gradients.
     "everything": {
         "query_ids": torch.arange(6), "passage_ids": torch.arange(12),
@@ -878,6 +952,7 @@ def test_compiles_as_one_graph_with_options(reduction):
     static = {
         "directions": [QP, PQ], "matryoshka_dims": [12, 6], "matryoshka_weights": [1, 0.5],
         "label_smoothing": 0.1, "partition": "per_direction", "reduction": reduction,
+        **HARD_IN_BATCH,
     }  # fmt: skip
 
     def step(q, p, own, labels, options):
@@ -996,6 +1071,29 @@ BAD = {
         dict(gradient_filter=1e-3, label_smoothing=0.1),
         "gradient_filter goes with",
     ),
+    "hardness": (dict(hardness_mode="hard"), "hardness_mode must be one of None, 'in_batch_neg"),
+    "hardness-alone": (
+        dict(hardness_mode="all_negatives"),
+        "a hardness_strength > 0 go together, got 'all_negatives' and 0.0",
+    ),
+    "strength-alone": (dict(hardness_strength=9.0), "go together, got None and 9.0"),
+    "strength-negative": (
+        HARD_ALL | dict(hardness_strength=-1.0),
+        "hardness_strength must be >= 0 and finite, got -1.0",
+    ),
+    "hardness-without-rows": (
+        HARD_ALL | dict(directions=(PQ, PP)),
+        "hardness_mode is of query_to_passage, which is not among",
+    ),
+    "hardness-of-nothing": (
+        HARD_ALL | dict(hardness_mode="hard_negatives", labels=torch.arange(4)),
+        "'hard_negatives' finds none: give curated, own_negatives",
+    ),
+    "hardness-of-groups-of-one": (
+        HARD_ALL | dict(hardness_mode="hard_negatives", passages=torch.ones(4, 6)),
+        "'hard_negatives' finds none: .* more than one passage per query",
+    ),
+    "filter-hardness": (HARD_ALL | dict(gradient_filter=1e-3), "gradient_filter goes with"),
     "prefix-long": (dict(matryoshka_dims=(3, 7)), r"of 1 to D=6, got \(3, 7\)"),
     "prefix-zero": (dict(matryoshka_dims=(0, 3)), "matryoshka_dims must be distinct and of 1"),
     "prefix-twice": (dict(matryoshka_dims=(3, 3)), "matryoshka_dims must be distinct"),
@@ -1049,6 +1147,10 @@ BAD = {
     "curated": (
         dict(curated=torch.full((8,), 4)),
         r"curated lie in \[4, 4\] but there are 4 queries",
+    ),
+    "curated-below": (
+        dict(curated=torch.full((8,), -3)),
+        r"curated lie in \[-3, -3\] but there are 4 queries",
     ),
     "curated-shape": (dict(curated=torch.zeros(4).long()), r"curated must be int64 \[8\]"),
     "backend": (dict(backend="cuda"), "backend must be one of None, 'torch', 'triton', got 'cuda'"),

@@ -74,7 +74,8 @@ def test_every_reduction_equals_one_process_in_fp32(ranks, name, reduction):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "ids", "symmetric", "query-to-query", "everything-guided"]
+    "name",
+    ["plain", "ids", "symmetric", "query-to-query", "passage-to-passage", "everything-guided"],
 )
 def test_a_rank_without_rows_takes_part(ranks, name):
     assert worst(ranks(compare, name, "empty", torch.float64, "sum")) < 1e-12
@@ -230,6 +231,7 @@ REFUSED = {
     "own": dict(own_negatives=torch.ones(3, 1, 4)),
     "margin": dict(false_negative_margin=0.1),
     "filter": dict(gradient_filter=1e-3),
+    "hardness": dict(hardness_mode="all_negatives", hardness_strength=9.0),
     "backend": dict(backend="triton"),
 }
 

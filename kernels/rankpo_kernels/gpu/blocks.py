@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankpo_kernels.gpu import products
 from rankpo_kernels.gpu.rows import Scale, absent
-from rankpo_kernels.gpu.scores import Masks, Side
+from rankpo_kernels.gpu.scores import Hardness, Masks, Side
 from rankpo_kernels.gpu.tiles import Tiles
 
 LEAST = torch.finfo(torch.float32).tiny  # a card may take what is smaller for 0
@@ -82,6 +82,7 @@ class Block(NamedTuple):
     curated: int
     row_direction: str | None
     column_direction: str | None
+    hardness: Hardness | None = None  # along the rows
 
     @property
     def rows(self) -> int:

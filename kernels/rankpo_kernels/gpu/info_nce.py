@@ -36,7 +36,7 @@ from rankpo_kernels.gpu.blocks import (
 )
 from rankpo_kernels.gpu.products import Product, Totals
 from rankpo_kernels.gpu.rows import Rows, Scale, absent
-from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Masks, Partials, Slopes
+from rankpo_kernels.gpu.scores import EXEMPT, MASKED, Hardness, Masks, Partials, Slopes
 from rankpo_kernels.gpu.slopes import Found, Softmaxes, Stored
 from rankpo_kernels.gpu.tiles import FUSION, Tiles, score_tiles, stores_scores, takes_few_launches
 from rankpo_kernels.objective import (
@@ -175,15 +175,21 @@ def _score_block(problem: Problem, row: str | None, column: str | None) -> Block
     p = problem
     keyed = any(x is not None for x in p.relations[1:7])
     class_M, _, start_N, stop_N, keys = p.known if keyed else [None] * 5
-    owner_N = p.relations.curated_N if p.limit_LM is not None else None
-    M = len(p.q_MD)
+    M, owner_N, (chosen, other) = len(p.q_MD), p.relations.curated_N, p.settings.hardness
+    if p.limit_LM is None and chosen == other:
+        owner_N = None
+    hardness = None
+    if row == QP and (other or (chosen and owner_N is not None)):
+        hardness = Hardness(chosen, other)
     masks = Masks(
         p.relations.labels_M, class_M, start_N, stop_N, keys, p.limit_LM, 0,
         None if owner_N is None else torch.arange(M, device=p.q_MD.device), owner_N,
     )  # fmt: skip
     guide = p.guide and (p.guide[0], p.guide[2], p.guide[1], p.guide[3])
     curated = 0 if owner_N is None else EXEMPT
-    return Block(p.q_MD, p.inverse_q, None, p.p_ND, p.inverse_p, guide, masks, curated, row, column)
+    return Block(
+        p.q_MD, p.inverse_q, None, p.p_ND, p.inverse_p, guide, masks, curated, row, column, hardness
+    )  # fmt: skip
 
 
 def _query_block(problem: Problem) -> Block:
@@ -209,12 +215,15 @@ def _passage_block(problem: Problem) -> Block:
     return Block(p.p_ND, p.inverse_p, index, p.p_ND, p.inverse_p, guide, masks, curated, PP, None)
 
 
-def _partials(p: Problem, parts: int, rows: int, want: tuple[bool, bool]) -> Partials:
-    """`want`: the moment, for the scale's gradient; sum and count, for smoothing."""
+def _partials(
+    p: Problem, parts: int, rows: int, want: tuple[bool, bool], hard: bool = False
+) -> Partials:
+    """`want`: the moment, for the scale's gradient; sum and count, for smoothing. `hard`: with
+    hardness."""
     moment, counted = want
     return Partials(*[
         p.new(len(p.dims), parts, rows) if wanted else None
-        for wanted in (True, True, moment, counted, counted)
+        for wanted in (True, True, moment, counted, counted, hard)
     ])  # fmt: skip
 
 
@@ -225,7 +234,8 @@ def _launch_statistics(
     tiles, R, N = problem.tiles, part.stop - part.start, len(block.b)
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._statistics_kernel[grid](
-        *block.chunk(part), row_parts or absent(Partials), column_parts or absent(Partials),
+        *block.chunk(part), block.hardness or absent(Hardness),
+        row_parts or absent(Partials), column_parts or absent(Partials),
         positive_R, inverse_top, stored,
         problem.scale, R, N, 0 if stored is None else stored.stride(0),
         problem.dims, _guide_dims(block), block.curated, **_shape(tiles),
@@ -242,8 +252,9 @@ def _launch_gradients(
         tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     scores._gradients_kernel[grid](
-        *block.chunk(part), row_slopes or absent(Slopes), column_slopes or absent(Slopes),
-        label_slope_LR, inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
+        *block.chunk(part), block.hardness or absent(Hardness),
+        row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR,
+        inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
         problem.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
         0 if label_slope_LR is None else label_slope_LR.stride(0),
         problem.dims, _guide_dims(block), block.curated, only_over, **_shape(tiles),
@@ -334,12 +345,12 @@ def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
     """Of columns, over the queries of all ranks: one part."""
     want = (parts.zs is not None, parts.sum is not None)
     one = slopes.reduce(parts, _partials(p, 1, len(p.p_ND), want))
-    top, z, *rest = one
+    top, z, *rest, _ = one
     none = torch.zeros_like(z)
     zs, total, count = (none if x is None else x for x in rest)
     lse, mean = top + z.log(), zs / z.masked_fill(z == 0, 1)  # z = 0: log is -inf, and so is top
     stats = of_all_ranks(Stats(lse, mean, total, count, top), p.settings)
-    whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count)
+    whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count, None)
     return Partials(*(x if y is not None else None for x, y in zip(whole, one, strict=True)))
 
 
@@ -403,7 +414,9 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     relative = products_needed and (stored or dtype == torch.float16)
     block = _score_block(p, QP, None)
     tiles_n = triton.cdiv(N, tiles.BLOCK_N)
-    row_bytes = 12 * tiles_n + (padded(N) * p.q_MD.element_size() if products_needed else 0)
+    hard = block.hardness is not None
+    row_bytes = 4 * (3 + hard) * tiles_n
+    row_bytes += padded(N) * p.q_MD.element_size() if products_needed else 0
     chunks = chunks_of(M, N, row_bytes, settings.workspace_bytes, tiles.BLOCK_M)
     R0 = chunks[0].stop
 
@@ -420,7 +433,7 @@ def _plain(problem: Problem, weights: Scale, needs: tuple[bool, ...], stored: bo
     top = largest_inverse(p.inverse_p, p.p_ND) if relative else None
     for part in chunks:
         R = part.stop - part.start
-        parts = _partials(p, tiles_n, R, (need_scale, False))
+        parts = _partials(p, tiles_n, R, (need_scale, False), hard)
         q_RD, inverse_q = p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
         out, keep, beside = out_RN[:R] if products_needed else None, {}, None
         if stored:
@@ -507,7 +520,7 @@ def _general(
         d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
     if own is not None and (need_q or need_own):
         lse_LH, soft_LH, flat_LH = (None if x is None else x[:, own.owner_H] for x in found.qp[:3])
-        g_LH = soft_LH * (own.logit_LH - lse_LH).exp()  # d total / d logit
+        g_LH = soft_LH * (own.hard_LH - lse_LH).exp()  # d total / d logit
         if flat_LH is not None:
             g_LH = g_LH - flat_LH
         products.own_gradients(
@@ -539,10 +552,10 @@ def _statistics(
 ) -> dict[str, Partials]:
     """Of a block's directions, each in parts: of its chunks, or of its tiles where they may be (no
     other block needs the memory, and a column is merged once) and there is one chunk alone."""
-    L, N, tiles = len(p.dims), len(block.b), p.tiles
+    L, N, tiles, hard = len(p.dims), len(block.b), p.tiles, block.hardness is not None
     if block.row_direction is None and block.column_direction is None:
         return {}
-    of_row = 4 * (2 + want[0] + 2 * want[1]) * L
+    of_row = 4 * (2 + want[0] + 2 * want[1] + hard) * L
     row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
     chunks = chunks_of(block.rows, N, row_bytes, p.settings.workspace_bytes, tiles.BLOCK_M)
     sums, row_parts = {}, []
@@ -551,7 +564,7 @@ def _statistics(
         R = part.stop - part.start
         of_rows = of_columns = None
         if block.row_direction:
-            of_rows = _partials(p, triton.cdiv(N, tiles.BLOCK_N), R, want)
+            of_rows = _partials(p, triton.cdiv(N, tiles.BLOCK_N), R, want, hard)
         if block.column_direction:
             of_columns = _partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
         _launch_statistics(p, block, part, of_rows, of_columns)
@@ -559,7 +572,7 @@ def _statistics(
             row_parts, columns = [of_rows], of_columns
             break
         if of_rows is not None:
-            row_parts.append(slopes.reduce(of_rows, _partials(p, 1, R, want)))
+            row_parts.append(slopes.reduce(of_rows, _partials(p, 1, R, want, hard)))
         if of_columns is not None:
             slopes.reduce(of_columns, columns, at)
     if block.row_direction:
@@ -577,6 +590,7 @@ class Own(NamedTuple):
     owner_H: Tensor
     inverse_LH: Tensor | None
     logit_LH: Tensor
+    hard_LH: Tensor  # with hardness
     sums: Partials
 
 
@@ -585,16 +599,20 @@ def _own(p: Problem, own_HD: Tensor) -> Own:
     inverse_LH, _, similarity_LH = rows.prepare(
         own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
     )
-    s_LH = similarity_LH * torch_number(p.scale)
+    s_LH = hard_LH = similarity_LH * torch_number(p.scale)
     L, M = len(p.dims), len(p.q_MD)
     zeros_LM = s_LH.new_zeros(L, M)
     at_LH = owner_H.expand(L, -1)
-    top_LM = (zeros_LM - torch.inf).scatter_reduce(1, at_LH, s_LH, "amax")
+    top_LM, hardest_LM = (zeros_LM - torch.inf).scatter_reduce(1, at_LH, s_LH, "amax"), None
+    if chosen := p.settings.hardness[0]:
+        by = 1 + chosen / torch_number(p.scale)
+        hard_LH, top_LM, hardest_LM = s_LH * by, top_LM * by, top_LM
     floor_LM = top_LM.masked_fill(top_LM == -torch.inf, 0)
-    e_LH = (s_LH - floor_LM[:, owner_H]).exp()
+    e_LH = (hard_LH - floor_LM[:, owner_H]).exp()
     sums = (e_LH, e_LH * s_LH, s_LH, torch.ones_like(s_LH))
-    sums = [top_LM, *(_add_at(zeros_LM.clone(), owner_H, x) for x in sums)]
-    return Own(owner_H, inverse_LH, s_LH, Partials(*(x[:, None] for x in sums)))
+    sums = [top_LM, *(_add_at(zeros_LM.clone(), owner_H, x) for x in sums), hardest_LM]
+    sums = Partials(*(x if x is None else x[:, None] for x in sums))
+    return Own(owner_H, inverse_LH, s_LH, hard_LH, sums)
 
 
 def _add_at(out_LR: Tensor, index: Tensor, values: Tensor) -> Tensor:

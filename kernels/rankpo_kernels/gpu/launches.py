@@ -10,7 +10,14 @@ import torch
 from rankpo_kernels.gpu import pairs
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.gpu.pointwise import pair_losses
-from rankpo_kernels.objective import DIRECTIONS, PairSettings, Relations, Settings, known
+from rankpo_kernels.objective import (
+    DIRECTIONS,
+    IN_BATCH,
+    PairSettings,
+    Relations,
+    Settings,
+    known,
+)
 from rankpo_kernels.pairs import Rule
 
 
@@ -53,6 +60,7 @@ def launches() -> Iterator[Launch]:
 
         matryoshka = {"dims": DIMS, "dim_weights": (1.0,) * len(DIMS)}
         symmetric, learnt = {"directions": DIRECTIONS[:2]}, {"needs": (True,) * 4}
+        hardness = {"hardness_mode": IN_BATCH, "hardness_strength": 9.0}
         cases = {
             "plain": loss(),
             "symmetric": loss(joint=False, **symmetric),
@@ -83,6 +91,10 @@ def launches() -> Iterator[Launch]:
                 "plain, ids": loss(ids, stored=True),
                 "plain, ids, margin": loss(ids | {"curated_N": integers}, margin=0.1, stored=True),
                 "plain, guide": loss(ids | guide, margin=0.1, stored=True),
+                "plain, hardness": loss({"curated_N": integers}, **hardness, **learnt),
+                "plain, hardness, stored": loss(
+                    {"curated_N": integers}, stored=True, **hardness, **learnt
+                ),
                 "plain, filter": loss(gradient_filter=1e-3),
                 "matryoshka, everything": loss(every, own=p[:M], **matryoshka, **learnt),
             }

@@ -6,7 +6,8 @@ stored whole.
 
 Both recompute a tile by `_tile`, so a mask is decided by the same arithmetic in both. What is no
 negative of row i: a column whose keys hold the row's class, or one whose similarity (or a guide's)
-lies above the row's limit and that was not curated for the row.
+lies above the row's limit and that was not curated for the row. Along the rows of query_to_passage
+hardness adds its share of the similarity to the scores, in exponentials alone.
 
 R rows of A, N rows of B (columns of S), D dims, L prefixes of D (DIMS), W walks over a row's tiles.
 """
@@ -17,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankpo_kernels import objective
 from rankpo_kernels.gpu.rows import number
 
 EXEMPT, MASKED = 1, 2  # what a passage that was curated for the row is
+APART = tl.constexpr(objective.APART)
 
 
 class Side(NamedTuple):
@@ -47,6 +50,14 @@ class Masks(NamedTuple):
     owner_N: Tensor | None
 
 
+class Hardness(NamedTuple):
+    """What is added to a score per similarity: of columns that were curated for the row, of others;
+    without owners it is `other` for all."""
+
+    chosen: float
+    other: float
+
+
 class Partials(NamedTuple):
     """Of the softmax over a part of a row (or column): [L, parts, rows] each."""
 
@@ -55,6 +66,7 @@ class Partials(NamedTuple):
     zs: Tensor | None  # sum of exp(s - top) * s, for the scale's gradient
     sum: Tensor | None  # of s, for label smoothing
     count: Tensor | None
+    hardest: Tensor | None  # largest s where, with hardness, top is not it
 
 
 class Slopes(NamedTuple):
@@ -128,8 +140,21 @@ def _judged(open_mn, judge_mn, masks, offs_m, offs_n, level, CURATED: tl.constex
     if CURATED == 2:
         owner_n = tl.load(masks.owner_N + offs_n)
         id_m = tl.load(masks.id_R + offs_m)
-        open_mn = open_mn & (id_m[:, None] != owner_n[None, :])
+        open_mn = open_mn & (id_m[:, None] != owner_n[None, :]) & (owner_n != APART)[None, :]
     return open_mn
+
+
+@triton.jit
+def _hardened(s_mn, similarity_mn, hardness, masks, offs_m, offs_n):
+    """The scores along rows."""
+    if hardness.other is not None:
+        by = hardness.other
+        if masks.owner_N is not None:
+            id_m, owner_n = tl.load(masks.id_R + offs_m), tl.load(masks.owner_N + offs_n)
+            mine_mn = id_m[:, None] == owner_n[None, :]
+            by = tl.where(mine_mn, hardness.chosen, hardness.other)
+        s_mn += by * similarity_mn
+    return s_mn
 
 
 @triton.jit
@@ -165,10 +190,14 @@ def _unrelated(
 
 
 @triton.jit
-def _part(s_mn, open_mn, partials, at, AXIS: tl.constexpr, mask):
+def _part(s_mn, hard_mn, open_mn, partials, at, AXIS: tl.constexpr, mask):
     """Store the partial statistics of a tile along an axis, at offset `at` of each array; returns
-    the largest scores and the exponentials beside them, 0 where closed."""
-    masked_mn = tl.where(open_mn, s_mn, -float("inf"))
+    the largest scores and the exponentials beside them, 0 where closed. `hard_mn`: with hardness.
+    """
+    if partials.hardest is not None:
+        hardest = tl.max(tl.where(open_mn, s_mn, -float("inf")), AXIS)
+        tl.store(partials.hardest + at, hardest, mask=mask)
+    masked_mn = tl.where(open_mn, hard_mn, -float("inf"))
     top = tl.max(masked_mn, AXIS)
     floor = tl.where(top == -float("inf"), 0.0, top)  # nothing is open: exp(-inf - 0) = 0
     e_mn = tl.exp(masked_mn - (floor[:, None] if AXIS == 1 else floor[None, :]))
@@ -206,7 +235,7 @@ def _tile_at(out, pid_m, pid_n, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def _statistics_kernel(
-    a, b, guide_a, guide_b, masks, rows, columns, positive_R, inverse_top, stored,
+    a, b, guide_a, guide_b, masks, hardness, rows, columns, positive_R, inverse_top, stored,
     scale, R, N, stored_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -239,7 +268,8 @@ def _statistics_kernel(
         s_mn = scale * similarity_mn
         if rows.top is not None:
             at = (level * tiles_n + pid_n) * R + offs_m
-            top_m, e_mn = _part(s_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
+            hard_mn = _hardened(s_mn, similarity_mn, hardness, masks, safe_m, safe_n)
+            top_m, e_mn = _part(s_mn, hard_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
             if stored is not None:
                 # a tile far below the row's largest score may underflow: it is nothing beside it
                 by_m = tl.exp(top_m - scale * tl.load(positive_R + safe_m) + SHIFT)
@@ -252,12 +282,12 @@ def _statistics_kernel(
                 tl.store(to_mn, e_mn, mask=mask_m[:, None] & (offs_n < stored_stride)[None, :])
         if columns.top is not None:
             at = (level * tiles_m + pid_m) * N + offs_n
-            _part(s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
+            _part(s_mn, s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
 
 
 @triton.jit
 def _gradients_kernel(
-    a, b, guide_a, guide_b, masks, row_slopes, column_slopes, label_slope_LR, inverse_top,
+    a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR, inverse_top,
     tile_parts, live, out, along_rows, along_columns,
     scale, filter_mass, R, N, out_stride, level_stride, label_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr, ONLY_OVER: tl.constexpr,
@@ -314,8 +344,9 @@ def _gradients_kernel(
             g_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # d total / d s
             if row_slopes.lse is not None:
                 at_m = level * row_slopes.stride + safe_m
+                hard_mn = _hardened(s_mn, similarity_mn, hardness, masks, safe_m, safe_n)
                 g_mn += tl.load(row_slopes.soft + at_m)[:, None] * tl.exp(
-                    s_mn - tl.load(row_slopes.lse + at_m)[:, None]
+                    hard_mn - tl.load(row_slopes.lse + at_m)[:, None]
                 )
                 if row_slopes.flat is not None:
                     g_mn -= tl.load(row_slopes.flat + at_m)[:, None]

@@ -99,17 +99,21 @@ def _finite(x):
 
 @triton.jit
 def _merged(softmax, level, R, rows):
-    """(top, z, zs, sum, count) of rows (below R) over all their parts."""
+    """(top, z, zs, sum, count, hardest) of rows (below R) over all their parts."""
     parts, n_parts = softmax.parts, softmax.n_parts
     # several parts are loaded at once, and summed up at the end
     none = tl.zeros([PARTS, rows.shape[0]], tl.float32)
-    top = none - float("inf")
+    top, hardest = none - float("inf"), none - float("inf")
     for first in range(0, n_parts, PARTS):
         offs_p = first + tl.arange(0, PARTS)
         at = (level * n_parts + offs_p)[:, None] * R + rows[None, :]
-        part = tl.load(parts.top + at, mask=(offs_p < n_parts)[:, None], other=-float("inf"))
-        top = tl.maximum(top, part)
+        live = (offs_p < n_parts)[:, None]
+        top = tl.maximum(top, tl.load(parts.top + at, mask=live, other=-float("inf")))
+        if parts.hardest is not None:
+            part = tl.load(parts.hardest + at, mask=live, other=-float("inf"))
+            hardest = tl.maximum(hardest, part)
     top = tl.max(top, 0)
+    hardest = top if parts.hardest is None else tl.max(hardest, 0)
     floor = _finite(top)
     z, zs, total, count = none, none, none, none
     for first in range(0, n_parts, PARTS):
@@ -123,7 +127,7 @@ def _merged(softmax, level, R, rows):
         if parts.sum is not None:
             total += tl.load(parts.sum + at, mask=live, other=0.0)
             count += tl.load(parts.count + at, mask=live, other=0.0)
-    return top, tl.sum(z, 0), tl.sum(zs, 0), tl.sum(total, 0), tl.sum(count, 0)
+    return top, tl.sum(z, 0), tl.sum(zs, 0), tl.sum(total, 0), tl.sum(count, 0), hardest
 
 
 @triton.jit
@@ -132,7 +136,8 @@ def _union(a, b):
     top = tl.maximum(a[0], b[0])
     floor = _finite(top)
     by_a, by_b = tl.exp(a[0] - floor), tl.exp(b[0] - floor)
-    return top, a[1] * by_a + b[1] * by_b, a[2] * by_a + b[2] * by_b, a[3] + b[3], a[4] + b[4]
+    z, zs = a[1] * by_a + b[1] * by_b, a[2] * by_a + b[2] * by_b
+    return top, z, zs, a[3] + b[3], a[4] + b[4], tl.maximum(a[5], b[5])
 
 
 @triton.jit
@@ -204,7 +209,7 @@ def _pairs_kernel(
     safe_m = tl.minimum(offs_m, M - 1)
     scale = number(scale)
     none = tl.zeros([BLOCK], tl.float32)
-    of_rows = (none - float("inf"), none, none, none, none)
+    of_rows = (none - float("inf"), none, none, none, none, none - float("inf"))
     of_qq = of_rows
     if QP:
         of_rows = _merged(of.qp, level, M, safe_m)
@@ -234,7 +239,7 @@ def _pairs_kernel(
         # rows with fewer pairs repeat their label's, with weight 0
         k = tl.where(live_m & (step > 0), M + start_m + step - 1, safe_m)
         s_k = scale * tl.load(similarity_LP + level * P + k)
-        of_column, of_pair = (none - float("inf"), none, none, none, none), of_rows
+        of_column, of_pair = (none - float("inf"), none, none, none, none, none), of_rows
         if PQ:
             of_column = _merged(of.pq, level, N, tl.load(columns_P + k))
         if PP:
@@ -282,7 +287,7 @@ def _pairs_kernel(
 
     tl.store(found.loss_LM + level * M + offs_m, weight * loss_m, mask=mask_m)
     if found.hardest_M is not None and (QP or QQ):
-        top_m = (of_rows if QP else of_qq)[0]
+        top_m = (of_rows if QP else of_qq)[5]
         rows_of_last = tl.where(level == len(LEVELS) - 1, M, 0)
         tl.store(found.hardest_M + offs_m, top_m / scale, mask=offs_m < rows_of_last)
     if found.d_scale_LM is not None:
@@ -356,7 +361,7 @@ def _reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
     level = tl.program_id(1)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < R
-    top, z, zs, total, count = _merged(of, level, R, tl.minimum(offs, R - 1))
+    top, z, zs, total, count, hardest = _merged(of, level, R, tl.minimum(offs, R - 1))
     to = (level * out_parts + out_part) * R + offs
     tl.store(out.top + to, top, mask=mask)
     tl.store(out.z + to, z, mask=mask)
@@ -365,6 +370,8 @@ def _reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
     if out.sum is not None:
         tl.store(out.sum + to, total, mask=mask)
         tl.store(out.count + to, count, mask=mask)
+    if out.hardest is not None:
+        tl.store(out.hardest + to, hardest, mask=mask)
 
 
 def reduce(parts: Partials, out: Partials, out_part: int = 0) -> Partials:

@@ -42,7 +42,8 @@ def score_tiles(
         return FULL
     if relations.guide_queries is not None or len(settings.dims) > 1:
         return SMALL  # two accumulators, or one that outlives several epilogues
-    masked = settings.margin is not None or any(x is not None for x in relations[1:7])
+    more = (settings.margin, settings.hardness_mode, *relations[1:7])
+    masked = any(x is not None for x in more)
     if masked or few or settings.gradient_filter or not is_plain(relations, settings):
         return SLIM  # few launches: their gradients keep dot products beside the slopes
     # tensor memory of sm_100 comes as 64 columns a thread, with wgmma they are 32
