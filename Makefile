@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 # Without a card the pinned release is enough; with one, the newest that pip finds.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+# What the adapters are held against. Their dependencies are left out: they would bring torchvision,
+# which does not fit every torch, and much that no loss needs.
+PEERS := open_clip_torch==3.3.0 FlagEmbedding==1.4.2 tevatron==0.1.0 gradcache==0.0.1 \
+	lightning==2.6.6 lightning-utilities torchmetrics
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -35,6 +39,7 @@ $(READY): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/native/*)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --no-deps $(PEERS)
 	touch $@
 
 clean:

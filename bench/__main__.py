@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import in_batch, info_nce, rankpo
+from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers
 from bench.measure import Case, Row, measure
 from rankpo_kernels import native
 
@@ -105,6 +105,8 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
         yield from info_nce.cases(device, quick)
         yield from in_batch.cases(device, quick)
         yield from rankpo.cases(device, quick)
+        yield from sentence_transformers.cases(device, quick)
+        yield from open_clip.cases(device, quick)
         return
     from bench.cases import tiles
 
@@ -112,6 +114,8 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
     yield from itertools.islice(of_losses, info_nce.FIRST)
     yield from in_batch.cases(device, quick)
     yield from rankpo.cases(device, quick)
+    yield from sentence_transformers.cases(device, quick)
+    yield from open_clip.cases(device, quick)
     yield from tiles.cases(device, quick)
     yield from of_losses
 

@@ -355,6 +355,16 @@ class RankPOStats(NamedTuple):
     chosen_similarity: Tensor
     rejected_similarity: Tensor
 
+    def metrics(self, beta: float, reference: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """Means by their names in the original's log: scores are similarities, rewards
+        beta * (score - reference), where `reference` is [2], of chosen and rejected."""
+        scores = torch.stack([self.chosen_similarity, self.rejected_similarity])
+        metrics = {"rewards/accuracies": self.accuracy}
+        for name, values in (("rewards", beta * (scores - reference)), ("scores", scores)):
+            metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = values
+            metrics[f"{name}/margins"] = values[0] - values[1]
+        return metrics
+
 
 @torch.no_grad()
 def rankpo_loss_and_grads(

@@ -111,19 +111,10 @@ class RankPOStage:
         )
 
     def _metrics(self, stats: RankPOStats, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Scores are cosines, rewards beta * (score - reference score), as the original has it."""
-        scores = torch.stack([stats.chosen_similarity, stats.rejected_similarity])
         reference = 0.0
         if self.reference is not None:
             reference = torch.stack([*map(mean, self.reference[:, batch.rows])])
-        metrics = {"rewards/accuracies": stats.accuracy}
-        for name, values in (
-            ("rewards", self.config.beta * (scores - reference)),
-            ("scores", scores),
-        ):
-            metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = values
-            metrics[f"{name}/margins"] = values[0] - values[1]
-        return metrics
+        return stats.metrics(self.config.beta, reference)
 
 
 def _describe(loss: RankPOLossConfig) -> str:

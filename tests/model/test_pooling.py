@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rankpo_fast.model.pooling import pool
+from rankpo_fast.model.pooling import pool, pool_padded
 
 STATES = [[1, 2], [3, 4], [5, 9], [7, 8]]  # [T=4, D=2]
 OFFSETS = [0, 3, 4]  # two texts, of 3 tokens and of 1
@@ -46,3 +46,14 @@ def test_gradients_go_to_the_tokens_that_were_pooled(pooling, expected):
     states = torch.zeros(4, 2, requires_grad=True)
     pool(states, torch.tensor(OFFSETS, dtype=torch.int32), pooling).sum().backward()
     torch.testing.assert_close(states.grad, torch.tensor(expected)[:, None].expand(4, 2).float())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_has_no_part_in_a_vector(pooling):
+    states = torch.randn(3, 4, 2)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
+    texts = [text[m.bool()] for text, m in zip(states, mask, strict=True)]
+    expected = [{"last": x[-1], "cls": x[0], "mean": x.mean(0)}[pooling] for x in texts]
+    states[0, 2:] = torch.nan
+    torch.testing.assert_close(pool_padded(states, mask, pooling), torch.stack(expected))
+    assert pool_padded(states.bfloat16(), mask, pooling).dtype == torch.float32

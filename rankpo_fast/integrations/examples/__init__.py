@@ -3,8 +3,9 @@
 python -m rankpo_fast.integrations.examples.plain_loop
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class SmallWorld(NamedTuple):
@@ -32,3 +33,17 @@ def small_world(directory: str | Path = "outputs/examples") -> SmallWorld:
     everyone = [range(len(train.talents))] * len(train.jobs)
     preferences = world.preference_rows(train, everyone, pairs_per_job=4, seed=0)
     return SmallWorld(str(model), triplets, list(preferences))
+
+
+def collator(model: str) -> Callable[[list[dict[str, str]]], dict[str, Any]]:
+    """Triplets -> {"query": tokens, "passage": tokens}, each positive before its negative."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def collate(rows):
+        passages = [row[key] for row in rows for key in ("positive", "negative")]
+        texts = {"query": [row["query"] for row in rows], "passage": passages}
+        return {k: tokenizer(x, padding=True, return_tensors="pt") for k, x in texts.items()}
+
+    return collate

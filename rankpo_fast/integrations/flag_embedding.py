@@ -1,0 +1,69 @@
+"""FlagEmbedding's embedders with the fused loss: one line before its runner.
+
+    from FlagEmbedding.finetune.embedder.encoder_only.base import BiEncoderOnlyEmbedderModel
+
+    apply_to(BiEncoderOnlyEmbedderModel)  # or AbsEmbedderModel, for all; or one model
+
+Tried with FlagEmbedding 1.4.1, the first whose trainer runs with transformers 5, and 1.4.2; with
+transformers 5.23. With 5.24 `import FlagEmbedding` fails, since one of its rerankers imports
+`modeling_attn_mask_utils`, which is gone; its parts that train embedders work there too.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rankpo_fast.integrations import require
+from rankpo_fast.integrations.patches import in_batch_loss, refuse_other_losses, replaced
+
+
+def apply_to(model: type | nn.Module) -> ExitStack:
+    """Have an embedder compute its loss over in-batch and cross-device negatives without scores.
+
+    Loss and gradients are FlagEmbedding's: those of encoder-only and decoder-only models, of ICL,
+    of every prefix of MRL, and of M3 without unified_finetuning. Scores come back as None, since
+    its `forward` reads no others than those of unified M3. What needs scores runs FlagEmbedding's
+    own code: teacher scores with either kd_loss_type; unified M3, whose ensemble adds up the scores
+    of dense, sparse and ColBERT vectors; no_in_batch_neg_flag.
+
+    With negatives_cross_device each rank scores its own queries alone. As with FlagEmbedding, every
+    rank has the loss over the queries of all W ranks, and DDP ends with 1 / W of its gradient.
+
+    Args:
+        model: a class, such as the one that a runner will load, with its subclasses; or one model.
+
+    Returns:
+        `with apply_to(...):` or `.close()` gives the model its methods back. Until then those of
+        `_compute_in_batch_neg_loss` and `_compute_cross_device_neg_loss` have this `__module__`.
+
+    Raises:
+        ImportError: FlagEmbedding is not installed, or older than 1.4.1.
+        ValueError: the model has no such methods, or has been given these before; in training, if
+            it scores by something else than dot products, or passages do not divide by queries.
+    """
+    require("FlagEmbedding", "1.4.1", "1.4.1 and 1.4.2")
+    in_batch, cross_device = "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"
+
+    def fused(theirs: Callable) -> Callable:
+        across_devices = theirs.__name__ == cross_device
+
+        def compute_loss(
+            self,
+            q_reps: Tensor,
+            p_reps: Tensor,
+            teacher_targets: Tensor | None = None,
+            compute_score_func: Callable | None = None,
+            **kwargs,
+        ) -> tuple[Tensor | None, Tensor]:
+            if teacher_targets is not None or getattr(self, "unified_finetuning", False):
+                return theirs(self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
+            score = compute_score_func or self.compute_score
+            refuse_other_losses(self, score, self.compute_loss, self.temperature)
+            group = dist.group.WORLD if across_devices else None
+            return None, in_batch_loss(q_reps, p_reps, self.temperature, group)
+
+        return compute_loss
+
+    return replaced(model, {in_batch: fused, cross_device: fused})

@@ -1,0 +1,461 @@
+"""Both stages by the Trainer of transformers (tried with 5.0.0 and 5.24.0).
+
+One line to change in the scripts of arXiv 2503.10723:
+
+    from rankpo_fast.integrations.hf_trainer import RankPOTrainer  # was: from rankpo_trainer
+
+and of `contrastive_trainer` alike. A batch is {"query": features, "passage": features}, what
+tokenizers return each, the passages in groups of equal size per query, the one to rank first at
+its head. B queries with G passages each, S texts of L tokens, D dims.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH
+from rankpo_fast.integrations import require
+from rankpo_fast.losses import InfoNCELoss
+from rankpo_fast.model.pooling import pool_padded
+from rankpo_fast.ops.common import unit_rows
+from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
+from rankpo_fast.ops.rankpo import (
+    MarginOptions,
+    pair_similarities,
+    rankpo_loss,
+    rankpo_loss_and_grads,
+)
+from rankpo_kernels.norms import compute_dtype
+
+require("transformers", "5", tried="5.0.0 and 5.24.0")
+require("accelerate", "1.1", tried="1.15.0")
+
+from accelerate.utils import gather_object  # noqa: E402
+from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+POOLINGS = ("last", "mean", "cls")
+LossAndGrads = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+
+
+class EmbeddingTrainer(Trainer):
+    """What both stages share: texts to vectors, vectors to loss and metrics.
+
+    The loss is computed in fp32 outside of autocast, and is a mean over the rows of a micro-batch;
+    the gradient of a step is that of the mean over its micro-batches. Metrics are means over rows
+    since the last log (in evaluation over all rows) and ranks; the device is asked when they are
+    logged. Columns are left to the collator, whatever `remove_unused_columns` says.
+
+    Args:
+        pooling: "last", "mean" or "cls" of the tokens that attention_mask has, on either side;
+            of a model that returns a tensor [S, D], or an own `embed`, none.
+        tokenizer: the processing_class.
+        trainer: all others of transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        pooling: str = "last",
+        tokenizer: Any = None,
+        **trainer: Any,
+    ):
+        if isinstance(model, str):
+            raise ValueError(f"model must be a model: AutoModel.from_pretrained({model!r})")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if trainer.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is given, but the loss is this trainer's own")
+        if tokenizer is not None:
+            trainer["processing_class"] = tokenizer
+        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        args.remove_unused_columns = False  # columns are those of texts, not the model's arguments
+        self.pooling = pooling
+        self._sums: dict[bool, dict[str, Tensor]] = {}  # by whether in training
+        super().__init__(model, args, **trainer)
+        self.model_accepts_loss_kwargs = False  # so it divides by the number of micro-batches
+        self._freeze_pooler(self.model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._freeze_pooler(model)
+        return model
+
+    def _freeze_pooler(self, model: nn.Module) -> None:
+        """Of BERT's kind: it gets no gradient, for which DDP waits where it does not look for such
+        parameters, as with gradient checkpointing."""
+        pooler = getattr(model, "pooler", None) if isinstance(model, PreTrainedModel) else None
+        if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
+            pooler.requires_grad_(False)
+
+    def embed(self, model: nn.Module, features: dict[str, Tensor]) -> Tensor:
+        """Vectors [S, D] of texts, not normalised."""
+        output = model(**features)
+        if isinstance(output, Tensor):
+            return output
+        states = getattr(output, "last_hidden_state", None)  # [S, L, D]
+        if states is None:
+            raise ValueError(
+                f"{type(output).__name__} of the model has no last_hidden_state to make vectors "
+                f"of: load it by AutoModel, or override embed"
+            )
+        mask = features.get("attention_mask")
+        mask = torch.ones_like(features["input_ids"]) if mask is None else mask
+        return pool_padded(states, mask, self.pooling)
+
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+        """(loss, d_queries [B, D], d_passages [B * G, D], means over the rows by name) of vectors
+        without graph."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
+    ):
+        q, p = self._vectors(model, inputs)
+        loss, dq, dp, metrics = self.loss_and_grads(q.detach(), p.detach(), inputs)
+        sums = self._sums.setdefault(torch.is_grad_enabled(), {})
+        for name, value in ({"rows": torch.ones_like(loss)} | metrics).items():
+            sums[name] = sums.get(name, 0) + len(q) * value
+        tangent = (q * dq).sum() + (p * dp).sum()
+        loss = loss + (tangent - tangent.detach())  # the value of loss with these gradients
+        return (loss, (q, p)) if return_outputs else loss
+
+    def _vectors(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        if missing := {"query", "passage"} - batch.keys():
+            raise ValueError(
+                f"the collator's batch has no {', '.join(sorted(missing))}, only {[*batch]}"
+            )
+        q, p = (self.embed(model, batch[side]) for side in ("query", "passage"))
+        return q.to(compute_dtype(q.dtype)), p.to(compute_dtype(p.dtype))
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None
+    ):
+        """Predictions are the cosines [B, G] of a query and its passages, labels [B] all 0."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(inputs)
+            loss, vectors = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only or vectors is None:
+            return loss, None, None
+        q, p = map(unit_rows, vectors)
+        cosines = (q[:, None] * p.view(len(q), -1, p.shape[1])).sum(2)
+        return loss, cosines, torch.zeros(len(q), dtype=torch.int64, device=q.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._means(training=True)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+        return output
+
+    def _means(self, training: bool) -> dict[str, float]:
+        sums = self._sums.pop(training, None)
+        if not sums:
+            return {}
+        values = self.accelerator.reduce(torch.stack([*sums.values()]), "sum").tolist()
+        return {name: x / values[0] for name, x in [*zip(sums, values, strict=True)][1:]}
+
+
+class ContrastiveTrainer(EmbeddingTrainer):
+    """Stage 1: each query against all passages of the batch, and of the other ranks' batches.
+
+    Further keys of a batch are arguments of `info_nce_loss`, such as passage_ids and weights. A
+    model that takes query and passage and returns its own `.loss`, as the original's
+    ModelForTraining, is trained by that; then neither pooling nor `loss` have a say.
+
+    Args:
+        loss: default `InfoNCELoss(process_group=dist.group.WORLD)` where there are several ranks;
+            `InfoNCELoss()` leaves each with its own negatives.
+        more: `EmbeddingTrainer`'s.
+
+    Raises:
+        ValueError: a loss of another kind, or a batch that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        loss: InfoNCELoss | None = None,
+        **more: Any,
+    ):
+        if loss is not None and not isinstance(loss, InfoNCELoss):
+            raise ValueError(f"loss must be an InfoNCELoss, got {type(loss).__name__}")
+        if loss is not None and loss.log_scale is not None:
+            raise ValueError("loss learns its temperature, which no optimizer here would step")
+        if loss is not None and loss.options.get("reduction", "mean") != "mean":
+            raise ValueError("loss must have reduction='mean': steps and ranks are averaged")
+        super().__init__(model, args, **more)
+        ranks = dist.group.WORLD if self.args.world_size > 1 else None
+        self.loss = InfoNCELoss(process_group=ranks) if loss is None else loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
+    ):
+        taken = inspect.signature(self.accelerator.unwrap_model(model).forward).parameters
+        if not {"query", "passage"} <= taken.keys():
+            return super().compute_loss(model, inputs, return_outputs)
+        loss = model(**inputs).loss
+        if loss is None:
+            raise ValueError(f"{type(self.model).__name__} returns no loss in evaluation")
+        return (loss, None) if return_outputs else loss
+
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+        more = {name: value for name, value in batch.items() if name not in ("query", "passage")}
+        temperature, options = self.loss.temperature, self.loss.options
+        loss, dq, dp, _, stats = info_nce_loss_and_grads(
+            queries, passages, temperature=temperature, **options, **more
+        )
+        return loss, dq, dp, stats._asdict()
+
+
+# --- stage 2 ---
+
+
+@dataclass
+class RankPOArguments(TrainingArguments):
+    """Settings of stage 2 under the original's names; the defaults are those of the authors'
+    script, as in `rankpo_loss`, not those of their code (beta 1.0, temperature 0.02, with a
+    reference)."""
+
+    reference_free: bool = True
+    beta: float = 2.0
+    temperature: float = 0.1
+    gamma_beta_ratio: float = 0.0
+    label_smoothing: float = 0.0
+    loss_type: str = "sigmoid"  # or "hinge"
+    sft_weight: float = 0.0
+    rankpo_weight: float = 1.0
+    disable_dropout: bool = True
+    max_query_length: int = PAPER_MAX_QUERY_LENGTH  # tokens
+    max_passage_length: int = PAPER_MAX_PASSAGE_LENGTH
+    dataset_num_proc: int | None = None  # processes that tokenise
+
+
+@dataclass
+class RankPODataCollatorWithPadding:
+    """Rows of token ids -> query [B, L] and passage [2 B, L], chosen before rejected, padded on the
+    right."""
+
+    pad_token_id: int = 0
+
+    def __call__(self, rows: list[dict[str, dict]]) -> dict[str, dict[str, Tensor]]:
+        return {
+            "query": self._padded([row["query"] for row in rows]),
+            "passage": self._padded([row[k] for row in rows for k in ("chosen", "rejected")]),
+        }
+
+    def _padded(self, texts: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0}
+        return {
+            key: pad_sequence([torch.tensor(text[key]) for text in texts], True, value)
+            for key, value in fill.items()
+        }
+
+
+class RankPOTrainer(EmbeddingTrainer):
+    """Stage 2 on rows {"query", "passage1", "passage2", "preferred": "A" or "B"}, with the
+    arguments of the original's trainer in its order.
+
+    The reference is computed here, once: two similarities a row, not a second model in memory;
+    `ref_model` goes back to the device that it came from. It may be `model` itself, as it starts.
+
+    Args:
+        args: `RankPOArguments`, or the original's; what it has besides is not looked at.
+        data_collator: makes the batch of rows {"query", "chosen", "rejected"} of token ids; default
+            `RankPODataCollatorWithPadding` of the tokenizer.
+        train_dataset, eval_dataset: a `datasets.Dataset` or a list; the latter may be a dict of
+            them.
+        peft_config: `model` becomes `get_peft_model(model, peft_config)`.
+        compute_metrics: of predictions [rows, 2], similarities of chosen and rejected, and of
+            label_ids [rows], all 0.
+        pooling: "last" as in the original, or as in `EmbeddingTrainer`.
+
+    Raises:
+        ValueError: naming the row that is no pair, or the argument that is missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        ref_model: nn.Module | None = None,
+        args: RankPOArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        tokenizer: Any = None,
+        model_init: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable | None = None,
+        pooling: str = "last",
+    ):  # fmt: skip
+        if missing := [name for name in RankPOArguments.__annotations__ if not hasattr(args, name)]:
+            raise ValueError(f"args must be RankPOArguments, or have their {', '.join(missing)}")
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: rows are texts")
+        if (ref_model is None) != args.reference_free:
+            raise ValueError(
+                "ref_model is given, but reference_free=True: leave out one of them"
+                if args.reference_free
+                else "reference_free=False needs a ref_model: the model itself will do"
+            )
+        margin = {field.name: getattr(args, field.name) for field in fields(MarginOptions)}
+        self.options = vars(MarginOptions(**margin))  # which names what is wrong
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if model is None:
+                raise ValueError("peft_config goes with model, not with model_init")
+            itself, model = ref_model is model, get_peft_model(model, peft_config)
+            ref_model = model if itself else ref_model
+        if data_collator is None:
+            data_collator = RankPODataCollatorWithPadding(tokenizer.pad_token_id)
+        tokenized = partial(_tokenized, tokenizer, args)
+        super().__init__(
+            model, args, pooling=pooling, tokenizer=tokenizer, data_collator=data_collator,
+            train_dataset=_each(tokenized, train_dataset),
+            eval_dataset=_each(tokenized, eval_dataset), model_init=model_init,
+            callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )  # fmt: skip
+        if args.disable_dropout:
+            _drop_nothing(self.model)
+        if ref_model is not None:
+            referenced = partial(self._referenced, ref_model)
+            with _at_rest(ref_model, self.args.device):
+                self.train_dataset = _each(referenced, self.train_dataset)
+                self.eval_dataset = _each(referenced, self.eval_dataset)
+            self.data_collator = _WithReference(data_collator)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if self.args.disable_dropout:
+            _drop_nothing(model)
+        return model
+
+    @torch.no_grad()
+    def _referenced(self, model: nn.Module, rows: "Dataset") -> "Dataset":
+        """Rows with `reference`, similarities of chosen and of rejected; each rank computes its
+        share."""
+        share = rows.shard(self.args.world_size, self.args.process_index, contiguous=True)
+        similarities = []
+        for batch in DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator):
+            with self.accelerator.autocast():
+                q, p = self._vectors(model, self._prepare_inputs(batch))
+            similarities += pair_similarities(q, p[::2], p[1::2]).T.tolist()
+        return rows.add_column("reference", gather_object(similarities))
+
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+        if len(passages) != 2 * len(queries):
+            raise ValueError(
+                f"a batch of {len(queries)} queries has {len(passages)} passages, not chosen and "
+                f"rejected of each"
+            )
+        q, c, r = queries, passages[::2], passages[1::2]
+        margins, reference = None, 0.0
+        if "reference" in batch:
+            reference_B2 = batch["reference"].view(torch.float32)
+            margins, reference = reference_B2[:, 0] - reference_B2[:, 1], reference_B2.mean(0)
+        loss, dq, dc, dr, stats = rankpo_loss_and_grads(
+            q, c, r, reference_margins=margins, **self.options
+        )
+        metrics = stats.metrics(self.options["beta"], reference)
+        sft, rankpo, sft_loss = self.options["sft_weight"], self.options["rankpo_weight"], 0.0
+        if sft:
+            alone = self.options | {"sft_weight": 1.0, "rankpo_weight": 0.0}
+            metrics["sft_loss"] = sft_loss = rankpo_loss(q, c, r, **alone)
+        if rankpo:
+            metrics["rankpo_loss"] = (loss - sft * sft_loss) / rankpo
+        return loss, dq, torch.stack([dc, dr], 1).flatten(0, 1), metrics
+
+
+@dataclass
+class _WithReference:
+    """A collator that knows no such column, and the column."""
+
+    collate: Callable
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        reference_B2 = torch.tensor([row["reference"] for row in rows], dtype=torch.float32)
+        # as integers: under DeepSpeed the Trainer rounds a batch's floats to the model's dtype
+        return {**self.collate(rows), "reference": reference_B2.view(torch.int32)}
+
+
+@contextmanager
+def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """In eval mode on the device; afterwards as and where it was."""
+    home, training = next(model.parameters()).device, model.training
+    model.to(device).eval()
+    try:
+        yield
+    finally:
+        model.to(home).train(training)
+
+
+def _drop_nothing(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _each(change: Callable, datasets: Any) -> Any:
+    """Of one dataset, of a dict of them, or of None."""
+    if isinstance(datasets, dict):
+        return {name: change(rows) for name, rows in datasets.items()}
+    return None if datasets is None else change(datasets)
+
+
+def _tokenized(tokenizer: Any, args: RankPOArguments, rows: Any) -> "Dataset":
+    """Rows {"query", "chosen", "rejected"} of token ids and masks."""
+    require("datasets", "2.20", tried="4.4.1 and 5.2.0")
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list(list(rows))
+    limits = (args.max_query_length, *[args.max_passage_length] * 2)
+    with args.main_process_first(desc="tokenising"):
+        return rows.map(
+            _tokens,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "limits": limits},
+            remove_columns=rows.column_names,
+            num_proc=args.dataset_num_proc,
+            desc="Tokenizing",
+        )
+
+
+def _tokens(row: dict, number: int, tokenizer: Any, limits: tuple[int, ...]) -> dict[str, dict]:
+    for key in ("query", "passage1", "passage2"):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"row {number}: {key!r} must be a text, got {row.get(key)!r}")
+    preferred, passages = row.get("preferred"), ("passage1", "passage2")
+    if preferred not in ("A", "B"):
+        raise ValueError(f"row {number}: 'preferred' must be 'A' or 'B', got {preferred!r}")
+    keys = ("query", *(passages if preferred == "A" else passages[::-1]))
+    names = ("query", "chosen", "rejected")
+    return {
+        name: dict(tokenizer(row[key], max_length=limit, truncation=True))
+        for name, key, limit in zip(names, keys, limits, strict=True)
+    }

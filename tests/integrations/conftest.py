@@ -1,0 +1,49 @@
+"""Ours beside a library's own loss: one gate for all adapters, and a table of what was found.
+
+pytest tests/integrations --equality
+"""
+
+from collections.abc import Sequence
+
+import pytest
+from torch import Tensor
+
+GATE = 1e-5  # relative, fp32
+ERRORS = pytest.StashKey[dict[tuple[str, str], tuple[int, float, float]]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--equality", action="store_true", help="list errors by adapter and option")
+
+
+def pytest_configure(config):
+    config.stash[ERRORS] = {}
+
+
+@pytest.fixture
+def equal(request):
+    """equal(adapter, option, ours, theirs): (loss, gradients) of both agree, and are listed."""
+
+    def check(adapter: str, option: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+        loss, *grads = [relative(x, y) for x, y in zip(ours, theirs, strict=True)]
+        assert max(loss, *grads) <= GATE, (loss, grads)
+        rows = request.config.stash[ERRORS]
+        count, most_loss, most_grad = rows.get((adapter, option), (0, 0.0, 0.0))
+        worst = max(loss, most_loss), max(*grads, most_grad)
+        rows[adapter, option] = count + 1, *worst
+
+    return check
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    error = (ours.detach().double() - theirs.detach().double()).norm()
+    return (error / theirs.detach().double().norm().clamp(min=1e-30)).item()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--equality"):
+        return
+    write = terminalreporter.write_line
+    write("\n| adapter | option | cases | loss | gradients |\n|---|---|---|---|---|")
+    for (adapter, option), (count, loss, grads) in sorted(config.stash[ERRORS].items()):
+        write(f"| {adapter} | {option} | {count} | {loss:.0e} | {grads:.0e} |")

@@ -1,0 +1,692 @@
+"""transformers' Trainer with our losses: the losses, gradients and curves of plain torch."""
+
+import importlib
+import re
+import runpy
+import sys
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+import hf_runs
+import rank_runs
+from hf_runs import (
+    OPTIONS,
+    Collator,
+    Plain,
+    PlainRankPO,
+    all_trained,
+    arguments,
+    curve,
+    pair_arguments,
+    preferences,
+    trained,
+    triplets,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from rankpo_fast import InfoNCELoss, info_nce_loss
+from rankpo_fast.integrations import examples
+from rankpo_fast.integrations.examples import small_world
+from rankpo_fast.integrations.hf_trainer import (
+    ContrastiveTrainer,
+    RankPOArguments,
+    RankPODataCollatorWithPadding,
+    RankPOTrainer,
+)
+from rankpo_fast.model.pooling import pool_padded
+
+
+def contrastive(model, tokenizer, directory, rows=30, **more):
+    settings = {
+        name: more.pop(name)
+        for name in ("loss", "pooling", "eval_dataset", "callbacks")
+        if name in more
+    }
+    return ContrastiveTrainer(
+        model, arguments(directory, **more), data_collator=Collator(tokenizer),
+        train_dataset=triplets(rows), **settings,
+    )  # fmt: skip
+
+
+def rankpo(model, tokenizer, directory, rows=30, reference=None, **more):
+    settings = {
+        name: more.pop(name)
+        for name in ("pooling", "eval_dataset", "peft_config", "compute_metrics") if name in more
+    }  # fmt: skip
+    args = pair_arguments(directory, reference_free=reference is None, **more)
+    return RankPOTrainer(
+        model, reference, args, train_dataset=preferences(rows), tokenizer=tokenizer, **settings
+    )
+
+
+def plain(model, tokenizer, directory, kind=Plain, rows=triplets, **more):
+    args = arguments(directory, remove_unused_columns=False, **more)
+    return kind(model, args, data_collator=Collator(tokenizer), train_dataset=rows(30))
+
+
+plain_pairs = partial(plain, kind=PlainRankPO, rows=preferences)
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([
+        (torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in model.parameters()
+    ])  # fmt: skip
+
+
+def close(ours, theirs, tolerance=1e-5):
+    assert (ours - theirs).norm() <= tolerance * (1 + theirs.norm())
+
+
+@pytest.fixture
+def llama(tiny_llama_dir):
+    return AutoModel.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def other(tiny_llama_dir):
+    """The reference: other weights."""
+    model = AutoModel.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.mul_(1.1)
+    return model
+
+
+# --- one batch ---
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("backbone", "pooling", "side"),
+    [
+        pytest.param("llama", "last", "right", id="as-the-original"),
+        pytest.param("llama", "last", "left", id="padded-left"),
+        pytest.param("bert", "mean", "right", id="encoder"),
+        pytest.param("bert", "cls", "left", id="encoder-padded-left"),
+    ],
+)
+def test_loss_and_gradients_are_the_definitions(
+    stage, backbone, pooling, side, request, tmp_path, tiny_tokenizer, other, equal
+):
+    model = AutoModel.from_pretrained(request.getfixturevalue(f"tiny_{backbone}_dir")).eval()
+    trainer, rows = contrastive(model, tiny_tokenizer, tmp_path, pooling=pooling), triplets(5)
+    definition = Plain.loss
+    if stage == 2:
+        trainer, rows = rankpo(model, tiny_tokenizer, tmp_path, pooling=pooling), preferences(5)
+        definition = PlainRankPO(model, arguments(tmp_path)).loss
+    batch = Collator(tiny_tokenizer, side)(rows)
+    losses = trainer.compute_loss(model, batch), definition(model, batch, pooling)
+    name = "RankPOTrainer" if stage == 2 else "ContrastiveTrainer"
+    equal(f"transformers {name}", pooling, *[(loss, gradients(loss, model)) for loss in losses])
+
+
+@pytest.mark.parametrize(
+    ("more", "weights"),
+    [
+        pytest.param({}, (1.0, 0.0), id="sigmoid"),
+        pytest.param({"loss_type": "hinge"}, (1.0, 0.0), id="hinge"),
+        pytest.param({"sft_weight": 0.5}, (1.0, 0.5), id="with-sft"),
+        pytest.param({"sft_weight": 2.0, "rankpo_weight": 0.0}, (0.0, 2.0), id="sft-alone"),
+    ],
+)
+def test_every_term_of_the_second_stage_is_logged_as_the_original_does(
+    more, weights, tmp_path, tiny_tokenizer, llama, other
+):
+    rows = preferences(6)
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, reference=other, eval_dataset=rows, **more)
+    theirs = PlainRankPO(llama, arguments(tmp_path))
+    theirs.reference, theirs.hinge = other, "loss_type" in more
+    logs, batch = trainer.evaluate(), Collator(tiny_tokenizer)(rows)
+    with torch.no_grad():
+        scores, reference = theirs.scores(llama, batch), theirs.scores(other, batch)
+        expected = {"loss": None, "rankpo_loss": (1.0, 0.0), "sft_loss": (0.0, 1.0)}
+        for name, of in expected.items():
+            theirs.weights = weights if of is None else of
+            expected[name] = theirs.loss(llama, batch)
+    if not weights[0]:
+        expected.pop("rankpo_loss")
+    if not weights[1]:
+        expected.pop("sft_loss")
+    rewards = OPTIONS["beta"] * (scores - reference)
+    for name, values in (("rewards", rewards), ("scores", scores)):
+        expected[f"{name}/chosen"], expected[f"{name}/rejected"] = values.mean(0)
+        expected[f"{name}/margins"] = (values[:, 0] - values[:, 1]).mean()
+    expected["rewards/accuracies"] = (rewards[:, 0] > rewards[:, 1]).float().mean()
+    speed = ("runtime", "per_second", "preparation_time")
+    got = {name[5:]: x for name, x in logs.items() if not name.endswith(speed) and name != "epoch"}
+    assert got == pytest.approx({name: x.item() for name, x in expected.items()}, abs=1e-5)
+
+
+def test_the_collator_can_tell_which_passages_are_the_same_text(tmp_path, tiny_tokenizer, llama):
+    """Such are false negatives."""
+    trainer, batch = (
+        contrastive(llama, tiny_tokenizer, tmp_path),
+        Collator(tiny_tokenizer)(triplets(4)),
+    )
+    ids = torch.tensor([0, 1, 0, 2, 3, 4, 5, 6])
+    loss, (q, p) = trainer.compute_loss(llama, batch | {"passage_ids": ids}, return_outputs=True)
+    assert abs(loss - info_nce_loss(q, p, passage_ids=ids)) < 1e-6
+    assert loss < trainer.compute_loss(llama, batch) - 1e-3
+
+
+def test_a_step_asks_the_device_for_no_number(tmp_path, tiny_tokenizer, llama, other):
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a host sync"
+            return function(*args, **kwargs or {})
+
+    class Tokens(nn.Module):
+        """Transformers' models ask themselves whether a mask is all ones."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(320, 8)
+
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(last_hidden_state=self.table(input_ids))
+
+    model = Tokens()
+    one, two = (
+        contrastive(model, tiny_tokenizer, tmp_path),
+        rankpo(model, tiny_tokenizer, tmp_path, reference=model),
+    )
+    batches = [
+        one.data_collator(triplets(4)),
+        two.data_collator([two.train_dataset[i] for i in (0, 1)]),
+    ]
+    with Refusing():
+        for trainer, batch in zip((one, two), batches, strict=True):
+            for _ in range(2):
+                trainer.compute_loss(model, batch).backward()
+
+
+# --- whole trainings ---
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (1, 3), (2, 1)])
+def test_curve_of_a_training_is_that_of_plain_torch(
+    stage, accumulation, tmp_path, tiny_tokenizer, tiny_llama_dir, other
+):
+    """Of 30 rows, the last batch has 2; of its 8 micro-batches a step takes 3, 3 and 2."""
+    more, curves = {"gradient_accumulation_steps": accumulation}, []
+    makes = (contrastive, plain) if stage == 1 else (partial(rankpo, reference=other), plain_pairs)
+    for make in makes:
+        model = AutoModel.from_pretrained(tiny_llama_dir)
+        trainer = make(model, tiny_tokenizer, tmp_path, **more)
+        trainer.reference = other  # plain torch asks it every time
+        curves.append(curve(trainer))
+    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+    assert len(curves[0]) == 30 and curves[0][-3:].mean() < 0.8 * curves[0][:3].mean()
+
+
+class Gradients(TrainerCallback):
+    """Those that optimizers get."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.seen.append(torch.cat([x.grad.flatten() for x in model.parameters()]))
+
+
+IN_ORDER = {"train_sampling_strategy": "sequential", "learning_rate": 0.0, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulated_gradients_are_those_of_the_mean(stage, tmp_path, tiny_tokenizer, llama):
+    """Labels do not change that, though the Trainer counts them."""
+    make, gradient = (contrastive, rankpo)[stage - 1], Gradients()
+    more = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER
+    trainer = make(llama, tiny_tokenizer, tmp_path, rows=8, **more)
+    trainer.add_callback(gradient)
+    if stage == 1:
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: collate(rows) | {"labels": torch.tensor([1, 2, 5, 6])}
+    trainer.train()
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    halves = [trainer.data_collator(half) for half in (rows[:4], rows[4:])]
+    losses = [trainer.compute_loss(llama, half) for half in halves]
+    close(*gradient.seen, gradients(sum(losses) / 2, llama))
+
+
+def test_compute_loss_func_would_double_them(tmp_path, tiny_tokenizer, llama):
+    """Why the trainers have a compute_loss; the Trainer takes that of a function for scaled."""
+
+    class Vectors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = llama
+
+        def forward(self, query, passage):
+            return hf_runs.vectors(llama, query), hf_runs.vectors(llama, passage)
+
+    more, gradient = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER, Gradients()
+    trainer = Trainer(
+        Vectors(), arguments(tmp_path, remove_unused_columns=False, **more), callbacks=[gradient],
+        data_collator=Collator(tiny_tokenizer), train_dataset=triplets(8),
+        compute_loss_func=lambda vectors, *_, **__: info_nce_loss(*vectors),
+    )  # fmt: skip
+    trainer.train()
+    ours = contrastive(llama, tiny_tokenizer, tmp_path, rows=8, callbacks=[gradient], **more)
+    ours.train()
+    close(gradient.seen[0], 2 * gradient.seen[1])
+    with pytest.raises(ValueError, match="compute_loss_func is given, but the loss is this"):
+        ContrastiveTrainer(llama, arguments(tmp_path), compute_loss_func=info_nce_loss)
+
+
+RUNS = {  # options of both, of one process
+    "negatives of all ranks": (
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"per_device_train_batch_size": 8},
+    ),
+    "negatives of each rank": ({"across": False}, {"gradient_accumulation_steps": 2}),
+    "pairs and reference": ({"stage": 2}, {"per_device_train_batch_size": 8}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, tiny_tokenizer, tiny_bert_dir):
+    """Of two ranks, of all runs."""
+    directory = tmp_path_factory.mktemp("ranks")
+    runs = [both for both, _ in RUNS.values()]
+    args = (directory / "out", tiny_bert_dir, tiny_tokenizer)
+    started = rank_runs.start(2, directory / "said", all_trained, runs, *args)
+    for rank in (ended := started.ended()):
+        assert rank.code == 0, rank.said
+    return dict(zip(RUNS, zip(*[rank.answer for rank in ended], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_train_as_one_process_does(
+    name, answers, tmp_path, tiny_tokenizer, tiny_bert_dir
+):
+    """BERT has a pooler, of no gradient. Without negatives of other ranks, they are two
+    micro-batches."""
+    both, alone = RUNS[name]
+    expected = trained(tmp_path, tiny_bert_dir, tiny_tokenizer, **both, **alone)
+    for rank in answers[name]:
+        for ours, theirs in zip(rank, expected, strict=True):
+            close(ours, theirs)
+
+
+def test_mixed_precision_is_the_models_alone(tmp_path, tiny_tokenizer, tiny_llama_dir):
+    """Losses are fp32, of states that come in bf16."""
+    curves, seen = [], set()
+    for bf16 in (False, True):
+        model = AutoModel.from_pretrained(tiny_llama_dir)
+        projection = model.layers[0].self_attn.q_proj
+        projection.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+        trainer = contrastive(model, tiny_tokenizer, tmp_path, bf16=bf16, max_steps=6)
+        compute, dtypes = trainer.loss_and_grads, set()
+
+        def spied(q, p, batch, compute=compute, dtypes=dtypes):
+            assert not torch.is_autocast_enabled("cpu")
+            loss, *others = compute(q, p, batch)
+            dtypes |= {x.dtype for x in (q, p, loss)}
+            return loss, *others
+
+        trainer.loss_and_grads = spied
+        curves.append(curve(trainer))
+        assert dtypes == {torch.float32}
+    assert seen == {torch.float32, torch.bfloat16}
+    torch.testing.assert_close(*curves, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [contrastive, rankpo])
+def test_a_resumed_training_goes_on_as_if_uninterrupted(
+    make, tmp_path, tiny_tokenizer, tiny_llama_dir
+):
+    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    curves = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model = AutoModel.from_pretrained(tiny_llama_dir)
+        if make is rankpo:
+            more["reference"] = model  # as it starts, not as it was when it was saved
+        curves.append(curve(make(model, tiny_tokenizer, tmp_path, **more), resume))
+    torch.testing.assert_close(*curves, rtol=0, atol=0)
+
+
+def test_a_compiled_model_has_the_same_curve(tmp_path, tiny_tokenizer, tiny_llama_dir):
+    curves = []
+    for more in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model = AutoModel.from_pretrained(tiny_llama_dir)
+        trainer = contrastive(model, tiny_tokenizer, tmp_path, max_steps=2, **more)
+        curves.append(curve(trainer))
+    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+
+
+# --- evaluation ---
+
+
+def test_evaluation_counts_every_row_once(tmp_path, tiny_tokenizer, llama):
+    """The last batch has 2 of 10 rows; predictions are the similarities."""
+    rows, seen = preferences(10), {}
+
+    def metrics(evaluated):
+        seen["scores"], seen["labels"] = map(torch.tensor, evaluated)
+        return {"first": 1.0}
+
+    more = {"eval_dataset": {"dev": rows}, "per_device_eval_batch_size": 4}
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, compute_metrics=metrics, **more)
+    logs = trainer.evaluate()
+    theirs, batch = PlainRankPO(llama, arguments(tmp_path)), Collator(tiny_tokenizer)(rows)
+    with torch.no_grad():
+        loss, scores = theirs.loss(llama, batch), theirs.scores(llama, batch)
+    assert logs["eval_dev_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert logs["eval_dev_rankpo_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert logs["eval_dev_first"] == 1.0 and not seen["labels"].any()
+    torch.testing.assert_close(seen["scores"], scores, rtol=0, atol=1e-5)
+
+
+def test_evaluation_of_the_first_stage_does_not_disturb_its_log(tmp_path, tiny_tokenizer, llama):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "max_steps": 2}
+    trainer = contrastive(llama, tiny_tokenizer, tmp_path, eval_dataset=triplets(6), **more)
+    trainer.train()
+    logs = trainer.state.log_history
+    first, second, train = [log for log in logs if "eval_loss" in log or "loss" in log][:3]
+    (train,) = [log for log in logs if "loss" in log]
+    assert {"eval_accuracy", "eval_positive_similarity"} <= first.keys()
+    assert {"accuracy", "hardest_negative_similarity"} <= train.keys()
+    batch = Collator(tiny_tokenizer)(triplets(6))
+    last = [log for log in logs if "eval_loss" in log][-1]
+    with torch.no_grad():
+        assert last["eval_loss"] == pytest.approx(Plain.loss(llama, batch).item(), abs=1e-5)
+    assert trainer.predict(triplets(6)).predictions.shape == (6, 2)
+
+
+# --- models of other kinds ---
+
+
+def test_the_reference_is_computed_once_and_handed_back(tmp_path, tiny_tokenizer, llama, other):
+    other.train()
+    calls = []
+    other.register_forward_hook(lambda *_: calls.append(other.training))
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, reference=other, rows=6, max_steps=3)
+    assert calls == [False] * 2 and other.training  # queries and passages of one batch
+    trainer.train()
+    assert len(calls) == 2
+    batch = Collator(tiny_tokenizer)(preferences(6))
+    with torch.no_grad():
+        scores = PlainRankPO.scores(other.eval(), batch)
+    torch.testing.assert_close(torch.tensor(trainer.train_dataset["reference"][:]), scores)
+    rows = [trainer.train_dataset[i] for i in range(2)]
+    assert not trainer.data_collator(rows)["reference"].is_floating_point()  # for DeepSpeed
+
+
+def test_an_adapter_is_trained_against_the_model_beneath_it(tmp_path, tiny_tokenizer, llama):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    more = {
+        "reference": llama,
+        "peft_config": adapter,
+        "max_steps": 2,
+        "eval_dataset": preferences(4),
+    }
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, **more)
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_rewards/margins"] != 0
+    trained = [name for name, x in trainer.model.named_parameters() if x.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+
+
+def test_dropout_of_a_model_is_off_in_the_second_stage(tmp_path, tiny_tokenizer, tiny_bert_dir):
+    def fresh():
+        return AutoModel.from_pretrained(tiny_bert_dir)
+
+    for on, wanted in ((True, {0.0}), (False, {0.1})):
+        args = pair_arguments(tmp_path, disable_dropout=on)
+        rows = {"train_dataset": preferences(4), "tokenizer": tiny_tokenizer}
+        trainers = (
+            RankPOTrainer(fresh(), args=args, **rows),
+            RankPOTrainer(model_init=fresh, args=args, **rows),
+        )
+        for trainer in trainers:
+            assert {m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)} == wanted
+            assert not any(x.requires_grad for x in trainer.model.pooler.parameters())
+        assert {
+            m.p for m in trainer.call_model_init().modules() if isinstance(m, nn.Dropout)
+        } == wanted
+
+
+def test_a_model_may_pool_itself_or_embed_be_overridden(tmp_path, tiny_tokenizer, llama):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pooler = llama
+
+        def forward(self, input_ids, attention_mask, **_):
+            states = self.pooler(input_ids=input_ids, attention_mask=attention_mask)
+            return pool_padded(states.last_hidden_state, attention_mask, "mean")
+
+    class Own(ContrastiveTrainer):
+        def embed(self, model, features):
+            states = model(**features).last_hidden_state
+            return pool_padded(states, features["attention_mask"], "mean")
+
+    batch, model = Collator(tiny_tokenizer)(triplets(4)), Pooled()
+    expected = Plain.loss(llama, batch, "mean")
+    trainers = [contrastive(model, tiny_tokenizer, tmp_path), Own(llama, arguments(tmp_path))]
+    for trainer, of in zip(trainers, (model, llama), strict=True):
+        assert abs(trainer.compute_loss(of, batch) - expected) < 1e-5
+    assert all(x.requires_grad for x in model.parameters())
+
+
+# --- the original's scripts ---
+
+
+class ModelForTraining(nn.Module):
+    """As their first stage has it: a model that computes its loss, in training alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, query=None, passage=None):
+        batch = {"query": query, "passage": passage}
+        return SimpleNamespace(loss=Plain.loss(self.model, batch) if self.training else None)
+
+
+def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny_llama_dir):
+    curves = []
+    for wrapped in (True, False):
+        model = AutoModel.from_pretrained(tiny_llama_dir)
+        trainer = ContrastiveTrainer(
+            model=ModelForTraining(model) if wrapped else model,
+            args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2),
+            train_dataset=triplets(16), tokenizer=tiny_tokenizer,
+            data_collator=Collator(tiny_tokenizer), eval_dataset=triplets(4),
+        )  # fmt: skip
+        curves.append(curve(trainer))
+        if wrapped:
+            with pytest.raises(ValueError, match="ModelForTraining returns no loss in evaluation"):
+                trainer.evaluate()
+    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+
+
+@dataclass
+class TheirArguments(TrainingArguments):
+    reference_free: bool = False
+    use_fast: bool = True
+    temperature: float = 0.02
+    beta: float = 1.0
+    gamma_beta_ratio: float = 0.0
+    sft_weight: float = 0.0
+    rankpo_weight: float = 1.0
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    generate_during_eval: bool = False
+    normalize_embeddings: bool = True
+    disable_dropout: bool = True
+    dataset_num_proc: int = 1
+    wandb_project: str = ""
+
+
+def test_the_second_script_runs_with_one_import_changed(tmp_path, tiny_tokenizer, llama, other):
+    """Their arguments, dataset and collator, which knows no reference, as they are passed there."""
+    from datasets import Dataset
+
+    class TheirCollator(RankPODataCollatorWithPadding):
+        def __call__(self, rows):
+            return super().__call__(
+                [{k: row[k] for k in ("query", "chosen", "rejected")} for row in rows]
+            )
+
+    args = arguments(tmp_path, TheirArguments, max_steps=2)
+    args.max_query_length, args.max_passage_length = 5, 7
+    trainer = RankPOTrainer(
+        model=llama, ref_model=other, args=args,
+        data_collator=TheirCollator(pad_token_id=tiny_tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list(preferences(8)), tokenizer=tiny_tokenizer,
+    )  # fmt: skip
+    lengths = [len(trainer.train_dataset[0][key]["input_ids"]) for key in ("query", "chosen")]
+    assert lengths == [5, 7]
+    result = trainer.train()
+    assert result.metrics["train_loss"] > 0 and args.remove_unused_columns
+    trainer.save_model(str(tmp_path / "saved"))
+    AutoModel.from_pretrained(tmp_path / "saved")
+    names = {"rankpo_loss"} | {
+        f"rewards/{x}" for x in ("chosen", "rejected", "accuracies", "margins")
+    }
+    names |= {f"scores/{x}" for x in ("chosen", "rejected", "margins")}
+    assert names <= trainer.state.log_history[0].keys()
+
+
+def test_defaults_are_those_of_the_authors_script():
+    args = RankPOArguments("out", use_cpu=True)
+    assert (args.beta, args.temperature, args.reference_free) == (2.0, 0.1, True)
+
+
+# --- what is wrong ---
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"preferred": "C"}, "row 2: 'preferred' must be 'A' or 'B', got 'C'"),
+        ({"passage2": None}, "row 2: 'passage2' must be a text, got None"),
+        ({"query": None}, "row 2: 'query' must be a text, got None"),
+    ],
+    ids=["preferred", "passage", "query"],
+)
+def test_a_bad_row_is_named(row, message, tmp_path, tiny_tokenizer, llama):
+    rows = preferences(3)
+    rows[2] = {k: v for k, v in (rows[2] | row).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        RankPOTrainer(
+            llama, args=pair_arguments(tmp_path), train_dataset=rows, tokenizer=tiny_tokenizer
+        )
+
+
+def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, tiny_llama_dir, llama):
+    args, own = pair_arguments(tmp_path), pair_arguments(tmp_path, reference_free=False)
+    full = {"tokenizer": tiny_tokenizer, "train_dataset": preferences(3)}
+    refused = [
+        (dict(model="a/name", args=args, **full), r"AutoModel.from_pretrained\('a/name'\)"),
+        (dict(model=llama, args=args, train_dataset=preferences(3)), "tokenizer is missing"),
+        (dict(model=llama, args=own, **full), "reference_free=False needs a ref_model: the model"),
+        (dict(model=llama, ref_model=llama, args=args, **full), "but reference_free=True"),
+        (
+            dict(model=llama, args=arguments(tmp_path), **full),
+            "have their reference_free, beta, temp",
+        ),
+        (dict(model=llama, args=args, pooling="max", **full), "pooling must be one of last, mean"),
+        (dict(model=llama, args=pair_arguments(tmp_path, beta=0.0), **full), "beta must be > 0"),
+        (dict(args=args, model_init=lambda: llama, peft_config=1, **full), "goes with model, not"),
+    ]
+    for arguments_, message in refused:
+        with pytest.raises(ValueError, match=message):
+            RankPOTrainer(**arguments_)
+    learnt = InfoNCELoss(learn_temperature=True)
+    summed = InfoNCELoss(reduction="sum")
+    for loss, message in (("info_nce", "an InfoNCELoss, got str"), (learnt, "learns its temp"),
+                          (summed, "must have reduction='mean'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ContrastiveTrainer(llama, arguments(tmp_path), loss=loss)
+    with pytest.warns(UserWarning, match="no effect with loss_type='hinge'"):
+        more = {"loss_type": "hinge", "label_smoothing": 0.1}
+        RankPOTrainer(llama, args=pair_arguments(tmp_path, **more), **full)
+
+
+def test_batches_and_models_that_do_not_serve_are_named(
+    tmp_path, tiny_tokenizer, tiny_llama_dir, llama
+):
+    trainer, batch = (
+        contrastive(llama, tiny_tokenizer, tmp_path),
+        Collator(tiny_tokenizer)(triplets(4)),
+    )
+    with pytest.raises(ValueError, match=r"batch has no passage, only \['query'\]"):
+        trainer.compute_loss(llama, {"query": batch["query"]})
+    causal = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    with pytest.raises(ValueError, match="CausalLMOutputWithPast of the model has no last_hidden"):
+        trainer.compute_loss(causal, batch)
+    one = {"query": batch["query"], "passage": batch["query"]}
+    with pytest.raises(ValueError, match="batch of 4 queries has 4 passages, not chosen and rej"):
+        rankpo(llama, tiny_tokenizer, tmp_path).compute_loss(llama, one)
+
+
+def test_another_version_of_the_library_is_refused(monkeypatch):
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.0")
+    monkeypatch.delitem(sys.modules, "rankpo_fast.integrations.hf_trainer")
+    with pytest.raises(ImportError, match="transformers >= 5 .* and 4.57.0 is installed"):
+        importlib.import_module("rankpo_fast.integrations.hf_trainer")
+
+
+# --- examples ---
+
+
+def test_a_gradient_cache_by_hand_has_the_gradients_of_one_graph(tiny_tokenizer, llama):
+    from rankpo_fast.integrations.examples.grad_cache import backward
+
+    def embed(texts):
+        tokens = tiny_tokenizer(texts, padding=True, return_tensors="pt")
+        return pool_padded(llama(**tokens).last_hidden_state, tokens["attention_mask"], "last")
+
+    rows = triplets(7)
+    queries = [row["query"] for row in rows]
+    passages = [row[key] for row in rows for key in ("positive", "negative")]
+    whole = info_nce_loss(embed(queries), embed(passages))
+    expected = gradients(whole, llama)
+    llama.zero_grad()
+    assert abs(backward(embed, queries, passages, size=3) - whole) < 1e-5
+    close(torch.cat([x.grad.flatten() for x in llama.parameters()]), expected)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(
+    "name", ["plain_loop", "grad_cache", "accelerate", "hf_trainer", "lightning"]
+)
+def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
+    if name == "lightning":
+        pytest.importorskip(name)
+    name = f"rankpo_fast.integrations.examples.{name}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(examples, "small_world", lambda: world)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_module(name, run_name="__main__")
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
+    stages = [losses[:2], losses[2:]] if name.endswith("hf_trainer") else [losses]
+    assert all(of_stage[-1] < of_stage[0] for of_stage in stages)

@@ -1,0 +1,228 @@
+"""Tevatron's encoders patched: their losses, gradients and trainings, on the same seeds."""
+
+import copy
+from types import SimpleNamespace
+
+import patched
+import pytest
+import torch
+from gates import error
+from patched import batch, cached_step, loss_and_gradients, on_two_ranks
+from problems import NoMatrix
+
+from rankpo_fast.integrations.tevatron import GradCacheLoss, apply_to
+
+
+def dense_model(**settings):
+    pytest.importorskip("tevatron")
+    return patched.dense_model(**settings)
+
+
+def both(model, texts):
+    """(loss, gradients) of the patched model, and of their own code."""
+    theirs = loss_and_gradients(model, texts)
+    with apply_to(model):
+        return loss_and_gradients(model, texts), theirs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "dot-product"])
+def test_loss_and_gradients_are_those_of_todays_encoders(normalize, group, temperature, equal):
+    model = patched.encoder(normalize=normalize, temperature=temperature)
+    option = f"today's form, normalize={normalize}, temperature {temperature}"
+    equal("Tevatron", option, *both(model, batch(6, group)))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_loss_and_gradients_are_those_of_the_dense_model_of_0_1_0(group, equal):
+    equal("Tevatron", "DenseModel of 0.1.0", *both(dense_model(group=group), batch(6, group)))
+
+
+def test_output_in_training_has_own_rows_and_no_scores():
+    model = patched.encoder().train()
+    with apply_to(model):
+        output = model(*batch(3, 2))
+    assert output.scores is None and isinstance(output, patched.EncoderOutput)
+    assert output.q_reps.shape == (3, patched.D) and output.p_reps.shape == (6, patched.D)
+    assert set(output.keys()) == {"loss", "q_reps", "p_reps"}
+
+
+def test_encoding_and_evaluation_are_tevatrons_own():
+    model, (query, passage) = patched.encoder().eval(), batch(3, 2)
+    sides = [{"query": query}, {"passage": passage}, {"query": query, "passage": passage}]
+    theirs = [model(**side) for side in sides]
+    with apply_to(model):
+        for side, output in zip(sides, theirs, strict=True):
+            ours = model(**side)
+            assert ours.keys() == output.keys()
+            assert all(torch.equal(ours[key], output[key]) for key in output)
+
+
+def test_score_matrix_is_never_stored():
+    model, texts = patched.encoder().train(), batch(1200, 1)
+    with apply_to(model), NoMatrix(1200 * 1200):
+        model(*texts).loss.backward()
+
+
+def test_bf16_autocast_keeps_the_scores_in_fp32():
+    model, texts = patched.encoder(dropout=0.0).train(), batch(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, p = (model.encode_query(side).double() for side in texts)
+        exact = torch.nn.functional.cross_entropy(q @ p.T / 0.02, torch.arange(16) * 4)
+        theirs = model(*texts).loss
+        with apply_to(model):
+            ours = model(*texts).loss
+    assert ours.dtype == torch.float32
+    assert error(ours, exact) < 2e-6 < error(theirs, exact)
+
+
+def test_patched_is_the_class_or_one_model_until_closed():
+    one, other = patched.encoder(), patched.encoder()
+    patch = apply_to(one)
+    assert isinstance(one, patched.Encoder) and type(one).__name__ == "Encoder"
+    assert type(one).forward.__module__ == apply_to.__module__
+    assert patched.Encoder.forward.__module__ == "patched"
+    assert type(other) is patched.Encoder and type(copy.deepcopy(one)) is type(one)
+    with pytest.raises(ValueError, match="Encoder.forward is replaced already"):
+        apply_to(one)
+    patch.close()
+    assert type(one) is patched.Encoder
+    theirs = patched.Encoder.forward
+    with apply_to(patched.Encoder):
+        assert other.forward.__module__ == apply_to.__module__
+    assert patched.Encoder.forward is theirs
+
+
+def test_what_cannot_be_fused_is_named():
+    class Distances(patched.Encoder):
+        def compute_similarity(self, q_reps, p_reps):
+            return -torch.cdist(q_reps, p_reps)
+
+    distances, smooth = Distances(patched.backbone()), patched.encoder()
+    smooth.cross_entropy.label_smoothing = 0.1
+    with apply_to(patched.Encoder):
+        with pytest.raises(ValueError, match="Distances.compute_similarity is not that of dot"):
+            distances.train()(*batch(3, 2))
+        with pytest.raises(ValueError, match="Encoder.compute_loss is not that of dot"):
+            smooth.train()(*batch(3, 2))
+        query, passage = batch(3, 2)
+        passage = {key: x[:-1] for key, x in passage.items()}
+        with pytest.raises(ValueError, match="5 passages do not divide by 3 queries"):
+            patched.encoder().train()(query, passage)
+    with pytest.raises(ValueError, match="no method encode_query"):
+        apply_to(torch.nn.Linear)
+
+
+def test_a_gradient_cache_has_the_loss_of_the_whole_batch(equal):
+    pytest.importorskip("gradcache")
+    texts = batch(7, 2)  # a last chunk of one query
+    model = patched.encoder(dropout=0.0)
+    whole = loss_and_gradients(model, texts)
+    equal("GradCache", "temperature 0.02", cached_step(model, texts, GradCacheLoss(0.02)), whole)
+
+
+def test_tevatrons_own_cached_loss_leaves_out_the_temperature(equal):
+    pytest.importorskip("gradcache")
+    loss = pytest.importorskip("tevatron.loss").SimpleContrastiveLoss(n_target=2)
+    model, texts = patched.encoder(dropout=0.0), batch(7, 2)
+    theirs = cached_step(model, texts, loss)
+    equal("GradCache", "Tevatron's loss", cached_step(model, texts, GradCacheLoss(1.0)), theirs)
+
+
+@pytest.mark.parametrize(
+    "build, temperature",
+    [(patched.encoder, 0.02), (patched.dense_model, 1.0)],
+    ids=["now", "0.1.0"],
+)
+def test_two_ranks_have_the_gradient_of_one_process(build, temperature, tmp_path):
+    if build is patched.dense_model:
+        pytest.importorskip("tevatron")
+    for answer in on_two_ranks(tmp_path, patched.across_ranks, build, 2, temperature):
+        assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
+        assert answer["their loss"] == pytest.approx(2, rel=1e-5)  # each logs it over two
+        assert answer["scale"] == pytest.approx(1, rel=1e-5) and answer["direction"] < 1e-5
+
+
+def test_a_gradient_cache_across_two_ranks(tmp_path):
+    pytest.importorskip("gradcache"), pytest.importorskip("tevatron")
+    for answer in on_two_ranks(tmp_path, patched.cached_across_ranks, 1.0):
+        assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
+        assert answer["loss of one"] == pytest.approx(2, rel=1e-5)
+        assert answer["gradient of one"] < 1e-5
+
+
+def trained(build, directory, cached=False, loss_fn=None):
+    """The losses of 20 steps by Tevatron 0.1.0's trainer, which Trainer has outgrown in the details
+    named here."""
+    pytest.importorskip("tevatron"), pytest.importorskip("gradcache")
+    patched.grad_cache()  # which their trainer imports by that name
+    from tevatron import trainer as theirs
+    from tevatron.arguments import DenseTrainingArguments
+
+    class Outgrown:
+        scaler = None
+
+        def compute_loss(self, model, inputs, **_):
+            return super().compute_loss(model, inputs)
+
+        def training_step(self, model, inputs, _=None):
+            return super().training_step(model, inputs)
+
+    base = theirs.GCTrainer if cached else theirs.DenseTrainer
+    arguments = DenseTrainingArguments(
+        output_dir=str(directory), max_steps=20, per_device_train_batch_size=6, learning_rate=3e-3,
+        logging_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        gc_q_chunk_size=4, gc_p_chunk_size=4,
+    )  # fmt: skip
+    queries, passages = batch(24, 2)
+    rows = [
+        (
+            {key: x[i] for key, x in queries.items()},
+            {key: x[2 * i : 2 * i + 2] for key, x in passages.items()},
+        )
+        for i in range(24)
+    ]
+
+    def collate(chosen):
+        of_query, of_passages = zip(*chosen, strict=True)
+        return (
+            {key: torch.stack([x[key] for x in of_query]) for key in of_query[0]},
+            {key: torch.cat([x[key] for x in of_passages]) for key in of_passages[0]},
+        )
+
+    model = build()
+    model.data_args = SimpleNamespace(train_n_passages=2)
+    trainer = type("Trainer", (Outgrown, base), {})(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate
+    )
+    if loss_fn is not None:
+        trainer.gc.loss_fn = loss_fn
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def small_dense_model():
+    return patched.dense_model(group=2)
+
+
+@pytest.mark.parametrize("build", [patched.encoder, small_dense_model], ids=["now", "0.1.0"])
+def test_their_trainer_trains_the_same(build, tmp_path):
+    theirs = trained(build, tmp_path)
+    with apply_to(type(build())):
+        ours = trained(build, tmp_path)
+    assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
+    assert sum(ours[-5:]) < sum(ours[:5])
+
+
+def test_their_cached_trainer_trains_the_same(tmp_path):
+    theirs = trained(small_dense_model, tmp_path, cached=True)
+    ours = trained(small_dense_model, tmp_path, cached=True, loss_fn=GradCacheLoss(1.0))
+    assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_example_trains(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tevatron")
+    patched.run_example("tevatron", tmp_path, monkeypatch)
+    first, last = capsys.readouterr().out.splitlines()[-2:]
+    assert float(last.split()[-1]) < float(first.split()[-1]) / 2
