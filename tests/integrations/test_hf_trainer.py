@@ -41,7 +41,6 @@ from transformers import (
 
 from rankpo_fast import InfoNCELoss, info_nce_loss
 from rankpo_fast.integrations import examples
-from rankpo_fast.integrations.examples import small_world
 from rankpo_fast.integrations.hf_trainer import (
     ContrastiveTrainer,
     RankPOArguments,
@@ -669,11 +668,6 @@ def test_a_gradient_cache_by_hand_has_the_gradients_of_one_graph(tiny_tokenizer,
     llama.zero_grad()
     assert abs(backward(embed, queries, passages, size=3) - whole) < 1e-5
     close(torch.cat([x.grad.flatten() for x in llama.parameters()]), expected)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize(

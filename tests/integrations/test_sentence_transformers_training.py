@@ -23,7 +23,6 @@ from rankpo_fast.integrations.examples import sentence_transformers as example_r
 from rankpo_fast.integrations.examples import (  # noqa: E402
     sentence_transformers_rankpo as example_rankpo,
 )
-from rankpo_fast.integrations.examples import small_world  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 
@@ -210,11 +209,6 @@ def test_losses_by_dataset_are_evaluated_and_stand_on_the_card(tiny_bert_dir, tm
         assert f"<code>{ours.__name__}.{name}</code> with these parameters" in card
     for said in ('"mask_duplicates": true', '"beta": 1.5', "zhang2025rankpo", "kusupati2024"):
         assert said in card
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize("example", [example_ranking, example_rankpo])
