@@ -7,6 +7,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 # which does not fit every torch, and much that no loss needs.
 PEERS := open_clip_torch==3.3.0 FlagEmbedding==1.4.2 tevatron==0.1.0 gradcache==0.0.1 \
 	lightning==2.6.6 lightning-utilities torchmetrics
+# Processes that test, of some 2 GB each.
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -16,7 +18,7 @@ demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: output
 	$(BIN)/rankpo-fast demo --output_dir outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

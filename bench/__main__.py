@@ -1,4 +1,4 @@
-"""`python -m bench [--quick] [--device cpu|cuda] [--rounds N] [--minutes T] [--output FILE]`"""
+"""`python -m bench [--quick] [--only CASES] [--device cpu|cuda] [--rounds N] [--minutes T]`"""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +24,16 @@ from rankpo_kernels import native
 
 CARD_SECONDS = 3.0  # rounds of a case on a card stop then
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy")
+ROOMS = {  # of bench/cases
+    "info_nce": info_nce, "in_batch": in_batch, "rankpo": rankpo,
+    "sentence_transformers": sentence_transformers, "open_clip": open_clip,
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape a case")
+    parser.add_argument("--only", nargs="+", choices=ROOMS, help="these cases alone")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -66,7 +71,7 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     results, red, started = [], [], time.monotonic()
     write(output, about, results)
-    for case in all_cases(args.device, args.quick):
+    for case in all_cases(args.device, args.quick, args.only):
         if args.minutes and time.monotonic() - started > 60 * args.minutes:
             about["left out"] = f"from {case.name} on, after {args.minutes:g} minutes"
             print(f"left out {about['left out']}")
@@ -99,25 +104,20 @@ def write(output: Path, about: dict[str, str], results: list[dict]) -> None:
     output.write_text(f'{{"machine": {machine},\n"results": [\n{lines}\n]}}\n')
 
 
-def all_cases(device: str, quick: bool) -> Iterator[Case]:
+def all_cases(device: str, quick: bool, only: Sequence[str] | None = None) -> Iterator[Case]:
     """The largest shapes last: a card's time may run out."""
-    if device == "cpu":
-        yield from info_nce.cases(device, quick)
-        yield from in_batch.cases(device, quick)
-        yield from rankpo.cases(device, quick)
-        yield from sentence_transformers.cases(device, quick)
-        yield from open_clip.cases(device, quick)
+    cases = {name: room.cases(device, quick) for name, room in ROOMS.items()}
+    if device == "cpu" or only:
+        for name in only or cases:
+            yield from cases[name]
         return
     from bench.cases import tiles
 
-    of_losses = info_nce.cases(device, quick)
-    yield from itertools.islice(of_losses, info_nce.FIRST)
-    yield from in_batch.cases(device, quick)
-    yield from rankpo.cases(device, quick)
-    yield from sentence_transformers.cases(device, quick)
-    yield from open_clip.cases(device, quick)
+    yield from itertools.islice(cases["info_nce"], info_nce.FIRST)
+    for name in list(cases)[1:]:
+        yield from cases[name]
     yield from tiles.cases(device, quick)
-    yield from of_losses
+    yield from cases["info_nce"]
 
 
 def _is_ours(row: Row) -> bool:
