@@ -221,7 +221,9 @@ def test_a_model_without_pooling_is_an_error(name, tiny_bert_dir):
 
 @EACH_RANKING
 @pytest.mark.parametrize(
-    "function", [manhattan_sim, nn.CosineSimilarity(), "of the model"], ids=str
+    "function",
+    [manhattan_sim, nn.CosineSimilarity(), "of the model"],
+    ids=["function", "module", "model"],
 )
 def test_a_similarity_that_cannot_be_fused_is_named(name, function, tiny_bert_dir):
     model = bert(tiny_bert_dir)
