@@ -246,7 +246,7 @@ def across_ranks(build, group: int, temperature: float, M: int = 3) -> dict[str,
     one_loss, one = reference(model, whole, temperature)
     wrapped = DistributedDataParallel(model)
     their_loss, theirs = loss_and_gradients(wrapped, own)
-    with ADAPTERS[build].apply_to(model):
+    with ADAPTERS[build].apply_to(type(model)):
         our_loss, ours = loss_and_gradients(wrapped, own)
     return {
         "loss": error(our_loss, their_loss),

@@ -137,7 +137,7 @@ def test_what_needs_scores_is_their_own_code(kind, more, fused):
 
 def test_score_matrix_is_never_stored():
     model, texts = bi_encoder().train(), batch(1200, 1)
-    with apply_to(model), NoMatrix(1200 * 1200):
+    with apply_to(type(model)), NoMatrix(1200 * 1200):
         model(*texts).loss.backward()
 
 
@@ -147,7 +147,7 @@ def test_bf16_autocast_keeps_the_scores_in_fp32():
         q, p = (model.encode(side).double() for side in texts)
         exact = nn.functional.cross_entropy(q @ p.T / 0.02, torch.arange(16) * 4)
         theirs = model(*texts).loss
-        with apply_to(model):
+        with apply_to(type(model)):
             ours = model(*texts).loss
     assert ours.dtype == torch.float32
     assert error(ours, exact) < 2e-6 < error(theirs, exact)
@@ -187,6 +187,8 @@ def test_what_cannot_be_fused_is_named():
             bi_encoder().train()(queries, passages)
     with pytest.raises(ValueError, match="Linear has no method _compute_in_batch_neg_loss"):
         apply_to(nn.Linear)
+    with pytest.raises(ValueError, match="not one model: give BiEncoderOnlyEmbedderModel"):
+        apply_to(smooth)
 
 
 def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
