@@ -101,11 +101,18 @@ def test_what_cannot_be_fused_is_named():
         def compute_similarity(self, q_reps, p_reps):
             return -torch.cdist(q_reps, p_reps)
 
-    distances, smooth = Distances(patched.backbone()), patched.encoder()
+    class Tokens(patched.Encoder):
+        def compute_similarity(self, q_reps, p_reps):  # of vectors for every token, as ColBERT's
+            return torch.einsum("qid, pjd -> qpij", q_reps, p_reps).amax(3).sum(2)
+
+    distances, tokens = (kind(patched.backbone()) for kind in (Distances, Tokens))
+    smooth = patched.encoder()
     smooth.cross_entropy.label_smoothing = 0.1
     with apply_to(patched.Encoder):
         with pytest.raises(ValueError, match="Distances.compute_similarity is not that of dot"):
             distances.train()(*batch(3, 2))
+        with pytest.raises(ValueError, match="Tokens.compute_similarity is not that of dot"):
+            tokens.train()(*batch(3, 2))
         with pytest.raises(ValueError, match="Encoder.compute_loss is not that of dot"):
             smooth.train()(*batch(3, 2))
         query, passage = batch(3, 2)
