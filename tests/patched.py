@@ -65,10 +65,10 @@ def loss_and_gradients(model: nn.Module, texts: tuple, **more) -> tuple[Tensor, 
     return loss.detach(), gradient(model)
 
 
-def run_example(name: str, directory: Path, monkeypatch) -> None:
-    """Call its `main`, and take back the patch that a script may leave."""
+def run_example(name: str, world, monkeypatch) -> None:
+    """Call its `main`, and take back the patch that a script leaves."""
     example = importlib.import_module(f"rankpo_fast.integrations.examples.{name}")
-    monkeypatch.chdir(directory)
+    monkeypatch.setattr(example, "small_world", lambda: world)
     with ExitStack() as patches:
         apply_to = example.apply_to
         monkeypatch.setattr(example, "apply_to", lambda x: patches.enter_context(apply_to(x)))

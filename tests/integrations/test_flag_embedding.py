@@ -256,8 +256,8 @@ def test_their_runner_trains_in_bf16_where_their_own_scores_are_rounded(
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.01)
 
 
-def test_the_example_trains(tmp_path, monkeypatch, capsys):
+def test_the_example_trains(world, monkeypatch, capsys):
     embedders("encoder_only.base")
-    patched.run_example("flag_embedding", tmp_path, monkeypatch)
+    patched.run_example("flag_embedding", world, monkeypatch)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     assert float(last.split()[-1]) < float(first.split()[-1]) / 2

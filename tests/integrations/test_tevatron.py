@@ -232,8 +232,8 @@ def test_their_cached_trainer_trains_the_same(tmp_path):
     assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_the_example_trains(tmp_path, monkeypatch, capsys):
+def test_the_example_trains(world, monkeypatch, capsys):
     pytest.importorskip("tevatron")
-    patched.run_example("tevatron", tmp_path, monkeypatch)
+    patched.run_example("tevatron", world, monkeypatch)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     assert float(last.split()[-1]) < float(first.split()[-1]) / 2
