@@ -2,17 +2,14 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import util
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from gates import error
-from rank_runs import start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -204,20 +201,6 @@ def split(side: dict, rows: int) -> list[dict]:
 
 
 # --- ranks ---
-
-
-def on_two_ranks(directory: Path, function: Callable, *args) -> list:
-    """What it answers on each of two gloo ranks."""
-    ended = start(2, directory / "ranks", _in_group, function, *args).ended()
-    assert [rank.code for rank in ended] == [0, 0], "\n".join([rank.said for rank in ended])
-    return [rank.answer for rank in ended]
-
-
-def _in_group(function, *args):
-    dist.init_process_group("gloo")
-    answer = function(*args)
-    dist.destroy_process_group()
-    return answer
 
 
 ADAPTERS = {bi_encoder: flag_embedding, encoder: tevatron, dense_model: tevatron}

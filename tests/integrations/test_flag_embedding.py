@@ -7,16 +7,7 @@ import patched
 import pytest
 import torch
 from gates import error
-from patched import (
-    VOCABULARY,
-    D,
-    backbone,
-    batch,
-    bi_encoder,
-    embedders,
-    loss_and_gradients,
-    on_two_ranks,
-)
+from patched import VOCABULARY, D, backbone, batch, bi_encoder, embedders, loss_and_gradients
 from problems import NoMatrix
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
@@ -197,8 +188,8 @@ def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
         apply_to(nn.Linear)
 
 
-def test_two_ranks_have_half_the_gradient_of_one_process_as_theirs_have(tmp_path):
-    for answer in on_two_ranks(tmp_path, patched.across_ranks, bi_encoder, 2, 0.02):
+def test_two_ranks_have_half_the_gradient_of_one_process_as_theirs_have(two_ranks):
+    for answer in two_ranks(patched.across_ranks, bi_encoder, 2, 0.02):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["their loss"] == pytest.approx(1, rel=1e-5)
         assert answer["scale"] == pytest.approx(1 / 2, rel=1e-5) and answer["direction"] < 1e-5

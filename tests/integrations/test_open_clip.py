@@ -295,11 +295,9 @@ def test_what_is_wrong_is_named(case):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, start_method):
     """Three, so that in theirs a text has two ways to go, and 1 / 3 is not exact."""
-    # Forked they have imported all; but autograd's threads, which a card has, outlive no fork.
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    with processes(3, tmp_path_factory.mktemp("ranks"), method) as ask:
+    with processes(3, tmp_path_factory.mktemp("ranks"), start_method) as ask:
         yield ask
 
 

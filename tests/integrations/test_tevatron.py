@@ -6,7 +6,7 @@ import patched
 import pytest
 import torch
 from gates import error
-from patched import batch, cached_step, loss_and_gradients, on_two_ranks
+from patched import batch, cached_step, loss_and_gradients
 from problems import NoMatrix
 
 from rankpo_fast.integrations.tevatron import GradCacheLoss, apply_to
@@ -146,18 +146,18 @@ def test_tevatrons_own_cached_loss_leaves_out_the_temperature(equal):
     [(patched.encoder, 0.02), (patched.dense_model, 1.0)],
     ids=["now", "0.1.0"],
 )
-def test_two_ranks_have_the_gradient_of_one_process(build, temperature, tmp_path):
+def test_two_ranks_have_the_gradient_of_one_process(build, temperature, two_ranks):
     if build is patched.dense_model:
         pytest.importorskip("tevatron")
-    for answer in on_two_ranks(tmp_path, patched.across_ranks, build, 2, temperature):
+    for answer in two_ranks(patched.across_ranks, build, 2, temperature):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["their loss"] == pytest.approx(2, rel=1e-5)  # each logs it over two
         assert answer["scale"] == pytest.approx(1, rel=1e-5) and answer["direction"] < 1e-5
 
 
-def test_a_gradient_cache_across_two_ranks(tmp_path):
+def test_a_gradient_cache_across_two_ranks(two_ranks):
     pytest.importorskip("gradcache"), pytest.importorskip("tevatron")
-    for answer in on_two_ranks(tmp_path, patched.cached_across_ranks, 1.0):
+    for answer in two_ranks(patched.cached_across_ranks, 1.0):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["loss of one"] == pytest.approx(2, rel=1e-5)
         assert answer["gradient of one"] < 1e-5
