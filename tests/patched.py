@@ -2,17 +2,14 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import util
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from gates import error
-from rank_runs import start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -65,10 +62,10 @@ def loss_and_gradients(model: nn.Module, texts: tuple, **more) -> tuple[Tensor, 
     return loss.detach(), gradient(model)
 
 
-def run_example(name: str, directory: Path, monkeypatch) -> None:
-    """Call its `main`, and take back the patch that a script may leave."""
+def run_example(name: str, world, monkeypatch) -> None:
+    """Call its `main`, and take back the patch that a script leaves."""
     example = importlib.import_module(f"rankpo_fast.integrations.examples.{name}")
-    monkeypatch.chdir(directory)
+    monkeypatch.setattr(example, "small_world", lambda: world)
     with ExitStack() as patches:
         apply_to = example.apply_to
         monkeypatch.setattr(example, "apply_to", lambda x: patches.enter_context(apply_to(x)))
@@ -206,20 +203,6 @@ def split(side: dict, rows: int) -> list[dict]:
 # --- ranks ---
 
 
-def on_two_ranks(directory: Path, function: Callable, *args) -> list:
-    """What it answers on each of two gloo ranks."""
-    ended = start(2, directory / "ranks", _in_group, function, *args).ended()
-    assert [rank.code for rank in ended] == [0, 0], "\n".join([rank.said for rank in ended])
-    return [rank.answer for rank in ended]
-
-
-def _in_group(function, *args):
-    dist.init_process_group("gloo")
-    answer = function(*args)
-    dist.destroy_process_group()
-    return answer
-
-
 ADAPTERS = {bi_encoder: flag_embedding, encoder: tevatron, dense_model: tevatron}
 ACROSS = {bi_encoder: {"negatives_cross_device": True}}
 
@@ -246,7 +229,7 @@ def across_ranks(build, group: int, temperature: float, M: int = 3) -> dict[str,
     one_loss, one = reference(model, whole, temperature)
     wrapped = DistributedDataParallel(model)
     their_loss, theirs = loss_and_gradients(wrapped, own)
-    with ADAPTERS[build].apply_to(model):
+    with ADAPTERS[build].apply_to(type(model)):
         our_loss, ours = loss_and_gradients(wrapped, own)
     return {
         "loss": error(our_loss, their_loss),

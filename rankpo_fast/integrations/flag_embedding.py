@@ -2,7 +2,7 @@
 
     from FlagEmbedding.finetune.embedder.encoder_only.base import BiEncoderOnlyEmbedderModel
 
-    apply_to(BiEncoderOnlyEmbedderModel)  # or AbsEmbedderModel, for all; or one model
+    apply_to(BiEncoderOnlyEmbedderModel)  # or AbsEmbedderModel, for all
 
 Tried with FlagEmbedding 1.4.1, the first whose trainer runs with transformers 5, and 1.4.2; with
 transformers 5.23. With 5.24 `import FlagEmbedding` fails, since one of its rerankers imports
@@ -19,7 +19,7 @@ from rankpo_fast.integrations import require
 from rankpo_fast.integrations.patches import in_batch_loss, refuse_other_losses, replaced
 
 
-def apply_to(model: type | nn.Module) -> ExitStack:
+def apply_to(model: type[nn.Module]) -> ExitStack:
     """Have an embedder compute its loss over in-batch and cross-device negatives without scores.
 
     Loss and gradients are FlagEmbedding's: those of encoder-only and decoder-only models, of ICL,
@@ -32,15 +32,17 @@ def apply_to(model: type | nn.Module) -> ExitStack:
     rank has the loss over the queries of all W ranks, and DDP ends with 1 / W of its gradient.
 
     Args:
-        model: a class, such as the one that a runner will load, with its subclasses; or one model.
+        model: a class, such as the one that a runner will load, with those subclasses that do not
+            override its methods. To be called before a model is prepared or compiled, which keeps
+            the code that it finds.
 
     Returns:
-        `with apply_to(...):` or `.close()` gives the model its methods back. Until then those of
+        `with apply_to(...):` or `.close()` gives the class its methods back. Until then those of
         `_compute_in_batch_neg_loss` and `_compute_cross_device_neg_loss` have this `__module__`.
 
     Raises:
         ImportError: FlagEmbedding is not installed, or older than 1.4.1.
-        ValueError: the model has no such methods, or has been given these before; in training, if
+        ValueError: the class has no such methods, or has been given these before; in training, if
             it scores by something else than dot products, or passages do not divide by queries.
     """
     require("FlagEmbedding", "1.4.1", "1.4.1 and 1.4.2")

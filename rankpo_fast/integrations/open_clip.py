@@ -10,12 +10,12 @@ started with its flags, by python or torchrun:
     main.create_loss = create_loss
     main.main(sys.argv[1:])
 
-Nothing of open_clip is imported here. Tried with open_clip_torch 3.3.0 and torch 2.13.
+torch.jit.trace, vmap and second derivatives do not go through the ops. Nothing of open_clip is
+imported here. Tried with open_clip_torch 3.3.0 and torch 2.13.
 B pairs of a rank, D dims; images are the queries, texts the passages.
 """
 
 from argparse import Namespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,13 +55,9 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        if use_horovod:
-            raise ValueError(
-                "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
-            )
+        _refuse_horovod(use_horovod)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.rank = rank
         self.world_size = world_size
 
     def forward(
@@ -69,7 +65,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss in fp32 (fp64 for fp64 features), or {"contrastive_loss": loss}.
@@ -79,7 +75,8 @@ class ClipLoss(nn.Module):
                 dtypes differ, the wider one is taken.
             logit_scale: factor of the similarities (not its logarithm); a tensor of one number
                 receives a gradient.
-            logit_bias: has no part in a softmax; its gradient is 0, which keeps DDP content.
+            logit_bias: has no part in a softmax; the gradient of a tensor is 0, which keeps DDP
+                content.
 
         Raises:
             ValueError: unequal numbers of images and texts; a world_size unlike that of
@@ -101,7 +98,7 @@ class ClipLoss(nn.Module):
             )
         if group is not None and not self.local_loss:
             loss = _with_value_of_all(loss)
-        if logit_bias is not None:
+        if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -111,13 +108,22 @@ class CoCaLoss(ClipLoss):
 
     Args:
         pad_id: the token that is no target.
-        options: those of `ClipLoss`.
+        local_loss, ..., use_horovod: those of `ClipLoss`.
     """
 
     def __init__(
-        self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, **options: Any
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
     ):
-        super().__init__(**options)
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.caption_loss_weight = caption_loss_weight
         self.clip_loss_weight = clip_loss_weight
         self.pad_id = pad_id
@@ -164,7 +170,6 @@ class SigLipLoss(nn.Module):
         super().__init__()
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
-        self.rank = rank
         self.world_size = world_size
 
     def forward(
@@ -200,16 +205,20 @@ def create_loss(args: Namespace) -> nn.Module:
             "distillation compares matrices of scores, which these losses never hold: use "
             "open_clip.loss.DistillClipLoss"
         )
+    _refuse_horovod(args.horovod)
     ranks = {"rank": args.rank, "world_size": args.world_size}
-    clip = ranks | {
-        "local_loss": args.local_loss,
-        "gather_with_grad": args.gather_with_grad,
-        "use_horovod": args.horovod,
-    }
+    clip = ranks | {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
     if "coca" in args.model.lower():
         weights = args.coca_caption_loss_weight, args.coca_contrastive_loss_weight
         return CoCaLoss(*weights, **clip)
     return SigLipLoss(**ranks, dist_impl=args.loss_dist_impl) if args.siglip else ClipLoss(**clip)
+
+
+def _refuse_horovod(asked: bool) -> None:
+    if asked:
+        raise ValueError(
+            "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
+        )
 
 
 def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Tevatron's encoders with the fused loss: one line before its trainer, another for its GradCache.
 
-    apply_to(DenseModel)  # or EncoderModel, for all; or one model
+    apply_to(DenseModel)  # or EncoderModel, for all
     trainer.gc.loss_fn = GradCacheLoss(model.temperature, torch.distributed.group.WORLD)
 
 Tried with the DenseModel of tevatron 0.1.0 from PyPI, which has no temperature, and with a model
@@ -41,7 +41,7 @@ class GradCacheLoss:
         return ranks * in_batch_loss(queries, passages, self.temperature, self.process_group)
 
 
-def apply_to(model: type | nn.Module) -> ExitStack:
+def apply_to(model: type[nn.Module]) -> ExitStack:
     """Have an encoder compute its training loss without scores.
 
     Loss and gradients are Tevatron's, across ranks too (`negatives_x_device` of 0.1.0, always
@@ -51,14 +51,15 @@ def apply_to(model: type | nn.Module) -> ExitStack:
     evaluation run Tevatron's own code.
 
     Args:
-        model: a class, with its subclasses, or one model.
+        model: a class, with those subclasses that do not override its `forward`. To be called
+            before a model is prepared or compiled, which keeps the code that it finds.
 
     Returns:
-        `with apply_to(...):` or `.close()` gives the model its `forward` back, whose `__module__`
+        `with apply_to(...):` or `.close()` gives the class its `forward` back, whose `__module__`
         is this one until then.
 
     Raises:
-        ValueError: the model has no `encode_query` and `encode_passage`, or has been given this
+        ValueError: the class has no `encode_query` and `encode_passage`, or has been given this
             before; in training, if it scores by something else than dot products, or passages do
             not divide by queries.
     """

@@ -6,7 +6,10 @@ pytest tests/integrations --equality
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor
+
+from bench.processes import processes
 
 GATE = 1e-5  # relative, fp32
 ERRORS = pytest.StashKey[dict[tuple[str, str], tuple[int, float, float]]]()
@@ -41,6 +44,28 @@ def world(tmp_path_factory):
     from rankpo_fast.integrations.examples import small_world
 
     return small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def start_method():
+    """Of ranks. Forked they have imported all; but autograd's threads, which a card has, outlive no
+    fork."""
+    return "spawn" if torch.cuda.is_available() else "fork"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, start_method):
+    """two_ranks(function, ...): what it returns on each, or raises on one."""
+    with processes(2, tmp_path_factory.mktemp("ranks"), start_method) as ask:
+
+        def answers(*what):
+            got = ask(*what)
+            for answer in got:
+                if isinstance(answer, Exception):
+                    raise answer
+            return got
+
+        yield answers
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

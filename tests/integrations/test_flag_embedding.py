@@ -7,16 +7,7 @@ import patched
 import pytest
 import torch
 from gates import error
-from patched import (
-    VOCABULARY,
-    D,
-    backbone,
-    batch,
-    bi_encoder,
-    embedders,
-    loss_and_gradients,
-    on_two_ranks,
-)
+from patched import VOCABULARY, D, backbone, batch, bi_encoder, embedders, loss_and_gradients
 from problems import NoMatrix
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
@@ -137,7 +128,7 @@ def test_what_needs_scores_is_their_own_code(kind, more, fused):
 
 def test_score_matrix_is_never_stored():
     model, texts = bi_encoder().train(), batch(1200, 1)
-    with apply_to(model), NoMatrix(1200 * 1200):
+    with apply_to(type(model)), NoMatrix(1200 * 1200):
         model(*texts).loss.backward()
 
 
@@ -147,7 +138,7 @@ def test_bf16_autocast_keeps_the_scores_in_fp32():
         q, p = (model.encode(side).double() for side in texts)
         exact = nn.functional.cross_entropy(q @ p.T / 0.02, torch.arange(16) * 4)
         theirs = model(*texts).loss
-        with apply_to(model):
+        with apply_to(type(model)):
             ours = model(*texts).loss
     assert ours.dtype == torch.float32
     assert error(ours, exact) < 2e-6 < error(theirs, exact)
@@ -187,6 +178,8 @@ def test_what_cannot_be_fused_is_named():
             bi_encoder().train()(queries, passages)
     with pytest.raises(ValueError, match="Linear has no method _compute_in_batch_neg_loss"):
         apply_to(nn.Linear)
+    with pytest.raises(ValueError, match="not one model: give BiEncoderOnlyEmbedderModel"):
+        apply_to(smooth)
 
 
 def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
@@ -195,8 +188,8 @@ def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
         apply_to(nn.Linear)
 
 
-def test_two_ranks_have_half_the_gradient_of_one_process_as_theirs_have(tmp_path):
-    for answer in on_two_ranks(tmp_path, patched.across_ranks, bi_encoder, 2, 0.02):
+def test_two_ranks_have_half_the_gradient_of_one_process_as_theirs_have(two_ranks):
+    for answer in two_ranks(patched.across_ranks, bi_encoder, 2, 0.02):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["their loss"] == pytest.approx(1, rel=1e-5)
         assert answer["scale"] == pytest.approx(1 / 2, rel=1e-5) and answer["direction"] < 1e-5
@@ -254,8 +247,8 @@ def test_their_runner_trains_in_bf16_where_their_own_scores_are_rounded(
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.01)
 
 
-def test_the_example_trains(tmp_path, monkeypatch, capsys):
+def test_the_example_trains(world, monkeypatch, capsys):
     embedders("encoder_only.base")
-    patched.run_example("flag_embedding", tmp_path, monkeypatch)
+    patched.run_example("flag_embedding", world, monkeypatch)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     assert float(last.split()[-1]) < float(first.split()[-1]) / 2

@@ -87,15 +87,24 @@ def test_what_open_clip_train_passes_and_takes(name):
 
 
 @needs_theirs
-@pytest.mark.parametrize("name", LOSSES)
-def test_they_are_called_as_theirs(name):
+@pytest.mark.parametrize(
+    "name, weights", [("ClipLoss", ()), ("SigLipLoss", ()), ("CoCaLoss", (2.0, 1.0))]
+)
+def test_they_are_called_as_theirs(name, weights):
     mine, their = getattr(ours, name), getattr(theirs(), name)
     for method in ("__init__", "forward"):
         a, b = (inspect.signature(getattr(x, method)).parameters for x in (mine, their))
         assert [(x.name, x.default) for x in a.values()] == [
             (x.name, x.default) for x in b.values()
         ]
-    assert mine().state_dict() == their().state_dict() == {}
+    assert mine(*weights).state_dict() == their(*weights).state_dict() == {}
+
+
+@needs_theirs
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_bias_may_be_a_number(name):
+    got, want = (x(*features(5, 8, torch.float32), 10.0, -3.0) for x in losses(name, "open_clip"))
+    assert error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,20 +231,35 @@ def test_captions_of_coca(weight):
 def flags(**others):
     return Namespace(
         **{"distill": False, "model": "ViT-B-32", "siglip": False, "horovod": False}
-        | {"local_loss": True, "gather_with_grad": True, "rank": 1, "world_size": 2}
-        | {"coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 1.0}
+        | {"local_loss": True, "gather_with_grad": False, "rank": 1, "world_size": 2}
+        | {"coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 3.0}
         | {"loss_dist_impl": None}
         | others
     )
 
 
+LOCAL = {"local_loss": True, "gather_with_grad": False}
+GATHERED = {"local_loss": False, "gather_with_grad": True}
+WEIGHTS = {"caption_loss_weight": 2.0, "clip_loss_weight": 3.0}
+
+
+@pytest.mark.parametrize("whose", ["rankpo_fast", "open_clip"])
 @pytest.mark.parametrize(
-    "others, name",
-    [({}, "ClipLoss"), ({"siglip": True}, "SigLipLoss"), ({"model": "coca_base"}, "CoCaLoss")],
+    "others, name, settings",
+    [
+        ({}, "ClipLoss", LOCAL),
+        (GATHERED, "ClipLoss", GATHERED),
+        ({"siglip": True}, "SigLipLoss", {}),
+        ({"model": "coca_base"}, "CoCaLoss", LOCAL | WEIGHTS),
+        ({"model": "coca_base"} | GATHERED, "CoCaLoss", GATHERED | WEIGHTS),
+    ],
 )
-def test_flags_choose_the_loss(others, name):
-    loss = ours.create_loss(flags(**others))
-    assert type(loss) is getattr(ours, name) and (loss.rank, loss.world_size) == (1, 2)
+def test_flags_choose_the_loss(others, name, settings, whose):
+    module = ours if whose == "rankpo_fast" else pytest.importorskip("open_clip")
+    loss = module.create_loss(flags(**others))
+    assert type(loss).__name__ == name
+    settings = settings | {"world_size": 2}
+    assert {key: getattr(loss, key) for key in settings} == settings
 
 
 REFUSED = {
@@ -251,6 +275,9 @@ REFUSED = {
     "scales": (lambda: ours.ClipLoss()(*pair(3, 3)[:2], torch.ones(3)), "scale must be one number"),
     "world": (lambda: ours.ClipLoss(world_size=2)(*pair(3, 3)), "torch.distributed has 0 ranks"),
     "horovod": (lambda: ours.create_loss(flags(horovod=True)), "torch.distributed: start with"),
+    "horovod-siglip": (
+        lambda: ours.create_loss(flags(siglip=True, horovod=True)), "torch.distributed: start with"
+    ),
     "way": (lambda: ours.SigLipLoss(dist_impl="ring"), "or gather, got 'ring'"),
     "distillation": (lambda: ours.create_loss(flags(distill=True)), "DistillClipLoss"),
 }  # fmt: skip
@@ -268,9 +295,9 @@ def test_what_is_wrong_is_named(case):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, start_method):
     """Three, so that in theirs a text has two ways to go, and 1 / 3 is not exact."""
-    with processes(3, tmp_path_factory.mktemp("ranks")) as ask:
+    with processes(3, tmp_path_factory.mktemp("ranks"), start_method) as ask:
         yield ask
 
 
@@ -296,7 +323,7 @@ def test_ranks_get_the_same_losses_and_gradients(equal, ranks, name, options, wh
         agree(equal, whose, f"{name}, 3 ranks, {said}", got, want)
 
 
-@pytest.mark.parametrize("name, options", [OPTIONS[1], OPTIONS[3], OPTIONS[4]])
+@pytest.mark.parametrize("name, options", OPTIONS)
 def test_a_last_batch_may_be_uneven_on_the_ranks(equal, ranks, name, options):
     for got, want in answered(ranks(compare, name, "definition", "uneven", **options)):
         agree(equal, "definition", name, got, want)
@@ -314,3 +341,13 @@ def test_ranks_compile(ranks):
 def test_a_world_of_another_size_is_refused(ranks):
     for answer in ranks(refuse):
         assert isinstance(answer, ValueError) and "7, but torch.distributed has 3" in str(answer)
+
+
+def test_the_example_trains(world, monkeypatch, capsys):
+    pytest.importorskip("open_clip")
+    from rankpo_fast.integrations.examples import open_clip as example
+
+    monkeypatch.setattr(example, "small_world", lambda: world)
+    example.main()
+    first, last = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert last < first / 2

@@ -4,8 +4,6 @@ import pytest
 import st_cases
 import torch
 
-from bench.processes import processes
-
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
@@ -17,45 +15,29 @@ RANKING = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    # Forked they have imported all; but autograd's threads, which a card has, outlive no fork.
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    with processes(2, tmp_path_factory.mktemp("ranks"), method) as ask:
-
-        def answers(*what):
-            got = ask(*what)
-            for answer in got:
-                if isinstance(answer, Exception):
-                    raise answer
-            return got
-
-        yield answers
-
-
 @pytest.mark.parametrize("name", st_cases.RANKS)
-def test_gathered_losses_are_theirs(ranks, name, tiny_tokenizer):
-    assert all(x < 1e-5 for x in ranks(st_cases.gathered_error, name, tiny_tokenizer))
+def test_gathered_losses_are_theirs(two_ranks, name, tiny_tokenizer):
+    assert all(x < 1e-5 for x in two_ranks(st_cases.gathered_error, name, tiny_tokenizer))
 
 
 @RANKING
-def test_duplicates_of_other_ranks_are_masked(ranks, kind, tiny_tokenizer):
-    assert all(x < 1e-5 for x in ranks(st_cases.masked_error, kind, tiny_tokenizer))
+def test_duplicates_of_other_ranks_are_masked(two_ranks, kind, tiny_tokenizer):
+    assert all(x < 1e-5 for x in two_ranks(st_cases.masked_error, kind, tiny_tokenizer))
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["own", "gathered"])
 @RANKING
-def test_a_learnt_scale_is_one_on_all_ranks(ranks, kind, gather, tiny_tokenizer):
-    of_one_process = ranks(st_cases.learnt_scales, kind, tiny_tokenizer, False, True)[0]
-    first, second = ranks(st_cases.learnt_scales, kind, tiny_tokenizer, gather)
+def test_a_learnt_scale_is_one_on_all_ranks(two_ranks, kind, gather, tiny_tokenizer):
+    of_one_process = two_ranks(st_cases.learnt_scales, kind, tiny_tokenizer, False, True)[0]
+    first, second = two_ranks(st_cases.learnt_scales, kind, tiny_tokenizer, gather)
     assert first == second and first[0] != first[-1]
     if gather:
         assert first == pytest.approx(of_one_process, rel=1e-5)
 
 
-def test_their_trainer_trains_alike_on_two_ranks(ranks, tiny_bert_dir, tmp_path):
+def test_their_trainer_trains_alike_on_two_ranks(two_ranks, tiny_bert_dir, tmp_path):
     kind = "CachedMultipleNegativesRankingLoss"
-    answers = ranks(st_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path))
+    answers = two_ranks(st_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path))
     true, got, _ = answers[0]
     assert len(true) == 6
     torch.testing.assert_close(torch.tensor(got), torch.tensor(true), rtol=1e-4, atol=0)

@@ -1,13 +1,12 @@
 """Tevatron's encoders patched: their losses, gradients and trainings, on the same seeds."""
 
-import copy
 from types import SimpleNamespace
 
 import patched
 import pytest
 import torch
 from gates import error
-from patched import batch, cached_step, loss_and_gradients, on_two_ranks
+from patched import batch, cached_step, loss_and_gradients
 from problems import NoMatrix
 
 from rankpo_fast.integrations.tevatron import GradCacheLoss, apply_to
@@ -21,7 +20,7 @@ def dense_model(**settings):
 def both(model, texts):
     """(loss, gradients) of the patched model, and of their own code."""
     theirs = loss_and_gradients(model, texts)
-    with apply_to(model):
+    with apply_to(type(model)):
         return loss_and_gradients(model, texts), theirs
 
 
@@ -41,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_dense_model_of_0_1_0(group, equal):
 
 def test_output_in_training_has_own_rows_and_no_scores():
     model = patched.encoder().train()
-    with apply_to(model):
+    with apply_to(type(model)):
         output = model(*batch(3, 2))
     assert output.scores is None and isinstance(output, patched.EncoderOutput)
     assert output.q_reps.shape == (3, patched.D) and output.p_reps.shape == (6, patched.D)
@@ -52,7 +51,7 @@ def test_encoding_and_evaluation_are_tevatrons_own():
     model, (query, passage) = patched.encoder().eval(), batch(3, 2)
     sides = [{"query": query}, {"passage": passage}, {"query": query, "passage": passage}]
     theirs = [model(**side) for side in sides]
-    with apply_to(model):
+    with apply_to(type(model)):
         for side, output in zip(sides, theirs, strict=True):
             ours = model(**side)
             assert ours.keys() == output.keys()
@@ -61,7 +60,7 @@ def test_encoding_and_evaluation_are_tevatrons_own():
 
 def test_score_matrix_is_never_stored():
     model, texts = patched.encoder().train(), batch(1200, 1)
-    with apply_to(model), NoMatrix(1200 * 1200):
+    with apply_to(type(model)), NoMatrix(1200 * 1200):
         model(*texts).loss.backward()
 
 
@@ -71,27 +70,30 @@ def test_bf16_autocast_keeps_the_scores_in_fp32():
         q, p = (model.encode_query(side).double() for side in texts)
         exact = torch.nn.functional.cross_entropy(q @ p.T / 0.02, torch.arange(16) * 4)
         theirs = model(*texts).loss
-        with apply_to(model):
+        with apply_to(type(model)):
             ours = model(*texts).loss
     assert ours.dtype == torch.float32
     assert error(ours, exact) < 2e-6 < error(theirs, exact)
 
 
-def test_patched_is_the_class_or_one_model_until_closed():
-    one, other = patched.encoder(), patched.encoder()
-    patch = apply_to(one)
-    assert isinstance(one, patched.Encoder) and type(one).__name__ == "Encoder"
-    assert type(one).forward.__module__ == apply_to.__module__
-    assert patched.Encoder.forward.__module__ == "patched"
-    assert type(other) is patched.Encoder and type(copy.deepcopy(one)) is type(one)
-    with pytest.raises(ValueError, match="Encoder.forward is replaced already"):
-        apply_to(one)
-    patch.close()
-    assert type(one) is patched.Encoder
-    theirs = patched.Encoder.forward
+def test_a_class_is_patched_until_closed_with_subclasses_that_do_not_override():
+    class Inherits(patched.Encoder):
+        pass
+
+    class Overrides(patched.Encoder):
+        def forward(self, query=None, passage=None): ...
+
+    model, theirs = patched.encoder(), patched.Encoder.forward
     with apply_to(patched.Encoder):
-        assert other.forward.__module__ == apply_to.__module__
+        assert model.forward.__module__ == apply_to.__module__
+        assert Inherits.forward is patched.Encoder.forward
+        assert Overrides.forward.__module__ == __name__
+        with pytest.raises(ValueError, match="Encoder.forward is replaced already"):
+            apply_to(patched.Encoder)
     assert patched.Encoder.forward is theirs
+    with apply_to(Inherits):
+        assert patched.Encoder.forward is theirs is not Inherits.forward
+    assert "forward" not in vars(Inherits)
 
 
 def test_what_cannot_be_fused_is_named():
@@ -99,11 +101,18 @@ def test_what_cannot_be_fused_is_named():
         def compute_similarity(self, q_reps, p_reps):
             return -torch.cdist(q_reps, p_reps)
 
-    distances, smooth = Distances(patched.backbone()), patched.encoder()
+    class Tokens(patched.Encoder):
+        def compute_similarity(self, q_reps, p_reps):  # of vectors for every token, as ColBERT's
+            return torch.einsum("qid, pjd -> qpij", q_reps, p_reps).amax(3).sum(2)
+
+    distances, tokens = (kind(patched.backbone()) for kind in (Distances, Tokens))
+    smooth = patched.encoder()
     smooth.cross_entropy.label_smoothing = 0.1
     with apply_to(patched.Encoder):
         with pytest.raises(ValueError, match="Distances.compute_similarity is not that of dot"):
             distances.train()(*batch(3, 2))
+        with pytest.raises(ValueError, match="Tokens.compute_similarity is not that of dot"):
+            tokens.train()(*batch(3, 2))
         with pytest.raises(ValueError, match="Encoder.compute_loss is not that of dot"):
             smooth.train()(*batch(3, 2))
         query, passage = batch(3, 2)
@@ -112,6 +121,8 @@ def test_what_cannot_be_fused_is_named():
             patched.encoder().train()(query, passage)
     with pytest.raises(ValueError, match="no method encode_query"):
         apply_to(torch.nn.Linear)
+    with pytest.raises(ValueError, match="not one model: give Encoder"):
+        apply_to(smooth)
 
 
 def test_a_gradient_cache_has_the_loss_of_the_whole_batch(equal):
@@ -135,18 +146,18 @@ def test_tevatrons_own_cached_loss_leaves_out_the_temperature(equal):
     [(patched.encoder, 0.02), (patched.dense_model, 1.0)],
     ids=["now", "0.1.0"],
 )
-def test_two_ranks_have_the_gradient_of_one_process(build, temperature, tmp_path):
+def test_two_ranks_have_the_gradient_of_one_process(build, temperature, two_ranks):
     if build is patched.dense_model:
         pytest.importorskip("tevatron")
-    for answer in on_two_ranks(tmp_path, patched.across_ranks, build, 2, temperature):
+    for answer in two_ranks(patched.across_ranks, build, 2, temperature):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["their loss"] == pytest.approx(2, rel=1e-5)  # each logs it over two
         assert answer["scale"] == pytest.approx(1, rel=1e-5) and answer["direction"] < 1e-5
 
 
-def test_a_gradient_cache_across_two_ranks(tmp_path):
+def test_a_gradient_cache_across_two_ranks(two_ranks):
     pytest.importorskip("gradcache"), pytest.importorskip("tevatron")
-    for answer in on_two_ranks(tmp_path, patched.cached_across_ranks, 1.0):
+    for answer in two_ranks(patched.cached_across_ranks, 1.0):
         assert answer["loss"] < 1e-5 and answer["gradient"] < 1e-5
         assert answer["loss of one"] == pytest.approx(2, rel=1e-5)
         assert answer["gradient of one"] < 1e-5
@@ -221,8 +232,8 @@ def test_their_cached_trainer_trains_the_same(tmp_path):
     assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_the_example_trains(tmp_path, monkeypatch, capsys):
+def test_the_example_trains(world, monkeypatch, capsys):
     pytest.importorskip("tevatron")
-    patched.run_example("tevatron", tmp_path, monkeypatch)
+    patched.run_example("tevatron", world, monkeypatch)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     assert float(last.split()[-1]) < float(first.split()[-1]) / 2

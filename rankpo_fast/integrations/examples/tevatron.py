@@ -25,7 +25,7 @@ def main() -> None:
     encoder = AutoModel.from_pretrained(world.model)
     one_process = SimpleNamespace(negatives_x_device=False)
     model = DenseModel(encoder, encoder, last_token, train_args=one_process).train()
-    apply_to(model)  # the line
+    apply_to(DenseModel)  # the line
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(40):
         rows = random.Random(step).sample(world.triplets, 32)
