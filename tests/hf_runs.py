@@ -4,6 +4,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import IterableDataset
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from rankpo_fast.integrations import hf_trainer
@@ -35,6 +36,13 @@ def preferences(count):
 def pair(row):
     """The preferred passage, and the other."""
     return (row["passage1"], row["passage2"])[:: 1 if row["preferred"] == "A" else -1]
+
+
+class Stream(IterableDataset):
+    """Triplets without length."""
+
+    def __iter__(self):
+        return iter(triplets(32))
 
 
 class Collator:
@@ -125,8 +133,8 @@ def curve(trainer, resume=None):
     return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
 
 
-def trained(directory, model, tokenizer, *, stage=1, across=True, **more):
-    """Gradient descent by ours: (losses, metrics, weights)."""
+def trained(directory, model, tokenizer, *, stage=1, across=True, stream=False, **more):
+    """Gradient descent by ours: (losses, metrics, weights, references of one row)."""
     more = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0} | more
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as BERT has it
     model = AutoModel.from_pretrained(model, **dropout)
@@ -134,19 +142,21 @@ def trained(directory, model, tokenizer, *, stage=1, across=True, **more):
         loss = None if across else hf_trainer.InfoNCELoss()
         trainer = hf_trainer.ContrastiveTrainer(
             model, arguments(directory, **more), data_collator=Collator(tokenizer),
-            train_dataset=triplets(32), loss=loss,
+            train_dataset=Stream() if stream else triplets(32), loss=loss,
         )  # fmt: skip
     else:
         args = pair_arguments(directory, reference_free=False, **more)
         trainer = hf_trainer.RankPOTrainer(
-            model, model, args, train_dataset=preferences(32), tokenizer=tokenizer
-        )
+            model, model, args, train_dataset=preferences(32), tokenizer=tokenizer,
+            eval_dataset=preferences(1),
+        )  # fmt: skip
     losses = curve(trainer)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     names = ["accuracy", "positive_similarity"] if stage == 1 else ["rewards/margins"]
     metrics = torch.tensor([[log[name] for name in names] for log in logs])
     weights = torch.cat([x.detach().flatten() for x in model.parameters()])
-    return losses, metrics, weights
+    reference = trainer.eval_dataset["reference"][:] if stage == 2 else []
+    return losses, metrics, weights, torch.tensor(reference)
 
 
 def all_trained(runs, *args):
