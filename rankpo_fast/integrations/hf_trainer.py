@@ -108,7 +108,7 @@ class EmbeddingTrainer(Trainer):
     def _adapt(self, model: nn.Module) -> None:
         """A pooler of BERT's kind gets no gradient, for which DDP waits where it does not look for
         such parameters, as with gradient checkpointing."""
-        model = _without_adapter(model)
+        model = _beneath(model)
         of_transformers = type(model).__module__.startswith("transformers.")
         pooler = getattr(model, "pooler", None) if of_transformers else None
         if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
@@ -223,7 +223,7 @@ class ContrastiveTrainer(EmbeddingTrainer):
         super().__init__(model, args, **more)
         ranks = dist.group.WORLD if self.args.world_size > 1 else None
         self.loss = InfoNCELoss(process_group=ranks) if loss is None else loss
-        taken = inspect.signature(_without_adapter(self.model).forward).parameters
+        taken = inspect.signature(_beneath(self.model).forward).parameters
         self._model_has_loss = {"query", "passage"} <= taken.keys()
 
     def compute_loss(
@@ -249,7 +249,9 @@ class ContrastiveTrainer(EmbeddingTrainer):
         return loss, dq, dp, stats._asdict()
 
 
-def _without_adapter(model: nn.Module) -> nn.Module:
+def _beneath(model: nn.Module) -> nn.Module:
+    """Torch.compile and adapters."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

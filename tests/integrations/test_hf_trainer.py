@@ -560,19 +560,20 @@ def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny
             torch.testing.assert_close(curves[0], curves[-1], rtol=0, atol=1e-4)
 
 
-def test_adapters_leave_a_model_what_it_is(tmp_path, tiny_tokenizer, tiny_bert_dir, llama):
+def test_adapters_and_compilation_leave_a_model_what_it_is(
+    tmp_path, tiny_tokenizer, tiny_bert_dir, llama
+):
     """One with its own loss, and one whose pooler gets no gradient."""
     peft = pytest.importorskip("peft")
     batch, linear = Collator(tiny_tokenizer)(triplets(4)), {"target_modules": "all-linear", "r": 2}
     expected = Plain.loss(llama, batch)
     model = peft.get_peft_model(ModelForTraining(llama), peft.LoraConfig(**linear))
-    loss = contrastive(model, tiny_tokenizer, tmp_path, pooling="cls").compute_loss(model, batch)
-    assert abs(loss - expected) < 1e-5
-    model = AutoModel.from_pretrained(tiny_bert_dir)
-    model = peft.get_peft_model(model, peft.LoraConfig(**linear))
-    contrastive(model, tiny_tokenizer, tmp_path, pooling="cls").compute_loss(
-        model, batch
-    ).backward()
+    for whole in (model, torch.compile(model)):
+        trainer = contrastive(whole, tiny_tokenizer, tmp_path)
+        assert abs(trainer.compute_loss(model, batch) - expected) < 1e-5
+    bert = AutoModel.from_pretrained(tiny_bert_dir)
+    model = peft.get_peft_model(bert, peft.LoraConfig(**linear))
+    contrastive(model, tiny_tokenizer, tmp_path).compute_loss(model, batch).backward()
     assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
 
 
