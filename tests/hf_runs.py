@@ -1,6 +1,8 @@
 """Runs of transformers' Trainer: ours, and plain torch by the definitions of both stages."""
 
+import os
 import random
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -161,3 +163,21 @@ def trained(directory, model, tokenizer, *, stage=1, across=True, stream=False, 
 
 def all_trained(runs, *args):
     return [trained(*args, **run) for run in runs]
+
+
+def accelerated(world):
+    """The example's first vectors and loss: (queries, passages, loss)."""
+    from rankpo_fast.integrations.examples import accelerate
+
+    seen = []
+
+    class Spied(hf_trainer.InfoNCELoss):
+        def forward(self, q, p):
+            seen.append((q.detach(), p.detach(), super().forward(q, p)))
+            return seen[-1][2]
+
+    put = {"small_world": lambda: world, "InfoNCELoss": Spied}
+    on_cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
+    with on_cpu, mock.patch.multiple(accelerate, **put):
+        accelerate.main()
+    return [x.detach() for x in seen[0]]

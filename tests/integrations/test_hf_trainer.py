@@ -752,3 +752,12 @@ def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
     stages = [losses[:2], losses[2:]] if name.endswith("hf_trainer") else [losses]
     assert all(of_stage[-1] < of_stage[0] for of_stage in stages)
+
+
+def test_processes_of_accelerate_share_their_negatives(world, tmp_path):
+    small = world._replace(triplets=world.triplets[:64])
+    ranks = rank_runs.start(2, tmp_path / "said", hf_runs.accelerated, small).ended()
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    q, p, losses = zip(*[rank.answer for rank in ranks], strict=True)
+    whole = info_nce_loss(torch.cat(q), torch.cat(p))
+    assert abs(sum(losses) / 2 - whole) < 1e-5
