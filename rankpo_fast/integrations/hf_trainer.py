@@ -343,11 +343,7 @@ class RankPOTrainer(EmbeddingTrainer):
         if tokenizer is None:
             raise ValueError("tokenizer is missing: rows are texts")
         if (ref_model is None) != args.reference_free:
-            raise ValueError(
-                "ref_model is given, but reference_free=True: leave out one of them"
-                if args.reference_free
-                else "reference_free=False needs a ref_model: the model itself will do"
-            )
+            raise ValueError("ref_model goes with reference_free=False, and may be model itself")
         self.args = args  # which options are read from
         MarginOptions(**self.options)  # names what is wrong
         if peft_config is not None:

@@ -666,8 +666,8 @@ def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, tiny_lla
             "train_dataset is a dict: only eval_dataset may be",
         ),
         (dict(model=llama, args=dispatching, **full), "dispatch_batches=True cuts passages"),
-        (dict(model=llama, args=own, **full), "reference_free=False needs a ref_model: the model"),
-        (dict(model=llama, ref_model=llama, args=args, **full), "but reference_free=True"),
+        (dict(model=llama, args=own, **full), "ref_model goes with reference_free=False"),
+        (dict(model=llama, ref_model=llama, args=args, **full), "ref_model goes with reference_fr"),
         (
             dict(model=llama, args=arguments(tmp_path), **full),
             "have their reference_free, beta, temp",
