@@ -1,9 +1,12 @@
 """Runs of transformers' Trainer: ours, and plain torch by the definitions of both stages."""
 
+import os
 import random
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import IterableDataset
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from rankpo_fast.integrations import hf_trainer
@@ -35,6 +38,13 @@ def preferences(count):
 def pair(row):
     """The preferred passage, and the other."""
     return (row["passage1"], row["passage2"])[:: 1 if row["preferred"] == "A" else -1]
+
+
+class Stream(IterableDataset):
+    """Triplets without length."""
+
+    def __iter__(self):
+        return iter(triplets(32))
 
 
 class Collator:
@@ -125,8 +135,8 @@ def curve(trainer, resume=None):
     return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
 
 
-def trained(directory, model, tokenizer, *, stage=1, across=True, **more):
-    """Gradient descent by ours: (losses, metrics, weights)."""
+def trained(directory, model, tokenizer, *, stage=1, across=True, stream=False, **more):
+    """Gradient descent by ours: (losses, metrics, weights, references of one row)."""
     more = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0} | more
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as BERT has it
     model = AutoModel.from_pretrained(model, **dropout)
@@ -134,20 +144,40 @@ def trained(directory, model, tokenizer, *, stage=1, across=True, **more):
         loss = None if across else hf_trainer.InfoNCELoss()
         trainer = hf_trainer.ContrastiveTrainer(
             model, arguments(directory, **more), data_collator=Collator(tokenizer),
-            train_dataset=triplets(32), loss=loss,
+            train_dataset=Stream() if stream else triplets(32), loss=loss,
         )  # fmt: skip
     else:
         args = pair_arguments(directory, reference_free=False, **more)
         trainer = hf_trainer.RankPOTrainer(
-            model, model, args, train_dataset=preferences(32), tokenizer=tokenizer
-        )
+            model, model, args, train_dataset=preferences(32), tokenizer=tokenizer,
+            eval_dataset=preferences(1),
+        )  # fmt: skip
     losses = curve(trainer)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     names = ["accuracy", "positive_similarity"] if stage == 1 else ["rewards/margins"]
     metrics = torch.tensor([[log[name] for name in names] for log in logs])
     weights = torch.cat([x.detach().flatten() for x in model.parameters()])
-    return losses, metrics, weights
+    reference = trainer.eval_dataset["reference"][:] if stage == 2 else []
+    return losses, metrics, weights, torch.tensor(reference)
 
 
 def all_trained(runs, *args):
     return [trained(*args, **run) for run in runs]
+
+
+def accelerated(world):
+    """The example's first vectors and loss: (queries, passages, loss)."""
+    from rankpo_fast.integrations.examples import accelerate
+
+    seen = []
+
+    class Spied(hf_trainer.InfoNCELoss):
+        def forward(self, q, p):
+            seen.append((q.detach(), p.detach(), super().forward(q, p)))
+            return seen[-1][2]
+
+    put = {"small_world": lambda: world, "InfoNCELoss": Spied}
+    on_cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
+    with on_cpu, mock.patch.multiple(accelerate, **put):
+        accelerate.main()
+    return [x.detach() for x in seen[0]]

@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH
 from rankpo_fast.integrations import require
 from rankpo_fast.losses import InfoNCELoss
 from rankpo_fast.model.pooling import pool_padded
+from rankpo_fast.ops.batch import Batch
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ops.rankpo import (
@@ -41,12 +42,13 @@ require("transformers", "5", tried="5.0.0 and 5.24.0")
 require("accelerate", "1.1", tried="1.15.0")
 
 from accelerate.utils import gather_object  # noqa: E402
-from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 POOLINGS = ("last", "mean", "cls")
+MORE = [name for name in Batch._fields[2:] if not name.startswith("own_")]  # in a batch of stage 1
 LossAndGrads = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -55,8 +57,10 @@ class EmbeddingTrainer(Trainer):
 
     The loss is computed in fp32 outside of autocast, and is a mean over the rows of a micro-batch;
     the gradient of a step is that of the mean over its micro-batches. Metrics are means over rows
-    since the last log (in evaluation over all rows) and ranks; the device is asked when they are
-    logged. Columns are left to the collator, whatever `remove_unused_columns` says.
+    since the last log (in evaluation over all rows, with those that accelerate repeats to give all
+    ranks full batches) and ranks; the device is asked when they are logged. Columns are left to the
+    collator, whatever `remove_unused_columns` says. DDP does not bear checkpointing with
+    `use_reentrant=True`, since a step runs the model twice.
 
     Args:
         pooling: "last", "mean" or "cls" of the tokens that attention_mask has, on either side;
@@ -80,27 +84,39 @@ class EmbeddingTrainer(Trainer):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         if trainer.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is given, but the loss is this trainer's own")
+        if isinstance(trainer.get("train_dataset"), dict):
+            raise ValueError("train_dataset is a dict: only eval_dataset may be several")
         if tokenizer is not None:
             trainer["processing_class"] = tokenizer
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         args.remove_unused_columns = False  # columns are those of texts, not the model's arguments
+        args.accelerator_config = config = copy.copy(args.accelerator_config)
+        if config.dispatch_batches:
+            raise ValueError("dispatch_batches=True cuts passages to the number of queries")
+        config.dispatch_batches = False  # None is True for an IterableDataset
         self.pooling = pooling
         self._sums: dict[bool, dict[str, Tensor]] = {}  # by whether in training
         super().__init__(model, args, **trainer)
         self.model_accepts_loss_kwargs = False  # so it divides by the number of micro-batches
-        self._freeze_pooler(self.model)
+        self._adapt(self.model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        self._freeze_pooler(model)
+        self._adapt(model)
         return model
 
-    def _freeze_pooler(self, model: nn.Module) -> None:
-        """Of BERT's kind: it gets no gradient, for which DDP waits where it does not look for such
-        parameters, as with gradient checkpointing."""
-        pooler = getattr(model, "pooler", None) if isinstance(model, PreTrainedModel) else None
+    def _adapt(self, model: nn.Module) -> None:
+        """A pooler of BERT's kind gets no gradient, for which DDP waits where it does not look for
+        such parameters, as with gradient checkpointing."""
+        model = _beneath(model)
+        of_transformers = type(model).__module__.startswith("transformers.")
+        pooler = getattr(model, "pooler", None) if of_transformers else None
         if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
             pooler.requires_grad_(False)
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._sums.clear()  # of steps after the last log
+        return super().train(*args, **kwargs)
 
     def embed(self, model: nn.Module, features: dict[str, Tensor]) -> Tensor:
         """Vectors [S, D] of texts, not normalised."""
@@ -207,12 +223,13 @@ class ContrastiveTrainer(EmbeddingTrainer):
         super().__init__(model, args, **more)
         ranks = dist.group.WORLD if self.args.world_size > 1 else None
         self.loss = InfoNCELoss(process_group=ranks) if loss is None else loss
+        taken = inspect.signature(_beneath(self.model).forward).parameters
+        self._model_has_loss = {"query", "passage"} <= taken.keys()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
     ):
-        taken = inspect.signature(self.accelerator.unwrap_model(model).forward).parameters
-        if not {"query", "passage"} <= taken.keys():
+        if not self._model_has_loss:
             return super().compute_loss(model, inputs, return_outputs)
         loss = model(**inputs).loss
         if loss is None:
@@ -221,11 +238,21 @@ class ContrastiveTrainer(EmbeddingTrainer):
 
     def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
         more = {name: value for name, value in batch.items() if name not in ("query", "passage")}
+        if unknown := ", ".join(sorted(more.keys() - {*MORE})):
+            raise ValueError(
+                f"a batch has query, passage and any of {', '.join(MORE)}: no {unknown}"
+            )
         temperature, options = self.loss.temperature, self.loss.options
         loss, dq, dp, _, stats = info_nce_loss_and_grads(
             queries, passages, temperature=temperature, **options, **more
         )
         return loss, dq, dp, stats._asdict()
+
+
+def _beneath(model: nn.Module) -> nn.Module:
+    """Torch.compile and adapters."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # --- stage 2 ---
@@ -245,7 +272,7 @@ class RankPOArguments(TrainingArguments):
     loss_type: str = "sigmoid"  # or "hinge"
     sft_weight: float = 0.0
     rankpo_weight: float = 1.0
-    disable_dropout: bool = True
+    disable_dropout: bool = True  # of the model, attention and LoRA
     max_query_length: int = PAPER_MAX_QUERY_LENGTH  # tokens
     max_passage_length: int = PAPER_MAX_PASSAGE_LENGTH
     dataset_num_proc: int | None = None  # processes that tokenise
@@ -284,7 +311,7 @@ class RankPOTrainer(EmbeddingTrainer):
         data_collator: makes the batch of rows {"query", "chosen", "rejected"} of token ids; default
             `RankPODataCollatorWithPadding` of the tokenizer.
         train_dataset, eval_dataset: a `datasets.Dataset` or a list; the latter may be a dict of
-            them.
+            them. Without a reference evaluate and predict take such rows too.
         peft_config: `model` becomes `get_peft_model(model, peft_config)`.
         compute_metrics: of predictions [rows, 2], similarities of chosen and rejected, and of
             label_ids [rows], all 0.
@@ -316,13 +343,9 @@ class RankPOTrainer(EmbeddingTrainer):
         if tokenizer is None:
             raise ValueError("tokenizer is missing: rows are texts")
         if (ref_model is None) != args.reference_free:
-            raise ValueError(
-                "ref_model is given, but reference_free=True: leave out one of them"
-                if args.reference_free
-                else "reference_free=False needs a ref_model: the model itself will do"
-            )
-        margin = {field.name: getattr(args, field.name) for field in fields(MarginOptions)}
-        self.options = vars(MarginOptions(**margin))  # which names what is wrong
+            raise ValueError("ref_model goes with reference_free=False, and may be model itself")
+        self.args = args  # which options are read from
+        MarginOptions(**self.options)  # names what is wrong
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -331,6 +354,8 @@ class RankPOTrainer(EmbeddingTrainer):
             itself, model = ref_model is model, get_peft_model(model, peft_config)
             ref_model = model if itself else ref_model
         if data_collator is None:
+            if tokenizer.pad_token_id is None:
+                raise ValueError("tokenizer.pad_token is None: set it, to its eos_token for one")
             data_collator = RankPODataCollatorWithPadding(tokenizer.pad_token_id)
         tokenized = partial(_tokenized, tokenizer, args)
         super().__init__(
@@ -340,8 +365,6 @@ class RankPOTrainer(EmbeddingTrainer):
             callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        if args.disable_dropout:
-            _drop_nothing(self.model)
         if ref_model is not None:
             referenced = partial(self._referenced, ref_model)
             with _at_rest(ref_model, self.args.device):
@@ -349,17 +372,36 @@ class RankPOTrainer(EmbeddingTrainer):
                 self.eval_dataset = _each(referenced, self.eval_dataset)
             self.data_collator = _WithReference(data_collator)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        model = super().call_model_init(trial)
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the loss, as args have them now: a search over hyper-parameters sets them there."""
+        return {field.name: getattr(self.args, field.name) for field in fields(MarginOptions)}
+
+    def _adapt(self, model: nn.Module) -> None:
+        super()._adapt(model)
         if self.args.disable_dropout:
             _drop_nothing(model)
-        return model
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return super().get_eval_dataloader(self._of_tokens(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(self._of_tokens(test_dataset))
+
+    def _of_tokens(self, rows: Any) -> Any:
+        """Rows that evaluate or predict got, which may be texts."""
+        if rows is None or isinstance(rows, str) or "preferred" not in next(iter(rows), {}):
+            return rows
+        if not self.args.reference_free:
+            raise ValueError("rows have no reference: give them as eval_dataset to RankPOTrainer")
+        return _tokenized(self.processing_class, self.args, rows)
 
     @torch.no_grad()
     def _referenced(self, model: nn.Module, rows: "Dataset") -> "Dataset":
         """Rows with `reference`, similarities of chosen and of rejected; each rank computes its
         share."""
-        share = rows.shard(self.args.world_size, self.args.process_index, contiguous=True)
+        ranks, rank = self.args.world_size, self.args.process_index
+        share = Subset(rows, range(rank * len(rows) // ranks, (rank + 1) * len(rows) // ranks))
         similarities = []
         for batch in DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator):
             with self.accelerator.autocast():
@@ -406,18 +448,22 @@ class _WithReference:
 @contextmanager
 def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
     """In eval mode on the device; afterwards as and where it was."""
-    home, training = next(model.parameters()).device, model.training
+    home, training = next(model.parameters()).device, {m: m.training for m in model.modules()}
     model.to(device).eval()
     try:
         yield
     finally:
-        model.to(home).train(training)
+        model.to(home)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _drop_nothing(model: nn.Module) -> None:
+    """Neither nn.Dropout nor attention, which has a float `attention_dropout`, as in Llama."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
 
 
 def _each(change: Callable, datasets: Any) -> Any:

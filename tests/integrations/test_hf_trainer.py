@@ -1,5 +1,6 @@
 """transformers' Trainer with our losses: the losses, gradients and curves of plain torch."""
 
+import copy
 import importlib
 import re
 import runpy
@@ -34,6 +35,7 @@ from hf_runs import (
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    LlamaPreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -297,6 +299,7 @@ RUNS = {  # options of both, of one process
     ),
     "negatives of each rank": ({"across": False}, {"gradient_accumulation_steps": 2}),
     "pairs and reference": ({"stage": 2}, {"per_device_train_batch_size": 8}),
+    "rows of a stream": ({"stream": True}, {"per_device_train_batch_size": 8}),
 }  # fmt: skip
 
 
@@ -317,7 +320,7 @@ def test_two_ranks_train_as_one_process_does(
     name, answers, tmp_path, tiny_tokenizer, tiny_bert_dir
 ):
     """BERT has a pooler, of no gradient. Without negatives of other ranks, they are two
-    micro-batches."""
+    micro-batches. The reference is computed of one row as well, fewer than ranks."""
     both, alone = RUNS[name]
     expected = trained(tmp_path, tiny_bert_dir, tiny_tokenizer, **both, **alone)
     for rank in answers[name]:
@@ -399,26 +402,47 @@ def test_evaluation_of_the_first_stage_does_not_disturb_its_log(tmp_path, tiny_t
     trainer = contrastive(llama, tiny_tokenizer, tmp_path, eval_dataset=triplets(6), **more)
     trainer.train()
     logs = trainer.state.log_history
-    first, second, train = [log for log in logs if "eval_loss" in log or "loss" in log][:3]
+    first, last = [log for log in logs if "eval_loss" in log]
     (train,) = [log for log in logs if "loss" in log]
     assert {"eval_accuracy", "eval_positive_similarity"} <= first.keys()
     assert {"accuracy", "hardest_negative_similarity"} <= train.keys()
     batch = Collator(tiny_tokenizer)(triplets(6))
-    last = [log for log in logs if "eval_loss" in log][-1]
     with torch.no_grad():
         assert last["eval_loss"] == pytest.approx(Plain.loss(llama, batch).item(), abs=1e-5)
     assert trainer.predict(triplets(6)).predictions.shape == (6, 2)
+
+
+def test_new_rows_of_texts_are_evaluated_and_predicted(tmp_path, tiny_tokenizer, llama):
+    rows, batch = preferences(4), Collator(tiny_tokenizer)(preferences(4))
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path)
+    with torch.no_grad():
+        loss = PlainRankPO(llama, arguments(tmp_path)).loss(llama, batch)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert trainer.predict(rows).predictions.shape == (4, 2)
+    with pytest.raises(ValueError, match="rows have no reference: give them as eval_dataset to"):
+        rankpo(llama, tiny_tokenizer, tmp_path, reference=llama).evaluate(rows)
+
+
+def test_a_second_training_does_not_log_rows_of_the_first(tmp_path, tiny_tokenizer, llama):
+    """Its third step comes after its last log."""
+    trainer = contrastive(llama, tiny_tokenizer, tmp_path, max_steps=3, logging_steps=2, **IN_ORDER)
+    logs = []
+    for _ in range(2):
+        trainer.train()
+        logs.append(trainer.state.log_history[0]["positive_similarity"])
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6)
 
 
 # --- models of other kinds ---
 
 
 def test_the_reference_is_computed_once_and_handed_back(tmp_path, tiny_tokenizer, llama, other):
-    other.train()
+    other.train().layers[0].eval()
     calls = []
     other.register_forward_hook(lambda *_: calls.append(other.training))
     trainer = rankpo(llama, tiny_tokenizer, tmp_path, reference=other, rows=6, max_steps=3)
-    assert calls == [False] * 2 and other.training  # queries and passages of one batch
+    assert calls == [False] * 2  # queries and passages of one batch
+    assert other.training and other.layers[1].training and not other.layers[0].training
     trainer.train()
     assert len(calls) == 2
     batch = Collator(tiny_tokenizer)(preferences(6))
@@ -446,7 +470,9 @@ def test_an_adapter_is_trained_against_the_model_beneath_it(tmp_path, tiny_token
     assert trained and all("lora" in name for name in trained)
 
 
-def test_dropout_of_a_model_is_off_in_the_second_stage(tmp_path, tiny_tokenizer, tiny_bert_dir):
+def test_dropout_of_a_model_is_off_in_the_second_stage(
+    tmp_path, tiny_tokenizer, tiny_bert_dir, tiny_llama_dir
+):
     def fresh():
         return AutoModel.from_pretrained(tiny_bert_dir)
 
@@ -463,12 +489,26 @@ def test_dropout_of_a_model_is_off_in_the_second_stage(tmp_path, tiny_tokenizer,
         assert {
             m.p for m in trainer.call_model_init().modules() if isinstance(m, nn.Dropout)
         } == wanted
+    llama = AutoModel.from_pretrained(tiny_llama_dir, attention_dropout=0.5)  # has no nn.Dropout
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, rows=4)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    losses = [trainer.compute_loss(llama.train(), batch) for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_options_follow_a_search_over_hyper_parameters(tmp_path, tiny_tokenizer, llama):
+    trainer = rankpo(llama, tiny_tokenizer, tmp_path, rows=4)
+    trainer.args.beta = 3.0  # as it sets them
+    theirs = PlainRankPO(llama, arguments(tmp_path))
+    theirs.options = OPTIONS | {"beta": 3.0}
+    batch = Collator(tiny_tokenizer)(preferences(4))
+    assert abs(trainer.compute_loss(llama, batch) - theirs.loss(llama, batch)) < 1e-5
 
 
 def test_a_model_may_pool_itself_or_embed_be_overridden(tmp_path, tiny_tokenizer, llama):
-    class Pooled(nn.Module):
+    class Pooled(LlamaPreTrainedModel):
         def __init__(self):
-            super().__init__()
+            super().__init__(llama.config)
             self.pooler = llama
 
         def forward(self, input_ids, attention_mask, **_):
@@ -504,12 +544,12 @@ class ModelForTraining(nn.Module):
 
 
 def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny_llama_dir):
-    curves = []
-    for wrapped in (True, False):
+    curves, compiled = [], {"torch_compile": True, "torch_compile_backend": "eager"}
+    for wrapped, more in ((False, {}), (True, {}), (True, compiled)):
         model = AutoModel.from_pretrained(tiny_llama_dir)
         trainer = ContrastiveTrainer(
             model=ModelForTraining(model) if wrapped else model,
-            args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2),
+            args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, **more),
             train_dataset=triplets(16), tokenizer=tiny_tokenizer,
             data_collator=Collator(tiny_tokenizer), eval_dataset=triplets(4),
         )  # fmt: skip
@@ -517,7 +557,24 @@ def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny
         if wrapped:
             with pytest.raises(ValueError, match="ModelForTraining returns no loss in evaluation"):
                 trainer.evaluate()
-    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+            torch.testing.assert_close(curves[0], curves[-1], rtol=0, atol=1e-4)
+
+
+def test_adapters_and_compilation_leave_a_model_what_it_is(
+    tmp_path, tiny_tokenizer, tiny_bert_dir, llama
+):
+    """One with its own loss, and one whose pooler gets no gradient."""
+    peft = pytest.importorskip("peft")
+    batch, linear = Collator(tiny_tokenizer)(triplets(4)), {"target_modules": "all-linear", "r": 2}
+    expected = Plain.loss(llama, batch)
+    model = peft.get_peft_model(ModelForTraining(llama), peft.LoraConfig(**linear))
+    for whole in (model, torch.compile(model)):
+        trainer = contrastive(whole, tiny_tokenizer, tmp_path)
+        assert abs(trainer.compute_loss(model, batch) - expected) < 1e-5
+    bert = AutoModel.from_pretrained(tiny_bert_dir)
+    model = peft.get_peft_model(bert, peft.LoraConfig(**linear))
+    contrastive(model, tiny_tokenizer, tmp_path).compute_loss(model, batch).backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
 
 
 @dataclass
@@ -596,12 +653,21 @@ def test_a_bad_row_is_named(row, message, tmp_path, tiny_tokenizer, llama):
 
 def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, tiny_llama_dir, llama):
     args, own = pair_arguments(tmp_path), pair_arguments(tmp_path, reference_free=False)
-    full = {"tokenizer": tiny_tokenizer, "train_dataset": preferences(3)}
+    dispatching = pair_arguments(tmp_path, accelerator_config={"dispatch_batches": True})
+    rows, unpadded = preferences(3), copy.deepcopy(tiny_tokenizer)
+    unpadded.pad_token = None
+    full = {"tokenizer": tiny_tokenizer, "train_dataset": rows}
     refused = [
         (dict(model="a/name", args=args, **full), r"AutoModel.from_pretrained\('a/name'\)"),
-        (dict(model=llama, args=args, train_dataset=preferences(3)), "tokenizer is missing"),
-        (dict(model=llama, args=own, **full), "reference_free=False needs a ref_model: the model"),
-        (dict(model=llama, ref_model=llama, args=args, **full), "but reference_free=True"),
+        (dict(model=llama, args=args, train_dataset=rows), "tokenizer is missing"),
+        (dict(model=llama, args=args, tokenizer=unpadded), "tokenizer.pad_token is None: set it"),
+        (
+            dict(model=llama, args=args, tokenizer=tiny_tokenizer, train_dataset={"a": rows}),
+            "train_dataset is a dict: only eval_dataset may be",
+        ),
+        (dict(model=llama, args=dispatching, **full), "dispatch_batches=True cuts passages"),
+        (dict(model=llama, args=own, **full), "ref_model goes with reference_free=False"),
+        (dict(model=llama, ref_model=llama, args=args, **full), "ref_model goes with reference_fr"),
         (
             dict(model=llama, args=arguments(tmp_path), **full),
             "have their reference_free, beta, temp",
@@ -633,6 +699,8 @@ def test_batches_and_models_that_do_not_serve_are_named(
     )
     with pytest.raises(ValueError, match=r"batch has no passage, only \['query'\]"):
         trainer.compute_loss(llama, {"query": batch["query"]})
+    with pytest.raises(ValueError, match="any of labels, weights, .*, guide: no idx"):
+        trainer.compute_loss(llama, batch | {"idx": torch.arange(4)})
     causal = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     with pytest.raises(ValueError, match="CausalLMOutputWithPast of the model has no last_hidden"):
         trainer.compute_loss(causal, batch)
@@ -684,3 +752,12 @@ def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
     stages = [losses[:2], losses[2:]] if name.endswith("hf_trainer") else [losses]
     assert all(of_stage[-1] < of_stage[0] for of_stage in stages)
+
+
+def test_processes_of_accelerate_share_their_negatives(world, tmp_path):
+    small = world._replace(triplets=world.triplets[:64])
+    ranks = rank_runs.start(2, tmp_path / "said", hf_runs.accelerated, small).ended()
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    q, p, losses = zip(*[rank.answer for rank in ranks], strict=True)
+    whole = info_nce_loss(torch.cat(q), torch.cat(p))
+    assert abs(sum(losses) / 2 - whole) < 1e-5

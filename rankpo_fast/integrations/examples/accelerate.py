@@ -3,9 +3,10 @@
 accelerate launch -m rankpo_fast.integrations.examples.accelerate
 """
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from rankpo_fast import InfoNCELoss
@@ -18,9 +19,8 @@ def main() -> None:
     with accelerator.main_process_first():
         world = small_world()
     model, collate = AutoModel.from_pretrained(world.model), collator(world.model)
-    rows = torch.utils.data.DataLoader(world.triplets, 16, shuffle=True, collate_fn=collate)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer, rows = accelerator.prepare(model, optimizer, rows)
+    rows = DataLoader(world.triplets, 16, shuffle=True, collate_fn=collate)
+    model, optimizer, rows = accelerator.prepare(model, AdamW(model.parameters(), 1e-3), rows)
     loss = InfoNCELoss(process_group=dist.group.WORLD if accelerator.num_processes > 1 else None)
 
     def embed(tokens):
