@@ -76,7 +76,9 @@ class Ranks:
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun"
                 )
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        yield cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+        ranks = cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+        ranks.meet()  # else rank 0 may be gone, and its store, before the others have the group
+        yield ranks
         if not there:  # after an error the process ends, and does not wait here for others
             dist.destroy_process_group()
 
