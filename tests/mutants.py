@@ -46,7 +46,7 @@ def ops(names: str) -> tuple[str, ...]:
 
 
 OPTIONS = gpu("options_in_fp32")
-FAR_APART = gpu("too_far_apart or zero_vector")
+FAR_APART = gpu("too_far or zero_vector")
 SMALL_CHUNKS = gpu("chunks_smaller or summed_beforehand")
 FILTER = gpu("filter")
 MEMORY = gpu("outside")
@@ -240,6 +240,12 @@ MUTANTS = [
         "union-keeps-the-first-top", SLOPES,
         "tl.maximum(a[0], b[0])\n    floor",
         "a[0]\n    floor",
+        FAR_APART,
+    ),
+    Mutant(
+        "union-keeps-the-first-hardest", SLOPES,
+        "tl.maximum(a[5], b[5])",
+        "a[5]",
         gpu("hardest"),
     ),
     Mutant(

@@ -356,6 +356,22 @@ def test_rows_too_far_apart_to_be_stored_stand_beside_others(pipeline, temperatu
     assert max(map(error, result.dq_MD, truth[1][0])) < 2 * grad_gate  # each row by itself
 
 
+def test_own_negatives_too_far_above_the_passages_stand_beside_them():
+    """By 100 and more: relative to the passages' top their exponentials would overflow."""
+    q, p, labels = draw(M, N, D, torch.float32, converged=False)
+    base = 3 * q[0]
+    q, p, own = q + base, p - base, q.roll(1, 0) + base
+    relations = Relations(labels, own_offsets=torch.arange(M + 1))
+    case = (q, p, own, relations, ROOMY)
+    truth = exact(*case, uneven(M), scale=100.0)
+    assert (truth[0] > 100).all()
+    result = launch(*case, uneven(M), scale=100.0)
+    loss_gate, grad_gate = gates(torch.float32, 0.01)
+    assert error(result.loss_M, truth[0]) < loss_gate
+    for got, want in zip(result[3:6], truth[1][:3], strict=True):
+        assert error(got, want) < grad_gate
+
+
 def test_stored_rows_keep_their_digits_beside_weights_of_a_large_batch():
     """At a gap of 50 a row's factor, e^-80, times 2^-14 is next to nothing in bf16."""
     q, p, labels = draw(M, N, D, torch.bfloat16, converged=False)
