@@ -4,9 +4,10 @@ One line to change in the scripts of arXiv 2503.10723:
 
     from rankpo_fast.integrations.hf_trainer import RankPOTrainer  # was: from rankpo_trainer
 
-and of `contrastive_trainer` alike. A batch is {"query": features, "passage": features}, what
-tokenizers return each, the passages in groups of equal size per query, the one to rank first at
-its head. B queries with G passages each, S texts of L tokens, D dims.
+and of `contrastive_trainer` alike. (They were written for transformers 4: what else they ask of it,
+`overwrite_output_dir` for one, 5 may no longer have.) A batch is {"query": features, "passage":
+features}, what tokenizers return each, the passages in groups of equal size per query, the one to
+rank first at its head. B queries with G passages each, S texts of L tokens, D dims.
 """
 
 import copy
