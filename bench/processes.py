@@ -65,3 +65,11 @@ def _serve(rank: int, size: int, meet: Path, pipe) -> None:
             failure.add_note(traceback.format_exc())  # it would not come through the pipe
             answer = failure
         pipe.send(answer)
+
+
+def answered(answers: list[Any]) -> list[Any]:
+    """The ranks' answers, or the first exception among them, raised."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers

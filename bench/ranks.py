@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.processes import processes
+from bench.processes import answered, processes
 from rankpo_fast import in_batch_rankpo_loss, info_nce_loss
 from rankpo_fast.ops import info_nce, ranks
 from rankpo_kernels import pointwise
@@ -116,11 +116,7 @@ def table(M: int, N: int, D: int, sizes: list[int]) -> str:
     for size in sizes:
         with tempfile.TemporaryDirectory() as directory, processes(size, Path(directory)) as ask:
             for case in CASES:
-                answers = ask(count, M, N, D, case)
-                for answer in answers:
-                    if isinstance(answer, Exception):
-                        raise answer
-                forward, backward = answers[0]
+                forward, backward = answered(ask(count, M, N, D, case))[0]
                 flops = (forward[0] + backward[0]) / (M * N * size * D)
                 lines.append(
                     f"{case:16}{size:6}{flops:11.2f}{forward[2] / 1e6:10.3f}"

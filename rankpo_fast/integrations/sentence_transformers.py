@@ -22,6 +22,7 @@ from rankpo_fast.losses import RankPOLoss as PairLoss
 from rankpo_fast.model.liger import apply_liger
 from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.rankpo import pair_similarities
+from rankpo_fast.ops.ranks import several
 
 require("sentence-transformers", at_least="6.0", tried="6.0 to 6.2")
 
@@ -134,8 +135,8 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
                 "query_ids": ids_B, "passage_ids": ids_N,
                 "excluded": (torch.arange(len(ids_B) + 1, device=ids_B.device), same_B),
             }  # fmt: skip
-        if self.gather_across_devices and _several_ranks():
-            options["process_group"] = dist.group.WORLD
+        if self.gather_across_devices:
+            options["process_group"] = dist.group.WORLD  # None where there is one process
         # Prefixes are compared by cosine: theirs normalises what it has cut.
         return info_nce_loss(
             queries, passages, each_B,
@@ -521,17 +522,13 @@ class _AverageGradient(torch.autograd.Function):
 
 def _shared(scale: float | Tensor) -> float | Tensor:
     """A learnt scale is the loss's, which no DDP wraps: ranks would drift apart."""
-    if isinstance(scale, Tensor) and scale.requires_grad and _several_ranks():
+    if isinstance(scale, Tensor) and scale.requires_grad and several(dist.group.WORLD):
         return _AverageGradient.apply(scale)
     return scale
 
 
 def _number(scale: float | Tensor) -> float:
     return scale.item() if isinstance(scale, Tensor) else scale
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_cosine(similarity_fct: Callable) -> bool:

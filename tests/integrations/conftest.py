@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.processes import processes
+from bench.processes import answered, processes
 
 GATE = 1e-5  # relative, fp32
 ERRORS = pytest.StashKey[dict[tuple[str, str], tuple[int, float, float]]]()
@@ -57,15 +57,7 @@ def start_method():
 def two_ranks(tmp_path_factory, start_method):
     """two_ranks(function, ...): what it returns on each, or raises on one."""
     with processes(2, tmp_path_factory.mktemp("ranks"), start_method) as ask:
-
-        def answers(*what):
-            got = ask(*what)
-            for answer in got:
-                if isinstance(answer, Exception):
-                    raise answer
-            return got
-
-        yield answers
+        yield lambda *what: answered(ask(*what))
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -21,7 +21,7 @@ from clip_cases import (
 from gates import draw, error, gates
 
 from bench.cases.open_clip import theirs
-from bench.processes import processes
+from bench.processes import answered, processes
 from rankpo_fast.integrations import open_clip as ours
 
 LOSSES = ["ClipLoss", "SigLipLoss"]
@@ -299,13 +299,6 @@ def ranks(tmp_path_factory, start_method):
     """Three, so that in theirs a text has two ways to go, and 1 / 3 is not exact."""
     with processes(3, tmp_path_factory.mktemp("ranks"), start_method) as ask:
         yield ask
-
-
-def answered(answers):
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
 
 
 OPTIONS = [

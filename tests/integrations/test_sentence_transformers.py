@@ -5,10 +5,10 @@ import json
 import pickle
 import subprocess
 import sys
-import types
 from importlib import metadata
 
 import pytest
+import stand_in
 import torch
 from launcher import NoSync
 from st_cases import SENTENCES, Rows, bert, error, flatten, result, rows_of, texts
@@ -368,18 +368,7 @@ def test_rankpo_names_a_wrong_option_when_it_is_made(tiny_tokenizer):
 
 
 def test_ligers_kernels_go_to_the_backbone_of_the_model(tiny_bert_dir, monkeypatch):
-    calls = []
-    package = types.ModuleType("liger_kernel")
-    transformers = types.ModuleType("liger_kernel.transformers")
-    transformers._apply_liger_kernel_to_instance = lambda **given: calls.append(given)
-    patches = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"bert": None}
-    for module in (package, transformers, patches):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    real = metadata.version
-    monkeypatch.setattr(
-        metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else real(name)
-    )
+    calls = stand_in.liger(monkeypatch, "bert")
     model = bert(tiny_bert_dir)
     with pytest.raises(ValueError, match="need a GPU, and the device is cpu"):
         ours.use_liger_kernel(model)

@@ -1,10 +1,7 @@
 """Liger's kernels go where they can, and where they are asked for or nothing is loaded."""
 
-import sys
-import types
-from importlib import metadata
-
 import pytest
+import stand_in
 import torch
 from families import make_encoder
 
@@ -18,24 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A stand-in for liger-kernel 0.8.5 that knows Llama; the calls it got."""
-    calls = []
-    package = types.ModuleType("liger_kernel")
-    transformers = types.ModuleType("liger_kernel.transformers")
-    transformers._apply_liger_kernel_to_instance = lambda **given: calls.append(given)
-    patches = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    for module in (package, transformers, patches):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    say_version(monkeypatch, "0.8.5")
-    return calls
-
-
-def say_version(monkeypatch, version):
-    real = metadata.version
-    monkeypatch.setattr(
-        metadata, "version", lambda name: version if name == "liger-kernel" else real(name)
-    )
+    return stand_in.liger(monkeypatch, "llama")
 
 
 @pytest.mark.parametrize("asked", [None, True])
@@ -55,7 +35,7 @@ def test_the_instance_is_patched_without_the_losses_of_a_language_model(calls, a
     ],
 )
 def test_where_it_cannot_be_asking_is_an_error(calls, monkeypatch, family, device, version, reason):
-    say_version(monkeypatch, version)
+    stand_in.say_version(monkeypatch, "liger-kernel", version)
     backbone = make_encoder(family).backbone
     use_liger(backbone, None, device)
     with pytest.raises(InputError, match=f"--use_liger_kernel true: .*{reason}.* false"):

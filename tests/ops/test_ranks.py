@@ -23,7 +23,7 @@ from rank_cases import (
     talk_alone,
 )
 
-from bench.processes import processes
+from bench.processes import answered, processes
 from bench.ranks import count
 from rankpo_fast import (
     InBatchRankPOLoss,
@@ -47,13 +47,6 @@ def ranks(request, tmp_path_factory):
     with processes(request.param, tmp_path_factory.mktemp("ranks")) as ask:
         ask.sizes = {2: "even", 4: "uneven"}[request.param]
         yield ask
-
-
-def answered(answers):
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
 
 
 def worst(answers) -> float:
