@@ -1,4 +1,5 @@
-"""Measuring: contenders interleaved in one run, medians of ratios, peak memory, error against fp64.
+"""Measuring: contenders interleaved in one run, medians and percentiles, peak memory, error against
+fp64.
 
 Times are compared within a round, so that a slow minute of a shared machine hits all contenders
 alike.
@@ -6,95 +7,101 @@ alike.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BUSY_S = 0.01  # a card is timed over runs of so long
+from .questions import NEEDS_GPU, NOT_INSTALLED, OUT_OF_MEMORY, OURS, Row, Settings
+
+BUSY_S = 0.01  # a contender is timed over runs of so long, which hides what the first one costs
+MOST_RUNS = 20
 Run = Callable[[], Sequence[Tensor]]  # one forward and backward; returns the loss and the gradients
+
+
+class NeedsGPU(Exception):
+    """Raised by a contender that does not run on the CPU."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question: who answers it at which shape, and what the answer must be."""
+    """Who answers at which cost, and what the answer must be."""
 
-    name: str
-    question: str
-    shape: dict[str, int]
     device: str
-    contenders: dict[str, Run]
+    contenders: Mapping[str, Run]
     floor: str  # the contender that ratios are taken against
-    keep_bytes: int  # inputs' gradients, which every contender must make
-    errors: dict[str, float] = field(default_factory=dict)  # NaN where it could not be told
+    flops: float  # that any contender has to do; and the bytes it has to move
+    bytes: float
+    keep_bytes: int = 0  # inputs' gradients, which every contender must make
+    errors: Mapping[str, float] = field(default_factory=dict)  # NaN where it could not be told
+    converged: Mapping[str, float] = field(default_factory=dict)  # on data of a finished training
     gate: float = math.inf  # the error above which a time of ours means nothing
-    peers: frozenset[str] = frozenset()  # timed whatever their error
+    dtype: torch.dtype = torch.float32  # of the products
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender's result; seconds and ratio are None where it gave none, and `note` says
-    why."""
-
-    case: str
-    contender: str
-    seconds: float | None
-    ratio: float | None
-    low: float | None  # the 20th and 80th percentile of the ratio
-    high: float | None
-    peak_mib: float | None  # above inputs and gradients
-    error: float | None
-    note: str = ""
-
-
-def measure(case: Case, rounds: int, limit_s: float = math.inf) -> list[Row]:
-    """Rows of all contenders, after so many rounds or seconds; those with a red gate are not timed,
-    those that memory or an error stops are a row that says so."""
-    notes, peaks, repeats = {}, {}, {}
-    for name, run in case.contenders.items():
-        error = case.errors.get(name, 0.0)
-        if name not in case.peers and not error <= case.gate:
-            notes[name] = f"error {error:.1e} above the gate {case.gate:.1e}"
+def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
+    """A row of each contender that is asked for; ours are not timed above the gate, and what memory
+    or an error stops is a row that says so."""
+    names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
+    notes: dict[str, str] = {}
+    peaks, repeats = {}, {}
+    evict = _evictor(case)
+    for name in names:
+        if (note := _above_the_gate(case, name)) is not None:
+            notes[name] = note
             continue
+        run = case.contenders[name]
         with noting(name, notes):
             peaks[name] = _peak_bytes(run, case.device) - case.keep_bytes  # and a warm-up
-            if case.device == "cuda":
-                once = _seconds(run, case.device)
-                repeats[name] = max(1, min(20, int(BUSY_S / once)))
-    seconds = {name: [] for name in peaks}
-    stop = time.perf_counter() + limit_s
-    for number in range(rounds):
-        order = list(peaks)
-        for name in order[number % len(order) :] + order[: number % len(order)]:
+            once = _seconds(run, case.device)
+            repeats[name] = max(1, min(MOST_RUNS, int(BUSY_S / once)))
+    hot = {name: [] for name in peaks}
+    cold = {name: [] for name in peaks}
+    stop = time.perf_counter() + settings.limit_s
+    for number in range(settings.rounds):
+        for name in turned(list(peaks), number):
+            run = case.contenders[name]
             with noting(name, notes):
-                run = case.contenders[name]
-                seconds[name].append(_seconds(run, case.device, repeats.get(name, 1)))
+                hot[name].append(_seconds(run, case.device, repeats[name]))
+                if evict is not None:
+                    evict()
+                    cold[name].append(_seconds(run, case.device))
         if time.perf_counter() > stop:
             break
 
     if case.floor in notes:
         notes = {name: f"no floor: {notes[case.floor]}" for name in peaks} | notes
-    rows = []
-    for name in case.contenders:
-        error = case.errors.get(name)
-        if name in notes:
-            rows.append(Row(case.name, name, *[None] * 5, error, notes[name]))
-            continue
-        ratios = sorted(
-            ours / floor for ours, floor in zip(seconds[name], seconds[case.floor], strict=True)
+    return tuple(
+        Row(
+            name,
+            notes.get(name, ""),
+            peak_mib=None if name in notes or name == case.floor else max(0, peaks[name]) / 2**20,
+            error=_finite(case.errors.get(name)),
+            converged=_finite(case.converged.get(name)),
+            **({} if name in notes else _times(case, hot[name], cold[name], hot[case.floor])),
+            **({} if name in notes else _shares(case, statistics.median(hot[name]), settings)),
         )
-        low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
-        median = statistics.median
-        peak = None if name == case.floor else max(0, peaks[name]) / 2**20
-        rows.append(
-            Row(case.name, name, median(seconds[name]), median(ratios), low, high, peak, error)
-        )
-    return rows
+        for name in names
+    )
+
+
+def turned(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: each begins with another contender."""
+    first = number % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the 20th and the 80th; of up to four values the least and the most."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
 
 
 @contextlib.contextmanager
@@ -102,10 +109,16 @@ def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
     """What stops a contender becomes its note: a machine with a card is too rare to stop for it."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        notes[name] = "out of memory"
+    except ModuleNotFoundError as error:
+        notes[name] = f"{error.name} {NOT_INSTALLED}"
+    except NeedsGPU:
+        notes[name] = NEEDS_GPU
     except Exception as error:
-        notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if lack or "can't allocate memory" in str(error):  # torch's words on the CPU
+            notes[name] = OUT_OF_MEMORY
+        else:
+            notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
 
 
 def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -114,9 +127,61 @@ def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
 
 
+def _above_the_gate(case: Case, name: str) -> str | None:
+    if not name.startswith(OURS):
+        return None  # a peer is timed whatever its error, which stands beside
+    worst = [e for e in (case.errors.get(name), case.converged.get(name)) if e is not None]
+    if all(error <= case.gate for error in worst):
+        return None
+    return f"error {max(worst):.1e} above the gate {case.gate:.1e}"
+
+
+def _finite(error: float | None) -> float | None:
+    return error if error is not None and math.isfinite(error) else None
+
+
+def _times(case: Case, hot: list[float], cold: list[float], floor: list[float]) -> dict:
+    ratios = [ours / of_floor for ours, of_floor in zip(hot, floor, strict=True)]
+    seconds, ratio = percentiles(hot), percentiles(ratios)
+    return {
+        **dict(zip(("seconds", "low", "high"), seconds, strict=True)),
+        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True)),
+        "ratios": tuple(ratios),
+        "cold": statistics.median(cold) if cold else None,
+    }
+
+
+def _shares(case: Case, seconds: float, settings: Settings) -> dict:
+    """Of what this machine reaches. Copies are told apart from products by having no flops."""
+    gemm = settings.rates.gemm.get(str(case.dtype).removeprefix("torch."))
+    return {
+        "gemm": case.flops / seconds / gemm if case.flops and gemm else None,
+        "copy": case.bytes / seconds / settings.rates.copy,
+    }
+
+
+@functools.cache
+def cache_bytes(device: str) -> int:
+    """Of the last level of caches."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    found = [path.read_text().strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found), default=32 * 2**20)
+
+
+def _evictor(case: Case) -> Callable[[], None] | None:
+    """Empties the caches; None where a run does so itself, since what it reads and writes is larger."""
+    size = cache_bytes(case.device)
+    if case.bytes > 2 * size:
+        return None
+    other = torch.empty(2 * size, dtype=torch.uint8, device=case.device)
+    return lambda: other.add_(1)
+
+
 def _seconds(run: Run, device: str, repeats: int = 1) -> float:
-    """Of one run; a card is given `repeats` of them, which hide what the host takes for the
-    first."""
+    """Of one run, over `repeats` of them."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -127,8 +192,9 @@ def _seconds(run: Run, device: str, repeats: int = 1) -> float:
         torch.cuda.synchronize()
         return start.elapsed_time(stop) / repeats / 1e3
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
 
 
 def _peak_bytes(run: Run, device: str) -> int:

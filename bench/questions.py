@@ -1,0 +1,129 @@
+"""What the suite asks and what it finds: a Question has shapes and an answer, which is a Result of
+Rows. Every family of cases speaks in these, and the result file holds nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LEVELS = ("quick", "default", "full")  # of how much is asked
+OURS = "rankpo-fast"  # contenders of ours begin so
+OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
+EXCUSES = (
+    OUT_OF_MEMORY,
+    NOT_INSTALLED,
+    NEEDS_GPU,
+    "out of resources",
+)  # a peer's, that are results
+Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reached at the start of the run: FLOP/s of a large GEMM by dtype, bytes/s
+    (read and written) of a large copy."""
+
+    gemm: Mapping[str, float]
+    copy: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    device: str  # cpu or cuda
+    level: str
+    rounds: int
+    rates: Rates
+    contenders: frozenset[str] | None = None  # None: all; the floor always runs
+    limit_s: float = float("inf")  # no round of a case starts later
+
+    def takes(self, contender: str) -> bool:
+        return self.contenders is None or contender in self.contenders
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's result. What does not apply is None; without `seconds`, `note` says why."""
+
+    contender: str
+    note: str = ""
+    seconds: float | None = None  # the median of rounds; low and high are its 20th, 80th percentile
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None  # to the floor, or to the first contender: taken within each round
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    ratios: tuple[float, ...] | None = None  # of all rounds
+    cold: float | None = None  # seconds, with the caches emptied before
+    gemm: float | None = None  # useful flops per second, over the measured GEMM rate
+    copy: float | None = None  # useful bytes per second, over the measured copy rate
+    peak_mib: float | None = None  # above inputs and gradients; in a training: above its start
+    error: float | None = (
+        None  # relative, against fp64, the worst of loss and gradients: fresh data
+    )
+    converged: float | None = None  # the same on converged data
+    queries: float | None = None  # a second
+    tokens: float | None = None  # a second; of texts, not of padding
+    mfu: float | None = None  # flops of the model over the measured GEMM rate
+    ndcg: float | None = None
+    ndcg_low: float | None = None
+    ndcg_high: float | None = None
+    watts: float | None = None  # mean of the card
+    joules: float | None = None  # per million tokens; of an end-to-end run: all it took
+    throttled: str | None = None  # why the card slowed down meanwhile
+    axis: str | None = None  # in a scaling: which size grows, its values, and what each took
+    sizes: tuple[int, ...] | None = None
+    times: tuple[float, ...] | None = None  # as many as were reached
+    peaks: tuple[float, ...] | None = None  # MiB
+    exponent: float | None = None  # time ~ size ** exponent over the upper half of the sizes
+    memory_exponent: float | None = None
+    falls_over: str | None = None  # the first size that was not reached, and why
+
+    @property
+    def ours(self) -> bool:
+        return self.contender.startswith(OURS)
+
+    @property
+    def red(self) -> bool:
+        """Whether the run has failed here: a gate, an error, or ours not running at all."""
+        excused = not self.ours and any(excuse in self.note for excuse in EXCUSES)
+        return bool(self.note) and not excused
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to a question at one shape: a line of the result file."""
+
+    case: str  # name of the question
+    family: str  # loss, training, end to end, scaling
+    question: str  # in words
+    shape: Shape
+    rows: tuple[Row, ...]
+    floor: str | None = None  # the contender that ratios are taken against; None: the first
+    flops: float | None = None  # useful ones, the same for every contender
+    bytes: float | None = None
+    gate: float | None = None  # the error above which a time of ours means nothing
+    about: Mapping[str, Any] = field(default_factory=dict)  # lengths of texts, clocks, ...
+
+    @property
+    def name(self) -> str:
+        return f"{self.case} {described(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question that can be asked: `shapes(device, level)`, what matters most first, and
+    `answer(shape, settings)`."""
+
+    name: str
+    family: str
+    asks: str
+    shapes: Callable[[str, str], list[Shape]]
+    answer: Callable[[Shape, Settings], Result]
+
+
+def described(shape: Shape) -> str:
+    """8192x8192x1024 float32: numbers as a product, then the rest."""
+    sizes = "x".join(str(x) for x in shape.values() if isinstance(x, int))
+    return " ".join([sizes, *(str(x) for x in shape.values() if not isinstance(x, int))]).strip()
