@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .questions import NEEDS_GPU, NOT_INSTALLED, OUT_OF_MEMORY, OURS, Row, Settings
+from .questions import NEEDS_GPU, NOT_INSTALLED, OURS, OUT_OF_MEMORY, Row, Settings
 
 BUSY_S = 0.01  # a contender is timed over runs of so long, which hides what the first one costs
 MOST_RUNS = 20
@@ -172,7 +172,7 @@ def cache_bytes(device: str) -> int:
 
 
 def _evictor(case: Case) -> Callable[[], None] | None:
-    """Empties the caches; None where a run does so itself, since what it reads and writes is larger."""
+    """Empties the caches; None where a run does so itself: what it reads and writes is larger."""
     size = cache_bytes(case.device)
     if case.bytes > 2 * size:
         return None

@@ -121,6 +121,7 @@ class Question:
     asks: str
     shapes: Callable[[str, str], list[Shape]]
     answer: Callable[[Shape, Settings], Result]
+    contenders: tuple[str, ...]  # whom it may compare; some only on a card
 
 
 def described(shape: Shape) -> str:
