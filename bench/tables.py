@@ -1,4 +1,4 @@
-"""How a result is read: one list of columns, which the terminal, the HTML pages and README share."""
+"""How a result is read: one list of columns for the terminal, the HTML pages and README."""
 
 import math
 from collections.abc import Callable, Sequence
