@@ -136,7 +136,7 @@ def accuracy(run: Run) -> Figure | None:
     style, kept = styles(run.results), cases[:MOST]
     with matplotlib.rc_context(PLAIN):
         figure, axes = _panels(
-            [8] * len(kept),
+            [6] * len(kept),
             "Error against fp64, relative, the worst of loss and gradients, over time, both axes "
             f"logarithmic{_left_out(kept, cases)}\n"
             "left and low is better; filled: fresh data, hollow: data of a finished training; "
@@ -154,7 +154,7 @@ def trend(trends: Sequence[Result]) -> Figure | None:
     lasting = [result for result in trends if sum(r.ratio is not None for r in result.rows) > 1]
     if not lasting:
         return None
-    kept = sorted(lasting, key=lambda result: -len(result.rows))[:MOST]
+    kept = lasting[:MOST]
     with matplotlib.rc_context(PLAIN):
         figure, axes = _panels(
             [7] * len(kept),
@@ -346,12 +346,12 @@ def _beside_the_floor(axes: Axes, result: Result) -> None:
             axes.vlines([row.ratio_low, min(row.ratio_high, end)], place - 0.17, place + 0.17,
                         color="black", linewidth=1)  # fmt: skip
         says = f"{times(row.ratio)}" + " \N{RIGHTWARDS ARROW}" * (row.ratio > end)
-        says += ", faster than ours" * wins
+        says += ", beats ours" * wins
         right = min(max(row.ratio_high or 0, row.ratio), end)
         axes.text(right + 0.02 * end, place, says, va="center", fontsize=8.5,
                   fontweight="bold" if row.ours or wins else "normal")  # fmt: skip
     axes.axvline(1, **DASHED)
-    axes.set_xlim(0, 1.22 * end)
+    axes.set_xlim(0, 1.3 * end)
     axes.xaxis.set_major_locator(FixedLocator(range(math.floor(end) + 1)))
     axes.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=9)
     axes.invert_yaxis()
@@ -420,12 +420,12 @@ def _over_time(axes: Axes, result: Result) -> None:
             axes.vlines(place, row.ratio_low, row.ratio_high, color=OUR_COLOR, linewidth=5,
                         alpha=0.25)  # fmt: skip
         memory = "" if row.peak_mib is None else f"\n{mebibytes(row.peak_mib)} MiB"
-        axes.annotate(f"{times(row.ratio)}{memory}", (place, row.ratio), (7, 0), va="center",
+        axes.annotate(f"{times(row.ratio)}{memory}", (place, row.ratio), (0, 7), ha="center",
                       textcoords="offset points", fontsize=8.5)  # fmt: skip
     axes.plot([row.ratio for row in rows], color=OUR_COLOR, marker="o", linewidth=1.6)
     axes.axhline(1, **DASHED)
-    axes.set_xlim(-0.3, len(rows) - 0.3)
-    axes.set_ylim(0, 1.15 * max(row.ratio_high or row.ratio for row in rows))
+    axes.set_xlim(-0.3, len(rows) - 0.7)
+    axes.set_ylim(0, 1.35 * max(row.ratio_high or row.ratio for row in rows))
     skipped = math.ceil(len(rows) / TICKS)
     axes.set_xticks(
         range(0, len(rows), skipped),
