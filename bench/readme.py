@@ -2,10 +2,10 @@
 
 `python -m bench.readme` rewrites what stands between two comments of README.md:
 
-    <!-- bench: bench/results/2026-11-24-cpu.json: info_nce, rankpo 8192x2048 | ratio peak_mib -->
+    <!-- bench: bench/results/2026-11-24-cpu.json: info_nce; rankpo 8192x2048 | ratio peak_mib -->
     <!-- end -->
 
-Names, with commas, take a case or one shape of it (the words that its name begins with), columns
+Names, with semicolons between, take a case or one shape of it (the words that its name begins with), columns
 what of it (bench/tables.py); without names all, without columns all that have something.
 """
 
@@ -22,7 +22,7 @@ from .tables import markdown
 
 README = Path(__file__).parents[1] / "README.md"
 MARKED = re.compile(
-    r"(?P<start><!-- bench: (?P<file>[^\s:|]+)(: (?P<names>[^|>]+?))?( \| (?P<columns>[^>]+?))?"
+    r"(?P<start><!-- bench: (?P<file>[^\s:|]+)(: (?P<names>[^|>]+?))?( \| (?P<columns>[^|>]+?))?"
     r" -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -40,7 +40,7 @@ def rewritten(text: str, root: Path) -> str:
 
     def filled(found: re.Match) -> str:
         run = read(root / found["file"])
-        names = [name.strip() for name in (found["names"] or "").split(",") if name.strip()]
+        names = [name.strip() for name in (found["names"] or "").split(";") if name.strip()]
         results = [r for name in names for r in named(name, run, found["file"])] or run.results
         table = markdown(results, (found["columns"] or "").split())
         return f"{found['start']}{table}\n{source(run, found['file'])}\n{found['end']}"
