@@ -4,6 +4,7 @@ of room, its title counts and the tables have.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -12,9 +13,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from rankpo_fast.demo.figure import DASHED, GREY, LOOK
 
@@ -29,6 +31,7 @@ MARKS = "osD^vPX*"
 WIDTH = 10  # inches; on a page of 800 pixels its letters have ten
 MOST = 8  # panels of a picture
 TICKS = 6
+MARK = 0.09  # the height of one, of its panel
 FLOORS = 5  # of time, where the axis of ratios ends
 LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
 PLAIN = LOOK | {"text.parse_math": False}  # a note may hold any sign
@@ -277,37 +280,48 @@ def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) ->
             drawn += [y for _, y in points]
         if curve.fell is not None:
             fallen.append(curve)
-    for above, curve in enumerate(fallen):
-        size, why = curve.fell
-        place = (size, 0.95 - 0.09 * above)
-        color = style[curve.contender]["color"]
-        axes.plot(*place, marker="x", color=color, markersize=8, markeredgewidth=2.2,
-                  transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
-        short = OUT_OF_MEMORY if OUT_OF_MEMORY in why else "not reached"
-        axes.annotate(f"{short} ", place, (-5, 0), xycoords=axes.get_xaxis_transform(),
-                      textcoords="offset points", ha="right", va="center", fontsize=8,
-                      color=color)  # fmt: skip
+    axes.loglog()
     sizes = sorted({x for curve in growth.curves for x in (*curve.sizes, *(curve.fell or ())[:1])})
-    axes.set_xscale("log")
-    shown = sizes[:: math.ceil(len(sizes) / TICKS)]
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks(axes.xaxis, sizes[:: math.ceil(len(sizes) / TICKS)], lambda x: f"{x:,.0f}")
     axes.set_xlabel(growth.axis)
-    if fallen and drawn:  # room for the marks
-        axes.set_yscale("log")
-        low, high = min(drawn), max(drawn)
-        axes.set_ylim(low / 1.5, high * (high / low) ** 0.25 * 1.6)
-    _logarithmic(axes, drawn, tick)
+    low, high = (min(drawn) / 1.5, max(drawn) * 1.5) if drawn else (1, 10)
+    room = _mark_falls(axes, fallen, style) if fallen else 0
+    axes.set_ylim(low, high * (high / low) ** (room / (1 - room)))
+    _ticks(axes.yaxis, _round_numbers(low, high), tick)
 
 
-def _logarithmic(axes: Axes, values: Sequence[float], tick: Callable[[float], str]) -> None:
-    """The y axis; ticks within a decade too where there are few."""
-    axes.set_yscale("log")
-    few = values and max(values) / min(values) < 300
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
+def _mark_falls(axes: Axes, fallen: Sequence[Curve], style: Mapping[str, Style]) -> float:
+    """At the top, one over the other where several fall at one size; the share that they need."""
+    across, stacks = axes.get_xaxis_transform(), Counter()
+    for curve in fallen:
+        size, _ = curve.fell
+        color = style[curve.contender]["color"]
+        axes.plot(size, 0.95 - MARK * stacks[size], marker="x", color=color, markersize=8,
+                  markeredgewidth=2.2, transform=across, clip_on=False)  # fmt: skip
+        stacks[size] += 1
+    full = all(OUT_OF_MEMORY in curve.fell[1] for curve in fallen)
+    axes.annotate(
+        OUT_OF_MEMORY if full else "not reached", (min(stacks), 0.95), (-9, 0), xycoords=across,
+        textcoords="offset points", ha="right", va="center", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return min(0.6, MARK * (max(stacks.values()) + 0.5))
+
+
+def _ticks(axis: Axis, places: Sequence[float], write: Callable[[float], str]) -> None:
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: write(x)))
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """A few between two numbers of which one is twice the other or more."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+    decades = [10.0**k for k in range(first, last + 1)]
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        found = [step * ten for ten in decades for step in steps if low <= step * ten <= high]
+        if len(found) > 2:
+            break
+    return found[:: math.ceil(len(found) / TICKS)]
 
 
 def _seconds_tick(x: float) -> str:
@@ -317,7 +331,7 @@ def _seconds_tick(x: float) -> str:
 
 
 def _mib_tick(x: float) -> str:
-    return f"{x:,.4g} MiB"
+    return f"{x:,.0f} MiB" if x >= 10 else f"{x:g} MiB"
 
 
 def _bars(result: Result) -> list[Row]:
@@ -392,14 +406,12 @@ def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
         axes.axhline(result.gate, **DASHED)
         errors.append(result.gate)
     axes.loglog()
-    axes.set_xlim(min(seconds) / 1.4, max(seconds) * 1.4)
-    few = max(seconds) / min(seconds) < 30
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _seconds_tick(x)))
-    axes.set_ylim(min(errors) / 12, max(errors) * 12)  # equal to the digit that matters looks so
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
+    low, high = min(seconds) / 1.4, max(seconds) * 1.4
+    axes.set_xlim(low, high)
+    _ticks(axes.xaxis, _round_numbers(low, high), _seconds_tick)
+    low, high = min(errors) / 12, max(errors) * 12  # so that what is as good as equal looks so
+    axes.set_ylim(low, high)
+    _ticks(axes.yaxis, _round_numbers(low, high), lambda y: f"{y:.0e}")
     _name(axes, result)
 
 

@@ -5,8 +5,9 @@
     <!-- bench: bench/results/2026-11-24-cpu.json: info_nce; rankpo 8192x2048 | ratio peak_mib -->
     <!-- end -->
 
-Names, with semicolons between, take a case or one shape of it (the words that its name begins with), columns
-what of it (bench/tables.py); without names all, without columns all that have something.
+Names, with semicolons between, take a case or some of its shapes (by the words that they begin
+with), columns are those of bench/tables.py; without names all are taken, without columns all that
+have something.
 """
 
 import re

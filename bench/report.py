@@ -45,7 +45,8 @@ STYLE = """
   --warn: #f0c667; --warn-paper: #362c14; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.3rem; margin: 2.2rem 0 .6rem; }
+h1 { font-size: 1.7rem; margin: 0; } a { color: inherit; }
+h2 { font-size: 1.3rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1.02rem; margin: 1.8rem 0 .1rem; } p { margin: .4rem 0; }
 ul { padding-left: 1.2rem; }
 .soft, figcaption, summary { color: var(--soft); } .soft { margin: 0 0 .4rem; font-size: .92rem; }
@@ -59,11 +60,11 @@ figure { margin: 1rem 0 1.8rem; overflow-x: auto; }
 figure img { width: 100%; min-width: 36rem; background: #fff; border-radius: 6px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .words { text-align: left; }
-td:first-child { white-space: normal; min-width: 9rem; max-width: 24rem; }
+td:first-child { white-space: normal; min-width: 11rem; max-width: 24rem; }
 td small { display: block; font-weight: 400; font-style: normal; color: var(--soft); }
 tr.ours td { background: var(--ours); } tr.ours td:first-child { color: var(--ours-ink);
   font-weight: 600; } tr.floor td { color: var(--soft); font-style: italic; }
@@ -92,9 +93,12 @@ def write_report(run: Run, directory: Path) -> Path:
         "<h2>Pictures</h2>" if pictures else "",
         *pictures,
     ]
-    for family in dict.fromkeys(result.family for result in run.results):
-        body.append(f"<h2>{escape(family).capitalize()}</h2>")
-        body += [section(result) for result in run.results if result.family == family]
+    cases = list(dict.fromkeys(result.case for result in run.results))
+    links = (f'<a href="#case{place}">{escape(case)}</a>' for place, case in enumerate(cases))
+    body.append(f"<h2>Tables</h2><p>{' | '.join(links)}</p>" if cases else "")
+    for place, case in enumerate(cases):
+        body.append(f'<h2 id="case{place}">{escape(case)}</h2>')
+        body += [section(result) for result in run.results if result.case == case]
     return write_page(directory / "report.html", f"rankpo-fast bench, {device}", body)
 
 

@@ -51,7 +51,7 @@ LADDER = Result(
         timed("rankpo-fast", 1.0, 2.0, peak_mib=40000.0, tokens=82000.0, queries=256.0, mfu=0.42,
               throttled="power cap"),
         timed("rankpo-fast, + checkpointing", 1.3, 2.0, peak_mib=9000.0, tokens=63000.0),
-        Row("rankpo-fast, + 8-bit AdamW", "RuntimeError: <b>bad & broken</b>"),
+        Row("rankpo-fast, + 8-bit AdamW", r"RuntimeError: <b>bad & $\broken$</b>"),
     ),
     about={"median tokens": 56},
 )  # fmt: skip

@@ -105,7 +105,9 @@ def page(tmp_path_factory):
 def test_the_page_needs_nothing_else(page):
     html = page.read_text()
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,30})', html)
-    assert len(sources) == 4 and all(x.startswith("data:image/png;base64,") for x in sources)
+    assert len([x for x in sources if x.startswith("data:image/png;base64,")]) == 4
+    links = {x.removeprefix("#") for x in sources if x.startswith("#")}
+    assert len(sources) == 4 + len(links) and links == set(re.findall(r'id="(case\d)"', html))
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
 
 
@@ -175,7 +177,7 @@ def test_a_contender_that_falls_over_is_in_the_pictures_data():
 def test_a_fall_is_marked_at_its_size():
     axes = plots.time_memory(run(SCALING)).axes
     marks = [line for ax in axes for line in ax.lines if line.get_marker() == "x"]
-    assert [line.get_xdata() for line in marks] == [[16384], [16384]]  # in time and in memory
+    assert [list(line.get_xdata()) for line in marks] == [[16384]] * 2  # in time and in memory
 
 
 def test_other_dims_are_no_other_batch():
@@ -218,3 +220,16 @@ def test_ours_has_one_colour_and_no_peer_has_it():
     ours = {look["color"] for name, look in style.items() if name.startswith("rankpo-fast")}
     others = {look["color"] for name, look in style.items() if not name.startswith("rankpo-fast")}
     assert ours == {plots.OUR_COLOR} and plots.OUR_COLOR not in others
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        pytest.param(2.1, 4.2, id="within-a-decade"),
+        pytest.param(5.1, 10.2, id="across-a-power-of-ten"),
+        pytest.param(1e-9, 1e7, id="many-decades"),
+    ],
+)
+def test_an_axis_has_a_few_round_numbers(low, high):
+    ticks = plots._round_numbers(low, high)
+    assert 3 <= len(ticks) <= plots.TICKS and all(low <= x <= high for x in ticks)
