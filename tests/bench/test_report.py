@@ -233,3 +233,8 @@ def test_ours_has_one_colour_and_no_peer_has_it():
 def test_an_axis_has_a_few_round_numbers(low, high):
     ticks = plots._round_numbers(low, high)
     assert 3 <= len(ticks) <= plots.TICKS and all(low <= x <= high for x in ticks)
+
+
+def test_a_case_is_drawn_at_the_largest_shape_that_most_contenders_reach():
+    (axes,) = plots.floor(RUN).axes  # 2**17, where one runs out of memory, is in the tables
+    assert axes.get_title(loc="left") == "info_nce\n16384x16384x1024 bfloat16"
