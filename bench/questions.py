@@ -110,6 +110,10 @@ class Result:
     def name(self) -> str:
         return f"{self.case} {described(self.shape)}"
 
+    def is_floor(self, row: Row) -> bool:
+        """Whether it is the floor, or another form of it: "copy" and "copy, fresh memory"."""
+        return self.floor is not None and row.contender.split(", ")[0] == self.floor
+
 
 @dataclass(frozen=True)
 class Question:
