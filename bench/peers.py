@@ -45,7 +45,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def linear_cross_entropy_in_chunks(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions(chunking_strategy="auto")
+    options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(x, weight, labels, options=options)
 
 

@@ -4,12 +4,15 @@ M queries, N passages, B pairs, D dims.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rankpo_fast.errors import InputError
 
 from ..measure import Case, Run, measure, noting, relative_error
 from ..questions import Question, Result, Settings, Shape
@@ -30,6 +33,22 @@ class LossQuestion(Question):
     """`case(shape, device)` is what `answer` measures."""
 
     case: Callable[[Shape, str], Case]
+    axes: str
+
+    def shape(self, text: str, device: str) -> Shape | None:
+        """Of 4096x4096x1024 or 4096x4096x1024:float16; None where the axes are others."""
+        sizes, _, dtype = text.partition(":")
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+            raise InputError(f"--shapes: {text!r} is no shape like 4096x4096x1024")
+        if dtype and getattr(torch, dtype, None) not in GATE:
+            raise InputError(f"--shapes: {text!r}: dtype {dtype!r} is no float type of the losses")
+        numbers = [int(size) for size in sizes.split("x")]
+        if len(numbers) != len(self.axes):
+            return None
+        shape = named(self.axes, [*numbers, *([dtype] if dtype else [])], device)
+        if shape.get("N", 0) % shape.get("M", 1):
+            raise InputError(f"--shapes: {text!r}: N is no multiple of M")
+        return shape
 
 
 def loss_question(
@@ -53,7 +72,7 @@ def loss_question(
             asked.bytes, gate,
         )  # fmt: skip
 
-    return LossQuestion(name, "loss", asks, shapes_of, answer, tuple(contenders), case)
+    return LossQuestion(name, "loss", asks, shapes_of, answer, tuple(contenders), case, axes)
 
 
 def named(axes: str, shape: Sequence, device: str) -> Shape:

@@ -33,7 +33,7 @@ FLOOR, FRESH = "copy", "copy, fresh memory"
 
 
 def draw(B: int, D: int, device: str, dtype: torch.dtype, *, converged: bool = False):
-    """Queries, chosen and rejected passages: early in a training both are as near; after it, not."""
+    """Queries, chosen and rejected passages: early in a training both are near, after it not."""
     q, c, r = torch.randn(3, B, D, device=device)
     near = (c + 2 * q, r - q) if converged else (q + c, q + r)
     return [x.to(dtype).requires_grad_() for x in (q, *near)]
