@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .questions import NEEDS_GPU, NOT_INSTALLED, OURS, OUT_OF_MEMORY, Row, Settings
+from .questions import (
+    DOES_NOT_TAKE,
+    NEEDS_GPU,
+    NOT_INSTALLED,
+    OURS,
+    OUT_OF_MEMORY,
+    Row,
+    Settings,
+)
 
 BUSY_S = 0.01  # a contender is timed over runs of so long, which hides what the first one costs
 MOST_RUNS = 20
@@ -28,6 +36,10 @@ Run = Callable[[], Sequence[Tensor]]  # one forward and backward; returns the lo
 
 class NeedsGPU(Exception):
     """Raised by a contender that does not run on the CPU."""
+
+
+class Unfit(Exception):
+    """Raised by a contender for inputs that it does not take, as the message says."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,8 @@ def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
         notes[name] = f"{error.name} {NOT_INSTALLED}"
     except NeedsGPU:
         notes[name] = NEEDS_GPU
+    except Unfit as error:
+        notes[name] = f"{DOES_NOT_TAKE} {error}"
     except Exception as error:
         lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if lack or "can't allocate memory" in str(error):  # torch's words on the CPU

@@ -9,12 +9,10 @@ from typing import Any
 LEVELS = ("quick", "default", "full")  # of how much is asked
 OURS = "rankpo-fast"  # contenders of ours begin so
 OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
-EXCUSES = (
-    OUT_OF_MEMORY,
-    NOT_INSTALLED,
-    NEEDS_GPU,
-    "out of resources",
-)  # a peer's, that are results
+DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
+EXCUSES = (  # a peer's, that are results
+    OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU, DOES_NOT_TAKE, "out of resources",
+)  # fmt: skip
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
 
 

@@ -18,10 +18,10 @@ from rankpo_fast import info_nce_loss
 from rankpo_kernels.objective import DIRECTIONS
 
 from ..measure import Case, Run
-from ..peers import PEERS
+from ..peers import PEERS, SCALE
 from ..questions import OURS, Shape
 from . import loss
-from .loss import GATE, SCALE, loss_question
+from .loss import GATE, loss_question
 
 OWN = 8  # hard negatives of a query alone
 MOST = {"cpu": 1024, "cuda": 16384}  # rows over which errors are taken: fp64 is slow

@@ -15,9 +15,9 @@ from torch import Tensor
 from rankpo_fast.errors import InputError
 
 from ..measure import Case, Run, measure, noting, relative_error
+from ..peers import SCALE
 from ..questions import Question, Result, Settings, Shape
 
-SCALE = 50.0  # temperature 0.02
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # of a shape that names none
 # Of loss and gradients against fp64, at a temperature of 0.02: rounding of the logits, twice for
 # gradients; where gradients are stored in 16 bits, theirs.
