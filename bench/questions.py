@@ -9,12 +9,17 @@ from typing import Any
 LEVELS = ("quick", "default", "full")  # of how much is asked
 OURS = "rankpo-fast"  # contenders of ours begin so
 OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
+NOT_REACHED = "not reached"  # the goal of an end-to-end run
 EXCUSES = (
     OUT_OF_MEMORY,
     NOT_INSTALLED,
     NEEDS_GPU,
+    NOT_REACHED,
     "out of resources",
 )  # a peer's, that are results
+TOO_LARGE = (
+    "too large for the device"  # a model whose weights alone do not fit: ours is excused too
+)
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
 
 
@@ -87,8 +92,8 @@ class Row:
     @property
     def red(self) -> bool:
         """Whether the run has failed here: a gate, an error, or ours not running at all."""
-        excused = not self.ours and any(excuse in self.note for excuse in EXCUSES)
-        return bool(self.note) and not excused
+        excuses = (TOO_LARGE,) if self.ours else (*EXCUSES, TOO_LARGE)
+        return bool(self.note) and not any(excuse in self.note for excuse in excuses)
 
 
 @dataclass(frozen=True)
