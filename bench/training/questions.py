@@ -53,12 +53,12 @@ Answers = dict[str, list[Any]]  # of each contender, in the order of rounds; a s
 def answer(
     name: str,
     asks: str,
-    entrants: Callable[[Shape, str], Entrants],
+    entrants: Callable[[Shape, Settings], Entrants],
     shape: Shape,
     settings: Settings,
 ) -> Result:
     of = batches_of(shape)
-    asked = entrants(shape, settings.device)
+    asked = entrants(shape, settings)
     task = task_of(shape, settings.device, ndcg=name == "learning")
     answers = compare(asked, partial(in_a_process, measure), task, settings)
 
@@ -212,21 +212,21 @@ def _cached(device: str) -> Entrants:
     }
 
 
-def _against(shape: Shape, device: str) -> Entrants:
+def _against(shape: Shape, settings: Settings) -> Entrants:
     return {**ST, OURS: partial(rankpo_fast)}
 
 
-def _gradient_cache(shape: Shape, device: str) -> Entrants:
+def _gradient_cache(shape: Shape, settings: Settings) -> Entrants:
     return {
         "one graph, autograd": partial(one_graph),
         OURS: partial(rankpo_fast),
         f"{OURS}, no graph kept": partial(rankpo_fast, activation_memory_gb=0.0),
         **ST,
-        **_cached(device),
+        **_cached(settings.device),
     }
 
 
-def _padding(shape: Shape, device: str) -> Entrants:
+def _padding(shape: Shape, settings: Settings) -> Entrants:
     return {f"{OURS}, padded": partial(rankpo_fast, packing=False), OURS: partial(rankpo_fast)}
 
 
@@ -234,35 +234,42 @@ NOTHING = {
     "packing": False, "bf16": False, "gradient_checkpointing": False, "use_liger_kernel": False,
     "torch_compile": False,
 }  # fmt: skip
-BF16, KEPT = "+ bf16", "+ gradient cache, graphs kept"
+KEPT = "+ gradient cache, graphs kept"
 LEVERS: Mapping[str, dict[str, Any]] = {
     "padded fp32, one graph": NOTHING,
     "+ packing": {"packing": True},
-    BF16: {"bf16": True},
+    "+ bf16": {"bf16": True},
     KEPT: {},  # the engine, which from here on takes the place of the plain loop
     "+ no graph kept": {"activation_memory_gb": 0.0},
     "+ checkpointing": {"gradient_checkpointing": True},
     "+ Liger": {"use_liger_kernel": True},
     "+ torch.compile": {"torch_compile": True},
 }
+SLOW = {"+ torch.compile", "+ bf16"}  # on a CPU: to start, or altogether; so they come last there
 
 
-def ladder(shape: Shape, device: str) -> Entrants:
+def ladder(shape: Shape, settings: Settings) -> Entrants:
     """Each rung has the levers of all before it, but for those that are not to be had here."""
-    rungs, settings, train = {}, {}, one_graph
-    last = BF16 if device == "cpu" else None  # slow there, and all above it would be
-    for name in sorted(LEVERS, key=lambda name: name == last):
+    rungs, given, train = {}, {}, one_graph
+    on_cpu = settings.device == "cpu"
+    for name in sorted(LEVERS, key=lambda name: on_cpu and name in SLOW):
         lever = LEVERS[name]
-        if "use_liger_kernel" in lever and lever != NOTHING and (note := _no_liger(device)):
+        if name in SLOW and on_cpu and settings.level == "quick":
+            break
+        if (
+            "use_liger_kernel" in lever
+            and lever != NOTHING
+            and (note := _no_liger(settings.device))
+        ):
             rungs[name] = note
             continue
-        train, settings = rankpo_fast if name == KEPT else train, settings | lever
-        rungs[name] = partial(train, **settings)
+        train, given = rankpo_fast if name == KEPT else train, given | lever
+        rungs[name] = partial(train, **given)
     return rungs
 
 
-def _attention(shape: Shape, device: str) -> Entrants:
-    config = config_of(shape["backbone"])
+def _attention(shape: Shape, settings: Settings) -> Entrants:
+    config, device = config_of(shape["backbone"]), settings.device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     needs = Needs(torch.device(device), device == "cuda", head_dim, False, False, False)
     padded = {"attn_implementation": "eager", "packing": False}, {"packing": False}
@@ -281,10 +288,10 @@ def _attention(shape: Shape, device: str) -> Entrants:
     return entrants
 
 
-def _liger(shape: Shape, device: str) -> Entrants:
+def _liger(shape: Shape, settings: Settings) -> Entrants:
     return {
         "Liger off": partial(rankpo_fast, use_liger_kernel=False),
-        "Liger on": _no_liger(device) or partial(rankpo_fast, use_liger_kernel=True),
+        "Liger on": _no_liger(settings.device) or partial(rankpo_fast, use_liger_kernel=True),
     }
 
 
@@ -299,15 +306,12 @@ def _no_liger(device: str) -> str | None:
     return None
 
 
-def _backbones(shape: Shape, device: str) -> Entrants:
-    checkpointed = {f"{OURS}, checkpointing": partial(rankpo_fast, gradient_checkpointing=True)}
-    cached = dict(list(_cached(device).items())[-1:])
-    return {
-        **ST,
-        **cached,
-        OURS: partial(rankpo_fast),
-        **(checkpointed if device == "cuda" else {}),
-    }
+def _backbones(shape: Shape, settings: Settings) -> Entrants:
+    cached = list(_cached(settings.device).items())[-1:]
+    entrants = {**ST, **dict(cached), OURS: partial(rankpo_fast)}
+    if settings.device == "cuda":  # where a step does not fit without
+        entrants[f"{OURS}, checkpointing"] = partial(rankpo_fast, gradient_checkpointing=True)
+    return entrants
 
 
 # --- what is asked ---
@@ -320,7 +324,7 @@ def _shape(batch: int, negatives: int, steps: int, backbone: str = TINY, **more:
 def _question(
     name: str,
     asks: str,
-    entrants: Callable[[Shape, str], Entrants],
+    entrants: Callable[[Shape, Settings], Entrants],
     cpu: tuple[list[Shape], list[Shape], list[Shape]],
     cuda: tuple[list[Shape], list[Shape], list[Shape]],
 ) -> Question:
@@ -352,7 +356,7 @@ QUESTIONS = [
     ),
     _question(
         "ladder", "What does each lever on memory do, on top of those before it?", ladder,
-        ([_shape(16, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([_shape(64, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
     ),
     _question(
         "gradient cache", "What does a batch cost with one graph, with kept ones, with none?",
@@ -363,7 +367,7 @@ QUESTIONS = [
     ),
     _question(
         "padding", "What does padding cost?", _padding,
-        ([_shape(16, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
     ),
     _question(
         "attention", "Which attention is the fastest?", _attention,
