@@ -120,7 +120,8 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> Iterator[tuple]
         if name not in QUESTIONS:
             raise InputError(f"--cases: unknown case {name!r}{closest(name, list(QUESTIONS))}")
     questions = [q for q in QUESTIONS.values() if not args.cases or q.name in args.cases]
-    names = {name for question in questions for name in question.contenders}
+    of = {question.name: question.contenders(device) for question in questions}
+    names = {name for known in of.values() for name in known}
     for name in args.contenders or []:
         if name not in names:
             raise InputError(
@@ -129,7 +130,7 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> Iterator[tuple]
     shapes = [
         [(question, shape) for shape in _shapes(question, args.shapes, device, level)]
         for question in questions
-        if not args.contenders or set(args.contenders) & set(question.contenders)
+        if not args.contenders or set(args.contenders) & set(of[question.name])
     ]
     found = [pair for wave in itertools.zip_longest(*shapes) for pair in wave if pair is not None]
     if not found:

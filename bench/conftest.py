@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
         for question in QUESTIONS.values()
         if isinstance(question, LossQuestion)
         for shape in question.shapes(DEVICE, level)
-        for name in question.contenders
+        for name in question.contenders(DEVICE)
     ]
     metafunc.parametrize(("asked", "contender"), asked)
 

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from . import training
 from .cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers
 from .questions import Question
 
@@ -10,4 +11,5 @@ if find_spec("triton") is not None:  # Linux
     from .cases import tiles
 
     ROOMS.append(tiles)
+ROOMS.append(training)
 QUESTIONS: dict[str, Question] = {q.name: q for room in ROOMS for q in room.QUESTIONS}

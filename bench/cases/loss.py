@@ -60,6 +60,7 @@ def loss_question(
     contenders: Iterable[str],
 ) -> LossQuestion:
     """axes: the letters of a shape's sizes, "MND" or "BD"."""
+    names = tuple(contenders)
 
     def shapes_of(device: str, level: str) -> list[Shape]:
         return [named(axes, shape, device) for shape in shapes[device][level]]
@@ -72,7 +73,7 @@ def loss_question(
             asked.bytes, gate,
         )  # fmt: skip
 
-    return LossQuestion(name, "loss", asks, shapes_of, answer, tuple(contenders), case, axes)
+    return LossQuestion(name, "loss", asks, shapes_of, answer, lambda _: names, case, axes)
 
 
 def named(axes: str, shape: Sequence, device: str) -> Shape:
