@@ -247,7 +247,8 @@ def suite(monkeypatch, tmp_path):
         shapes = [{"M": 2, "dtype": "float32"}, {"M": 4, "dtype": "float32"}]
         return Question(
             name, "loss", "?", lambda *_: shapes,
-            lambda shape, _: Result(name, "loss", "?", shape, (rows[name],)), lambda _: (OURS, "torch"),
+            lambda shape, _: Result(name, "loss", "?", shape, (rows[name],)),
+            lambda _: (OURS, "torch"),
         )  # fmt: skip
 
     monkeypatch.setattr(registry, "QUESTIONS", {name: question(name) for name in rows})
