@@ -1,7 +1,8 @@
-"""Builds the native CPU library with CMake and maps the two packages onto the tree.
+"""Builds the native CPU library with CMake and maps the packages onto the tree.
 
 `kernels/` is a source root like `src/`: PyPI has a package called `kernels`, which transformers
-imports, so nothing here may be importable under that name. The rest of the metadata is in
+imports, so nothing here may be importable under that name. `bench/` is installed as rankpo_bench,
+since `bench` is anybody's name; its own imports are relative. The rest of the metadata is in
 pyproject.toml.
 """
 
@@ -37,8 +38,16 @@ class CMakeBuild(build_ext):
 native = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels/native").glob("*"))
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages(include=["rankpo_fast", "rankpo_fast.*"])],
-    package_dir={"rankpo_kernels": "kernels/rankpo_kernels", "rankpo_fast": "rankpo_fast"},
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(include=["rankpo_fast", "rankpo_fast.*"]),
+        *(name.replace("bench", "rankpo_bench", 1) for name in find_packages(include=["bench*"])),
+    ],
+    package_dir={
+        "rankpo_kernels": "kernels/rankpo_kernels",
+        "rankpo_fast": "rankpo_fast",
+        "rankpo_bench": "bench",
+    },
     ext_modules=[
         Extension(
             "rankpo_kernels.librankpo_native",

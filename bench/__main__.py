@@ -1,188 +1,231 @@
-"""`python -m bench [--quick] [--only CASES] [--device cpu|cuda] [--rounds N] [--minutes T]`"""
+"""The bench: what the losses and the training cost, beside their peers and the hardware's floor.
+
+    rankpo-fast bench [run] [--quick | --full]   measure, print, write a result file and a report
+    rankpo-fast bench report FILE                the report of a result file: one page, its pictures
+    rankpo-fast bench history [DIRECTORY]        what became of the figures, over result files
+
+Exit codes: 0; 1 if a gate is red or a contender raised; 2 for bad input, which is named.
+"""
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import json
-import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
-import torch
-
-from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers
-from bench.measure import Case, Row, measure
-from rankpo_kernels import native
+from rankpo_fast.errors import InputError
+from rankpo_fast.flags import closest
 
 CARD_SECONDS = 3.0  # rounds of a case on a card stop then
-PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy")
-ROOMS = {  # of bench/cases
-    "info_nce": info_nce, "in_batch": in_batch, "rankpo": rankpo,
-    "sentence_transformers": sentence_transformers, "open_clip": open_clip,
-}  # fmt: skip
+RESULTS = Path("bench/results")
+ROUNDS = {"quick": 3, "default": 7, "full": 7}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small shape a case")
-    parser.add_argument("--only", nargs="+", choices=ROOMS, help="these cases alone")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command, *flags = argv if argv and argv[0] in COMMANDS else ["run", *argv]
+    try:
+        return COMMANDS[command](flags)
+    except InputError as error:
+        print(f"rankpo-fast bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def _parser(command: str) -> _Parser:
+    return _Parser(
+        prog=f"rankpo-fast bench {command}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each contender")
-    parser.add_argument("--output", type=Path, help="where the JSON goes (default: build/bench)")
+
+
+# --- run: heavy imports inside, so that the others are quick ---
+
+
+def run(flags: list[str]) -> int:
+    from .registry import QUESTIONS
+
+    args = _run_parser().parse_args(flags)
+    if args.list:
+        for question in QUESTIONS.values():
+            print(f"{question.name:36}{question.family:12}{question.asks}")
+        return 0
+    device = _device(args.device)
+    if args.compile:
+        from .cases import tiles
+
+        tiles.compile_all(args.compile)
+        return 0
+    level = "quick" if args.quick else "full" if args.full else "default"
+    asked = list(_asked(args, device, level))
+    return _measure(args, device, level, asked)
+
+
+def _run_parser() -> _Parser:
+    parser = _parser("run")
+    much = parser.add_mutually_exclusive_group()
+    much.add_argument("--quick", action="store_true", help="small: under 90 s on two cores")
+    much.add_argument("--full", action="store_true", help="every shape")
+    parser.add_argument("--list", action="store_true", help="say what can be asked")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these, and the floors")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE",
+        help="of the cases that have such: 4096x4096x1024, or 4096x4096x1024:float16",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=_positive, help="timed runs of each contender")
     parser.add_argument("--minutes", type=float, help="start no case later than this")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("build/bench"))
     parser.add_argument(
         "--note", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"),
         help="what the result file says besides, of tests for instance",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", type=int, metavar="D", help="on a card: only compile the kernels for these D"
+        "--compile", type=_positive, metavar="D", help="only compile the kernels for so many dims"
     )
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no GPU")
-    if args.rounds < 1:
-        parser.error(f"--rounds must be >= 1, got {args.rounds}")
+    return parser
 
-    if args.compile:
-        from bench.cases import tiles  # triton, which not every machine has
 
-        tiles.compile_all(args.compile)
-        return 0
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number >= 1, got {text}")
+    return int(text)
 
-    about = machine(args.device) | dict(args.note)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print("time is a ratio to the first row, its 20th to 80th percentile behind it;")
-    print("memory is the peak above inputs and gradients; error is against fp64\n")
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU")
+    return name
+
+
+def _asked(args: argparse.Namespace, device: str, level: str) -> Iterator[tuple]:
+    """(question, shape): the first shape of every question, then the second: time may run out."""
+    from .registry import QUESTIONS
+
+    for name in args.cases or []:
+        if name not in QUESTIONS:
+            raise InputError(f"--cases: unknown case {name!r}{closest(name, list(QUESTIONS))}")
+    questions = [q for q in QUESTIONS.values() if not args.cases or q.name in args.cases]
+    of = {question.name: question.contenders(device) for question in questions}
+    names = {name for known in of.values() for name in known}
+    for name in args.contenders or []:
+        if name not in names:
+            raise InputError(
+                f"--contenders: {name!r} is in none of these cases{closest(name, list(names))}"
+            )
+    shapes = [
+        [(question, shape) for shape in _shapes(question, args.shapes, device, level)]
+        for question in questions
+        if not args.contenders or set(args.contenders) & set(of[question.name])
+    ]
+    found = [pair for wave in itertools.zip_longest(*shapes) for pair in wave if pair is not None]
+    if not found:
+        what = " ".join(args.shapes) if args.shapes else f"{level} on {device}"
+        raise InputError(f"nothing to measure: these cases have no shape {what}")
+    return iter(found)
+
+
+def _shapes(question, asked: list[str] | None, device: str, level: str) -> list:
+    from .cases.loss import LossQuestion
+
+    if asked is None:
+        return question.shapes(device, level)
+    if not isinstance(question, LossQuestion):
+        return []
+    return [shape for text in asked if (shape := question.shape(text, device)) is not None]
+
+
+def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tuple]) -> int:
+    import torch
+
+    from . import machine, results
+    from .questions import Settings, described
+    from .report import write_report
+    from .tables import table
+
+    started = time.monotonic()
+    about = machine.about(device)
+    rates = machine.measure_rates(device)
+    about |= {"level": level, "rates": dataclasses.asdict(rates)} | dict(args.note)
+    print("\n".join(f"{key:22}{value}" for key, value in about.items() if key != "rates"))
+    print("measured here         " + ", ".join(
+        [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.gemm.items()]
+        + [f"copy {rates.copy / 1e9:.3g} GB/s"]
+    ) + "\n")  # fmt: skip
+    settings = Settings(
+        device, level, args.rounds or ROUNDS[level], rates,
+        frozenset(args.contenders) if args.contenders else None,
+        CARD_SECONDS if device == "cuda" else float("inf"),
+    )  # fmt: skip
+    path = args.output_dir / f"{datetime.now(UTC):%Y-%m-%d}-{_slug(about['device'], device)}.json"
+    run = results.Run(about, [])
+    results.write(path, run)
     torch.manual_seed(0)
-    day = datetime.now(UTC).strftime("%Y-%m-%d")
-    output = args.output or Path("build/bench") / f"{day}-{args.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results, red, started = [], [], time.monotonic()
-    write(output, about, results)
-    for case in all_cases(args.device, args.quick, args.only):
+    red = []
+    for number, (question, shape) in enumerate(asked):
         if args.minutes and time.monotonic() - started > 60 * args.minutes:
-            about["left out"] = f"from {case.name} on, after {args.minutes:g} minutes"
+            left = [f"{question.name} {described(shape)}" for question, shape in asked[number:]]
+            about["left out"] = f"after {args.minutes:g} minutes: {', '.join(left)}"
             print(f"left out {about['left out']}")
-            write(output, about, results)
             break
-        print(f"{case.name}: {case.question}")
-        rows = measure(case, args.rounds, CARD_SECONDS if args.device == "cuda" else math.inf)
-        print(table(rows), flush=True)
-        red += [f"{row.case}: {row.contender}" for row in rows if row.note and _is_ours(row)]
-        results.append(
-            {"case": case.name, "question": case.question, "shape": case.shape}
-            | {"rows": [rounded(dataclasses.asdict(row)) for row in rows]}
-        )
-        write(output, about, results)  # what is measured stays, whatever comes
-        del case  # and its buffers, before the next ones are made
-    print(f"written to {output}")
-    return failed(red)
-
-
-def failed(red: list[str]) -> int:
-    """The exit code, once it is said what it stands for."""
+        result = question.answer(shape, settings)
+        print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
+        red += [f"{result.name}: {row.contender}: {row.note}" for row in result.rows if row.red]
+        run.results.append(result)
+        results.write(path, run)  # what is measured stays, whatever comes
+    results.write(path, run)
+    page = write_report(run, args.output_dir)
     for name in red:
         print(f"FAILED {name}")
+    print(f"{path}\n{page}\n{time.monotonic() - started:.0f} s")
     return 1 if red else 0
 
 
-def write(output: Path, about: dict[str, str], results: list[dict]) -> None:
-    lines = ",\n".join(map(json.dumps, results))  # a line a case
-    machine = json.dumps(about, indent=1)
-    output.write_text(f'{{"machine": {machine},\n"results": [\n{lines}\n]}}\n')
+def _slug(name: str, device: str) -> str:
+    return "cpu" if device == "cpu" else name.replace(" ", "-")
 
 
-def all_cases(device: str, quick: bool, only: Sequence[str] | None = None) -> Iterator[Case]:
-    """The largest shapes last: a card's time may run out."""
-    cases = {name: room.cases(device, quick) for name, room in ROOMS.items()}
-    if device == "cpu" or only:
-        for name in only or cases:
-            yield from cases[name]
-        return
-    from bench.cases import tiles
-
-    yield from itertools.islice(cases["info_nce"], info_nce.FIRST)
-    for name in list(cases)[1:]:
-        yield from cases[name]
-    yield from tiles.cases(device, quick)
-    yield from cases["info_nce"]
+# --- what is made of result files ---
 
 
-def _is_ours(row: Row) -> bool:
-    return row.contender.startswith("rankpo-fast")
+def report(flags: list[str]) -> int:
+    from .report import write_report
+    from .results import read
+
+    parser = _parser("report")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output_dir", "--output-dir", type=Path, help="[beside the file]")
+    args = parser.parse_args(flags)
+    print(write_report(read(args.file), args.output_dir or args.file.parent))
+    return 0
 
 
-def rounded(row: dict) -> dict:
-    """Four digits, and without what is None."""
-    four = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()}
-    return {key: x for key, x in four.items() if x is not None and x != "" and key != "case"}
+def history(flags: list[str]) -> int:
+    from .history import write_history
+
+    parser = _parser("history")
+    parser.add_argument("directory", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("build/bench"))
+    args = parser.parse_args(flags)
+    print(write_history(args.directory, args.output_dir))
+    return 0
 
 
-def table(rows: list[Row]) -> str:
-    lines = [f"  {'':28}{'seconds':>10}{'ratio':>8}{'':14}{'MiB':>8}{'error':>10}"]
-    for row in rows:
-        error = "" if row.error is None else f"{row.error:.1e}"
-        if row.seconds is None:
-            lines.append(f"  {row.contender:28}{row.note}{error:>10}")
-            continue
-        spread = f"{row.low:.2f}-{row.high:.2f}"
-        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-        time = f"{row.seconds:10.4f}{row.ratio:8.2f}{spread:>14}"
-        lines.append(f"  {row.contender:28}{time}{peak:>8}{error:>10}")
-    return "\n".join(lines) + "\n"
-
-
-def machine(device: str) -> dict[str, str]:
-    """What a reader needs to judge the numbers."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
-    about = {}
-    if device == "cuda":
-        about = {"device": torch.cuda.get_device_name(), "driver": _driver()}
-        about |= {"cuda": torch.version.cuda}
-        about |= {name: found for name in PACKAGES if (found := version(name))}
-    else:
-        library = native.library()
-        rows = library.rankpo_instruction_set().decode() if library else "torch"
-        about["device"] = f"{platform.machine()}, {torch.get_num_threads()} threads, rows by {rows}"
-    return about | {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or commit.strip() or "unknown",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str:
-    try:
-        import pynvml  # nvidia-ml-py
-
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:  # a figure to note, not to fail for
-        return f"unknown ({type(error).__name__})"
-
+COMMANDS = {"run": run, "report": report, "history": history}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,13 +21,15 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.aot import Card
-from bench.cases.info_nce import DIMS, cross_entropy
-from bench.launch import SYMMETRIC, launch
-from bench.meter import Meter
 from rankpo_kernels import chunked
 from rankpo_kernels.gpu.tiles import stores_scores
 from rankpo_kernels.objective import DIRECTIONS
+
+from .aot import Card
+from .cases.info_nce import DIMS
+from .launch import SYMMETRIC, launch
+from .meter import Meter
+from .peers import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from .questions import (
     DOES_NOT_TAKE,
     NEEDS_GPU,
     NOT_INSTALLED,
-    OUT_OF_MEMORY,
     OURS,
+    OUT_OF_MEMORY,
     Row,
     Settings,
 )
@@ -66,13 +66,13 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     peaks, repeats = {}, {}
     evict = _evictor(case)
     for name in names:
-        if (note := _above_the_gate(case, name)) is not None:
+        if (note := above_the_gate(case, name)) is not None:
             notes[name] = note
             continue
         run = case.contenders[name]
         with noting(name, notes):
             peaks[name] = _peak_bytes(run, case.device) - case.keep_bytes  # and a warm-up
-            once = _seconds(run, case.device)
+            once = seconds_of(run, case.device)
             repeats[name] = max(1, min(MOST_RUNS, int(BUSY_S / once)))
     hot = {name: [] for name in peaks}
     cold = {name: [] for name in peaks}
@@ -81,10 +81,10 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
         for name in turned(list(peaks), number):
             run = case.contenders[name]
             with noting(name, notes):
-                hot[name].append(_seconds(run, case.device, repeats[name]))
+                hot[name].append(seconds_of(run, case.device, repeats[name]))
                 if evict is not None:
                     evict()
-                    cold[name].append(_seconds(run, case.device))
+                    cold[name].append(seconds_of(run, case.device))
         if time.perf_counter() > stop:
             break
 
@@ -141,7 +141,7 @@ def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
 
 
-def _above_the_gate(case: Case, name: str) -> str | None:
+def above_the_gate(case: Case, name: str) -> str | None:
     if not name.startswith(OURS):
         return None  # a peer is timed whatever its error, which stands beside
     worst = [e for e in (case.errors.get(name), case.converged.get(name)) if e is not None]
@@ -186,7 +186,7 @@ def cache_bytes(device: str) -> int:
 
 
 def _evictor(case: Case) -> Callable[[], None] | None:
-    """Empties the caches; None where a run does so itself, since what it reads and writes is larger."""
+    """Empties the caches; None where a run does so itself: what it reads and writes is larger."""
     size = cache_bytes(case.device)
     if case.bytes > 2 * size:
         return None
@@ -194,7 +194,7 @@ def _evictor(case: Case) -> Callable[[], None] | None:
     return lambda: other.add_(1)
 
 
-def _seconds(run: Run, device: str, repeats: int = 1) -> float:
+def seconds_of(run: Run, device: str, repeats: int = 1) -> float:
     """Of one run, over `repeats` of them."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

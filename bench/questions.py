@@ -2,7 +2,7 @@
 Rows. Every family of cases speaks in these, and the result file holds nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,11 @@ LEVELS = ("quick", "default", "full")  # of how much is asked
 OURS = "rankpo-fast"  # contenders of ours begin so
 OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
 DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
-EXCUSES = (
-    OUT_OF_MEMORY,
-    NOT_INSTALLED,
-    NEEDS_GPU,
-    DOES_NOT_TAKE,
-    "out of resources",
-)  # a peer's, that are results
+NOT_REACHED = "not reached"  # the goal of an end-to-end run
+EXCUSES = (  # a peer's, that are results
+    OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, "out of resources",
+)  # fmt: skip
+TOO_LARGE = "too large for the device"  # a model whose weights alone do not fit: ours is excused
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
 
 
@@ -89,8 +87,8 @@ class Row:
     @property
     def red(self) -> bool:
         """Whether the run has failed here: a gate, an error, or ours not running at all."""
-        excused = not self.ours and any(excuse in self.note for excuse in EXCUSES)
-        return bool(self.note) and not excused
+        excuses = (TOO_LARGE,) if self.ours else (*EXCUSES, TOO_LARGE)
+        return bool(self.note) and not any(excuse in self.note for excuse in excuses)
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,10 @@ class Result:
     def name(self) -> str:
         return f"{self.case} {described(self.shape)}"
 
+    def is_floor(self, row: Row) -> bool:
+        """Whether it is the floor, or another form of it: "copy" and "copy, fresh memory"."""
+        return self.floor is not None and row.contender.split(", ")[0] == self.floor
+
 
 @dataclass(frozen=True)
 class Question:
@@ -123,6 +125,7 @@ class Question:
     asks: str
     shapes: Callable[[str, str], list[Shape]]
     answer: Callable[[Shape, Settings], Result]
+    contenders: Callable[[str], Sequence[str]]  # whom it compares on a device, besides floors
 
 
 def described(shape: Shape) -> str:

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.processes import answered, processes
 from rankpo_fast import in_batch_rankpo_loss, info_nce_loss
 from rankpo_fast.ops import info_nce, ranks
 from rankpo_kernels import pointwise
 from rankpo_kernels.objective import DIRECTIONS
+
+from .processes import answered, processes
 
 # where a product has its left factor; below autograd, as in an op, a matmul is not yet an mm
 PRODUCTS = {"mm": 0, "matmul": 0, "addmm": 1, "addmm_": 1}

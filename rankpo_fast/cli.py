@@ -57,8 +57,12 @@ def _run(argv: list[str]) -> int:
         from rankpo_fast.demo import run
 
         return run.main(flags) or 0
+    if name == "bench":  # a package of its own, which looks at this one
+        from rankpo_bench.__main__ import main as bench
+
+        return bench(flags)
     if name not in COMMANDS:
-        known = [*COMMANDS, "demo"]
+        known = [*COMMANDS, "demo", "bench"]
         raise InputError(
             f"unknown command {name}{closest(name, known)}; there are {', '.join(known)}"
         )
@@ -284,6 +288,7 @@ COMMANDS = {
 def _overview() -> str:
     commands = {name: command.summary for name, command in COMMANDS.items()}
     commands["demo"] = "watch both stages train on a synthetic world, in minutes on a CPU"
+    commands["bench"] = "what losses and training cost here, beside their peers and the floor"
     lines = [f"  {name:12} {summary}" for name, summary in commands.items()]
     return "\n".join(
         [

@@ -4,20 +4,36 @@ Floor: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops. In-batch Rank
 a reference, whose scores are a fourth GEMM, and SigLIP's loss. M queries, N passages, D dims.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases.info_nce import DTYPE, draw
-from bench.measure import Case, relative_error
 from rankpo_fast import in_batch_rankpo_loss, siglip_loss
 
-SHAPES = {"cpu": [(8192, 8192, 1024)], "cuda": [(16384, 16384, 1024), (4096, 4096, 1024)]}
-QUICK = {"cpu": [(2048, 2048, 384)], "cuda": [(4096, 4096, 1024)]}
-GATE = {"cpu": 2 * (2e-6 + 8 * 2**-24 * 20), "cuda": 8e-3}  # x is 20 times a similarity
+from ..measure import Case, Run
+from ..questions import OURS, Shape
+from . import loss
+from .loss import draw, loss_question
+
 FORMS = {"in_batch_rankpo": 3, "in_batch_rankpo with a reference": 4, "siglip": 3}  # GEMMs
+# x is 20 times a similarity
+GATE = {torch.float32: 2 * (2e-6 + 8 * 2**-24 * 20), torch.bfloat16: 8e-3, torch.float16: 2e-3}
+FOR_ERRORS = 1024
+SHAPES = {
+    "cpu": {
+        "quick": [(1024, 1024, 384)],
+        "default": [(2048, 2048, 384)],
+        "full": [(2048, 2048, 384), (8192, 8192, 1024)],
+    },
+    "cuda": {
+        "quick": [(4096, 4096, 1024)],
+        "default": [(16384, 16384, 1024), (4096, 4096, 1024)],
+        "full": [(16384, 16384, 1024), (4096, 4096, 1024), (65536, 65536, 1024)],
+    },
+}
 
 
 def plain(form: str, q: Tensor, p: Tensor, labels: Tensor, reference: tuple) -> Tensor:
@@ -45,58 +61,48 @@ def ours(form: str, q: Tensor, p: Tensor, labels: Tensor, reference: tuple) -> T
     return in_batch_rankpo_loss(q, p, labels, **dict(zip(names, reference, strict=False)))
 
 
-def contenders(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Callable]:
+CONTENDERS: dict[str, Callable] = {OURS: ours, "torch": plain}
+
+
+def contenders(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Run]:
     """Everything that gives (loss, dq, dp), by name; the reference is the model itself, turned."""
     reference = (q.detach().flip(1), p.detach()) if "reference" in form else ()
-
-    def run(loss_of):
-        def forward_backward():
-            loss = loss_of(form, q, p, labels, reference)
-            return loss.detach(), *torch.autograd.grad(loss, (q, p))
-
-        return forward_backward
-
-    return {"rankpo-fast": run(ours), "torch": run(plain)}
+    return {
+        name: loss.forward_backward(functools.partial(of, form, q, p, labels, reference), [q, p])
+        for name, of in CONTENDERS.items()
+    }
 
 
-def gemms(count: int, q: Tensor, p: Tensor) -> Callable:
-    """The floor, into buffers that exist."""
-    q, p = q.detach(), p.detach()
-    scores = q.new_empty(len(q), len(p))
-    dq, dp = torch.empty_like(q), torch.empty_like(p)
-
-    def run():
-        for _ in range(count - 2):
-            torch.mm(q, p.T, out=scores)
-        torch.mm(scores, p, out=dq)
-        torch.mm(scores.T, q, out=dp)
-        return ()
-
-    return run
+def errors(form: str, D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+    """Against plain torch in fp64."""
+    q, p, labels = draw(FOR_ERRORS, FOR_ERRORS, D, device, dtype, **state)
+    truth = contenders(form, *loss.exact([q, p]), labels)["torch"]()
+    return loss.errors(contenders(form, q, p, labels), lambda _: truth)
 
 
-def errors(form: str, D: int, device: str) -> dict[str, float]:
-    q, p, labels = draw(1024, 1024, D, device)
-    exact = contenders(form, q.detach().double().requires_grad_(),
-                       p.detach().double().requires_grad_(), labels)["torch"]()  # fmt: skip
-    runs = contenders(form, q, p, labels)
-    return {name: relative_error(run(), exact) for name, run in runs.items()}
+def case(form: str, shape: Shape, device: str) -> Case:
+    M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
+    fresh, converged = (errors(form, D, device, dtype, converged=c) for c in (False, True))
+    q, p, labels = draw(M, N, D, device, dtype)
+    floor = loss.floor_name(FORMS[form])
+    moved = q.nbytes + p.nbytes
+    return Case(
+        device,
+        {floor: loss.gemms(FORMS[form], q, p)} | contenders(form, q, p, labels),
+        floor,
+        flops=2 * FORMS[form] * M * N * D,
+        bytes=2 * moved,
+        keep_bytes=moved,
+        errors=fresh,
+        converged=converged,
+        gate=GATE[dtype],
+        dtype=dtype,
+    )
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    for M, N, D in (QUICK if quick else SHAPES)[device]:
-        for form, count in FORMS.items():
-            q, p, labels = draw(M, N, D, device)
-            floor = f"{count} GEMMs"
-            yield Case(
-                name=f"{form} {M}x{N}x{D} {str(DTYPE[device]).removeprefix('torch.')}",
-                question=__doc__.splitlines()[0],
-                shape={"M": M, "N": N, "D": D},
-                device=device,
-                contenders={floor: gemms(count, q, p)} | contenders(form, q, p, labels),
-                floor=floor,
-                keep_bytes=(q.numel() + p.numel()) * q.element_size(),
-                errors=errors(form, D, device),
-                gate=GATE[device],
-                peers=frozenset(["torch"]),
-            )
+QUESTIONS = [
+    loss_question(
+        form, __doc__.splitlines()[0], "MND", SHAPES, functools.partial(case, form), CONTENDERS
+    )
+    for form in FORMS
+]

@@ -6,198 +6,219 @@ the loss alone 2MND. M queries, N passages, D dims.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import Case, noting, relative_error
 from rankpo_fast import info_nce_loss
 from rankpo_kernels.objective import DIRECTIONS
 
-SCALE = 50.0  # temperature 0.02
-CPU_SHAPES = [(8192, 8192, 1024), (4096, 24576, 384)]  # (M, N, D)
-DIMS = [384, 1024, 2048, 4096]
-SIZES = [16384, 4096, 32768, 65536]  # what matters most comes first: time may run out
-LARGEST = 16384  # at which errors are taken: fp64 is slow, and of the same kernels
-FIRST = 32  # cases of the first two sizes, before those that other questions have
-DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# fp32: rounding of the logits, twice for gradients; bf16: where gradients are stored in it.
-GATE = {"cpu": 2 * (2e-6 + 8 * 2**-24 * SCALE), "cuda": 8e-3}
+from ..measure import Case, Run
+from ..peers import PEERS, SCALE
+from ..questions import OURS, Shape
+from . import loss
+from .loss import GATE, loss_question
+
+OWN = 8  # hard negatives of a query alone
+MOST = {"cpu": 1024, "cuda": 16384}  # rows over which errors are taken: fp64 is slow
+DIMS = [1024, 384, 2048, 4096]
+BOTH_WAYS = {"directions": DIRECTIONS[:2], "partition": "per_direction"}
 
 
-class Form(NamedTuple):
-    name: str
-    symmetric: bool
-    backward: bool
-    gemms: int  # of 2MND
+class Inputs(NamedTuple):
+    q: Tensor  # [M, D]
+    p: Tensor  # [N, D]
+    labels: Tensor  # [M]
+    own: Tensor | None = None  # [M, OWN, D]
 
     @property
-    def floor(self) -> str:
-        return f"{self.gemms} GEMM{'s' * (self.gemms > 1)}"
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.q, self.p, self.own) if x is not None]
+
+    def exact(self) -> "Inputs":
+        q, p, *own = loss.exact(self.leaves)
+        return Inputs(q, p, self.labels, *own)
 
 
-PLAIN = Form("info_nce", False, True, 3)
+Plain = Callable[[Inputs], Tensor]
+
+
+def similarities(x: Inputs, dims: int | None = None) -> Tensor:
+    return F.normalize(x.q[:, :dims], dim=1) @ F.normalize(x.p[:, :dims], dim=1).T
+
+
+def own_negatives(x: Inputs) -> Tensor:
+    own = torch.einsum("md,mkd->mk", F.normalize(x.q, dim=1), F.normalize(x.own, dim=2))
+    return F.cross_entropy(SCALE * torch.cat([similarities(x), own], dim=1), x.labels)
+
+
+def matryoshka_dims(D: int) -> list[int]:
+    return [D // 4, D // 2, D]
+
+
+def matryoshka(x: Inputs) -> Tensor:
+    dims = matryoshka_dims(x.q.shape[1])
+    return sum(F.cross_entropy(SCALE * similarities(x, d), x.labels) for d in dims)
+
+
+def masks(x: Inputs) -> dict[str, Any]:
+    """Texts come twice, each query has an exclusion and a chosen negative, and what is closer than
+    the positive is left out."""
+    queries, passages = (torch.arange(len(y), device=y.device) for y in (x.q, x.p))
+    offsets = torch.arange(len(x.q) + 1, device=x.q.device)
+    return {
+        "query_ids": queries // 2,
+        "passage_ids": passages // 2,
+        "excluded": (offsets, x.labels.flip(0)),
+        "curated": passages % len(x.q),
+        "false_negative_margin": 0.0,
+    }
+
+
+def masked(x: Inputs) -> Tensor:
+    """What one would write without us: M x N masks."""
+    of, s = masks(x), similarities(x)
+    rows = torch.arange(len(x.q), device=x.q.device)
+    ids = of["passage_ids"]
+    known = [ids[x.labels[rows]], ids[x.labels.flip(0)]]  # texts that are no negatives of a query
+    twin = (rows ^ 1).clamp(max=len(rows) - 1)  # the query with the same text
+    known += [texts[twin] for texts in known]
+    out = torch.stack([ids == texts[:, None] for texts in known]).any(0)
+    too_close = s > s.gather(1, x.labels[:, None])
+    out |= too_close & (of["curated"] != rows[:, None])
+    out[rows, x.labels] = False
+    return F.cross_entropy((SCALE * s).masked_fill(out, -torch.inf), x.labels)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A question about InfoNCE: the options of ours, and the same in plain torch; without `plain`
+    the peers answer."""
+
+    name: str
+    asks: str
+    gemms: int  # of 2MND, the floor
+    options: Callable[[Inputs], dict[str, Any]] = lambda x: {}
+    plain: Plain | None = None
+    symmetric: bool = False
+    backward: bool = True
+    own: bool = False
+
+    def draw(self, M: int, N: int, D: int, device: str, dtype: torch.dtype, **state) -> Inputs:
+        q, p, labels = loss.draw(M, N, D, device, dtype, **state)
+        if not self.own:
+            return Inputs(q, p, labels)
+        own = F.normalize(torch.randn(M, OWN, D, device=device), dim=2)
+        return Inputs(q, p, labels, own.to(dtype).requires_grad_())
+
+    @property
+    def contenders(self) -> list[str]:
+        return [OURS, *(PEERS if self.plain is None else ["torch"])]
+
+    def runs(self, x: Inputs) -> dict[str, Run]:
+        """Everything that gives (loss, gradients), or the loss alone, by name."""
+        losses = {
+            OURS: lambda: info_nce_loss(
+                x.q, x.p, x.labels, own_negatives=x.own, scale=SCALE, **self.options(x)
+            )
+        }
+        if self.plain is not None:
+            losses["torch"] = lambda: self.plain(x)
+        else:
+            of = functools.partial  # the loop's variable is another one by the time it runs
+            losses |= {
+                name: of(peer, x.q, x.p, x.labels, symmetric=self.symmetric)
+                for name, peer in PEERS.items()
+            }
+        if not self.backward:
+            return {name: loss.forward(of) for name, of in losses.items()}
+        return {name: loss.forward_backward(of, x.leaves) for name, of in losses.items()}
+
+
+PLAIN = Form("info_nce", __doc__.splitlines()[0], 3)
 FORMS = [
     PLAIN,
-    Form("info_nce both ways", True, True, 4),
-    Form("info_nce forward", False, False, 1),
-    Form("info_nce both ways, forward", True, False, 1),
-]
-
-
-def draw(M: int, N: int, D: int, device: str):
-    """Embeddings early in a training: positives about as similar as the hardest negatives."""
-    q, p = torch.randn(M, D, device=device), torch.randn(N, D, device=device)
-    labels = torch.arange(M, device=device) * (N // M)
-    p[labels] += 0.1 * q
-    dtype = DTYPE[device]
-    return q.to(dtype).requires_grad_(), p.to(dtype).requires_grad_(), labels
-
-
-def cross_entropy(q: Tensor, p: Tensor, labels: Tensor, symmetric: bool) -> Tensor:
-    s = SCALE * (F.normalize(q, dim=1) @ F.normalize(p, dim=1).T)
-    loss = F.cross_entropy(s, labels)
-    return (loss + F.cross_entropy(s.T, labels)) / 2 if symmetric else loss
-
-
-@functools.cache
-def compiled() -> Callable:
-    return torch.compile(cross_entropy, dynamic=True)  # a compilation a shape would take minutes
-
-
-def linear_losses(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Peers made for a language model's head that are installed: loss(inputs, weight, labels)."""
-    losses = {}
-    if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-        losses["torch linear_cross_entropy"] = F.linear_cross_entropy
-        if device == "cuda":
-            chunked = {"options": torch.nn.LinearCrossEntropyOptions()}
-            losses["the same in chunks"] = functools.partial(F.linear_cross_entropy, **chunked)
-    if device == "cpu":
-        return losses
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        losses["liger-kernel"] = liger_fused_linear_cross_entropy
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        losses["cut-cross-entropy"] = linear_cross_entropy
-    except ImportError:
-        pass
-    return losses
-
-
-def losses(form: Form, device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """loss(q, p, labels) of everyone, by name; ours begin with rankpo-fast."""
-    options = {"scale": SCALE}
-    if form.symmetric:
-        options |= {"directions": DIRECTIONS[:2], "partition": "per_direction"}
-
-    def masked(q, p, labels):
-        """Another loss than the others': texts come twice, each query has an exclusion and a
-        chosen negative, and what is closer than the positive is left out."""
-        ids = [torch.arange(len(x), device=x.device) for x in (q, p)]
-        masks = {"query_ids": ids[0] // 2, "passage_ids": ids[1] // 2, "curated": ids[1] % len(q)}
-        masks |= {"excluded": (torch.arange(len(q) + 1, device=q.device), labels.flip(0))}
-        return info_nce_loss(q, p, labels, false_negative_margin=0.0, **masks, **options)
-
-    def of_units(loss):
-        def both(q, p, labels):
-            q, p = F.normalize(q, dim=1), F.normalize(p, dim=1)
-            one_way = loss(SCALE * q, p, labels)
-            return (one_way + loss(SCALE * p, q, labels)) / 2 if form.symmetric else one_way
-
-        return both
-
-    made = {"rankpo-fast": functools.partial(info_nce_loss, **options)}
-    if form == PLAIN:
-        made["rankpo-fast, every mask"] = masked
-    made["torch cross_entropy"] = functools.partial(cross_entropy, symmetric=form.symmetric)
-    if device == "cuda":
-        made["torch.compile"] = lambda *x: compiled()(*x, symmetric=form.symmetric)
-    return made | {name: of_units(loss) for name, loss in linear_losses(device).items()}
-
-
-def contenders(form: Form, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Callable]:
-    """Everything that gives (loss, dq, dp), or the loss alone, by name."""
-
-    def run(loss_of):
-        def forward_backward():
-            loss = loss_of(q, p, labels)
-            return loss.detach(), *torch.autograd.grad(loss, (q, p))
-
-        def forward():
-            with torch.no_grad():
-                return (loss_of(q, p, labels),)
-
-        return forward_backward if form.backward else forward
-
-    return {name: run(loss_of) for name, loss_of in losses(form, q.device.type).items()}
-
-
-def gemms(form: Form, q: Tensor, p: Tensor) -> Callable:
-    """The floor, into buffers that exist."""
-    q, p = q.detach(), p.detach()
-    scores = q.new_empty(len(q), len(p))
-    dq, dp = torch.empty_like(q), torch.empty_like(p)
-
-    def run():
-        torch.mm(q, p.T, out=scores)
-        if form.gemms == 4:
-            torch.mm(q, p.T, out=scores)
-        if form.backward:
-            torch.mm(scores, p, out=dq)
-            torch.mm(scores.T, q, out=dp)
-        return ()
-
-    return run
+    Form(
+        "info_nce symmetric", "What does the other direction cost, which shares its scores?", 4,
+        lambda x: BOTH_WAYS, symmetric=True,
+    ),
+    Form("info_nce forward", "What does the loss alone cost?", 1, backward=False),
+    Form(
+        "info_nce symmetric forward", "What do the losses of both directions cost alone?", 1,
+        lambda x: BOTH_WAYS, symmetric=True, backward=False,
+    ),
+    Form("info_nce masked", "What does every mask at once cost?", 3, masks, masked),
+    Form(
+        "info_nce hard negatives", f"What do {OWN} hard negatives of each query alone cost?", 3,
+        plain=own_negatives, own=True,
+    ),
+    Form(
+        "info_nce matryoshka", "Do three prefixes cost more than one product?", 3,
+        lambda x: {"matryoshka_dims": matryoshka_dims(x.q.shape[1])}, matryoshka,
+    ),
+]  # fmt: skip
 
 
 @functools.cache  # larger shapes of a form share them
-def errors(form: Form, M: int, N: int, D: int, device: str) -> dict[str, float]:
-    """Of each contender against fp64, whose chunks of torch the tests hold to the definition."""
-    q, p, labels = draw(M, N, D, device)
-    exact_q, exact_p = (x.detach().double().requires_grad_() for x in (q, p))
-    exact_runs = contenders(form, exact_q, exact_p, labels)
-    exact = {name: run() for name, run in exact_runs.items() if name.startswith("rankpo-fast")}
-    found, notes = {}, {}
-    for name, run in contenders(form, q, p, labels).items():
-        with noting(name, notes):
-            found[name] = relative_error(run(), exact.get(name, exact["rankpo-fast"]))
-    return dict.fromkeys(notes, math.nan) | found
+def errors(
+    form: Form, M: int, N: int, D: int, device: str, dtype: torch.dtype, converged: bool
+) -> dict[str, float]:
+    """Of each contender against ours in fp64, which the tests hold to the definition."""
+    x = form.draw(M, N, D, device, dtype, converged=converged)
+    truth = form.runs(x.exact())[OURS]()
+    return loss.errors(form.runs(x), lambda _: truth)
 
 
-def shapes(device: str, quick: bool) -> Iterator[tuple[Form, int, int, int]]:
-    if device == "cpu":
-        yield from ((PLAIN, *shape) for shape in ([(2048, 2048, 384)] if quick else CPU_SHAPES))
-        return
-    for size in [4096] if quick else SIZES:
-        for form in FORMS:
-            yield from ((form, size, size, D) for D in ([1024] if quick else DIMS))
+def case(form: Form, shape: Shape, device: str) -> Case:
+    M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
+    rows = min(M, MOST[device])
+    fresh, converged = (
+        errors(form, rows, rows * N // M, D, device, dtype, state) for state in (False, True)
+    )
+    x = form.draw(M, N, D, device, dtype)
+    floor = loss.floor_name(form.gemms)
+    moved = sum(leaf.nbytes for leaf in x.leaves)
+    return Case(
+        device,
+        {floor: loss.gemms(form.gemms, x.q, x.p, backward=form.backward)} | form.runs(x),
+        floor,
+        flops=2 * form.gemms * M * N * D,
+        bytes=moved * (1 + form.backward),
+        keep_bytes=moved if form.backward else 0,
+        errors=fresh,
+        converged=converged,
+        gate=GATE[dtype],
+        dtype=dtype,
+    )
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    for form, M, N, D in shapes(device, quick):
-        most = LARGEST if device == "cuda" else 1024
-        error = errors(form, min(M, most), min(N, most), D, device)
-        q, p, labels = draw(M, N, D, device)
-        runs = contenders(form, q, p, labels)
-        yield Case(
-            name=f"{form.name} {M}x{N}x{D} {str(DTYPE[device]).removeprefix('torch.')}",
-            question=__doc__.splitlines()[0],
-            shape={"M": M, "N": N, "D": D},
-            device=device,
-            contenders={form.floor: gemms(form, q, p)} | runs,
-            floor=form.floor,
-            keep_bytes=(q.numel() + p.numel()) * q.element_size() if form.backward else 0,
-            errors=error,
-            gate=GATE[device],
-            peers=frozenset(name for name in runs if not name.startswith("rankpo-fast")),
-        )
+CPU = {
+    "quick": [(1024, 1024, 384)],
+    "default": [(2048, 2048, 384)],
+    "full": [(2048, 2048, 384), (8192, 8192, 1024)],
+}
+CPU_PLAIN = CPU | {
+    "default": [(512, 512, 384), (2048, 2048, 384), (4096, 4096, 768)],
+    "full": [
+        (512, 512, 384), (2048, 2048, 384), (4096, 4096, 768), (8192, 8192, 1024),
+        (4096, 24576, 384), (2048, 2048, 384, "bfloat16"),
+    ],
+}  # fmt: skip
+LARGE = [(size, size, D) for size in (16384, 4096) for D in DIMS]
+DTYPES = [(16384, 16384, 1024, dtype) for dtype in ("float16", "float32")]
+CUDA = {
+    "quick": [(4096, 4096, 1024)],
+    "default": LARGE,
+    "full": [*LARGE, *DTYPES, *((size, size, D) for size in (32768, 65536) for D in DIMS)],
+}
+QUESTIONS = [
+    loss_question(
+        form.name, form.asks, "MND", {"cpu": CPU_PLAIN if form is PLAIN else CPU, "cuda": CUDA},
+        functools.partial(case, form), form.contenders,
+    )
+    for form in FORMS
+]  # fmt: skip

@@ -4,44 +4,58 @@ Floor: copying the three embeddings, the same bytes, into memory that is there. 
 fresh memory, whose pages the system has to find on the CPU: "copy, fresh memory" pays for that too.
 """
 
-from collections.abc import Iterator
-
 import torch
+from torch import Tensor
 
-from bench.measure import Case, relative_error
 from rankpo_fast import rankpo_loss
 from rankpo_fast.ops.rankpo import margin_loss, pair_similarities_definition
 
-SHAPES = {"cpu": [(8192, 2048), (1024, 384)], "cuda": [(8192, 2048), (65536, 1024)]}  # (B, D)
-QUICK = {"cpu": [(1024, 384)], "cuda": [(8192, 2048)]}
-DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-GATE = {"cpu": 1e-5, "cuda": 8e-3}
+from ..measure import Case, Run
+from ..questions import OURS, Shape
+from . import loss
+from .loss import loss_question
+
+SHAPES = {
+    "cpu": {
+        "quick": [(1024, 384)],
+        "default": [(8192, 2048), (1024, 384)],
+        "full": [(8192, 2048), (1024, 384), (65536, 1024)],
+    },
+    "cuda": {
+        "quick": [(8192, 2048)],
+        "default": [(65536, 1024), (8192, 2048)],
+        "full": [(65536, 1024), (8192, 2048), (1024, 384), (65536, 1024, "float32")],
+    },
+}
+GATE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+FOR_ERRORS = 256  # pairs
+FLOOR, FRESH = "copy", "copy, fresh memory"
 
 
-def draw(B: int, D: int, device: str):
+def draw(B: int, D: int, device: str, dtype: torch.dtype, *, converged: bool = False):
+    """Queries, chosen and rejected passages: early in a training both are near, after it not."""
     q, c, r = torch.randn(3, B, D, device=device)
-    return [x.to(DTYPE[device]).requires_grad_() for x in (q, q + c, q + r)]
+    near = (c + 2 * q, r - q) if converged else (q + c, q + r)
+    return [x.to(dtype).requires_grad_() for x in (q, *near)]
 
 
-def definition(q, c, r):
+def definition(q: Tensor, c: Tensor, r: Tensor) -> Tensor:
     chosen, rejected = pair_similarities_definition(q, c, r)
     return margin_loss(chosen - rejected).mean()
 
 
-def contenders(tensors):
+CONTENDERS = {OURS: rankpo_loss, "torch": definition}
+
+
+def contenders(tensors: list[Tensor]) -> dict[str, Run]:
     """Everything that gives (loss, dq, dc, dr), by name."""
-
-    def run(loss_of):
-        def forward_backward():
-            loss = loss_of(*tensors)
-            return loss.detach(), *torch.autograd.grad(loss, tensors)
-
-        return forward_backward
-
-    return {"rankpo-fast": run(rankpo_loss), "torch": run(definition)}
+    return {
+        name: loss.forward_backward(lambda of=of: of(*tensors), tensors)
+        for name, of in CONTENDERS.items()
+    }
 
 
-def copies(tensors):
+def copies(tensors: list[Tensor]) -> dict[str, Run]:
     """The floors: into memory that exists, and into memory that does not."""
     sources = [x.detach() for x in tensors]
     targets = [torch.empty_like(x) for x in sources]
@@ -51,28 +65,26 @@ def copies(tensors):
             target.copy_(source)
         return ()
 
-    return {"copy": into_existing, "copy, fresh memory": lambda: [x.clone() for x in sources]}
+    return {FLOOR: into_existing, FRESH: lambda: [x.clone() for x in sources]}
 
 
-def errors(D: int, device: str) -> dict[str, float]:
-    tensors = draw(256, D, device)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    loss = definition(*exact)
-    truth = (loss.detach(), *torch.autograd.grad(loss, exact))
-    return {name: relative_error(run(), truth) for name, run in contenders(tensors).items()}
+def errors(D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+    tensors = draw(FOR_ERRORS, D, device, dtype, **state)
+    truth = contenders(loss.exact(tensors))["torch"]()
+    return loss.errors(contenders(tensors), lambda _: truth)
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    for B, D in (QUICK if quick else SHAPES)[device]:
-        tensors = draw(B, D, device)
-        yield Case(
-            name=f"rankpo {B}x{D} {str(DTYPE[device]).removeprefix('torch.')}",
-            question=__doc__.splitlines()[0],
-            shape={"B": B, "D": D},
-            device=device,
-            contenders=copies(tensors) | contenders(tensors),
-            floor="copy",
-            keep_bytes=sum(x.numel() * x.element_size() for x in tensors),
-            errors=errors(D, device),
-            gate=GATE[device],
-        )
+def case(shape: Shape, device: str) -> Case:
+    B, D, dtype = shape["B"], shape["D"], loss.dtype_of(shape)
+    fresh, converged = (errors(D, device, dtype, converged=c) for c in (False, True))
+    tensors = draw(B, D, device, dtype)
+    moved = sum(x.nbytes for x in tensors)
+    return Case(
+        device, copies(tensors) | contenders(tensors), FLOOR, flops=0, bytes=2 * moved,
+        keep_bytes=moved, errors=fresh, converged=converged, gate=GATE[dtype], dtype=dtype,
+    )  # fmt: skip
+
+
+QUESTIONS = [
+    loss_question("rankpo", __doc__.splitlines()[0], "BD", SHAPES, case, [FRESH, *CONTENDERS])
+]

@@ -5,33 +5,41 @@ all that a trainer does with a batch besides running its model. The cached losse
 between their two passes over the texts, in chunks of `mini_batch_size` queries as theirs has it.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 
-from bench.cases.info_nce import DTYPE, GATE, PLAIN, gemms
-from bench.measure import Case, noting, relative_error
+from ..measure import Case, Run
+from ..questions import OURS, Shape
+from . import loss
+from .loss import GATE, loss_question
 
 DOCUMENTS = 8  # a query: one positive, seven negatives
 MINI_BATCH = 32  # theirs by default
-# (B, D); on a card up to where one of them no longer fits.
-SHAPES = {"cpu": [(4096, 384)], "cuda": [(4096, 384), (16384, 384), (65536, 384), (262144, 384)]}
-QUICK = [(512, 384)]
+SHAPES = {
+    "cpu": {
+        "quick": [(512, 384)],
+        "default": [(512, 384), (2048, 384)],
+        "full": [(512, 384), (2048, 384), (4096, 384)],
+    },
+    "cuda": {  # up to where one of them no longer fits
+        "quick": [(4096, 384)],
+        "default": [(4096, 384), (16384, 384), (65536, 384)],
+        "full": [(4096, 384), (16384, 384), (65536, 384), (262144, 384)],
+    },
+}
 FOR_ERRORS = 512  # queries: fp64 is slow
-THEIRS, OURS = "sentence-transformers", "rankpo-fast"
+THEIRS = "sentence-transformers"
+CONTENDERS = [OURS, f"{OURS}, cached", THEIRS, f"{THEIRS}, cached"]
 
 
-def draw(B: int, D: int, device: str) -> list[Tensor]:
-    """Columns [B, D]: queries, positives about as similar as the hardest negatives, negatives."""
-    columns = [torch.randn(B, D, device=device) for _ in range(1 + DOCUMENTS)]
-    columns[1] += 0.1 * columns[0]
-    return [column.to(DTYPE[device]).requires_grad_() for column in columns]
+def draw(B: int, D: int, device: str, dtype: torch.dtype, **state) -> list[Tensor]:
+    """Columns [B, D]: queries, positives, negatives."""
+    q, p, _ = loss.draw(B, B * DOCUMENTS, D, device, dtype, **state)
+    columns = [q, *p.detach().reshape(B, DOCUMENTS, D).unbind(1)]
+    return [column.detach().contiguous().requires_grad_() for column in columns]
 
 
-def contenders(columns: list[Tensor]) -> dict[str, Callable[[], Sequence[Tensor]]]:
+def contenders(columns: list[Tensor]) -> dict[str, Run]:
     """(loss, gradients) of each loss, by name."""
     from sentence_transformers.sentence_transformer import losses as theirs
 
@@ -42,16 +50,14 @@ def contenders(columns: list[Tensor]) -> dict[str, Callable[[], Sequence[Tensor]
         [x.detach().requires_grad_() for x in column.split(MINI_BATCH)] for column in columns
     ]
 
-    def plain(loss: nn.Module) -> Callable:
-        def run():
-            total = loss.compute_loss_from_embeddings(columns, None)
-            return total.detach(), *torch.autograd.grad(total, columns)
+    def plain(of: nn.Module) -> Run:
+        return loss.forward_backward(
+            lambda: of.compute_loss_from_embeddings(columns, None), columns
+        )
 
-        return run
-
-    def cached(loss: nn.Module) -> Callable:
+    def cached(of: nn.Module) -> Run:
         def run():
-            total = loss.calculate_loss(batches, with_backward=True)
+            total = of.calculate_loss(batches, with_backward=True)
             leaves = [x for column in batches for x in column]
             grads = [x.grad for x in leaves]
             for x in leaves:
@@ -68,36 +74,24 @@ def contenders(columns: list[Tensor]) -> dict[str, Callable[[], Sequence[Tensor]
     }
 
 
-def errors(D: int, device: str) -> dict[str, float]:
+def errors(D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
     """Of each contender against ours in fp64."""
-    columns = draw(FOR_ERRORS, D, device)
-    exact_columns = [column.detach().double().requires_grad_() for column in columns]
-    exact = {name: run() for name, run in contenders(exact_columns).items()}
-    found, notes = {}, {}
-    for name, run in contenders(columns).items():
-        with noting(name, notes):
-            found[name] = relative_error(run(), exact[name.replace(THEIRS, OURS)])
-    return dict.fromkeys(notes, math.nan) | found
+    columns = draw(FOR_ERRORS, D, device, dtype, **state)
+    truth = {name: run() for name, run in contenders(loss.exact(columns)).items() if OURS in name}
+    return loss.errors(contenders(columns), lambda name: truth[name.replace(THEIRS, OURS)])
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    if find_spec("sentence_transformers") is None:
-        print("sentence-transformers is not installed: its losses are left out\n")
-        return
-    for B, D in QUICK if quick else SHAPES[device]:
-        error = errors(D, device)
-        columns = draw(B, D, device)
-        runs = contenders(columns)
-        queries, passages = columns[0], torch.cat([x.detach() for x in columns[1:]])
-        yield Case(
-            name=f"{THEIRS} {B}x(1+{DOCUMENTS - 1})x{D}",
-            question=__doc__.splitlines()[0],
-            shape={"B": B, "N": B * DOCUMENTS, "D": D},
-            device=device,
-            contenders={PLAIN.floor: gemms(PLAIN, queries, passages)} | runs,
-            floor=PLAIN.floor,
-            keep_bytes=sum(column.nbytes for column in columns),
-            errors=error,
-            gate=GATE[device],
-            peers=frozenset(name for name in runs if name.startswith(THEIRS)),
-        )
+def case(shape: Shape, device: str) -> Case:
+    B, D, dtype = shape["B"], shape["D"], loss.dtype_of(shape)
+    fresh, converged = (errors(D, device, dtype, converged=c) for c in (False, True))
+    columns = draw(B, D, device, dtype)
+    queries, passages = columns[0], torch.cat([x.detach() for x in columns[1:]])
+    floor, moved = loss.floor_name(3), sum(column.nbytes for column in columns)
+    return Case(
+        device, {floor: loss.gemms(3, queries, passages)} | contenders(columns), floor,
+        flops=6 * B * B * DOCUMENTS * D, bytes=2 * moved, keep_bytes=moved, errors=fresh,
+        converged=converged, gate=GATE[dtype], dtype=dtype,
+    )  # fmt: skip
+
+
+QUESTIONS = [loss_question(THEIRS, __doc__.splitlines()[0], "BD", SHAPES, case, CONTENDERS)]

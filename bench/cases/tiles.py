@@ -2,17 +2,23 @@
 
 Floor: three GEMMs. A row is a tile under one pipeline: exact (8MND) or stored (6MND). From 2k x 2k
 on they stand side by side with the tiles as shipped, and with exact in few launches, for the size
-from which to store.
+from which to store. On a card alone: needs Triton.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
-from bench.cases.info_nce import DIMS, PLAIN, draw, gemms
-from bench.launch import SYMMETRIC, launch
-from bench.measure import Case
+import torch
+
 from rankpo_kernels.gpu.tiles import SLIM, WIDE, Tiles
+
+from ..launch import SYMMETRIC, launch
+from ..measure import Case
+from ..questions import Shape
+from . import loss
+from .info_nce import DIMS
+from .loss import draw, loss_question
 
 CANDIDATES = {
     "wide": WIDE,
@@ -22,8 +28,7 @@ CANDIDATES = {
     "wide, groups of 16": replace(WIDE, GROUP=16),
     "128 x 256": Tiles(128, 256, 64, num_warps=8, num_stages=3),
 }
-SIZE = 16384
-THRESHOLD = [(size, D) for size in (2048, 4096, 8192) for D in DIMS]
+SHIPPED = {"as shipped": None}
 PIPELINES = {"exact": {"stored": False, "few": False}, "stored": {"stored": True}}
 SMALLER = PIPELINES | {"exact in few launches": {"stored": False, "few": True}}
 
@@ -38,28 +43,40 @@ def contenders(
     }
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    swept = [(SIZE, D, CANDIDATES, PIPELINES) for D in DIMS]
-    shipped = [(size, D, {"as shipped": None}, SMALLER) for size, D in THRESHOLD]
-    for size, D, *how in [*swept, *shipped][: 1 if quick else None]:
-        q, p, labels = (x.detach() for x in draw(size, size, D, device))
-        runs = contenders(q, p, labels, *how)
-        yield Case(
-            name=f"tiles {size}x{size}x{D}",
-            question=__doc__.splitlines()[0],
-            shape={"M": size, "N": size, "D": D},
-            device=device,
-            contenders={PLAIN.floor: gemms(PLAIN, q, p)} | runs,
-            floor=PLAIN.floor,
-            keep_bytes=(q.numel() + p.numel()) * q.element_size(),
-            peers=frozenset(runs),  # a tile that does not compile is a row
-        )
+def case(tiles: dict, pipelines: dict, shape: Shape, device: str) -> Case:
+    M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
+    q, p, labels = (x.detach() for x in draw(M, N, D, device, dtype))
+    floor, moved = loss.floor_name(3), q.nbytes + p.nbytes
+    return Case(
+        device, {floor: loss.gemms(3, q, p)} | contenders(q, p, labels, tiles, pipelines), floor,
+        flops=6 * M * N * D, bytes=2 * moved, keep_bytes=moved, dtype=dtype,
+    )  # fmt: skip
+
+
+def question(name: str, asks: str, tiles: dict, pipelines: dict, sizes: list[int]):
+    default = [(size, size, D) for size in sizes for D in DIMS]
+    shapes = {
+        "cuda": {"quick": [], "default": default, "full": default},
+        "cpu": {"quick": [], "default": [], "full": []},
+    }
+    names = [f"{pipeline}, {tile}" for tile in tiles for pipeline in pipelines]
+    return loss_question(
+        name, asks, "MND", shapes, functools.partial(case, tiles, pipelines), names
+    )
+
+
+QUESTIONS = [
+    question("tiles", "Which tile is fastest on this card?", CANDIDATES, PIPELINES, [16384]),
+    question(
+        "pipelines", "From which size on does storing pay?", SHIPPED, SMALLER, [4096, 2048, 8192]
+    ),
+]
 
 
 def compile_all(D: int) -> None:
     """Leave the kernels that the bench takes at these dims in Triton's cache: short runs."""
-    q, p, labels = (x.detach() for x in draw(512, 4096, D, "cuda"))
-    runs = contenders(q, p, labels, CANDIDATES | {"as shipped": None}, SMALLER)
+    q, p, labels = (x.detach() for x in draw(512, 4096, D, "cuda", torch.bfloat16))
+    runs = contenders(q, p, labels, CANDIDATES | SHIPPED, SMALLER)
     for options in ({}, SYMMETRIC):
         for how in ({"few": False}, {"few": True}, {"grads": False}):
             how = how | {"options": options}

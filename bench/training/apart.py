@@ -2,27 +2,38 @@
 
 import multiprocessing
 import os
+import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from bench.measure import noting
-from bench.training.contenders import Contender, Measured, Task, measure
+import torch
+
+from ..measure import noting
+from ..questions import OUT_OF_MEMORY
 
 # Imported once, by the server that every process is forked from; those not installed are skipped.
 IMPORTED = [
-    "bench.training.contenders", "rankpo_fast.train.contrastive", "rankpo_fast.retrieval.evaluate",
-    "transformers.models.bert.modeling_bert", "datasets", "accelerate",
+    f"{__package__}.end_to_end", "rankpo_fast.train.contrastive", "rankpo_fast.retrieval.evaluate",
+    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3", "datasets", "accelerate",
     "sentence_transformers.sentence_transformer.losses",
 ]  # fmt: skip
-NOT_INSTALLED, OUT_OF_MEMORY = "is not installed", "out of memory"
+# Whether there is a card is then asked without touching it: a process forked from one that has
+# touched it could not use it.
+UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
-def in_a_process(contender: Contender, task: Task) -> Measured | str:
-    """What `measure` returns there, or what stopped it."""
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns there, or a note, a str, of what stopped it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process has of the card is not the other's
+    os.environ.update(UNTOUCHED)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(there, contender, task))
+    process = context.Process(target=_answer, args=(there, function, arguments))
     process.start()
     there.close()  # so that the process's end is the pipe's
     try:
@@ -34,15 +45,12 @@ def in_a_process(contender: Contender, task: Task) -> Measured | str:
         process.join()
 
 
-def _measure(pipe: Connection, contender: Contender, task: Task) -> None:
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this one's turn
-    log = os.open(task.output.with_name("log"), os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):  # so that the table stays whole
-        os.dup2(log, stream)
-    said: dict[str, Measured | str] = {}
-    with noting("", said):
-        try:
-            said[""] = measure(contender, task)
-        except ModuleNotFoundError as error:
-            said[""] = f"{error.name} {NOT_INSTALLED}"
+    said: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as log:
+        for stream in (1, 2):  # so that the table stays whole
+            os.dup2(log.fileno(), stream)
+        with noting("", said):
+            said[""] = function(*arguments)
     pipe.send(said[""])

@@ -1,21 +1,25 @@
-"""Who trains: each contender trains the task's model on its rows and leaves a directory.
+"""Who trains: each contender trains the task's model on its rows.
 
-All get the same weights, rows, batch size and number of steps, InfoNCE of cosines at TEMPERATURE,
-AdamW on a cosine schedule, fp32 and no dropout.
+All get the same weights (or, of a backbone without any on disk, random ones), rows, batch size and
+number of steps, InfoNCE of cosines at TEMPERATURE, AdamW on a cosine schedule, weights in fp32 and
+no dropout; fp32 throughout on the CPU, bf16 by autocast on a card.
 """
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from bench.measure import mark_resident, peak_resident
 from rankpo_fast.config import (
     ComputeConfig,
     ContrastiveDataConfig,
@@ -26,8 +30,12 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 
+from ..measure import mark_resident, peak_resident
+
+if TYPE_CHECKING:
+    from rankpo_fast.model.encoder import Encoder
+
 TEMPERATURE, WARMUP = 0.02, 0.1
-MAX_TOKENS = 4096  # of a micro-batch of ours: what a CPU's cache likes
 CUTOFF = 20
 
 
@@ -39,17 +47,31 @@ class Task:
     corpus: Path
     output: Path
     cache: Path
-    batch_size: int
+    device: str
+    batch: int
     negatives: int  # of each row
     steps: int
     learning_rate: float
     seed: int
-    repeats: bool  # whether a text may stand in several rows
-    ndcg: bool  # whether to measure what was learnt
+    repeating: bool  # whether a text may stand in several rows
+    ndcg: bool = False  # whether to measure what was learnt
 
     @property
     def train_data(self) -> Path:
         return self.corpus / "train.jsonl"
+
+    @property
+    def bf16(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def from_scratch(self) -> bool:
+        return not (self.model / "model.safetensors").exists()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of a micro-batch of ours: what a CPU's cache likes; a card's are found by trying."""
+        return 4096 if self.device == "cpu" else None
 
 
 Contender = Callable[[Task], None]
@@ -57,86 +79,188 @@ Contender = Callable[[Task], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of a step, the mean over all but the first, from the end of an update to the end of
-    the next. peak: bytes resident at most, above those when the first text entered the model."""
+    """seconds: of a step, the mean over the last three quarters of them, from the end of an update
+    to the end of the next. peak: bytes of the training at most, weights included; watts, joules and
+    throttled: of the card during those steps, `counted` in number."""
 
     seconds: float
+    counted: int
     peak: int
-    ndcg: float | None
+    ndcg: float | None = None
+    watts: float | None = None
+    joules: float | None = None
+    throttled: str | None = None
+
+
+class Done(Exception):
+    """Raised out of an update after which nothing is left to measure; so nothing is saved."""
 
 
 def measure(contender: Contender, task: Task) -> Measured:
-    """In a process of its own, whose peak is the contender's. Alike for all: torch's own hooks tell
-    when a model is first called and when an optimizer has made its step."""
-    before: list[int] = []
-    updates: list[float] = []
+    """In a process of its own, whose peak is the contender's."""
+    first = max(1, task.steps // 4)  # whoever compiles or tries does it before this update
+    marks: list[Any] = []  # the ends of updates
+    memory = Memory(task.device)
+    watch, card = contextlib.ExitStack(), None
 
-    def first_call(*_: Any) -> None:
+    def updated() -> None:
+        nonlocal card
+        marks.append(_mark(task.device))
+        if len(marks) == first:
+            card = watch.enter_context(watching(task.device))
+        elif len(marks) == task.steps:
+            _wait(task.device)
+            watch.close()
+            if not task.ndcg:
+                raise Done
+
+    with watch, hooks(memory.start, updated), contextlib.suppress(Done):
+        contender(task)
+    assert len(marks) == task.steps, f"{len(marks)} updates"
+    counted = task.steps - first
+    return Measured(
+        _between(marks[first - 1], marks[-1], task.device) / counted,
+        counted,
+        memory.peak(),
+        ndcg(task.output, task) if task.ndcg else None,
+        *((card.watts, card.joules, card.throttled) if card is not None else ()),
+    )
+
+
+@contextlib.contextmanager
+def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) -> Iterator[None]:
+    """Torch's own, alike for all: `first_call` of the first module that is called, `updated` at the
+    end of every update."""
+    began = False
+
+    def call(module: nn.Module, *_: Any) -> None:
         calls.remove()
-        before.append(mark_resident())
+        first_call(module)
 
-    calls = register_module_forward_pre_hook(first_call)
-    steps = register_optimizer_step_post_hook(lambda *_: updates.append(perf_counter()))
-    contender(task)
-    steps.remove()
-    peak = peak_resident() - before[0]
-    # Ours makes the optimizer's state by an update of its own, before the first step.
-    assert len(updates) in (task.steps, task.steps + 1), f"{len(updates)} updates"
-    updates = updates[-task.steps :]
-    seconds = (updates[-1] - updates[0]) / (task.steps - 1)
-    return Measured(seconds, peak, ndcg(task.output, task.corpus) if task.ndcg else None)
+    def step(optimizer: Optimizer, *_: Any) -> None:
+        nonlocal began
+        # Ours makes the optimizer's state by an update of its own, which changes nothing.
+        began = began or not getattr(optimizer, "found_inf", False)
+        if began:
+            updated()
+
+    calls = register_module_forward_pre_hook(call)
+    steps = register_optimizer_step_post_hook(step)
+    try:
+        yield
+    finally:
+        calls.remove()
+        steps.remove()
 
 
-def ndcg(model: Path, corpus: Path) -> float:
-    """Of a directory that a contender left, on the held-out queries."""
+class Memory:
+    """Of this process: all that is on the card; on the CPU the weights, and what comes on top once
+    the first text enters the model, since libraries and texts are resident too."""
+
+    def __init__(self, device: str):
+        self.device, self.before = device, 0
+
+    def start(self, module: nn.Module) -> None:
+        if self.device == "cpu":
+            self.before = mark_resident() - sum(p.nbytes for p in module.parameters())
+
+    def peak(self) -> int:
+        if self.device == "cpu":
+            return peak_resident() - self.before
+        return torch.cuda.max_memory_allocated()
+
+
+def watching(device: str) -> contextlib.AbstractContextManager:
+    """The card's power and clocks; None of a CPU."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    from ..card import watching
+
+    return watching(device)
+
+
+def _mark(device: str) -> Any:
+    """A moment of the device's own, for which nothing waits."""
+    if device == "cpu":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any, device: str) -> float:
+    """Seconds."""
+    return end - start if device == "cpu" else start.elapsed_time(end) / 1e3
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def evaluator(model: Path, task: Task) -> tuple["Encoder", Callable[[], float]]:
+    """The encoder of a directory, and what tells its nDCG on the held-out queries as it then is."""
     from rankpo_fast.data.rows import read_retrieval
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.retrieval.evaluate import evaluate
 
-    encoder = load_encoder(EncoderConfig(str(model)), device=torch.device("cpu"))
-    retrieval = read_retrieval(corpus / "queries.jsonl", corpus / "corpus.jsonl")
-    figures = evaluate(encoder, retrieval=retrieval, cutoffs=[CUTOFF], max_tokens=MAX_TOKENS)
-    return figures[f"ndcg@{CUTOFF}"]
+    encoder = load_encoder(EncoderConfig(str(model)), device=torch.device(task.device))
+    retrieval = read_retrieval(task.corpus / "queries.jsonl", task.corpus / "corpus.jsonl")
+
+    def measured() -> float:
+        figures = evaluate(
+            encoder, retrieval=retrieval, cutoffs=[CUTOFF], max_tokens=task.max_tokens,
+            cache_dir=task.cache,
+        )  # fmt: skip
+        return figures[f"ndcg@{CUTOFF}"]
+
+    return encoder, measured
 
 
-def rankpo_fast(task: Task, *, model: dict | None = None, training: dict | None = None) -> None:
-    """`model` and `training` are further settings of ModelConfig and TrainingConfig."""
+def ndcg(model: Path, task: Task) -> float:
+    """Of a directory that a contender left, on the held-out queries."""
+    return evaluator(model, task)[1]()
+
+
+def rankpo_fast(task: Task, **settings: Any) -> None:
+    """`settings` are further ones of ModelConfig and TrainingConfig."""
     from rankpo_fast.train.contrastive import train_contrastive
 
     train_contrastive(
-        _model(task, **(model or {})),
+        _model(task, settings),
         ContrastiveDataConfig([str(task.train_data)], num_negatives=task.negatives),
         ContrastiveLossConfig(temperature=TEMPERATURE),
-        _training(task, **(training or {})),
+        _training(task, settings),
         EvaluationConfig(),
-        ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(task.cache)),
+        _compute(task),
     )
 
 
-def one_graph(task: Task) -> None:
+def one_graph(task: Task, **settings: Any) -> None:
     """Our encoder, batches and loss in a plain loop: one graph, one backward, no more."""
     from rankpo_fast import info_nce_loss
     from rankpo_fast.data.batches import ContrastiveData
+    from rankpo_fast.data.moving import to_device
     from rankpo_fast.data.rows import read_contrastive
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.train.optim import adamw, learning_rate, update
     from rankpo_fast.train.texts import Texts
 
-    config = _training(task)
-    encoder = load_encoder(_model(task), device=torch.device("cpu")).train()
+    config = _training(task, settings)
+    encoder = load_encoder(_model(task, settings), device=torch.device(task.device)).train()
     data = ContrastiveData(
         read_contrastive(task.train_data),
-        batch_size=task.batch_size,
+        batch_size=task.batch,
         num_negatives=task.negatives,
         seed=task.seed,
     )
-    compute = ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(task.cache))
-    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, _compute(task))
     optimizer = adamw(encoder, config)
     for step in range(task.steps):
         batch = data.batch(*divmod(step, data.batches_per_epoch))
         rows, queries, passages = texts.of(batch)
-        vectors = encoder.embed(texts.table, rows, max_tokens=MAX_TOKENS)
+        batch = to_device(batch, encoder.device)
+        vectors = encoder.embed(texts.table, rows, max_tokens=task.max_tokens)
         loss = info_nce_loss(
             vectors[queries][batch.query_rows],
             vectors[passages],
@@ -150,9 +274,10 @@ def one_graph(task: Task) -> None:
     encoder.save(task.output)
 
 
-def sentence_transformers(task: Task, *, cached: dict | None = None) -> None:
-    """Its trainer as its documentation advises; `cached` are settings of its cached loss, None is
-    the plain one. Its loop tokenises, and pads every column of a batch to the longest there."""
+def sentence_transformers(task: Task, *, cached: int | None = None) -> None:
+    """Its trainer as its documentation advises; `cached` are the rows that its cached loss encodes
+    at once, None is the plain one. Its loop tokenises, and pads every column of a batch to the
+    longest there."""
     import accelerate  # noqa: F401 - which its trainer misses only later
     from datasets import Dataset
     from sentence_transformers import (
@@ -169,25 +294,29 @@ def sentence_transformers(task: Task, *, cached: dict | None = None) -> None:
     }
     for number in range(task.negatives):
         columns[f"negative_{number + 1}"] = [row["negatives"][number] for row in rows]
-    model = SentenceTransformer(str(task.model), device="cpu")
+    with _random_weights(task) if task.from_scratch else contextlib.nullcontext():
+        model = SentenceTransformer(str(task.model), device=task.device)
     if cached is None:
         loss = losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     else:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **cached)
+        loss = losses.CachedMultipleNegativesRankingLoss(
+            model, scale=1 / TEMPERATURE, mini_batch_size=cached
+        )
     arguments = SentenceTransformerTrainingArguments(
         str(task.output),
         max_steps=task.steps,
-        per_device_train_batch_size=task.batch_size,
+        per_device_train_batch_size=task.batch,
         learning_rate=task.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,  # below 1: their share
         optim="adamw_torch_fused",
         seed=task.seed,
+        bf16=task.bf16,
         # What its documentation asks for with this loss, and pays for in time.
-        batch_sampler="no_duplicates" if task.repeats else "batch_sampler",
+        batch_sampler="no_duplicates" if task.repeating else "batch_sampler",
         dataloader_drop_last=True,
-        dataloader_pin_memory=False,
-        use_cpu=True,
+        dataloader_pin_memory=task.device == "cuda",
+        use_cpu=task.device == "cpu",
         disable_tqdm=True,
         logging_strategy="no",
         save_strategy="no",
@@ -200,18 +329,42 @@ def sentence_transformers(task: Task, *, cached: dict | None = None) -> None:
     model.save(str(task.output), create_model_card=False)
 
 
-def _model(task: Task, **more: Any) -> ModelConfig:
-    return ModelConfig(str(task.model), bf16=False, gradient_checkpointing=False, **more)
+@contextlib.contextmanager
+def _random_weights(task: Task) -> Iterator[None]:
+    """What then loads a backbone makes it on the device, of its config alone."""
+    from transformers import AutoModel
+
+    def new(_: str, config: Any, **others: Any) -> nn.Module:
+        with torch.device(task.device):
+            return AutoModel.from_config(config)
+
+    with mock.patch.object(AutoModel, "from_pretrained", new):
+        yield
 
 
-def _training(task: Task, **more: Any) -> TrainingConfig:
+def _model(task: Task, settings: dict[str, Any]) -> ModelConfig:
+    given = {"bf16": task.bf16, "gradient_checkpointing": False} | _of(ModelConfig, settings)
+    return ModelConfig(str(task.model), from_scratch=task.from_scratch, **given)
+
+
+def _training(task: Task, settings: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(
         str(task.output),
         max_steps=task.steps,
-        per_device_train_batch_size=task.batch_size,
+        per_device_train_batch_size=task.batch,
         gradient_accumulation_steps=1,
         learning_rate=task.learning_rate,
         warmup_ratio=WARMUP,
         seed=task.seed,
-        **more,
+        **_of(TrainingConfig, settings),
     )
+
+
+def _of(config: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are the config's."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def _compute(task: Task) -> ComputeConfig:
+    return ComputeConfig(task.device, task.max_tokens, cache_dir=str(task.cache))

@@ -5,26 +5,35 @@ log-normal; jobs and talents have distributions of their own. A row is a job, a 
 by the world's three rules, and one who meets two of them.
 """
 
+import atexit
 import dataclasses
+import functools
 import math
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from rankpo_fast.config import EncoderConfig, ModelConfig
+from rankpo_fast.config import ModelConfig
 from rankpo_fast.data.rows import write_jsonl
+from rankpo_fast.data.tokens import tokenize
 from rankpo_fast.demo import lexicon, world
 from rankpo_fast.demo.steps import learn_tokenizer
 from rankpo_fast.demo.world import FIELDS, Job, Split, SplitSize, Talent
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.settings import EncoderSettings, write_settings
 
+from .backbones import TINY, config_of, training_flops
+
+SEED = 0
 MAX_LENGTH = 512  # tokens, which no text reaches
 QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
 FEWEST, MOST = 8, 280  # words
@@ -44,87 +53,88 @@ TALENT_MORE = (
 )
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of the training rows, the held-out jobs and talents, and the model."""
-
-    rows: int
-    held_out: SplitSize
-    layers: int
-    hidden_size: int
-
-
-def write_corpus(directory: Path, size: Size, pool: SplitSize | None, seed: int) -> list[dict]:
+def write_corpus(directory: Path, rows: int, *, repeating: bool, seed: int) -> list[dict]:
     """train.jsonl, whose rows are also returned; queries.jsonl and corpus.jsonl to evaluate on.
 
-    pool: how many jobs and talents the rows are drawn from again and again; None: no text stands in
-    two rows.
+    repeating: the rows are drawn again and again from few texts; else none stands in two rows.
     """
     rng = random.Random(seed)
-    # Without a pool, more than enough for nearly every job to find two talents of its own.
-    split = _split(rng, pool or SplitSize(2 * size.rows, 4 * size.rows + 400))
-    rows = list(islice(_rows(rng, split, once=pool is None), size.rows))
-    assert len(rows) == size.rows, f"{len(rows)} of {size.rows} rows found"
-    queries, corpus = world.retrieval_rows(_split(rng, size.held_out))
-    for name, lines in (("train", rows), ("queries", queries), ("corpus", corpus)):
+    pool = SplitSize(max(60, rows // 4), max(120, rows // 5))
+    held_out = SplitSize(max(30, rows // 10), max(60, rows // 4))
+    if not repeating:  # more than enough for nearly every job to find two talents of its own
+        pool = SplitSize(2 * rows, 4 * rows + 400)
+    found = list(islice(_rows(rng, _split(rng, pool), once=not repeating), rows))
+    assert len(found) == rows, f"{len(found)} of {rows} rows found"
+    queries, corpus = world.retrieval_rows(_split(rng, held_out))
+    for name, lines in (("train", found), ("queries", queries), ("corpus", corpus)):
         write_jsonl(directory / f"{name}.jsonl", lines)
-    return rows
+    return found
 
 
-def write_model(directory: Path, rows: Sequence[dict], size: Size) -> None:
-    """A BERT with random weights and a tokenizer learnt from the rows, which both sides load."""
+def write_model(directory: Path, rows: Sequence[dict], backbone: str) -> None:
+    """A backbone and a tokenizer learnt from the rows, which all sides load. Only the tiny one's
+    weights are there: of the others there is the config, for random weights on the device."""
     tokenizer = learn_tokenizer([text for row in rows for text in texts_of(row)], MAX_LENGTH)
-    config = directory.with_name(f"{directory.name}_config")
-    tokenizer.save_pretrained(config)
-    BertConfig(
-        architectures=["BertModel"],
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=4 * size.hidden_size,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden_size // 32,
-        max_position_embeddings=MAX_LENGTH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(config)
-    model = ModelConfig(
-        str(config), from_scratch=True, pooling="mean", bf16=False, gradient_checkpointing=False
-    )
-    load_encoder(model, device=torch.device("cpu")).save(directory)
+    more = {"vocab_size": len(tokenizer)} if backbone == TINY else {}
+    config = config_of(backbone, pad_token_id=tokenizer.pad_token_id, **more)
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    pooling = "mean" if config.model_type == "bert" else "last"
+    settings = EncoderSettings(pooling, "", "", MAX_LENGTH, MAX_LENGTH)
+    write_settings(directory, settings, config.hidden_size)
+    if backbone == TINY:
+        model = ModelConfig(
+            str(directory), from_scratch=True, bf16=False, gradient_checkpointing=False
+        )
+        load_encoder(model, device=torch.device("cpu")).save(directory)
 
 
 def texts_of(row: dict) -> list[str]:
     return [row["query"], *row["positives"], *row["negatives"]]
 
 
-def shape(rows: Sequence[dict], model: Path, batch_size: int, negatives: int, seed: int) -> dict:
-    """Of random batches: lengths in tokens; which share of them is padding where queries are padded
-    to the longest query and passages to the longest passage; which share of texts came before."""
-    encoder = load_encoder(EncoderConfig(str(model)), device=torch.device("cpu"))
+@dataclass(frozen=True)
+class Batches:
+    """Of random batches, on average."""
+
+    tokens: float  # of texts, not of padding, equal ones counted each
+    flops: float  # useful ones of the model, equal texts counted once
+    about: dict[str, Any]
+
+
+def batches(rows: Sequence[dict], model: Path, batch: int, negatives: int, seed: int) -> Batches:
+    """`about` says lengths in tokens; which share of them is padding where queries are padded to
+    the longest query and passages to the longest passage; which share of texts came before."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     queries = [row["query"] for row in rows]
     passages = [[*row["positives"], *row["negatives"][:negatives]] for row in rows]
     flat = [text for texts in passages for text in texts]
-    query_lengths = encoder.tokenize_queries(queries).lengths.numpy()  # [rows]
-    passage_lengths = encoder.tokenize_passages(flat).lengths.numpy().reshape(len(rows), -1)
+    query_lengths = tokenize(queries, tokenizer, MAX_LENGTH).lengths.numpy()  # [rows]
+    passage_lengths = tokenize(flat, tokenizer, MAX_LENGTH).lengths.numpy().reshape(len(rows), -1)
     random = np.random.default_rng(seed)
-    batches = [random.permutation(len(rows))[:batch_size] for _ in range(20)]
+    drawn = [random.permutation(len(rows))[:batch] for _ in range(20)]
     padded = [b.size * (query_lengths[b].max() + passage_lengths[b].max() * (1 + negatives))
-              for b in batches]  # fmt: skip
-    repeated = []
-    for batch in batches:
-        texts = [[queries[row] for row in batch], [text for row in batch for text in passages[row]]]
-        distinct = sum(len(set(part)) for part in texts)
-        repeated.append(1 - distinct / sum(map(len, texts)))
-    tokens = query_lengths.mean() + passage_lengths.mean() * (1 + negatives)
-    return {
-        "batch": batch_size,
+              for b in drawn]  # fmt: skip
+    repeated, distinct = [], []  # of each batch; lengths of the distinct texts of all
+    for b in drawn:
+        sides = [
+            dict(zip((queries[row] for row in b), query_lengths[b], strict=True)),
+            {text: length for row in b
+             for text, length in zip(passages[row], passage_lengths[row], strict=True)},
+        ]  # fmt: skip
+        repeated.append(1 - sum(map(len, sides)) / (b.size * (2 + negatives)))
+        distinct += [length for side in sides for length in side.values()]
+    of_a_row = query_lengths.mean() + passage_lengths.mean() * (1 + negatives)
+    flops = training_flops(AutoConfig.from_pretrained(model), torch.tensor(distinct)) / len(drawn)
+    about = {
         "query tokens": np.quantile(query_lengths, QUANTILES).round().tolist(),
         "passage tokens": np.quantile(passage_lengths, QUANTILES).round().tolist(),
-        "tokens of a row": float(tokens),
-        "padding": float(1 - batch_size * tokens / np.mean(padded)),
+        "quantiles": QUANTILES,
+        "tokens of a row": float(of_a_row),
+        "padding": float(1 - batch * of_a_row / np.mean(padded)),
         "repeated texts": float(np.mean(repeated)),
     }
+    return Batches(float(batch * of_a_row), flops, about)
 
 
 def _rows(rng: random.Random, split: Split, *, once: bool) -> Iterator[dict]:
@@ -185,3 +195,28 @@ def _sentence(rng: random.Random, item: Job | Talent, templates: Sequence[str]) 
     first, second = rng.sample(FIELDS[field].terms, 2)
     template = rng.choice(templates).replace("{term}", first, 1).replace("{term}", second)
     return template.replace("{venue}", rng.choice(lexicon.VENUES))
+
+
+# --- made once a run, and deleted at its end ---
+
+
+@functools.cache
+def workplace() -> Path:
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    return Path(directory.name)
+
+
+@functools.cache
+def corpus_of(rows: int, repeating: bool) -> tuple[Path, list[dict]]:
+    """Where it is, and its rows."""
+    directory = workplace() / f"{rows}{'-repeating' if repeating else ''}"
+    return directory, write_corpus(directory, rows, repeating=repeating, seed=SEED)
+
+
+@functools.cache
+def model_of(backbone: str, rows: int) -> Path:
+    """With a tokenizer learnt from that corpus."""
+    directory = workplace() / f"{backbone}-{rows}"
+    write_model(directory, corpus_of(rows, False)[1], backbone)
+    return directory

@@ -7,6 +7,8 @@ see only those before them. That is the skeleton.
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,10 +67,9 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     settings = _settings(config, directory, skeleton)
     tokenizer = _load_tokenizer(config, folder, backbone_config)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if from_scratch:
-            backbone = _new_backbone(backbone_config, attention)
+    with _seeded(seed, device):
+        if from_scratch:  # where it will be: a large one takes minutes, and the host may lack room
+            backbone = _new_backbone(backbone_config, attention, device)
         else:
             backbone = _load_backbone(folder, backbone_config, attention)
             _check_vocabulary(tokenizer, backbone, _tokenizer_flag(config))
@@ -91,6 +92,18 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
 
 
 # --- the backbone ---
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers on the host and the device from `seed`; then as if none had been drawn."""
+    on_card = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_card else []):
+        torch.default_generator.manual_seed(seed)
+        if on_card:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _load_config(folder: Path) -> "PreTrainedConfig":
@@ -122,7 +135,7 @@ def _skeleton(backbone_config: "PreTrainedConfig", config: EncoderConfig) -> "Pr
 
 
 def _new_backbone(
-    config: "PreTrainedConfig", attention: str | None, device: str = "cpu"
+    config: "PreTrainedConfig", attention: str | None, device: torch.device | str
 ) -> "PreTrainedModel":
     from transformers import AutoModel
 

@@ -1,19 +1,36 @@
-"""The bench measures what it says, and what stops a peer is a row."""
+"""The measuring is right, and what stops a contender is a row."""
 
 import json
-import sys
+import math
+import time
 
 import pytest
 import torch
 from launcher import SMALL
 
 from bench import __main__ as bench
-from bench.cases import in_batch, info_nce, tiles
-from bench.measure import Case, measure, relative_error
+from bench import machine, registry
+from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers, tiles
+from bench.cases.loss import GATE, LossQuestion
+from bench.measure import Case, cache_bytes, measure, relative_error, turned
+from bench.questions import OURS, Question, Rates, Result, Row, Settings
+from bench.results import read
+from rankpo_fast.errors import InputError
+
+RATES = Rates({"float32": 1e9}, 1e9)
 
 
 def case(contenders, **more) -> Case:
-    return Case("c", "?", {}, "cpu", {"floor": tuple} | contenders, "floor", 0, **more)
+    sizes = {"flops": 0, "bytes": 1e12} | more  # too large for any cache
+    return Case("cpu", {"floor": tuple} | contenders, "floor", **sizes)
+
+
+def settings(rounds=1, **more) -> Settings:
+    return Settings("cpu", "quick", rounds, RATES, **more)
+
+
+def measured(contenders, *, rounds=1, **more) -> dict[str, Row]:
+    return {row.contender: row for row in measure(case(contenders, **more), settings(rounds))}
 
 
 def fails(error):
@@ -23,70 +40,192 @@ def fails(error):
     return run
 
 
+def sleeps(seconds):
+    def run():
+        time.sleep(seconds)
+        return ()
+
+    return run
+
+
+def test_a_known_sleep_comes_out_as_its_time_and_ratio():
+    rows = measured({"floor": sleeps(0.02), "twice": sleeps(0.04)}, rounds=3)
+    assert rows["twice"].seconds == pytest.approx(0.04, rel=0.25)
+    assert rows["twice"].ratio == pytest.approx(2, rel=0.25)
+    assert rows["twice"].low <= rows["twice"].seconds <= rows["twice"].high
+    assert len(rows["twice"].ratios) == 3
+
+
+def test_short_runs_are_repeated_until_they_can_be_timed():
+    ran = []
+    measured({"short": lambda: ran.append(1) or ()})
+    assert len(ran) > 10
+    ran.clear()
+    measured({"long": lambda: ran.append(1) or sleeps(0.02)()})
+    assert len(ran) == 4  # a warm-up, the peak, one to know how long it takes, the round
+
+
+def test_known_memory_comes_out_and_what_all_must_make_is_taken_off():
+    size = 64 * 2**20
+
+    def holds():
+        return (torch.ones(size // 4),)
+
+    assert measured({"holds": holds})["holds"].peak_mib == pytest.approx(64, abs=4)
+    kept = measured({"holds": holds}, keep_bytes=size // 2)["holds"]
+    assert kept.peak_mib == pytest.approx(32, abs=4)
+
+
+def test_shares_are_of_the_rates_that_were_measured():
+    row = measured({"works": sleeps(0.02)}, flops=1e7, bytes=1e13)["works"]
+    assert row.gemm == pytest.approx(1e7 / row.seconds / 1e9)
+    assert row.copy == pytest.approx(1e13 / row.seconds / 1e9)
+    assert measured({"moves": sleeps(0.02)}, flops=0)["moves"].gemm is None
+
+
+def test_what_fits_a_cache_is_also_timed_without_it():
+    x = torch.ones(cache_bytes("cpu") // 16)
+    row = measured({"reads": lambda: (x.sum(),)}, rounds=5, bytes=x.nbytes)["reads"]
+    assert row.cold > row.seconds
+    assert measured({"reads": tuple}, bytes=3 * cache_bytes("cpu"))["reads"].cold is None
+
+
+def test_every_contender_is_first_in_some_round():
+    orders = [turned("abc", number) for number in range(4)]
+    assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
+
+
+def test_the_order_of_contenders_does_not_matter():
+    """A machine that grows slower within a run: ratios of a round take it out."""
+    clock = iter(range(10**6))
+
+    def slower():
+        time.sleep(0.01 + next(clock) * 5e-5)
+        return ()
+
+    pair = {"a": slower, "b": slower}
+    forth = measured({"floor": slower} | pair, rounds=6)
+    back = measured({"floor": slower} | dict(reversed(pair.items())), rounds=6)
+    for name in pair:
+        assert forth[name].ratio == pytest.approx(1, abs=0.1)
+        assert forth[name].ratio == pytest.approx(back[name].ratio, abs=0.1)
+
+
 def test_what_stops_a_contender_is_a_row():
     contenders = {
         "full": fails(torch.OutOfMemoryError("CUDA out of memory")),
+        "gone": fails(ModuleNotFoundError(name="quack")),
         "broken": fails(RuntimeError("no kernel image\nmore")),
         "fine": tuple,
     }
-    rows = measure(case(contenders), rounds=2)
-    assert [row.note for row in rows] == ["", "out of memory", "RuntimeError: no kernel image", ""]
-    assert [row.seconds is None for row in rows] == [False, True, True, False]
+    rows = measured(contenders, rounds=2)
+    assert {name: row.note for name, row in rows.items()} == {
+        "floor": "", "full": "out of memory", "gone": "quack not installed",
+        "broken": "RuntimeError: no kernel image", "fine": "",
+    }  # fmt: skip
+    assert [name for name, row in rows.items() if row.red] == ["broken"]
+    assert [name for name, row in rows.items() if row.seconds is None] == ["full", "gone", "broken"]
 
 
-def test_a_red_gate_of_ours_is_not_timed_and_a_peer_is():
-    errors = {"ours": 0.5, "peer": 0.5, "unknown": float("nan")}
-    contenders = dict.fromkeys(errors, tuple)
-    rows = measure(case(contenders, errors=errors, gate=0.1, peers=frozenset(["peer"])), rounds=1)
-    assert [row.seconds is None for row in rows] == [False, True, False, True]
+def test_ours_is_red_whatever_stops_it():
+    assert Row(OURS, "out of memory").red and not Row("torch", "out of memory").red
+
+
+@pytest.mark.parametrize("state", ["errors", "converged"])
+def test_a_red_gate_of_ours_is_not_timed_and_a_peer_is(state):
+    errors = {OURS: 0.5, "peer": 0.5, f"{OURS}, unknown": math.nan}
+    rows = measured(dict.fromkeys(errors, tuple), gate=0.1, **{state: errors})
+    untimed = [name for name, row in rows.items() if row.seconds is None]
+    assert untimed == [OURS, f"{OURS}, unknown"]
+    assert "above the gate" in rows[OURS].note and rows[OURS].red
 
 
 def test_without_a_floor_no_contender_has_a_ratio():
-    full = {"floor": fails(MemoryError()), "ours": tuple}
-    rows = measure(case(full), rounds=1)
-    assert [row.note for row in rows] == ["out of memory", "no floor: out of memory"]
+    rows = measured({"floor": fails(MemoryError()), "ours": tuple})
+    assert [row.note for row in rows.values()] == ["out of memory", "no floor: out of memory"]
 
 
 def test_rounds_stop_at_the_limit():
-    ran = []
-    measure(case({"counts": lambda: ran.append(1) or ()}), rounds=100, limit_s=0.0)
-    assert len(ran) == 3  # a warm-up, the peak, one round
+    run = sleeps(0.02)
+    rows = measure(case({"counts": run}), settings(100, limit_s=0.0))
+    assert len(rows[1].ratios) == 1
+
+
+def test_only_those_asked_for_and_the_floor_run():
+    asked = settings(contenders=frozenset(["a"]))
+    rows = measure(case({"a": tuple, "b": fails(AssertionError())}), asked)
+    assert [row.contender for row in rows] == ["floor", "a"]
+
+
+def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: (run(), 0.5)[1])
+    monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 16)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1024)
+    rates = machine.measure_rates("cpu")
+    assert rates.gemm == {"float32": 2 * 16**3 / 0.5, "bfloat16": 2 * 16**3 / 0.5}
+    assert rates.copy == 2 * 8 * 1024 / 0.5
 
 
 @pytest.mark.parametrize("form", info_nce.FORMS, ids=lambda form: form.name.replace(" ", "-"))
-def test_contenders_of_a_form_agree(form):
-    q, p, labels = info_nce.draw(24, 24, 16, "cpu")
-    assert max(info_nce.errors(form, 24, 24, 16, "cpu").values()) < info_nce.GATE["cpu"]
-    runs = info_nce.contenders(form, q, p, labels)
-    runs.pop("rankpo-fast, every mask", None)  # another loss
-    ours, *others = (run() for run in runs.values())
-    assert others and len(ours) == (3 if form.backward else 1)
-    for other in others:
-        assert relative_error(ours, other) < 1e-4
-    info_nce.gemms(form, q, p)()
+@pytest.mark.parametrize("passages", [24, 72], ids=["one-a-query", "in-groups"])
+def test_contenders_of_a_form_agree(form, passages):
+    x = form.draw(24, passages, 32, "cpu", torch.float32)
+    slow = {"torch.compile", "cut-cross-entropy, torch_compile"}  # test_peers compiles them
+    runs = {name: run for name, run in form.runs(x).items() if name not in slow}
+    found = info_nce.loss.errors(runs, lambda _: form.runs(x.exact())[OURS]())
+    ran = {name: error for name, error in found.items() if not math.isnan(error)}
+    assert len(ran) > 1 and max(ran.values()) < GATE[torch.float32]
+    assert len(form.runs(x)[OURS]()) == 1 + form.backward * len(x.leaves)
+
+
+def test_a_case_says_what_a_step_has_to_do():
+    asked = next(q for q in info_nce.QUESTIONS if q.name == "info_nce")
+    (shape,) = [asked.shape("32x64x16", "cpu")]
+    made = asked.case(shape, "cpu")
+    assert made.flops == 6 * 32 * 64 * 16 and made.bytes == 2 * 4 * (32 + 64) * 16
+    assert made.floor == "3 GEMMs" and set(asked.contenders("cpu")) == set(made.contenders) - {
+        "3 GEMMs"
+    }
 
 
 @pytest.mark.parametrize("form", in_batch.FORMS, ids=lambda form: form.replace(" ", "-"))
 def test_contenders_of_a_pair_loss_agree(form):
-    q, p, labels = in_batch.draw(24, 24, 16, "cpu")
-    ours, plain = (run() for run in in_batch.contenders(form, q, p, labels).values())
-    assert relative_error(ours, plain) < 1e-4
-    assert max(in_batch.errors(form, 16, "cpu").values()) < in_batch.GATE["cpu"]
-    in_batch.gemms(in_batch.FORMS[form], q, p)()
+    found = in_batch.errors(form, 16, "cpu", torch.float32)
+    assert max(found.values()) < in_batch.GATE[torch.float32]
 
 
-def test_a_card_has_the_sizes_that_matter_first():
-    shapes = list(info_nce.shapes("cuda", quick=False))
-    sizes = {M for _, M, _, _ in shapes[: info_nce.FIRST]}
-    assert sizes == set(info_nce.SIZES[:2])
-    assert len(set(shapes)) == 64 == len(info_nce.FORMS) * len(info_nce.SIZES) * len(info_nce.DIMS)
+def test_contenders_of_the_pairwise_loss_agree():
+    assert max(rankpo.errors(16, "cpu", torch.float32).values()) < 1e-5
+
+
+@pytest.mark.parametrize("room", [sentence_transformers, open_clip], ids=lambda m: m.__name__[-5:])
+def test_contenders_of_an_adapter_agree(room, monkeypatch):
+    pytest.importorskip(room.THEIRS.replace("-", "_"))
+    monkeypatch.setattr(room, "FOR_ERRORS", 32)
+    for question in room.QUESTIONS:
+        made = question.case(question.shape("32x16", "cpu"), "cpu")
+        assert set(made.errors) == set(question.contenders("cpu"))
+        assert max(made.errors.values()) < 1e-5
+
+
+def test_converged_data_is_what_cross_entropy_loses():
+    found = info_nce.errors(info_nce.PLAIN, 256, 256, 64, "cpu", torch.float32, True)
+    assert found[OURS] < GATE[torch.float32] and found["torch cross_entropy"] > 0.5
+
+
+def test_a_card_has_the_shapes_that_matter_first():
+    plain = next(q for q in info_nce.QUESTIONS if q.name == "info_nce")
+    first = plain.shapes("cuda", "default")[0]
+    assert first == {"M": 16384, "N": 16384, "D": 1024, "dtype": "bfloat16"}
+    args = bench._run_parser().parse_args([])
+    waves = [shape for _, shape in bench._asked(args, "cuda", "default")]
+    assert waves.index(plain.shapes("cuda", "default")[1]) >= len(info_nce.QUESTIONS)
 
 
 def test_the_sweep_takes_the_tiles_it_names(interpreted):
-    q, p, labels = (x.detach() for x in info_nce.draw(24, 40, 16, "cpu"))
+    q, p, labels = (x.detach() for x in info_nce.loss.draw(24, 40, 16, "cpu", torch.bfloat16))
     if not interpreted:
         q, p, labels = q.cuda(), p.cuda(), labels.cuda()
-    q, p = q.to(torch.bfloat16), p.to(torch.bfloat16)
     runs = tiles.contenders(q, p, labels, {"small": SMALL, "as shipped": None}, tiles.SMALLER)
     assert list(runs) == [
         f"{how}, {name}" for name in ("small", "as shipped") for how in tiles.SMALLER
@@ -96,28 +235,83 @@ def test_the_sweep_takes_the_tiles_it_names(interpreted):
         assert relative_error(result[3:5], results[0][3:5]) < 8e-3
 
 
-def test_the_result_file_has_a_line_a_case_and_says_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        bench, "all_cases", lambda *_: iter([case({"rankpo-fast": tuple}), case({})])
-    )
-    output = tmp_path / "deep" / "result.json"
-    command = ["bench", "--device", "cpu", "--rounds", "1", "--minutes", "1e-9"]
-    command += ["--output", str(output), "--note", "tests", "812 passed"]
-    monkeypatch.setattr(sys, "argv", command)
-    assert bench.main() == 0
-    said = json.loads(output.read_text())
-    assert said["machine"]["tests"] == "812 passed" and said["results"] == []
-    assert "left out from c on" in capsys.readouterr().out
-    command[6] = "1"
-    assert bench.main() == 0
-    said = json.loads(output.read_text())
-    assert [row["contender"] for row in said["results"][0]["rows"]] == ["floor", "rankpo-fast"]
-    assert len(said["results"]) == 2
+# --- the command ---
 
 
-def test_a_red_gate_fails_the_bench(tmp_path, monkeypatch):
-    red = case({"rankpo-fast": tuple}, errors={"rankpo-fast": 1.0}, gate=0.1)
-    monkeypatch.setattr(bench, "all_cases", lambda *_: iter([red]))
-    command = ["bench", "--device", "cpu", "--rounds", "1", "--output", str(tmp_path / "r.json")]
-    monkeypatch.setattr(sys, "argv", command)
-    assert bench.main() == 1
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """Runs the command over two small questions; returns (exit code, the result file's run)."""
+    rows = {"fine": Row(OURS, seconds=1.0), "red": Row(OURS, "error 1.0e+00 above the gate")}
+
+    def question(name: str) -> Question:
+        shapes = [{"M": 2, "dtype": "float32"}, {"M": 4, "dtype": "float32"}]
+        return Question(
+            name, "loss", "?", lambda *_: shapes,
+            lambda shape, _: Result(name, "loss", "?", shape, (rows[name],)), lambda _: (OURS, "torch"),
+        )  # fmt: skip
+
+    monkeypatch.setattr(registry, "QUESTIONS", {name: question(name) for name in rows})
+    monkeypatch.setattr(machine, "measure_rates", lambda device: RATES)
+
+    def run(*flags: str):
+        output = tmp_path / "deep"
+        code = bench.main(["run", "--device", "cpu", "--output_dir", str(output), *flags])
+        files = list(output.glob("*.json")) if output.exists() else []
+        return code, read(files[0]) if files else None
+
+    return run
+
+
+def test_a_run_leaves_a_result_file_and_a_report(suite, tmp_path):
+    code, run = suite("--cases", "fine", "--note", "tests", "812 passed")
+    assert code == 0 and (tmp_path / "deep" / "report.html").exists()
+    assert [(r.case, r.shape["M"]) for r in run.results] == [("fine", 2), ("fine", 4)]
+    assert run.machine["tests"] == "812 passed" and run.machine["rates"]["copy"] == 1e9
+
+
+def test_a_red_row_fails_the_run_and_the_rest_goes_on(suite, capsys):
+    code, run = suite()
+    assert code == 1 and len(run.results) == 4
+    assert capsys.readouterr().out.count("FAILED red") == 2
+
+
+def test_what_time_does_not_allow_is_named(suite, capsys):
+    code, run = suite("--minutes", "1e-9")
+    assert code == 0 and run.results == []
+    assert "fine 2 float32, red 2 float32, fine 4" in run.machine["left out"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cases", "fin"], "unknown case 'fin' (did you mean fine?)"),
+        (["--contenders", "torhc"], "'torhc' is in none of these cases (did you mean torch?)"),
+        (["--shapes", "4x4"], "have no shape 4x4"),
+        (["--quick", "--full"], "not allowed with"),
+        (["--rounds", "0"], "must be a number >= 1, got 0"),
+        (["--round", "3"], "unrecognized arguments"),
+        (["--device", "cuda"], "torch sees no GPU"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_is_named_before_anything_runs(suite, capsys, flags, message):
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, run = suite(*flags)
+    assert (code, run) == (2, None) and message in capsys.readouterr().err
+
+
+def test_a_shape_is_read_or_named():
+    asked = next(q for q in registry.QUESTIONS.values() if isinstance(q, LossQuestion))
+    assert asked.shape("8x16x4:float16", "cpu") == {"M": 8, "N": 16, "D": 4, "dtype": "float16"}
+    assert asked.shape("8x16", "cpu") is None
+    for text, why in [("8x0x4", "no shape"), ("8x8x8:int8", "float type"), ("8x9x4", "multiple")]:
+        with pytest.raises(InputError, match=why):
+            asked.shape(text, "cpu")
+
+
+def test_the_result_file_has_a_line_a_case(suite, tmp_path):
+    suite("--cases", "fine")
+    (file,) = (tmp_path / "deep").glob("*.json")
+    lines = [line for line in file.read_text().splitlines() if line.startswith('{"case"')]
+    assert len(lines) == 2 and json.loads(lines[1])["shape"]["M"] == 4

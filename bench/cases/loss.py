@@ -1,0 +1,154 @@
+"""What the cases of losses share: how a case becomes a question, data, floors, runs.
+
+M queries, N passages, B pairs, D dims.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankpo_fast.errors import InputError
+
+from ..measure import Case, Run, measure, noting, relative_error
+from ..peers import SCALE
+from ..questions import Question, Result, Settings, Shape
+
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # of a shape that names none
+# Of loss and gradients against fp64, at a temperature of 0.02: rounding of the logits, twice for
+# gradients; where gradients are stored in 16 bits, theirs.
+GATE = {
+    torch.float64: 1e-11, torch.float32: 2 * (2e-6 + 8 * 2**-24 * SCALE),
+    torch.bfloat16: 8e-3, torch.float16: 2e-3,
+}  # fmt: skip
+Shapes = Mapping[str, Mapping[str, Sequence[tuple]]]  # by device and level: sizes, then a dtype
+
+
+@dataclass(frozen=True)
+class LossQuestion(Question):
+    """`case(shape, device)` is what `answer` measures."""
+
+    case: Callable[[Shape, str], Case]
+    axes: str
+
+    def shape(self, text: str, device: str) -> Shape | None:
+        """Of 4096x4096x1024 or 4096x4096x1024:float16; None where the axes are others."""
+        sizes, _, dtype = text.partition(":")
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+            raise InputError(f"--shapes: {text!r} is no shape like 4096x4096x1024")
+        if dtype and getattr(torch, dtype, None) not in GATE:
+            raise InputError(f"--shapes: {text!r}: dtype {dtype!r} is no float type of the losses")
+        numbers = [int(size) for size in sizes.split("x")]
+        if len(numbers) != len(self.axes):
+            return None
+        shape = named(self.axes, [*numbers, *([dtype] if dtype else [])], device)
+        if shape.get("N", 0) % shape.get("M", 1):
+            raise InputError(f"--shapes: {text!r}: N is no multiple of M")
+        return shape
+
+
+def loss_question(
+    name: str,
+    asks: str,
+    axes: str,
+    shapes: Shapes,
+    case: Callable[[Shape, str], Case],
+    contenders: Iterable[str],
+) -> LossQuestion:
+    """axes: the letters of a shape's sizes, "MND" or "BD"."""
+    names = tuple(contenders)
+
+    def shapes_of(device: str, level: str) -> list[Shape]:
+        return [named(axes, shape, device) for shape in shapes[device][level]]
+
+    def answer(shape: Shape, settings: Settings) -> Result:
+        asked = case(shape, settings.device)
+        gate = None if math.isinf(asked.gate) else asked.gate
+        return Result(
+            name, "loss", asks, shape, measure(asked, settings), asked.floor, asked.flops,
+            asked.bytes, gate,
+        )  # fmt: skip
+
+    return LossQuestion(name, "loss", asks, shapes_of, answer, lambda _: names, case, axes)
+
+
+def named(axes: str, shape: Sequence, device: str) -> Shape:
+    """(8192, 8192, 1024) -> {"M": 8192, "N": 8192, "D": 1024, "dtype": "float32"}."""
+    sizes, dtype = shape[: len(axes)], shape[len(axes) :]
+    return dict(zip(axes, sizes, strict=True)) | {"dtype": dtype[0] if dtype else DTYPE[device]}
+
+
+def dtype_of(shape: Shape) -> torch.dtype:
+    return getattr(torch, shape["dtype"])
+
+
+def draw(
+    M: int, N: int, D: int, device: str, dtype: torch.dtype, *, converged: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, passages in groups of N // M with the positive first, labels; vectors of length 1.
+
+    Fresh: positives are about as similar as the hardest of the others. Converged: at 0.9, where a
+    finished training leaves them, and all others far below.
+    """
+    q, p = torch.randn(M, D, device=device), torch.randn(N, D, device=device)
+    labels = torch.arange(M, device=device) * (N // M)
+    p[labels] = q + math.sqrt(1 / 0.81 - 1) * p[labels] if converged else p[labels] + 0.1 * q
+    leaves = (F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (q, p))
+    return *leaves, labels
+
+
+def forward_backward(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
+    """(loss, gradients of the leaves)."""
+
+    def run():
+        value = loss()
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    return run
+
+
+def forward(loss: Callable[[], Tensor]) -> Run:
+    @torch.no_grad()
+    def run():
+        return (loss(),)
+
+    return run
+
+
+def exact(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """The same numbers in fp64."""
+    return [x.detach().double().requires_grad_() for x in leaves]
+
+
+def errors(runs: Mapping[str, Run], truth: Callable[[str], Sequence[Tensor]]) -> dict[str, float]:
+    """Of each contender against what `truth` says for it; NaN for those that do not run."""
+    found: dict[str, float] = {}
+    for name, run in runs.items():
+        with noting(name, {}):
+            found[name] = relative_error(run(), truth(name))
+    return dict.fromkeys(runs, math.nan) | found
+
+
+def floor_name(gemms: int) -> str:
+    return f"{gemms} GEMM{'s' * (gemms > 1)}"
+
+
+def gemms(count: int, q: Tensor, p: Tensor, *, backward: bool = True) -> Run:
+    """The floor, into buffers that exist: dQ = S P and dP = S'Q, and S = QP' for the others."""
+    q, p = q.detach(), p.detach()
+    scores = q.new_empty(len(q), len(p))
+    dq, dp = torch.empty_like(q), torch.empty_like(p)
+
+    def run():
+        for _ in range(count - 2 * backward):
+            torch.mm(q, p.T, out=scores)
+        if backward:
+            torch.mm(scores, p, out=dq)
+            torch.mm(scores.T, q, out=dp)
+        return ()
+
+    return run

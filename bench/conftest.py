@@ -1,0 +1,60 @@
+"""`pytest bench/ [--level quick|default|full]` measures every contender of every loss, one test
+each, by pytest-benchmark: --benchmark-save, --benchmark-compare, --benchmark-compare-fail."""
+
+import functools
+
+import pytest
+import torch
+
+from bench.cases.loss import LossQuestion
+from bench.measure import above_the_gate, noting
+from bench.questions import LEVELS, OURS, described
+from bench.registry import QUESTIONS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--level", choices=LEVELS, default="quick", help="of the bench's shapes")
+
+
+def pytest_generate_tests(metafunc):
+    level = metafunc.config.getoption("level")
+    asked = [
+        pytest.param((question, shape), name, id=f"{question.name} {described(shape)} {name}")
+        for question in QUESTIONS.values()
+        if isinstance(question, LossQuestion)
+        for shape in question.shapes(DEVICE, level)
+        for name in question.contenders(DEVICE)
+    ]
+    metafunc.parametrize(("asked", "contender"), asked)
+
+
+@functools.lru_cache(maxsize=1)  # the contenders of a case stand side by side
+def _case(name: str, shape: tuple):
+    torch.manual_seed(0)
+    return QUESTIONS[name].case(dict(shape), DEVICE)
+
+
+@pytest.fixture
+def run(asked, contender, benchmark):
+    """One forward and backward of the contender, awaited; red where its gate is."""
+    question, shape = asked
+    case = _case(question.name, tuple(shape.items()))
+    if (note := above_the_gate(case, contender)) is not None:
+        pytest.fail(note)
+    stopped: dict[str, str] = {}
+    with noting(contender, stopped):
+        case.contenders[contender]()
+    if (note := stopped.get(contender)) is not None:
+        (pytest.fail if contender.startswith(OURS) else pytest.skip)(note)
+    benchmark.group = f"{question.name} {described(shape)}"
+    benchmark.extra_info |= {"flops": case.flops, "bytes": case.bytes}
+    benchmark.extra_info |= {"error": case.errors.get(contender)}
+
+    def awaited():
+        case.contenders[contender]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return awaited

@@ -1,0 +1,476 @@
+"""Pictures of a result file, one question each. A function returns None where the run holds nothing
+for its picture. Ours is one colour everywhere, a floor is grey; what a picture leaves out for want
+of room, its title counts and the tables have.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from textwrap import shorten
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from rankpo_fast.demo.figure import DASHED, GREY, LOOK
+
+from .questions import NEEDS_GPU, NOT_INSTALLED, OUT_OF_MEMORY, Result, Row, described
+from .results import Run
+from .tables import mebibytes, number, times
+
+# Okabe and Ito's colours can be told apart with any colour vision; the marks differ as well.
+OUR_COLOR, WINS, PEER = "#D55E00", "#0072B2", "#9DB7CB"
+COLORS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKS = "osD^vPX*"
+WIDTH = 10  # inches; on a page of 800 pixels its letters have ten
+MOST = 8  # panels of a picture
+TICKS = 6
+MARK = 0.09  # the height of one, of its panel
+FLOORS = 5  # of time, where the axis of ratios ends
+LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
+PLAIN = LOOK | {"text.parse_math": False}  # a note may hold any sign
+ABSENT = (NOT_INSTALLED, NEEDS_GPU)  # says nothing about a contender
+
+Style = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a contender takes at growing sizes, and the first that it did not reach."""
+
+    contender: str
+    sizes: tuple[int, ...]
+    times: tuple[float, ...]
+    peaks: tuple[float, ...]  # MiB; NaN where unknown
+    fell: tuple[int, str] | None = None  # that size, and why
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One case over one of its sizes."""
+
+    title: str
+    axis: str
+    curves: tuple[Curve, ...]
+
+
+def time_memory(run: Run) -> Figure | None:
+    """Time and peak memory over the batch, a line a contender."""
+    growing = growths(run)
+    if not growing:
+        return None
+    style, kept = styles(run.results), growing[:MOST]
+    with matplotlib.rc_context(PLAIN):
+        figure = _figure(
+            2.4 * len(kept),
+            "Time (left) and peak memory above inputs and gradients (right) over the batch, both "
+            f"axes logarithmic{_left_out(kept, growing)}\n"
+            "lower is better; \N{MULTIPLICATION SIGN}: the first size that a contender did not "
+            "reach",
+        )
+        axes = figure.subplots(len(kept), 2, squeeze=False)
+        for (left, right), growth in zip(axes, kept, strict=True):
+            _grow(left, growth, style, "times")
+            _grow(right, growth, style, "peaks")
+            left.set_title(growth.title)
+        _legend(figure, style, {curve.contender for growth in kept for curve in growth.curves})
+    return figure
+
+
+def floor(run: Run) -> Figure | None:
+    """Time over that of the floor, a bar a contender, the fastest on top."""
+    cases = _a_shape_a_case(run, lambda row: row.ratio is not None)
+    if not cases:
+        return None
+    kept = cases[:MOST]
+    with matplotlib.rc_context(PLAIN):
+        figure, axes = _panels(
+            [len(_bars(result)) for result in kept],
+            "Time over the floor's: 1 (dashed) is what the products or copies that any form needs "
+            f"take alone{_left_out(kept, cases)}\n"
+            "bars: median, whiskers: 20th to 80th percentile of rounds; shorter is better; orange "
+            "is ours, deep blue a peer that is faster",
+        )
+        for axis, result in zip(axes, kept, strict=True):
+            _beside_the_floor(axis, result)
+    return figure
+
+
+def ladder(run: Run) -> Figure | None:
+    """What each way to train takes in memory and gives in speed."""
+    steps = [
+        result
+        for result in run.results
+        if result.family == "training" and sum(row.peak_mib is not None for row in result.rows) > 1
+    ]
+    if not steps:
+        return None
+    kept = steps[:MOST]
+    with matplotlib.rc_context(PLAIN):
+        heights = [len(_present(result)) for result in kept]
+        figure = _figure(
+            sum(0.32 * height + 0.75 for height in heights),
+            "A training step: peak memory in MiB above its start (left, shorter is better) and "
+            f"tokens a second (right, longer is better){_left_out(kept, steps)}\n"
+            "orange is ours",
+        )
+        axes = figure.subplots(len(kept), 2, squeeze=False, height_ratios=[h + 1 for h in heights])
+        for (left, right), result in zip(axes, kept, strict=True):
+            rows = _present(result)
+            _bar(left, rows, [row.peak_mib for row in rows], mebibytes)
+            _bar(right, rows, [row.tokens for row in rows], number)
+            left.set_title(result.name)
+            left.set_yticks(range(len(rows)), [row.contender for row in rows])
+            right.set_yticks(range(len(rows)), [])
+    return figure
+
+
+def accuracy(run: Run) -> Figure | None:
+    """Error against time, a point a contender, fresh data and converged."""
+    cases = _a_shape_a_case(run, lambda row: row.seconds is not None and bool(_errors_of(row)))
+    if not cases:
+        return None
+    style, kept = styles(run.results), cases[:MOST]
+    with matplotlib.rc_context(PLAIN):
+        figure, axes = _panels(
+            [6] * len(kept),
+            "Error against fp64, relative, the worst of loss and gradients, over time, both axes "
+            f"logarithmic{_left_out(kept, cases)}\n"
+            "left and low is better; filled: fresh data, hollow: data of a finished training; "
+            "dashed: the gate of ours",
+        )
+        for axis, result in zip(axes, kept, strict=True):
+            _errors(axis, result, style)
+        _legend(figure, style, {r.contender for result in kept for r in result.rows
+                                if r.seconds is not None and _errors_of(r)})  # fmt: skip
+    return figure
+
+
+def trend(trends: Sequence[Result]) -> Figure | None:
+    """Of history.trends: ours beside the floor, from result file to result file."""
+    lasting = [result for result in trends if sum(r.ratio is not None for r in result.rows) > 1]
+    if not lasting:
+        return None
+    kept = lasting[:MOST]
+    with matplotlib.rc_context(PLAIN):
+        figure, axes = _panels(
+            [7] * len(kept),
+            "Time of ours over the floor's, from result file to result file"
+            f"{_left_out(kept, lasting)}\n"
+            "lower is better; bars: 20th to 80th percentile of rounds; peak memory beside each",
+        )
+        for axis, result in zip(axes, kept, strict=True):
+            _over_time(axis, result)
+    return figure
+
+
+def growths(run: Run) -> list[Growth]:
+    """Scalings, then losses at several batches: of a case at the widest range of them."""
+    scalings = [_scaling(result) for result in run.results if any(r.sizes for r in result.rows)]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in run.results:
+        if result.family == "loss" and _batch(result) is not None:
+            groups.setdefault((result.case, _but_the_batch(result)), []).append(result)
+    widest: dict[str, list[Result]] = {}
+    for (case, _), group in groups.items():
+        widest[case] = max(widest.get(case, []), group, key=len)  # the first of equals
+    return scalings + [_over_batches(group) for group in widest.values() if len(group) > 1]
+
+
+def _scaling(result: Result) -> Growth:
+    rows = [row for row in result.rows if row.sizes]
+    curves = []
+    for row in rows:
+        reached, peaks = row.times or (), row.peaks or ()
+        fell = None
+        if len(reached) < len(row.sizes):
+            fell = row.sizes[len(reached)], row.falls_over or row.note
+        unknown = (math.nan,) * (len(reached) - len(peaks))
+        curves.append(Curve(row.contender, row.sizes[: len(reached)], tuple(reached),
+                            (*peaks[: len(reached)], *unknown), fell))  # fmt: skip
+    return Growth(result.name, rows[0].axis or "size", tuple(curves))
+
+
+def _over_batches(group: Sequence[Result]) -> Growth:
+    ordered = sorted(group, key=lambda result: _batch(result)[1])
+    rows: dict[str, list[tuple[int, Row]]] = {}
+    for result in ordered:
+        for row in _present(result):
+            rows.setdefault(row.contender, []).append((_batch(result)[1], row))
+    curves = []
+    for contender, given in rows.items():
+        timed = [(size, row) for size, row in given if row.seconds is not None]
+        peaks = (math.nan if row.peak_mib is None else row.peak_mib for _, row in timed)
+        fell = next(((size, row.note) for size, row in given if row.note), None)
+        seconds = (row.seconds for _, row in timed)
+        sizes = (size for size, _ in timed)
+        curves.append(Curve(contender, tuple(sizes), tuple(seconds), tuple(peaks), fell))
+    first = ordered[0]
+    return Growth(f"{first.case}, {_but_the_batch(first)}", _batch(first)[0], tuple(curves))
+
+
+def _batch(result: Result) -> tuple[str, int] | None:
+    """The first of a shape's sizes, by name."""
+    return next(((key, x) for key, x in result.shape.items() if isinstance(x, int)), None)
+
+
+def _but_the_batch(result: Result) -> str:
+    """N = 6 M, D = 384, float32: the passages go with the queries."""
+    axis, size = _batch(result)
+    texts = []
+    for key, x in result.shape.items():
+        if key == "N" and axis != "N":
+            texts.append(f"N = {f'{x / size:g} ' if x != size else ''}{axis}")
+        elif key != axis:
+            texts.append(f"{key} = {x}" if isinstance(x, int) else str(x))
+    return ", ".join(texts)
+
+
+def styles(results: Iterable[Result]) -> dict[str, Style]:
+    """Of every contender, the same in all pictures of a run."""
+    results = list(results)
+    names = dict.fromkeys(row.contender for result in results for row in result.rows)
+    floors = {row.contender for r in results for row in r.rows if r.is_floor(row)}
+    ours = {row.contender for result in results for row in result.rows if row.ours}
+    our_marks, marks, colors = cycle(MARKS), cycle(MARKS[1:]), cycle(COLORS)
+    styled: dict[str, Style] = {}
+    for name in names:
+        if name in floors:
+            styled[name] = {"color": GREY, "marker": ".", "linestyle": "--"}
+        elif name in ours:
+            styled[name] = {"color": OUR_COLOR, "marker": next(our_marks), "zorder": 3}
+        else:
+            styled[name] = {"color": next(colors), "marker": next(marks)}
+    return styled
+
+
+def _a_shape_a_case(run: Run, tells: Callable[[Row], bool]) -> list[Result]:
+    """Of each loss the shape at which most contenders tell something, the largest of equals."""
+    best: dict[str, tuple[tuple[int, int], Result]] = {}
+    for result in run.results:
+        count = sum(tells(row) for row in result.rows if not result.is_floor(row))
+        size = math.prod(x for x in result.shape.values() if isinstance(x, int))
+        if result.family == "loss" and count:
+            before = best.get(result.case)
+            if before is None or (count, size) > before[0]:
+                best[result.case] = (count, size), result
+    return [result for _, result in best.values()]
+
+
+def _present(result: Result) -> list[Row]:
+    return [row for row in result.rows if not any(why in row.note for why in ABSENT)]
+
+
+def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) -> None:
+    """`field` of curves: times or peaks."""
+    least, tick = (0, _seconds_tick) if field == "times" else (LEAST_MIB, _mib_tick)
+    drawn, fallen = [], []
+    for curve in growth.curves:
+        pairs = zip(curve.sizes, getattr(curve, field), strict=True)
+        points = [(x, max(y, least)) for x, y in pairs if not math.isnan(y)]
+        if points:
+            axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.6,
+                      **style[curve.contender])  # fmt: skip
+            drawn += [y for _, y in points]
+        if curve.fell is not None:
+            fallen.append(curve)
+    axes.loglog()
+    sizes = sorted({x for curve in growth.curves for x in (*curve.sizes, *(curve.fell or ())[:1])})
+    _ticks(axes.xaxis, sizes[:: math.ceil(len(sizes) / TICKS)], lambda x: f"{x:,.0f}")
+    axes.set_xlabel(growth.axis)
+    low, high = (min(drawn) / 1.5, max(drawn) * 1.5) if drawn else (1, 10)
+    room = _mark_falls(axes, fallen, style) if fallen else 0
+    axes.set_ylim(low, high * (high / low) ** (room / (1 - room)))
+    _ticks(axes.yaxis, _round_numbers(low, high), tick)
+
+
+def _mark_falls(axes: Axes, fallen: Sequence[Curve], style: Mapping[str, Style]) -> float:
+    """At the top, one over the other where several fall at one size; the share that they need."""
+    across, stacks = axes.get_xaxis_transform(), Counter()
+    for curve in fallen:
+        size, _ = curve.fell
+        color = style[curve.contender]["color"]
+        axes.plot(size, 0.95 - MARK * stacks[size], marker="x", color=color, markersize=8,
+                  markeredgewidth=2.2, transform=across, clip_on=False)  # fmt: skip
+        stacks[size] += 1
+    full = all(OUT_OF_MEMORY in curve.fell[1] for curve in fallen)
+    axes.annotate(
+        OUT_OF_MEMORY if full else "not reached", (min(stacks), 0.95), (-9, 0), xycoords=across,
+        textcoords="offset points", ha="right", va="center", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return min(0.6, MARK * (max(stacks.values()) + 0.5))
+
+
+def _ticks(axis: Axis, places: Sequence[float], write: Callable[[float], str]) -> None:
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: write(x)))
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """A few between two numbers of which one is twice the other or more."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+    decades = [10.0**k for k in range(first, last + 1)]
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        found = [step * ten for ten in decades for step in steps if low <= step * ten <= high]
+        if len(found) > 2:
+            break
+    return found[:: math.ceil(len(found) / TICKS)]
+
+
+def _seconds_tick(x: float) -> str:
+    unit, name = next((each for each in ((1, "s"), (1e-3, "ms")) if x >= 0.9999 * each[0]),
+                      (1e-6, "us"))  # fmt: skip
+    return f"{x / unit:.3g} {name}"
+
+
+def _mib_tick(x: float) -> str:
+    return f"{x:,.0f} MiB" if x >= 10 else f"{x:g} MiB"
+
+
+def _bars(result: Result) -> list[Row]:
+    """The fastest first, who gave no time last; without the floor itself."""
+    rows = [row for row in _present(result) if row.contender != result.floor]
+    return sorted(rows, key=lambda row: (row.ratio is None, row.ratio or 0))
+
+
+def _beside_the_floor(axes: Axes, result: Result) -> None:
+    rows = _bars(result)
+    ours = [row.seconds for row in rows if row.ours and row.seconds is not None]
+    most = max((row.ratio_high or row.ratio for row in rows if row.ratio is not None), default=1)
+    end = min(FLOORS, max(most, 1.2))
+    for place, row in enumerate(rows):
+        if row.ratio is None:
+            axes.text(0.03 * end, place, shorten(row.note, 36, placeholder=" ..."), va="center",
+                      fontsize=8.5, color=GREY)  # fmt: skip
+            continue
+        other_floor = result.is_floor(row)
+        wins = bool(ours) and row.seconds < min(ours) and not (row.ours or other_floor)
+        color = OUR_COLOR if row.ours else GREY if other_floor else WINS if wins else PEER
+        length = min(row.ratio, end)
+        axes.barh(place, length, color=color, height=0.66)
+        if row.ratio <= end and row.ratio_low is not None:
+            axes.hlines(place, row.ratio_low, min(row.ratio_high, end), color="black", linewidth=1)
+            axes.vlines([row.ratio_low, min(row.ratio_high, end)], place - 0.17, place + 0.17,
+                        color="black", linewidth=1)  # fmt: skip
+        says = f"{times(row.ratio)}" + " \N{RIGHTWARDS ARROW}" * (row.ratio > end)
+        says += ", beats ours" * wins
+        right = min(max(row.ratio_high or 0, row.ratio), end)
+        axes.text(right + 0.02 * end, place, says, va="center", fontsize=8.5,
+                  fontweight="bold" if row.ours or wins else "normal")  # fmt: skip
+    axes.axvline(1, **DASHED)
+    axes.set_xlim(0, 1.3 * end)
+    axes.xaxis.set_major_locator(FixedLocator(range(math.floor(end) + 1)))
+    axes.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    _name(axes, result)
+
+
+def _bar(
+    axes: Axes, rows: Sequence[Row], values: Sequence[float | None], write: Callable[[float], str]
+) -> None:
+    most = max((x for x in values if x is not None), default=0) or 1
+    for place, (row, x) in enumerate(zip(rows, values, strict=True)):
+        axes.barh(place, x or 0, color=OUR_COLOR if row.ours else PEER, height=0.66)
+        says = shorten(row.note, 36, placeholder=" ...") if x is None else write(x)
+        axes.text((x or 0) + 0.015 * most, place, says, va="center", fontsize=8.5,
+                  color=GREY if x is None else "black")  # fmt: skip
+    axes.set_xlim(0, 1.2 * most)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()
+
+
+def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
+    errors, seconds = [], []
+    for row in result.rows:
+        found = _errors_of(row)
+        if row.seconds is None or not found:
+            continue
+        look = {**style[row.contender], "linestyle": "none", "markersize": 8}
+        axes.plot([row.seconds] * len(found), list(found.values()),
+                  color=look["color"], linewidth=1)  # fmt: skip
+        for face, error in found.items():
+            axes.plot(row.seconds, error, **look, markerfacecolor=face or look["color"])
+        errors += found.values()
+        seconds.append(row.seconds)
+    if result.gate is not None:
+        axes.axhline(result.gate, **DASHED)
+        errors.append(result.gate)
+    axes.loglog()
+    low, high = min(seconds) / 1.4, max(seconds) * 1.4
+    axes.set_xlim(low, high)
+    _ticks(axes.xaxis, _round_numbers(low, high), _seconds_tick)
+    low, high = min(errors) / 12, max(errors) * 12  # so that what is as good as equal looks so
+    axes.set_ylim(low, high)
+    _ticks(axes.yaxis, _round_numbers(low, high), lambda y: f"{y:.0e}")
+    _name(axes, result)
+
+
+def _errors_of(row: Row) -> dict[str | None, float]:
+    """Those known, by what fills their marks: nothing of its own that on fresh data."""
+    pair = {None: row.error, "white": row.converged}
+    return {face: max(error, LEAST_ERROR) for face, error in pair.items() if error is not None}
+
+
+def _name(axes: Axes, result: Result) -> None:
+    axes.set_title(f"{result.case}\n{described(result.shape)}")
+
+
+def _over_time(axes: Axes, result: Result) -> None:
+    rows = [row for row in result.rows if row.ratio is not None]
+    for place, row in enumerate(rows):
+        if row.ratio_low is not None:
+            axes.vlines(place, row.ratio_low, row.ratio_high, color=OUR_COLOR, linewidth=5,
+                        alpha=0.25)  # fmt: skip
+        memory = "" if row.peak_mib is None else f"\n{mebibytes(row.peak_mib)} MiB"
+        axes.annotate(f"{times(row.ratio)}{memory}", (place, row.ratio), (0, 7), ha="center",
+                      textcoords="offset points", fontsize=8.5)  # fmt: skip
+    axes.plot([row.ratio for row in rows], color=OUR_COLOR, marker="o", linewidth=1.6)
+    axes.axhline(1, **DASHED)
+    axes.set_xlim(-0.3, len(rows) - 0.7)
+    axes.set_ylim(0, 1.35 * max(row.ratio_high or row.ratio for row in rows))
+    skipped = math.ceil(len(rows) / TICKS)
+    axes.set_xticks(
+        range(0, len(rows), skipped),
+        [row.contender.replace(" ", "\n", 1) for row in rows[::skipped]],
+        fontsize=8,
+    )
+    axes.set_title(f"{result.name}\n{result.question}")
+
+
+def _figure(height: float, title: str) -> Figure:
+    figure = Figure(figsize=(WIDTH, height + 1), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+def _panels(heights: Sequence[int], title: str) -> tuple[Figure, list[Axes]]:
+    """Two a row, each as high as so many bars need."""
+    columns = min(2, len(heights))
+    tallest = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
+    figure = _figure(sum(0.3 * height + 0.75 for height in tallest), title)
+    grid = figure.subplots(
+        len(tallest), columns, squeeze=False, height_ratios=[height + 1 for height in tallest]
+    )
+    axes = list(grid.flat)
+    for spare in axes[len(heights) :]:
+        spare.remove()
+    return figure, axes[: len(heights)]
+
+
+def _legend(figure: Figure, style: Mapping[str, Style], drawn: set[str]) -> None:
+    lines = [Line2D([], [], label=name, **look) for name, look in style.items() if name in drawn]
+    figure.legend(handles=lines, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+
+
+def _left_out(kept: Sequence, all_of: Sequence) -> str:
+    return f" ({len(kept)} of {len(all_of)} cases)" if len(kept) < len(all_of) else ""

@@ -1,0 +1,145 @@
+"""How long, and with how much energy, until what is learnt is good enough: the demo's world,
+trained on until nDCG@20 of its held-out queries first reaches a target.
+
+The time is a user's: from the files on disk on, with loading and tokenising. Evaluations, every few
+steps, are not in it.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..questions import NOT_REACHED, OURS, Question, Result, Settings, Shape
+from .apart import in_a_process
+from .backbones import TINY
+from .contenders import (
+    Contender,
+    Done,
+    Memory,
+    Task,
+    evaluator,
+    hooks,
+    rankpo_fast,
+    sentence_transformers,
+    watching,
+)
+from .questions import Entrants, batches_of, compare, mean, rows_of, task_of
+
+ASKS = "How soon does what was held out reach an nDCG@20?"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """seconds, and of the card joules, that training took; ndcg: at the end, after `steps`."""
+
+    seconds: float
+    steps: int
+    ndcg: float
+    peak: int
+    watts: float | None = None
+    joules: float | None = None
+    throttled: str | None = None
+
+
+class Trial:
+    """Counts the time between evaluations, of a training that goes on until the target."""
+
+    def __init__(self, task: Task, target: float, every: int):
+        self.task, self.target, self.every = task, target, every
+        self.steps, self.seconds, self.ndcg = 0, 0.0, 0.0
+        self.memory = Memory(task.device)
+        self.cards: list[Any] = []
+        self.watch = contextlib.ExitStack()
+
+    def resume(self) -> None:
+        self.cards.append(self.watch.enter_context(watching(self.task.device)))
+        self.began = perf_counter()
+
+    def pause(self) -> None:
+        if self.task.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += perf_counter() - self.began
+        self.watch.close()
+
+    def first_call(self, module: nn.Module) -> None:
+        """Of the backbone or what holds it; the evaluation has one of its own, with its weights."""
+        from transformers import PreTrainedModel
+
+        self.pause()
+        self.trained = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+        self.encoder, self.evaluate = evaluator(self.task.model, self.task)
+        self.memory.start(module)
+        self.resume()
+
+    def updated(self) -> None:
+        self.steps += 1
+        if self.steps % self.every and self.steps < self.task.steps:
+            return
+        self.pause()
+        self.encoder.backbone.load_state_dict(self.trained.state_dict())
+        self.ndcg = self.evaluate()
+        if self.ndcg >= self.target or self.steps == self.task.steps:
+            raise Done
+        self.resume()
+
+
+def reach(target: float, every: int, contender: Contender, task: Task) -> Reached | str:
+    """In a process of its own; a note if the steps do not suffice."""
+    trial = Trial(task, target, every)
+    trial.resume()
+    with hooks(trial.first_call, trial.updated), contextlib.suppress(Done):
+        contender(task)
+    if trial.ndcg < target:
+        return f"{NOT_REACHED}: {trial.ndcg:.3f} of {target:g} after {trial.steps} steps"
+    return Reached(
+        trial.seconds, trial.steps, trial.ndcg, trial.memory.peak(), **_energy(trial.cards,
+        trial.seconds),
+    )  # fmt: skip
+
+
+def _energy(cards: Sequence[Any], seconds: float) -> dict[str, Any]:
+    """Of all stretches together; nothing of a CPU, or of a card that does not tell."""
+    if None in cards or None in (joules := [card.joules for card in cards]):
+        return {}
+    throttled = next((card.throttled for card in cards if card.throttled), None)
+    return {"joules": sum(joules), "watts": sum(joules) / seconds, "throttled": throttled}
+
+
+def answer(shape: Shape, settings: Settings) -> Result:
+    of, task = batches_of(shape), task_of(shape, settings.device)
+    ask = partial(in_a_process, reach, shape["ndcg"], shape["every"])
+    answers = compare(entrants(), ask, task, settings)
+
+    def figures(contender: str, given: Sequence[Reached]) -> dict[str, Any]:
+        return {"joules": mean(one.joules for one in given)}
+
+    steps = {name: [getattr(one, "steps", None) for one in said] for name, said in answers.items()}
+    about = {**of.about, "steps": steps}
+    rows = rows_of(answers, figures)
+    return Result("end to end", "end to end", ASKS, shape, rows, flops=of.flops, about=about)
+
+
+def entrants() -> Entrants:
+    return {
+        "sentence-transformers": partial(sentence_transformers),
+        f"{OURS}, padded": partial(rankpo_fast, packing=False),
+        OURS: partial(rankpo_fast),
+    }
+
+
+def shapes(device: str, level: str) -> list[Shape]:
+    """steps: at most; every: between two evaluations. The targets are what an untrained model is
+    far from (0.03 to 0.08), and what all reach in a third to two thirds of the steps."""
+    quick = {"batch": 16, "negatives": 1, "steps": 100, "every": 5, "backbone": TINY, "ndcg": 0.12}
+    default = {**quick, "batch": 32, "ndcg": 0.15}
+    more = {**quick, "batch": 64, "steps": 150, "ndcg": 0.3}
+    return {"quick": [quick], "default": [default], "full": [default, more]}[level]
+
+
+QUESTION = Question("end to end", "end to end", ASKS, shapes, answer, lambda _: list(entrants()))

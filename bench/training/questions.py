@@ -1,0 +1,391 @@
+"""What a training step costs. A contender trains in a process of its own; contenders take turns,
+and a round is a seed.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankpo_fast.model.attention import KERNELS, Needs
+
+from ..measure import percentiles, turned
+from ..questions import (
+    NEEDS_GPU,
+    NOT_INSTALLED,
+    OURS,
+    OUT_OF_MEMORY,
+    TOO_LARGE,
+    Question,
+    Rates,
+    Result,
+    Row,
+    Settings,
+    Shape,
+)
+from .apart import in_a_process
+from .backbones import TINY, config_of, state_bytes
+from .contenders import (
+    Contender,
+    Measured,
+    Task,
+    measure,
+    one_graph,
+    rankpo_fast,
+    sentence_transformers,
+)
+from .corpus import SEED, Batches, batches, corpus_of, model_of, workplace
+
+MOST_ROUNDS = 3
+LEARNING_RATES = {TINY: 3e-3}  # of all others OTHER_RATE: their weights are random, and many
+OTHER_RATE = 1e-4
+CARDS_OWN = "Qwen3-0.6B"  # what a card is asked about: the tiny one would time its launches
+Entrants = dict[str, Contender | str]  # a str is the note of one that cannot run here
+Answers = dict[str, list[Any]]  # of each contender, in the order of rounds; a str is a note
+
+
+def answer(
+    name: str,
+    asks: str,
+    entrants: Callable[[Shape, Settings], Entrants],
+    shape: Shape,
+    settings: Settings,
+) -> Result:
+    of = batches_of(shape)
+    asked = entrants(shape, settings)
+    task = task_of(shape, settings.device, ndcg=name == "learning")
+    answers = compare(asked, partial(in_a_process, measure), task, settings)
+
+    def figures(contender: str, given: Sequence[Measured]) -> dict[str, Any]:
+        rate = settings.rates.gemm.get("bfloat16" if _bf16(asked[contender], task) else "float32")
+        seconds = statistics.median(one.seconds for one in given)
+        joules = [one.joules and one.joules / (of.tokens * one.counted / 1e6) for one in given]
+        return {
+            "queries": task.batch / seconds,
+            "tokens": of.tokens / seconds,
+            "mfu": of.flops / seconds / rate if rate else None,
+            "joules": mean(joules),
+        }
+
+    rows = rows_of(answers, figures)
+    if name == "backbones":
+        rows = tuple(_excused(row, config_of(shape["backbone"]), settings.device) for row in rows)
+    return Result(name, "training", asks, shape, rows, flops=of.flops, about=of.about)
+
+
+def batches_of(shape: Shape) -> Batches:
+    directory, rows = corpus_of(_rows(shape), _repeating(shape))
+    model = model_of(shape["backbone"], _rows(shape))
+    return batches(rows, model, shape["batch"], shape["negatives"], SEED)
+
+
+def task_of(shape: Shape, device: str, **more: Any) -> Task:
+    """Without a seed and a place of its own, which each round gives it."""
+    return Task(
+        model=model_of(shape["backbone"], _rows(shape)),
+        corpus=corpus_of(_rows(shape), _repeating(shape))[0],
+        output=Path(),
+        cache=workplace() / "cache",
+        device=device,
+        batch=shape["batch"],
+        negatives=shape["negatives"],
+        steps=shape["steps"],
+        learning_rate=LEARNING_RATES.get(shape["backbone"], OTHER_RATE),
+        seed=0,
+        repeating=_repeating(shape),
+        **more,
+    )
+
+
+def compare(
+    entrants: Entrants, ask: Callable[[Contender, Task], Any], task: Task, settings: Settings
+) -> Answers:
+    """What every contender answers in every round, or the note why not; once stopped, it is not
+    asked again."""
+    first = next(iter(entrants))
+    names = [name for name in entrants if name == first or settings.takes(name)]
+    answers: Answers = {name: [] for name in names}
+    stop = time.perf_counter() + settings.limit_s
+    for seed in range(1 if settings.level == "quick" else min(settings.rounds, MOST_ROUNDS)):
+        for name in turned(names, seed):
+            contender, said = entrants[name], answers[name]
+            if isinstance(contender, str) or (said and isinstance(said[-1], str)):
+                said.append(contender if isinstance(contender, str) else said[-1])
+                continue
+            with tempfile.TemporaryDirectory(dir=workplace()) as place:
+                own = dataclasses.replace(task, seed=seed, output=Path(place) / "trained")
+                said.append(ask(contender, own))
+        if time.perf_counter() > stop:
+            break
+    return answers
+
+
+def rows_of(
+    answers: Answers, figures: Callable[[str, Sequence[Any]], dict[str, Any]]
+) -> tuple[Row, ...]:
+    """A row a contender; a round that failed anywhere fails it.
+
+    figures: more fields of a contender's row, of what it answered in all rounds.
+    """
+    floor = next(iter(answers.values()))
+    rows = []
+    for name, given in answers.items():
+        if notes := [one for one in given if isinstance(one, str)]:
+            rows.append(Row(name, notes[-1]))
+            continue
+        pairs = zip(given, floor, strict=True)
+        ratios = [x.seconds / of.seconds for x, of in pairs if not isinstance(of, str)]
+        learnt = [one.ndcg for one in given if one.ndcg is not None]
+        fields = _spread([one.seconds for one in given], "seconds", "low", "high")
+        if ratios:
+            fields |= _spread(ratios, "ratio", "ratio_low", "ratio_high")
+            fields |= {"ratios": tuple(ratios)}
+        if learnt:
+            fields |= {"ndcg": mean(learnt), "ndcg_low": min(learnt), "ndcg_high": max(learnt)}
+        fields |= {
+            "peak_mib": max(one.peak for one in given) / 2**20,
+            "watts": mean(one.watts for one in given),
+            "throttled": next((one.throttled for one in given if one.throttled), None),
+        }
+        rows.append(Row(name, **fields | figures(name, given)))
+    return tuple(rows)
+
+
+def _spread(values: Sequence[float], *names: str) -> dict[str, float]:
+    """The median, and the percentiles below and above, by the names of their fields."""
+    return dict(zip(names, percentiles(values), strict=True))
+
+
+def mean(values: Any) -> float | None:
+    """None of some that are None."""
+    values = list(values)
+    return None if None in values else statistics.mean(values)
+
+
+def _rows(shape: Shape) -> int:
+    """Of the corpus: no batch comes twice within fifty steps."""
+    return max(160, shape["batch"] * min(shape["steps"], 50))
+
+
+def _repeating(shape: Shape) -> bool:
+    return shape.get("texts") == "repeating"
+
+
+def _bf16(contender: Contender | str, task: Task) -> bool:
+    return getattr(contender, "keywords", {}).get("bf16", task.bf16)
+
+
+def _excused(row: Row, config: Any, device: str) -> Row:
+    """Nobody's fault: weights, gradients and AdamW's moments alone are more than there is."""
+    if OUT_OF_MEMORY not in row.note:
+        return row
+    needed, there = state_bytes(config), _memory_bytes(device)
+    if needed < there:
+        return row
+    gib = f"{needed / 2**30:.1f} GiB before the first text, of {there / 2**30:.1f}"
+    return Row(row.contender, f"{OUT_OF_MEMORY}, {TOO_LARGE}: {gib}")
+
+
+def _memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties().total_memory
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemTotal"].split()[0]) * 1024
+
+
+# --- who answers ---
+
+ST = {"sentence-transformers": partial(sentence_transformers)}
+
+
+def _cached(device: str) -> Entrants:
+    """By the rows that are its default; on a card also by as many as keep it busy."""
+    return {
+        f"sentence-transformers, cached by {rows}": partial(sentence_transformers, cached=rows)
+        for rows in ((32,) if device == "cpu" else (32, 256))
+    }
+
+
+def _against(shape: Shape, settings: Settings) -> Entrants:
+    return {**ST, OURS: partial(rankpo_fast)}
+
+
+def _gradient_cache(shape: Shape, settings: Settings) -> Entrants:
+    return {
+        "one graph, autograd": partial(one_graph),
+        OURS: partial(rankpo_fast),
+        f"{OURS}, no graph kept": partial(rankpo_fast, activation_memory_gb=0.0),
+        **ST,
+        **_cached(settings.device),
+    }
+
+
+def _padding(shape: Shape, settings: Settings) -> Entrants:
+    return {f"{OURS}, padded": partial(rankpo_fast, packing=False), OURS: partial(rankpo_fast)}
+
+
+NOTHING = {
+    "packing": False, "bf16": False, "gradient_checkpointing": False, "use_liger_kernel": False,
+    "torch_compile": False,
+}  # fmt: skip
+KEPT = "+ gradient cache, graphs kept"
+LEVERS: Mapping[str, dict[str, Any]] = {
+    "padded fp32, one graph": NOTHING,
+    "+ packing": {"packing": True},
+    "+ bf16": {"bf16": True},
+    KEPT: {},  # the engine, which from here on takes the place of the plain loop
+    "+ no graph kept": {"activation_memory_gb": 0.0},
+    "+ checkpointing": {"gradient_checkpointing": True},
+    "+ Liger": {"use_liger_kernel": True},
+    "+ torch.compile": {"torch_compile": True},
+}
+SLOW = {"+ torch.compile", "+ bf16"}  # on a CPU: to start, or altogether; so they come last there
+
+
+def ladder(shape: Shape, settings: Settings) -> Entrants:
+    """Each rung has the levers of all before it, but for those that are not to be had here."""
+    rungs, given, train = {}, {}, one_graph
+    on_cpu = settings.device == "cpu"
+    for name in sorted(LEVERS, key=lambda name: on_cpu and name in SLOW):
+        lever = LEVERS[name]
+        if name in SLOW and on_cpu and settings.level == "quick":
+            break
+        if (
+            "use_liger_kernel" in lever
+            and lever != NOTHING
+            and (note := _no_liger(settings.device))
+        ):
+            rungs[name] = note
+            continue
+        train, given = rankpo_fast if name == KEPT else train, given | lever
+        rungs[name] = partial(train, **given)
+    return rungs
+
+
+def _attention(shape: Shape, settings: Settings) -> Entrants:
+    config, device = config_of(shape["backbone"]), settings.device
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needs = Needs(torch.device(device), device == "cuda", head_dim, False, False, False)
+    padded = {"attn_implementation": "eager", "packing": False}, {"packing": False}
+    entrants = dict(zip(("eager, padded", "sdpa, padded"), padded, strict=True))
+    entrants = {name: partial(rankpo_fast, **settings) for name, settings in entrants.items()}
+    for kernel in reversed(KERNELS):
+        reason = kernel.why_not(needs)
+        if reason is None:
+            entrants[kernel.name] = partial(rankpo_fast, attn_implementation=kernel.name)
+        elif NOT_INSTALLED in reason:
+            entrants[kernel.name] = f"{kernel.distribution} {NOT_INSTALLED}"
+        else:
+            entrants[kernel.name] = (
+                NEEDS_GPU if device == "cpu" else f"{NEEDS_GPU} for it: {reason}"
+            )
+    return entrants
+
+
+def _liger(shape: Shape, settings: Settings) -> Entrants:
+    return {
+        "Liger off": partial(rankpo_fast, use_liger_kernel=False),
+        "Liger on": _no_liger(settings.device) or partial(rankpo_fast, use_liger_kernel=True),
+    }
+
+
+def _no_liger(device: str) -> str | None:
+    """Why there is none here."""
+    if device == "cpu":
+        return NEEDS_GPU
+    try:
+        metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return f"liger-kernel {NOT_INSTALLED}"
+    return None
+
+
+def _backbones(shape: Shape, settings: Settings) -> Entrants:
+    cached = list(_cached(settings.device).items())[-1:]
+    entrants = {**ST, **dict(cached), OURS: partial(rankpo_fast)}
+    if settings.device == "cuda":  # where a step does not fit without
+        entrants[f"{OURS}, checkpointing"] = partial(rankpo_fast, gradient_checkpointing=True)
+    return entrants
+
+
+# --- what is asked ---
+
+
+def _shape(batch: int, negatives: int, steps: int, backbone: str = TINY, **more: str) -> Shape:
+    return {"batch": batch, "negatives": negatives, "steps": steps, "backbone": backbone, **more}
+
+
+def _question(
+    name: str,
+    asks: str,
+    entrants: Callable[[Shape, Settings], Entrants],
+    cpu: tuple[list[Shape], list[Shape], list[Shape]],
+    cuda: tuple[list[Shape], list[Shape], list[Shape]],
+) -> Question:
+    """cpu, cuda: the shapes of level quick, of default, and those that full has besides."""
+
+    def shapes(device: str, level: str) -> list[Shape]:
+        quick, default, more = cuda if device == "cuda" else cpu
+        return {"quick": quick, "default": default, "full": [*default, *more]}[level]
+
+    def contenders(device: str) -> list[str]:
+        settings = Settings(device, "full", 1, Rates({}, 1.0))
+        names = (entrants(shape, settings) for shape in shapes(device, "full"))
+        return list(dict.fromkeys(name for of_shape in names for name in of_shape))
+
+    of_shape = partial(answer, name, asks, entrants)
+    return Question(name, "training", asks, shapes, of_shape, contenders)
+
+
+LEARNING = [_shape(64, 1, 100), _shape(64, 1, 100, texts="repeating")]
+SMALL = ["MiniLM-L6", "bge-base", CARDS_OWN, "Llama-3.2-1B", "Llama-3.2-3B"]
+LARGE = ["Qwen3-4B", "Llama-3.1-8B"]
+ON_CARD = (
+    [_shape(64, 1, 4, CARDS_OWN)],
+    [_shape(64, 1, 8, CARDS_OWN)],
+    [_shape(64, 1, 8, "Llama-3.2-1B")],
+)
+QUESTIONS = [
+    _question(
+        "backbones", "What does a step cost, and how large a model fits?", _backbones,
+        ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(16, 1, 4, "MiniLM-L6")],
+         [_shape(16, 1, 3, "bge-base")]),
+        ([_shape(64, 1, 4), _shape(64, 1, 4, CARDS_OWN)],
+         [_shape(256, 1, 8, backbone) for backbone in (TINY, *SMALL)],
+         [_shape(256, 1, 8, backbone) for backbone in LARGE]),
+    ),
+    _question(
+        "ladder", "What does each lever on memory do, on top of those before it?", ladder,
+        ([_shape(64, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+    ),
+    _question(
+        "gradient cache", "What does a batch cost with one graph, with kept ones, with none?",
+        _gradient_cache,
+        ([_shape(64, 0, 3)], [_shape(256, 0, 3)], [_shape(1024, 0, 3)]),
+        ([_shape(256, 0, 4, CARDS_OWN)], [_shape(1024, 0, 4, CARDS_OWN)],
+         [_shape(4096, 0, 3, CARDS_OWN)]),
+    ),
+    _question(
+        "padding", "What does padding cost?", _padding,
+        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+    ),
+    _question(
+        "attention", "Which attention is the fastest?", _attention,
+        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+    ),
+    _question(
+        "liger", "What do Liger's kernels bring?", _liger,
+        ([], [_shape(16, 1, 4)], []), ([], *ON_CARD[1:]),
+    ),
+    _question(
+        "learning", "Does ours train as well in less time?", _against,
+        ([], [], LEARNING), ([], LEARNING, []),
+    ),
+]  # fmt: skip
