@@ -236,15 +236,15 @@ def mark_resident() -> int:
     ctypes.CDLL(None).malloc_trim(0)  # or freed buffers would count as in use before
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # sets the high-water mark VmHWM to what is resident now
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak_resident() -> int:
     """The most bytes this process had resident since `mark_resident`."""
-    return _status("VmHWM")
+    return status_bytes("VmHWM")
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith(key))
     return int(line.split()[1]) * 1024
