@@ -7,6 +7,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def answers_of_a_process(
     """
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process has of the card is not the other's
-    os.environ.update(UNTOUCHED)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context = server()
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there, answers, arguments, memory))
     process.start()
@@ -63,6 +62,23 @@ def answers_of_a_process(
     finally:
         process.join()
     return got, note
+
+
+def answers_here(answers: Answers, *arguments: Any) -> tuple[Sequence[Any], str]:
+    """The same in this process."""
+    got, notes = [], {}
+    with noting("", notes):
+        for answer in answers(*arguments):
+            got.append(answer)
+    return got, notes.get("", "")
+
+
+def server() -> BaseContext:
+    """Whose processes are forked from one that has imported all they need."""
+    os.environ.update(UNTOUCHED)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def _once(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:

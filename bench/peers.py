@@ -32,7 +32,7 @@ def cross_entropy(q: Tensor, p: Tensor, labels: Tensor, *, symmetric: bool) -> T
 
 @functools.cache
 def _compiled() -> Peer:
-    # Dtypes, directions, gradients or not: from the ninth kind on it would be eager, and not say so.
+    # Dtypes, directions, gradients or not: from the ninth kind on it would be eager, unsaid.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(cross_entropy, dynamic=True)  # a compilation a shape would take minutes
 
