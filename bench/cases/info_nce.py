@@ -23,6 +23,7 @@ from ..questions import OURS, Shape
 from . import loss
 from .loss import GATE, loss_question
 
+TOO_CLOSE = 0.5  # above the positive
 OWN = 8  # hard negatives of a query alone
 MOST = {"cpu": 1024, "cuda": 16384}  # rows over which errors are taken: fp64 is slow
 DIMS = [1024, 384, 2048, 4096]
@@ -66,8 +67,8 @@ def matryoshka(x: Inputs) -> Tensor:
 
 
 def masks(x: Inputs) -> dict[str, Any]:
-    """Texts come twice, each query has an exclusion and a chosen negative, and what is closer than
-    the positive is left out."""
+    """Texts come twice, each query has an exclusion and a chosen negative, and what is much closer
+    than the positive is left out: of random data nothing, or rounding would decide what."""
     queries, passages = (torch.arange(len(y), device=y.device) for y in (x.q, x.p))
     offsets = torch.arange(len(x.q) + 1, device=x.q.device)
     return {
@@ -75,7 +76,7 @@ def masks(x: Inputs) -> dict[str, Any]:
         "passage_ids": passages // 2,
         "excluded": (offsets, x.labels.flip(0)),
         "curated": passages % len(x.q),
-        "false_negative_margin": 0.0,
+        "false_negative_margin": -TOO_CLOSE,
     }
 
 
@@ -88,7 +89,7 @@ def masked(x: Inputs) -> Tensor:
     twin = (rows ^ 1).clamp(max=len(rows) - 1)  # the query with the same text
     known += [texts[twin] for texts in known]
     out = torch.stack([ids == texts[:, None] for texts in known]).any(0)
-    too_close = s > s.gather(1, x.labels[:, None])
+    too_close = s > s.gather(1, x.labels[:, None]) + TOO_CLOSE
     out |= too_close & (of["curated"] != rows[:, None])
     out[rows, x.labels] = False
     return F.cross_entropy((SCALE * s).masked_fill(out, -torch.inf), x.labels)
