@@ -9,7 +9,7 @@ dims.
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rankpo_fast import info_nce_loss
@@ -17,17 +17,17 @@ from rankpo_fast import info_nce_loss
 from .apart import answers_here, answers_of_a_process
 from .cases import loss
 from .measure import BUSY_S, MOST_RUNS, Run, exponent, peak_bytes_of, seconds_of
-from .peers import PEERS, SCALE, Peer
+from .peers import PEERS, SCALE
 from .questions import OURS, OUT_OF_MEMORY, Question, Result, Row, Settings, Shape
 
-CONTENDERS: dict[str, Peer | None] = {OURS: None, **PEERS}
-# A CPU's minutes go to those that differ there, and not to compilers.
-ON_A_CPU = [
-    OURS, "torch cross_entropy", "torch linear_cross_entropy, chunked",
-    "sentence-transformers, cached",
-]  # fmt: skip
+CONTENDERS = {
+    OURS: functools.partial(info_nce_loss, scale=SCALE),
+    **{name: functools.partial(peer, symmetric=False) for name, peer in PEERS.items()},
+}
+# A CPU's minutes go to those that differ there.
+ON_A_CPU = [OURS, "torch cross_entropy", "torch linear_cross_entropy, chunked"]
+OVER = "over"
 M_MMAP_THRESHOLD = -3  # of malloc.h
-Reached = tuple[float, int]  # seconds and bytes above inputs and gradients, of a run at one size
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Limits:
 
 LIMITS = {
     "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 2048), "full": Limits(60.0, 4096)},
-    "cuda": dict.fromkeys(("quick", "default", "full"), Limits(5.0)),
+    "cuda": {"quick": Limits(0.5), "default": Limits(1.0), "full": Limits(5.0)},
 }
 # By axis, what matters most first; by device and level.
 GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
@@ -73,8 +73,8 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "M": {
         "cpu": {
             "quick": Growth(512, 2048, {"N": 2048, "D": 64}),
-            "default": Growth(1024, 32768, {"N": 32768, "D": 64}),
-            "full": Growth(1024, 65536, {"N": 65536, "D": 128}),
+            "default": Growth(1024, 16384, {"N": 16384, "D": 64}),
+            "full": Growth(1024, 32768, {"N": 32768, "D": 128}),
         },
         "cuda": {
             "default": Growth(2048, 131072, {"N": 131072, "D": 1024}),
@@ -84,7 +84,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "N": {
         "cpu": {
             "quick": Growth(2048, 8192, {"M": 512, "D": 64}),
-            "default": Growth(4096, 131072, {"M": 4096, "D": 64}),
+            "default": Growth(4096, 65536, {"M": 4096, "D": 64}),
             "full": Growth(4096, 262144, {"M": 4096, "D": 128}),
         },
         "cuda": {
@@ -95,7 +95,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "D": {
         "cpu": {
             "quick": Growth(64, 256, {"M": 1024, "N": 1024}),
-            "default": Growth(64, 4096, {"M": 2048, "N": 2048}),
+            "default": Growth(64, 2048, {"M": 2048, "N": 2048}),
             "full": Growth(64, 4096, {"M": 4096, "N": 4096}),
         },
         "cuda": {
@@ -104,89 +104,93 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
         },
     },
 }
+Make = Callable[[int], tuple[Run, int]]  # a run at a size, and the bytes of its gradients
 
 
-def grow(
-    make: Callable[[int], tuple[Run, int]], sizes: Sequence[int], limit_s: float, device: str
-) -> Iterator[Reached]:
-    """Reached, size by size, until a run takes longer than `limit_s`, which is still told.
-
-    make: a run at a size, and the bytes of its gradients, which are no contender's own.
-    """
-    make(sizes[0])[0]()  # libraries and kernels load, compile and allocate once
+def times(make: Make, sizes: Iterable[int], device: str, limit_s: float) -> Iterator[float]:
+    """Seconds of a run, size by size, up to the first that takes longer than `limit_s`."""
     for size in sizes:
-        run, gradients = make(size)
-        peak = max(0, peak_bytes_of(run, device) - gradients)  # and a warm-up at this size
+        run, _ = make(size)
+        run()  # libraries load, kernels compile
         seconds = seconds_of(run, device)
         if seconds < BUSY_S:
             seconds = seconds_of(run, device, min(MOST_RUNS, math.ceil(BUSY_S / seconds)))
-        yield seconds, peak
+        yield seconds
         if seconds > limit_s:
             return
 
 
-def of_loss(
-    contender: str, axis: str, shape: Shape, sizes: Sequence[int], limit_s: float, device: str
-) -> Iterator[Reached]:
-    """Of the loss over sizes of an axis, what shape says being the others.
+def peaks(make: Make, sizes: Iterable[int], device: str) -> Iterator[float]:
+    """MiB above inputs and gradients, size by size.
 
-    In a process of its own on a CPU: there blocks are given back when freed, as glibc does only
-    from 32 MiB on. Or peaks of smaller sizes were those of the heap, and growth had a bend there.
+    On a CPU freed blocks are given back, as glibc does by itself from 32 MiB on: peaks of smaller
+    sizes were the heap's. That takes time, and is for a process in which nothing is timed.
     """
-
-    def make(size: int) -> tuple[Run, int]:
-        at = shape | dict.fromkeys(axis.split("="), size)
-        q, p, labels = loss.draw(at["M"], at["N"], at["D"], device, loss.dtype_of(at))
-        if (peer := CONTENDERS[contender]) is None:
-            value = functools.partial(info_nce_loss, q, p, labels, scale=SCALE)
-        else:
-            value = functools.partial(peer, q, p, labels, symmetric=False)
-        return loss.forward_backward(value, [q, p]), q.nbytes + p.nbytes
-
     if device == "cpu":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    yield from grow(make, sizes, limit_s, device)
+    for size in sizes:
+        run, gradients = make(size)
+        yield max(0, peak_bytes_of(run, device) - gradients) / 2**20
 
 
-def row(
-    contender: str, axis: str, sizes: Sequence[int], reached: Sequence[Reached], note: str,
-    limit_s: float,
+@dataclass(frozen=True)
+class LossAt:
+    """A contender's loss, forward and backward, at a size of an axis; shape says the others."""
+
+    contender: str
+    axis: str
+    shape: Shape
+    device: str
+
+    def __call__(self, size: int) -> tuple[Run, int]:
+        at = self.shape | dict.fromkeys(self.axis.split("="), size)
+        q, p, labels = loss.draw(at["M"], at["N"], at["D"], self.device, loss.dtype_of(at))
+        value = functools.partial(CONTENDERS[self.contender], q, p, labels)
+        return loss.forward_backward(value, [q, p]), q.nbytes + p.nbytes
+
+
+def row(make: LossAt, sizes: Sequence[int], limits: Limits) -> Row:
+    if limits.mib is None:
+        ask = answers_here
+    else:
+        ask = functools.partial(answers_of_a_process, memory=limits.mib * 2**20)
+    seconds, note = ask(times, make, sizes, make.device, limits.seconds)
+    if seconds and seconds[-1] > limits.seconds:
+        seconds, note = seconds[:-1], f"{OVER} {limits.seconds:g} s"
+    mib, stopped = ask(peaks, make, sizes[: len(seconds)], make.device)
+    return row_of(make.contender, make.axis, sizes, seconds[: len(mib)], mib, stopped or note)
+
+
+def row_of(
+    contender: str, axis: str, sizes: Sequence[int], seconds: Sequence[float],
+    mib: Sequence[float], note: str,
 ) -> Row:  # fmt: skip
-    """note: what stopped the contender; "" if nothing did.
-
-    To fall over is a result, but not for an error, nor before the first size.
-    """
-    if reached and reached[-1][0] > limit_s:
-        reached, note = reached[:-1], f"over {limit_s:g} s"
-    times, peaks = ([one[place] for one in reached] for place in (0, 1))
+    """note: what stopped the contender; "" if nothing did. To fall over is a result, and no note
+    but for an error, or where no size was reached."""
+    fell = bool(seconds) and note.startswith((OVER, OUT_OF_MEMORY))
     return Row(
         contender,
-        note if not reached or not note.startswith(("over", OUT_OF_MEMORY)) else "",
+        "" if fell else note,
         axis=axis,
         sizes=tuple(sizes),
-        times=tuple(times),
-        peaks=tuple(peak / 2**20 for peak in peaks),
-        exponent=exponent(sizes, times),
-        memory_exponent=exponent(sizes, peaks),
-        falls_over=f"{sizes[len(reached)]}: {note}" if note else None,
+        times=tuple(seconds),
+        peaks=tuple(mib),
+        exponent=exponent(sizes, seconds),
+        memory_exponent=exponent(sizes, mib),
+        falls_over=f"{sizes[len(seconds)]}: {note}" if note else None,
     )
 
 
 def answer(axis: str, name: str, asks: str, shape: Shape, settings: Settings) -> Result:
     sizes = GROWTHS[axis][settings.device][settings.level].sizes
     limits = LIMITS[settings.device][settings.level]
-    rows = []
-    for contender in contenders(settings.device):
-        if not settings.takes(contender):
-            continue
-        asked = (of_loss, contender, axis, shape, sizes, limits.seconds, settings.device)
-        if limits.mib is None:
-            reached, note = answers_here(*asked)
-        else:
-            reached, note = answers_of_a_process(*asked, memory=limits.mib * 2**20)
-        rows.append(row(contender, axis, sizes, reached, note, limits.seconds))
+    rows = tuple(
+        row(LossAt(contender, axis, shape, settings.device), sizes, limits)
+        for contender in contenders(settings.device)
+        if settings.takes(contender)
+    )
     about = {"seconds at most": limits.seconds, "MiB at most": limits.mib}
-    return Result(name, "scaling", asks, shape, tuple(rows), about=about)
+    return Result(name, "scaling", asks, shape, rows, about=about)
 
 
 def contenders(device: str) -> list[str]:
