@@ -29,9 +29,10 @@ UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 Answers = Callable[..., Iterator[Any]]
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_a_process(function: Callable[..., Any], *arguments: Any, memory: int | None = None) -> Any:
     """What the function returns there, or a note, a str, of what stopped it."""
-    answers, note = answers_of_a_process(functools.partial(_once, function), *arguments)
+    once = functools.partial(_once, function)
+    answers, note = answers_of_a_process(once, *arguments, memory=memory)
     return answers[0] if answers else note
 
 

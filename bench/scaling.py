@@ -7,18 +7,32 @@ dims.
 """
 
 import ctypes
+import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rankpo_fast import info_nce_loss
 
-from .apart import answers_here, answers_of_a_process
+from .apart import answers_here, answers_of_a_process, in_a_process
 from .cases import loss
 from .measure import BUSY_S, MOST_RUNS, Run, exponent, peak_bytes_of, seconds_of
 from .peers import PEERS, SCALE
 from .questions import OURS, OUT_OF_MEMORY, Question, Result, Row, Settings, Shape
+from .training.backbones import TINY
+from .training.contenders import (
+    Contender,
+    Measured,
+    measure,
+    one_graph,
+    rankpo_fast,
+    sentence_transformers,
+)
+from .training.corpus import workplace
+from .training.questions import batches_of, task_of
 
 CONTENDERS = {
     OURS: functools.partial(info_nce_loss, scale=SCALE),
@@ -51,9 +65,17 @@ class Limits:
     seconds: float  # that a run may take
     mib: int | None = None  # that a process may have; None: what the device has
 
+    @property
+    def bytes(self) -> int | None:
+        return None if self.mib is None else self.mib * 2**20
+
+    @property
+    def about(self) -> dict[str, float | int | None]:
+        return {"seconds at most": self.seconds, "MiB at most": self.mib}
+
 
 LIMITS = {
-    "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 2048), "full": Limits(60.0, 4096)},
+    "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 1024), "full": Limits(60.0, 4096)},
     "cuda": {"quick": Limits(0.5), "default": Limits(1.0), "full": Limits(5.0)},
 }
 # By axis, what matters most first; by device and level.
@@ -73,7 +95,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "M": {
         "cpu": {
             "quick": Growth(512, 2048, {"N": 2048, "D": 64}),
-            "default": Growth(1024, 16384, {"N": 16384, "D": 64}),
+            "default": Growth(1024, 8192, {"N": 16384, "D": 64}),
             "full": Growth(1024, 32768, {"N": 32768, "D": 128}),
         },
         "cuda": {
@@ -84,7 +106,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "N": {
         "cpu": {
             "quick": Growth(2048, 8192, {"M": 512, "D": 64}),
-            "default": Growth(4096, 65536, {"M": 4096, "D": 64}),
+            "default": Growth(4096, 32768, {"M": 4096, "D": 64}),
             "full": Growth(4096, 262144, {"M": 4096, "D": 128}),
         },
         "cuda": {
@@ -95,7 +117,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "D": {
         "cpu": {
             "quick": Growth(64, 256, {"M": 1024, "N": 1024}),
-            "default": Growth(64, 2048, {"M": 2048, "N": 2048}),
+            "default": Growth(64, 1024, {"M": 2048, "N": 2048}),
             "full": Growth(64, 4096, {"M": 4096, "N": 4096}),
         },
         "cuda": {
@@ -153,7 +175,7 @@ def row(make: LossAt, sizes: Sequence[int], limits: Limits) -> Row:
     if limits.mib is None:
         ask = answers_here
     else:
-        ask = functools.partial(answers_of_a_process, memory=limits.mib * 2**20)
+        ask = functools.partial(answers_of_a_process, memory=limits.bytes)
     seconds, note = ask(times, make, sizes, make.device, limits.seconds)
     if seconds and seconds[-1] > limits.seconds:
         seconds, note = seconds[:-1], f"{OVER} {limits.seconds:g} s"
@@ -189,8 +211,7 @@ def answer(axis: str, name: str, asks: str, shape: Shape, settings: Settings) ->
         for contender in contenders(settings.device)
         if settings.takes(contender)
     )
-    about = {"seconds at most": limits.seconds, "MiB at most": limits.mib}
-    return Result(name, "scaling", asks, shape, rows, about=about)
+    return Result(name, "scaling", asks, shape, rows, about=limits.about)
 
 
 def contenders(device: str) -> list[str]:
@@ -209,4 +230,65 @@ def question(axis: str) -> Question:
     )
 
 
-QUESTIONS = [question(axis) for axis in GROWTHS]
+# --- the training step ---
+
+STEP = {"negatives": 1, "steps": 3}
+BATCHES = {  # rows of a batch
+    "cpu": {
+        "default": Growth(32, 256, STEP | {"backbone": TINY}),
+        "full": Growth(64, 1024, STEP | {"backbone": TINY}),
+    },
+    "cuda": {"full": Growth(64, 4096, STEP | {"backbone": "Qwen3-0.6B"})},
+}
+LIMITS_OF_STEPS = {
+    "cpu": {"default": Limits(5.0, 640), "full": Limits(20.0, 2048)},
+    "cuda": {"full": Limits(10.0)},
+}
+TRAINERS = {
+    "sentence-transformers": sentence_transformers,
+    "sentence-transformers, cached by 32": functools.partial(sentence_transformers, cached=32),
+    "one graph, autograd": one_graph,
+    OURS: rankpo_fast,
+    f"{OURS}, no graph kept": functools.partial(rankpo_fast, activation_memory_gb=0.0),
+}
+OF_STEPS = "scaling over tokens"
+ASKS = "How do time and memory of a training step grow, and where does each trainer fall over?"
+
+
+def answer_of_steps(shape: Shape, settings: Settings) -> Result:
+    limits = LIMITS_OF_STEPS[settings.device][settings.level]
+    sizes = BATCHES[settings.device][settings.level].sizes
+    shapes = [shape | {"batch": batch} for batch in sizes]
+    tokens = [round(batches_of(at).tokens) for at in shapes]
+    rows = []
+    for name, trainer in TRAINERS.items():
+        if not settings.takes(name):
+            continue
+        reached, note = [], ""
+        for at in shapes:
+            said = trained(trainer, at, settings.device, limits)
+            if isinstance(said, str) or said.seconds > limits.seconds:
+                note = said if isinstance(said, str) else f"{OVER} {limits.seconds:g} s"
+                break
+            reached.append(said)
+        seconds = [one.seconds for one in reached]
+        rows.append(
+            row_of(name, "tokens", tokens, seconds, [x.peak / 2**20 for x in reached], note)
+        )
+    return Result(OF_STEPS, "scaling", ASKS, shape, tuple(rows), about=limits.about)
+
+
+def trained(trainer: Contender, at: Shape, device: str, limits: Limits) -> Measured | str:
+    with tempfile.TemporaryDirectory(dir=workplace()) as place:
+        task = dataclasses.replace(task_of(at, device), output=Path(place) / "trained")
+        return in_a_process(measure, trainer, task, memory=limits.bytes)
+
+
+QUESTIONS = [
+    *(question(axis) for axis in GROWTHS),
+    Question(
+        OF_STEPS, "scaling", ASKS,
+        lambda device, level: [BATCHES[device][level].fixed] if level in BATCHES[device] else [],
+        answer_of_steps, lambda device: list(TRAINERS),
+    ),
+]  # fmt: skip

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..apart import in_a_process
 from ..questions import NOT_REACHED, OURS, Question, Result, Settings, Shape
-from .apart import in_a_process
 from .backbones import TINY
 from .contenders import (
     Contender,

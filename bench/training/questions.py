@@ -16,6 +16,7 @@ import torch
 
 from rankpo_fast.model.attention import KERNELS, Needs
 
+from ..apart import in_a_process
 from ..measure import percentiles, turned
 from ..questions import (
     NEEDS_GPU,
@@ -30,7 +31,6 @@ from ..questions import (
     Settings,
     Shape,
 )
-from .apart import in_a_process
 from .backbones import TINY, config_of, state_bytes
 from .contenders import (
     Contender,

@@ -1,5 +1,6 @@
 """Growth is told right, and a contender that falls over leaves what it reached, and the machine."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -11,10 +12,13 @@ from bench import measure, ranks, scaling
 from bench.apart import answers_here, answers_of_a_process, in_a_process
 from bench.questions import OURS, Rates, Settings
 from bench.scaling import GROWTHS, LIMITS, Limits, times
+from bench.training.backbones import TINY
+from bench.training.contenders import Measured
 
 SETTINGS = Settings("cpu", "quick", 1, Rates({}, 1.0), frozenset([OURS, "torch cross_entropy"]))
 SIZES = (16, 32, 64, 128)
 MIB = 2**20
+STEP = scaling.STEP | {"backbone": TINY}
 
 
 class Clock:
@@ -126,6 +130,31 @@ def test_every_growth_doubles_and_its_passages_are_those_of_its_queries():
                 for size in growth.sizes:
                     at = growth.fixed | dict.fromkeys(axis.split("="), size)
                     assert set(at) == {"M", "N", "D"} and at["N"] % at["M"] == 0
+
+
+def test_a_trainer_falls_over_at_the_tokens_of_its_batch(monkeypatch):
+    """Of a trainer whose step takes a second for each two rows of its batch, and memory alike."""
+
+    def asked(measure, trainer, task, memory):
+        assert memory == 640 * MIB and task.output.parent.is_dir()
+        if trainer is scaling.TRAINERS[OURS]:
+            return Measured(task.batch / 2, 2, task.batch * MIB)
+        return Measured(task.batch / 2, 2, task.batch) if task.batch < 8 else "out of memory"
+
+    monkeypatch.setattr(scaling, "in_a_process", asked)
+    monkeypatch.setitem(scaling.BATCHES["cpu"], "default", scaling.Growth(4, 16, STEP))
+    question = scaling.QUESTIONS[-1]
+    (shape,) = question.shapes("cpu", "default")
+    settings = dataclasses.replace(
+        SETTINGS, level="default", contenders=frozenset([OURS, "sentence-transformers"])
+    )
+    theirs, ours = question.answer(shape, settings).rows
+    assert question.shapes("cpu", "quick") == [] and ours.axis == "tokens"
+    assert ours.sizes[2] > 1.8 * ours.sizes[1] > 3 * ours.sizes[0]
+    assert ours.times == (2.0, 4.0) and ours.peaks == (4.0, 8.0)
+    assert ours.exponent == pytest.approx(1, abs=0.1)
+    assert ours.falls_over == f"{ours.sizes[2]}: over 5 s" and ours.note == ""
+    assert theirs.falls_over == f"{ours.sizes[1]}: out of memory" and len(theirs.times) == 1
 
 
 def test_ranks_send_what_a_ring_of_them_does():

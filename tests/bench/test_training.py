@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import apart
+from bench.apart import in_a_process
 from bench.questions import (
     LEVELS,
     NEEDS_GPU,
@@ -21,8 +23,7 @@ from bench.questions import (
     Row,
     Settings,
 )
-from bench.training import QUESTIONS, apart, backbones, questions
-from bench.training.apart import in_a_process
+from bench.training import QUESTIONS, backbones, questions
 from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
 from bench.training.contenders import Measured, Task, measure, one_graph, rankpo_fast
 from bench.training.corpus import batches, corpus_of, model_of, texts_of
