@@ -1,0 +1,248 @@
+"""Whether it got worse: two result files, row by row.
+
+Times are compared as ratios to the floor, which every run takes within its own rounds: neither a
+slower machine nor a noisy hour is a regression. Only the floor itself, and what has no floor in
+common, is compared in seconds, and only on the same device. A change is called one if it is
+
+* larger than the threshold: the median of all quotients of a round after over a round before (the
+  Hodges-Lehmann estimate, which a slow round moves little), and
+* larger than noise: rounds of the one lie above rounds of the other so much more often than not
+  that noise alone does it in a LEVEL of all rows (the exact rank-sum test, which asks nothing of
+  how noise is distributed). Three rounds on either side can tell no less than a twentieth. Files
+  that hold no rounds are told apart by their 20th and 80th percentiles, which must not overlap.
+
+What is beyond the threshold and may be noise is "unclear": it is shown, so that it can be measured
+with more rounds, and fails nothing. Of a hundred rows of noise alone, two may still be called.
+
+Ours alone fail a comparison. That a peer became slower, or ran out of memory, is shown, since it
+moves the picture that a reader has of ours, but it is not ours to mend; it is most often another
+version of the peer, which the heading then names.
+"""
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rankpo_fast.errors import InputError
+
+from .questions import Result, Row
+from .results import Run
+from .tables import duration, number, times
+
+THRESHOLD = 0.05
+LEVEL = 0.02
+ROUNDS = 3  # of fewer a row, nothing can be told from noise
+MEMORY_MIB = 8.0  # resident memory moves by so much with how allocators keep and round their pages
+ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
+WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
+NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one contender at one shape in one respect: `quotient` is after over before."""
+
+    result: str
+    contender: str
+    respect: str  # time, memory, error, converged, sizes, note
+    verdict: str
+    says: str
+    ours: bool
+    quotient: float | None = None
+
+    @property
+    def fails(self) -> bool:
+        return self.ours and self.verdict == WORSE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed; how many rows both have; which only one has; what differs of the machines."""
+
+    changes: Sequence[Change]
+    rows: int
+    only_before: Sequence[str]
+    only_after: Sequence[str]
+    machines: Mapping[str, tuple[Any, Any]]
+    threshold: float
+
+    @property
+    def code(self) -> int:
+        """The exit code: 1 if ours got worse."""
+        return int(any(change.fails for change in self.changes))
+
+
+@dataclass(frozen=True)
+class _Side:
+    result: Result
+    row: Row
+    device: Any
+
+    @property
+    def base(self) -> str:
+        """Whom ratios are taken against."""
+        return self.result.floor or self.result.rows[0].contender
+
+
+def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison:
+    """Rows are matched by case, shape and contender.
+
+    threshold: the least share by which a change counts. InputError if it is none, or if the runs
+    have no row in common.
+    """
+    if not 0 <= threshold < 1:
+        raise InputError(f"--threshold {threshold:g}: a share from 0 to 1; 0.05 is 5 %")
+    was, now = _sides(before), _sides(after)
+    both = [key for key in was if key in now]
+    if not both:
+        raise InputError("nothing to compare: no case, shape and contender is in both files")
+    changes = [change for key in both for change in _changes(was[key], now[key], threshold)]
+    keys = dict.fromkeys([*before.machine, *after.machine])
+    pairs = {key: (before.machine.get(key), after.machine.get(key)) for key in keys}
+    return Comparison(
+        changes,
+        len(both),
+        [_name(side) for key, side in was.items() if key not in now],
+        [_name(side) for key, side in now.items() if key not in was],
+        {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in NOT_COMPARED},
+        threshold,
+    )
+
+
+def table(found: Comparison) -> str:
+    """For the terminal; ends in a newline. What fails comes first, what is better last."""
+    lines = [f"{key}: {a or '-'} -> {b or '-'}" for key, (a, b) in found.machines.items()]
+    lines += [f"only before: {name}" for name in found.only_before]
+    lines += [f"only after: {name}" for name in found.only_after]
+    parts = [
+        ("WORSE", [change for change in found.changes if change.fails]),
+        ("worse, of peers", _of(found, WORSE, ours=False)),
+        ("unclear: maybe noise, more --rounds would tell", _of(found, UNCLEAR)),
+        ("better", _of(found, BETTER)),
+    ]
+    for head, changes in parts:
+        if changes:
+            lines += ["", head, *_aligned(changes)]
+    rest = found.rows - len({(change.result, change.contender) for change in found.changes})
+    within = f"within {100 * found.threshold:g} %, or noise"
+    return "\n".join([*lines, "", f"{rest} of {found.rows} rows: no change ({within})"]) + "\n"
+
+
+def _of(found: Comparison, verdict: str, ours: bool | None = None) -> list[Change]:
+    return [x for x in found.changes if x.verdict == verdict and ours in (None, x.ours)]
+
+
+def _aligned(changes: Sequence[Change]) -> Iterator[str]:
+    names = [f"{change.result}: {change.contender}" for change in changes]
+    for name, change in zip(names, changes, strict=True):
+        by = "" if change.quotient is None else times(change.quotient)
+        yield f"  {name:{max(map(len, names))}}  {change.respect:9}  {by:>6}  {change.says}".rstrip()
+
+
+def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
+    return {
+        (result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
+            result, row, run.machine.get("device")
+        )
+        for result in run.results
+        for row in result.rows
+    }
+
+
+def _name(side: _Side) -> str:
+    return f"{side.result.name}: {side.row.contender}"
+
+
+# --- one row ---
+
+RESPECTS = (  # name, field, the least quotient besides 1 + threshold, and the least difference
+    ("memory", "peak_mib", 1.0, MEMORY_MIB),
+    ("error", "error", ERROR, 0.0),
+    ("converged", "converged", ERROR, 0.0),  # the error on such data
+)
+
+
+def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
+    a, b = was.row, now.row
+
+    def change(respect: str, worse: bool, says: str, quotient: float | None = None) -> Change:
+        verdict = WORSE if worse else BETTER
+        return Change(now.result.name, b.contender, respect, verdict, says, b.ours, quotient)
+
+    if (found := _time(was, now, threshold)) is not None:
+        verdict, quotient, says = found
+        yield replace(change("time", True, says, quotient), verdict=verdict)
+    for name, field, least_quotient, least in RESPECTS:
+        low, high = getattr(a, field), getattr(b, field)
+        if low is None or high is None or abs(high - low) <= least:
+            continue
+        quotient, limit = high / low if low else math.inf, max(1 + threshold, least_quotient)
+        if not 1 / limit <= quotient <= limit:
+            yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
+    if a.times is not None and b.times is not None and a.sizes == b.sizes:
+        if len(a.times) != len(b.times):
+            says = " -> ".join(row.falls_over or "every size" for row in (a, b))
+            yield change("sizes", len(b.times) < len(a.times), f"{a.axis}: {says}")
+    if bool(a.note) != bool(b.note):
+        yield change("note", bool(b.note), b.note or f"runs; before: {a.note}")
+
+
+def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | None:
+    """(verdict, quotient, says); None if it is the same, or cannot be compared."""
+    a, b = was.row, now.row
+    if a.seconds is None or b.seconds is None:
+        return None
+    says = f"{duration(a.seconds)} -> {duration(b.seconds)}"
+    if was.base == now.base != b.contender and None not in (a.ratio, b.ratio):
+        says = f"{times(a.ratio)} -> {times(b.ratio)} of {now.base} ({says})"
+        if a.ratios is not None and b.ratios is not None:
+            quotient = shift(a.ratios, b.ratios)
+            apart = beyond_noise(*((a.ratios, b.ratios) if quotient > 1 else (b.ratios, a.ratios)))
+        else:
+            quotient = b.ratio / a.ratio
+            apart = _disjoint(a.ratio_low, a.ratio_high, b.ratio_low, b.ratio_high)
+    elif was.device == now.device:
+        quotient, apart = b.seconds / a.seconds, _disjoint(a.low, a.high, b.low, b.high)
+    else:
+        return None
+    if 1 / (1 + threshold) <= quotient <= 1 + threshold:
+        return None
+    verdict = UNCLEAR if not apart else WORSE if quotient > 1 else BETTER
+    return verdict, quotient, says + (f"; after: {b.throttled}" if b.throttled else "")
+
+
+def shift(before: Sequence[float], after: Sequence[float]) -> float:
+    """How many times as large `after` is: the median over all pairs."""
+    return statistics.median(y / x for x in before for y in after)
+
+
+def beyond_noise(low: Sequence[float], high: Sequence[float]) -> bool:
+    """Whether `high` lies above `low` by more than noise: the rank-sum test, of one side, exact."""
+    m, n = len(low), len(high)
+    if min(m, n) < ROUNDS:
+        return False
+    below = sum(y <= x for x in low for y in high)  # pairs in the wrong order; equal ones count
+    orders = math.comb(m + n, m)
+    chance = sum(_orders(m, n, pairs) for pairs in range(below + 1)) / orders
+    return chance <= max(LEVEL, 1 / orders)
+
+
+@functools.cache
+def _orders(m: int, n: int, pairs: int) -> int:
+    """In how many orders of m and n values so many of their m n pairs stand the wrong way."""
+    if pairs < 0 or pairs > m * n:
+        return 0
+    if m == 0 or n == 0:
+        return 1
+    return _orders(m - 1, n, pairs - n) + _orders(m, n - 1, pairs)  # whichever comes last
+
+
+def _disjoint(low: float | None, high: float | None, low_2: float | None, high_2: float | None):
+    """Of two bands of percentiles; False where one has no width, and so says nothing of noise."""
+    if None in (low, high, low_2, high_2) or low == high or low_2 == high_2:
+        return False
+    return high < low_2 or high_2 < low
