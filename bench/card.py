@@ -149,8 +149,8 @@ def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
 
 
 def _handle(nvml: Any, device: torch.device, notes: Counter[str]) -> Any:
-    """NVML counts all cards and torch those of CUDA_VISIBLE_DEVICES, so they are matched by UUID, or
-    else by place on the bus. Power and clocks of a MIG slice are those of its card."""
+    """NVML counts all cards, torch those of CUDA_VISIBLE_DEVICES: they are matched by UUID, or else
+    by place on the bus. Power and clocks of a MIG slice are those of its card."""
     card = torch.cuda.get_device_properties(device)
     bus = f"{card.pci_domain_id:08x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
     tries = [
@@ -258,8 +258,8 @@ def _fill(card: Card, seen: Sequence[tuple[float, Sample]], notes: Counter[str])
 def _energy(
     seen: Sequence[tuple[float, Sample]], seconds: float, limit: float | None, notes: Counter[str]
 ) -> tuple[float | None, str | None]:
-    """By the counter, unless it says what cannot be; then a sample's power stands for the time since
-    the one before."""
+    """By the counter, unless it says what cannot be; then a sample's power stands for the time
+    since the one before."""
     counts = [sample.get("joules") for _, sample in seen]
     powers = [(at, sample["watts"]) for at, sample in seen if sample.get("watts") is not None]
     if None not in counts:

@@ -36,7 +36,8 @@ from .tables import duration, number, times
 THRESHOLD = 0.05
 LEVEL = 0.02
 ROUNDS = 3  # of fewer a row, nothing can be told from noise
-MEMORY_MIB = 8.0  # resident memory moves by so much with how allocators keep and round their pages
+# Two runs of the same code on a CPU were seen 8.5 MiB apart: allocators keep and round pages.
+MEMORY_MIB = 16.0
 ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
 WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
 NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
@@ -118,13 +119,13 @@ def table(found: Comparison) -> str:
     lines = [f"{key}: {a or '-'} -> {b or '-'}" for key, (a, b) in found.machines.items()]
     lines += [f"only before: {name}" for name in found.only_before]
     lines += [f"only after: {name}" for name in found.only_after]
-    parts = [
-        ("WORSE", [change for change in found.changes if change.fails]),
-        ("worse, of peers", _of(found, WORSE, ours=False)),
+    ours = [change for change in found.changes if change.fails]
+    for head, changes in (
+        ("WORSE", ours),
+        ("worse, not ours: peers, and floors, which are the machine", _of(found, WORSE, but=ours)),
         ("unclear: maybe noise, more --rounds would tell", _of(found, UNCLEAR)),
         ("better", _of(found, BETTER)),
-    ]
-    for head, changes in parts:
+    ):
         if changes:
             lines += ["", head, *_aligned(changes)]
     rest = found.rows - len({(change.result, change.contender) for change in found.changes})
@@ -132,15 +133,16 @@ def table(found: Comparison) -> str:
     return "\n".join([*lines, "", f"{rest} of {found.rows} rows: no change ({within})"]) + "\n"
 
 
-def _of(found: Comparison, verdict: str, ours: bool | None = None) -> list[Change]:
-    return [x for x in found.changes if x.verdict == verdict and ours in (None, x.ours)]
+def _of(found: Comparison, verdict: str, but: Sequence[Change] = ()) -> list[Change]:
+    return [change for change in found.changes if change.verdict == verdict and change not in but]
 
 
 def _aligned(changes: Sequence[Change]) -> Iterator[str]:
     names = [f"{change.result}: {change.contender}" for change in changes]
+    width = max(map(len, names))
     for name, change in zip(names, changes, strict=True):
         by = "" if change.quotient is None else times(change.quotient)
-        yield f"  {name:{max(map(len, names))}}  {change.respect:9}  {by:>6}  {change.says}".rstrip()
+        yield f"  {name:{width}}  {change.respect:9}  {by:>6}  {change.says}".rstrip()
 
 
 def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
@@ -183,10 +185,9 @@ def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
         quotient, limit = high / low if low else math.inf, max(1 + threshold, least_quotient)
         if not 1 / limit <= quotient <= limit:
             yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
-    if a.times is not None and b.times is not None and a.sizes == b.sizes:
-        if len(a.times) != len(b.times):
-            says = " -> ".join(row.falls_over or "every size" for row in (a, b))
-            yield change("sizes", len(b.times) < len(a.times), f"{a.axis}: {says}")
+    if a.sizes == b.sizes and len(a.times or ()) != len(b.times or ()):
+        says = " -> ".join(row.falls_over or "every size" for row in (a, b))
+        yield change("sizes", len(b.times or ()) < len(a.times or ()), f"{b.axis}: {says}")
     if bool(a.note) != bool(b.note):
         yield change("note", bool(b.note), b.note or f"runs; before: {a.note}")
 
@@ -241,8 +242,9 @@ def _orders(m: int, n: int, pairs: int) -> int:
     return _orders(m - 1, n, pairs - n) + _orders(m, n - 1, pairs)  # whichever comes last
 
 
-def _disjoint(low: float | None, high: float | None, low_2: float | None, high_2: float | None):
-    """Of two bands of percentiles; False where one has no width, and so says nothing of noise."""
-    if None in (low, high, low_2, high_2) or low == high or low_2 == high_2:
+def _disjoint(*ends: float | None) -> bool:
+    """Of two bands of percentiles: low, high, low, high. False where one has no width, and so says
+    nothing of noise."""
+    if None in ends or ends[0] == ends[1] or ends[2] == ends[3]:
         return False
-    return high < low_2 or high_2 < low
+    return ends[1] < ends[2] or ends[3] < ends[0]
