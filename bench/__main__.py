@@ -75,7 +75,7 @@ def run(flags: list[str]) -> int:
 def _run_parser() -> _Parser:
     parser = _parser("run")
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_true", help="small: under 90 s on two cores")
+    much.add_argument("--quick", action="store_true", help="few and small shapes")
     much.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("--list", action="store_true", help="say what can be asked")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
@@ -205,19 +205,17 @@ def _slug(name: str, device: str) -> str:
 
 
 def compare(flags: list[str]) -> int:
-    from .compare import compare, table
+    from .compare import THRESHOLD, compare, table
     from .results import read
 
     parser = _parser("compare")
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--threshold", type=float, default=0.05, help="0.05 is five per cent")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="0.05: five per cent")
     args = parser.parse_args(flags)
-    if not 0 <= args.threshold < float("inf"):
-        raise InputError(f"--threshold must be >= 0, got {args.threshold}")
     comparison = compare(read(args.before), read(args.after), args.threshold)
-    print(table(comparison))
-    return int(comparison.regressed)
+    print(table(comparison), end="")
+    return comparison.code
 
 
 def report(flags: list[str]) -> int:

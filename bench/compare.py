@@ -1,111 +1,250 @@
-"""Did it get worse? Two result files, row by row.
+"""Whether it got worse: two result files, row by row.
 
-Times are compared as ratios to the floor (in a training, to the first contender) of their own run:
-another hour, or another machine of the kind, changes both alike. Slower is what is so by more than
-the threshold and by more than the rounds' own noise: a Welch test on the logarithms of all rounds'
-ratios, or, where a file has percentiles alone, bands that do not overlap.
+Times are compared as ratios to the floor, which every run takes within its own rounds: neither a
+slower machine nor a noisy hour is a regression. Only the floor itself, and what has no floor in
+common, is compared in seconds, and only on the same device. A change is called one if it is
+
+* larger than the threshold: the median of all quotients of a round after over a round before (the
+  Hodges-Lehmann estimate, which a slow round moves little), and
+* larger than noise: rounds of the one lie above rounds of the other so much more often than not
+  that noise alone does it in a LEVEL of all rows (the exact rank-sum test, which asks nothing of
+  how noise is distributed). Three rounds on either side can tell no less than a twentieth. Files
+  that hold no rounds are told apart by their 20th and 80th percentiles, which must not overlap.
+
+What is beyond the threshold and may be noise is "unclear": it is shown, so that it can be measured
+with more rounds, and fails nothing. Of a hundred rows of noise alone, two may still be called.
+
+Ours alone fail a comparison. That a peer became slower, or ran out of memory, is shown, since it
+moves the picture that a reader has of ours, but it is not ours to mend; it is most often another
+version of the peer, which the heading then names.
 """
 
+import functools
+import json
 import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rankpo_fast.errors import InputError
 
 from .questions import Result, Row
 from .results import Run
+from .tables import duration, number, times
 
-DEVIATIONS = 3.5  # of the means' difference: one in some 200 by chance, of two times five rounds
-FEWEST = 3  # rounds that tell anything about noise
-LITTLE_MIB = 8.0  # what resident memory varies by on the CPU
+THRESHOLD = 0.05
+LEVEL = 0.02
+ROUNDS = 3  # of fewer a row, nothing can be told from noise
+# Two runs of the same code on a CPU were seen 8.5 MiB apart: allocators keep and round pages.
+MEMORY_MIB = 16.0
+ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
+WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
+NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a row; `worse` are the reasons why it is worse."""
+    """Of one contender at one shape in one respect: `quotient` is after over before."""
 
-    name: str  # case, shape, contender
+    result: str
+    contender: str
+    respect: str  # time, memory, error, converged, sizes, note
+    verdict: str
+    says: str
     ours: bool
-    time: float | None  # after over before
-    memory: float | None
-    worse: tuple[str, ...] = ()
-    better: tuple[str, ...] = ()
+    quotient: float | None = None
+
+    @property
+    def fails(self) -> bool:
+        return self.ours and self.verdict == WORSE
 
 
 @dataclass(frozen=True)
 class Comparison:
-    changes: tuple[Change, ...]
-    alone: tuple[str, ...]  # rows of one file only
-    machines: tuple[str, ...]  # what differs between the two
+    """What changed; how many rows both have; which only one has; what differs of the machines."""
+
+    changes: Sequence[Change]
+    rows: int
+    only_before: Sequence[str]
+    only_after: Sequence[str]
+    machines: Mapping[str, tuple[Any, Any]]
+    threshold: float
 
     @property
-    def regressed(self) -> bool:
-        """A peer that got slower is told, and is no fault of ours."""
-        return any(change.worse and change.ours for change in self.changes)
+    def code(self) -> int:
+        """The exit code: 1 if ours got worse."""
+        return int(any(change.fails for change in self.changes))
 
 
-def compare(before: Run, after: Run, threshold: float) -> Comparison:
-    """threshold: 0.05 is five per cent, of time and of memory."""
-    old, new = (dict(_rows(run)) for run in (before, after))
-    changes = [_change(name, *old[name], *new[name], threshold) for name in old if name in new]
-    alone = [f"only before: {name}" for name in old if name not in new]
-    alone += [f"only after: {name}" for name in new if name not in old]
-    keys = [key for key in before.machine if key not in ("rates", "date", "commit", "left out")]
-    machines = [
-        f"{key}: {before.machine[key]} -> {after.machine.get(key, 'unknown')}"
-        for key in keys
-        if before.machine[key] != after.machine.get(key)
-    ]
-    return Comparison(tuple(changes), tuple(alone), tuple(machines))
+@dataclass(frozen=True)
+class _Side:
+    result: Result
+    row: Row
+    device: Any
+
+    @property
+    def base(self) -> str:
+        """Whom ratios are taken against."""
+        return self.result.floor or self.result.rows[0].contender
 
 
-def table(comparison: Comparison) -> str:
-    """Every row that changed, the worst first, and how many did not."""
-    lines = [f"differs: {each}" for each in comparison.machines]
-    ordered = sorted(comparison.changes, key=lambda change: (not change.worse, not change.better))
-    for change in ordered:
-        if change.worse:
-            whose = "WORSE" if change.ours else "worse (a peer)"
-            lines.append(f"{whose}: {change.name}: {', '.join(change.worse)}")
-        elif change.better:
-            lines.append(f"better: {change.name}: {', '.join(change.better)}")
-    same = sum(not (change.worse or change.better) for change in ordered)
-    return "\n".join([*lines, *comparison.alone, f"{same} of {len(ordered)} rows: no change"])
+def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison:
+    """Rows are matched by case, shape and contender.
+
+    threshold: the least share by which a change counts. InputError if it is none, or if the runs
+    have no row in common.
+    """
+    if not 0 <= threshold < 1:
+        raise InputError(f"--threshold {threshold:g}: a share from 0 to 1; 0.05 is 5 %")
+    was, now = _sides(before), _sides(after)
+    both = [key for key in was if key in now]
+    if not both:
+        raise InputError("nothing to compare: no case, shape and contender is in both files")
+    changes = [change for key in both for change in _changes(was[key], now[key], threshold)]
+    keys = dict.fromkeys([*before.machine, *after.machine])
+    pairs = {key: (before.machine.get(key), after.machine.get(key)) for key in keys}
+    return Comparison(
+        changes,
+        len(both),
+        [_name(side) for key, side in was.items() if key not in now],
+        [_name(side) for key, side in now.items() if key not in was],
+        {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in NOT_COMPARED},
+        threshold,
+    )
 
 
-def _rows(run: Run) -> Iterator[tuple[str, tuple[Result, Row]]]:
-    for result in run.results:
-        for row in result.rows:
-            yield f"{result.name}: {row.contender}", (result, row)
+def table(found: Comparison) -> str:
+    """For the terminal; ends in a newline. What fails comes first, what is better last."""
+    lines = [f"{key}: {a or '-'} -> {b or '-'}" for key, (a, b) in found.machines.items()]
+    lines += [f"only before: {name}" for name in found.only_before]
+    lines += [f"only after: {name}" for name in found.only_after]
+    ours = [change for change in found.changes if change.fails]
+    for head, changes in (
+        ("WORSE", ours),
+        ("worse, not ours: peers, and floors, which are the machine", _of(found, WORSE, but=ours)),
+        ("unclear: maybe noise, more --rounds would tell", _of(found, UNCLEAR)),
+        ("better", _of(found, BETTER)),
+    ):
+        if changes:
+            lines += ["", head, *_aligned(changes)]
+    rest = found.rows - len({(change.result, change.contender) for change in found.changes})
+    within = f"within {100 * found.threshold:g} %, or noise"
+    return "\n".join([*lines, "", f"{rest} of {found.rows} rows: no change ({within})"]) + "\n"
 
 
-def _change(name: str, of: Result, old: Row, now_of: Result, new: Row, threshold: float) -> Change:
-    if new.note and not old.note:
-        return Change(name, new.ours, None, None, worse=(new.note,))
-    if old.note and not new.note:
-        return Change(name, new.ours, None, None, better=(f"was: {old.note}",))
-    worse, better = [], []
-    time = memory = None
-    if old.ratio and new.ratio and of.floor == now_of.floor and not of.is_floor(old):
-        time = new.ratio / old.ratio
-        if abs(time - 1) > threshold and _beyond_noise(old, new):
-            said = f"time {time - 1:+.0%} ({old.ratio:.3g} -> {new.ratio:.3g} of the floor)"
-            (worse if time > 1 else better).append(said)
-    if old.peak_mib is not None and new.peak_mib is not None:
-        memory = new.peak_mib / old.peak_mib if old.peak_mib else None
-        more = new.peak_mib - old.peak_mib
-        if abs(more) > max(LITTLE_MIB, threshold * old.peak_mib):
-            said = f"memory {old.peak_mib:.0f} -> {new.peak_mib:.0f} MiB"
-            (worse if more > 0 else better).append(said)
-    return Change(name, new.ours, time, memory, tuple(worse), tuple(better))
+def _of(found: Comparison, verdict: str, but: Sequence[Change] = ()) -> list[Change]:
+    return [change for change in found.changes if change.verdict == verdict and change not in but]
 
 
-def _beyond_noise(old: Row, new: Row) -> bool:
-    if not (old.ratios and new.ratios):
-        bands = (old.ratio_low, old.ratio_high, new.ratio_low, new.ratio_high)
-        return None not in bands and (bands[2] > bands[1] or bands[3] < bands[0])
-    if min(len(old.ratios), len(new.ratios)) < FEWEST:
+def _aligned(changes: Sequence[Change]) -> Iterator[str]:
+    names = [f"{change.result}: {change.contender}" for change in changes]
+    width = max(map(len, names))
+    for name, change in zip(names, changes, strict=True):
+        by = "" if change.quotient is None else times(change.quotient)
+        yield f"  {name:{width}}  {change.respect:9}  {by:>6}  {change.says}".rstrip()
+
+
+def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
+    return {
+        (result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
+            result, row, run.machine.get("device")
+        )
+        for result in run.results
+        for row in result.rows
+    }
+
+
+def _name(side: _Side) -> str:
+    return f"{side.result.name}: {side.row.contender}"
+
+
+# --- one row ---
+
+RESPECTS = (  # name, field, the least quotient besides 1 + threshold, and the least difference
+    ("memory", "peak_mib", 1.0, MEMORY_MIB),
+    ("error", "error", ERROR, 0.0),
+    ("converged", "converged", ERROR, 0.0),  # the error on such data
+)
+
+
+def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
+    a, b = was.row, now.row
+
+    def change(respect: str, worse: bool, says: str, quotient: float | None = None) -> Change:
+        verdict = WORSE if worse else BETTER
+        return Change(now.result.name, b.contender, respect, verdict, says, b.ours, quotient)
+
+    if (found := _time(was, now, threshold)) is not None:
+        verdict, quotient, says = found
+        yield replace(change("time", True, says, quotient), verdict=verdict)
+    for name, field, least_quotient, least in RESPECTS:
+        low, high = getattr(a, field), getattr(b, field)
+        if low is None or high is None or abs(high - low) <= least:
+            continue
+        quotient, limit = high / low if low else math.inf, max(1 + threshold, least_quotient)
+        if not 1 / limit <= quotient <= limit:
+            yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
+    if a.sizes == b.sizes and len(a.times or ()) != len(b.times or ()):
+        says = " -> ".join(row.falls_over or "every size" for row in (a, b))
+        yield change("sizes", len(b.times or ()) < len(a.times or ()), f"{b.axis}: {says}")
+    if bool(a.note) != bool(b.note):
+        yield change("note", bool(b.note), b.note or f"runs; before: {a.note}")
+
+
+def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | None:
+    """(verdict, quotient, says); None if it is the same, or cannot be compared."""
+    a, b = was.row, now.row
+    if a.seconds is None or b.seconds is None:
+        return None
+    says = f"{duration(a.seconds)} -> {duration(b.seconds)}"
+    if was.base == now.base != b.contender and None not in (a.ratio, b.ratio):
+        says = f"{times(a.ratio)} -> {times(b.ratio)} of {now.base} ({says})"
+        if a.ratios is not None and b.ratios is not None:
+            quotient = shift(a.ratios, b.ratios)
+            apart = beyond_noise(*((a.ratios, b.ratios) if quotient > 1 else (b.ratios, a.ratios)))
+        else:
+            quotient = b.ratio / a.ratio
+            apart = _disjoint(a.ratio_low, a.ratio_high, b.ratio_low, b.ratio_high)
+    elif was.device == now.device:
+        quotient, apart = b.seconds / a.seconds, _disjoint(a.low, a.high, b.low, b.high)
+    else:
+        return None
+    if 1 / (1 + threshold) <= quotient <= 1 + threshold:
+        return None
+    verdict = UNCLEAR if not apart else WORSE if quotient > 1 else BETTER
+    return verdict, quotient, says + (f"; after: {b.throttled}" if b.throttled else "")
+
+
+def shift(before: Sequence[float], after: Sequence[float]) -> float:
+    """How many times as large `after` is: the median over all pairs."""
+    return statistics.median(y / x for x in before for y in after)
+
+
+def beyond_noise(low: Sequence[float], high: Sequence[float]) -> bool:
+    """Whether `high` lies above `low` by more than noise: the rank-sum test, of one side, exact."""
+    m, n = len(low), len(high)
+    if min(m, n) < ROUNDS:
         return False
-    sides = [[math.log(ratio) for ratio in row.ratios] for row in (old, new)]
-    difference = statistics.mean(sides[1]) - statistics.mean(sides[0])
-    error = math.sqrt(sum(statistics.variance(side) / len(side) for side in sides))
-    return abs(difference) > DEVIATIONS * error
+    below = sum(y <= x for x in low for y in high)  # pairs in the wrong order; equal ones count
+    orders = math.comb(m + n, m)
+    chance = sum(_orders(m, n, pairs) for pairs in range(below + 1)) / orders
+    return chance <= max(LEVEL, 1 / orders)
+
+
+@functools.cache
+def _orders(m: int, n: int, pairs: int) -> int:
+    """In how many orders of m and n values so many of their m n pairs stand the wrong way."""
+    if pairs < 0 or pairs > m * n:
+        return 0
+    if m == 0 or n == 0:
+        return 1
+    return _orders(m - 1, n, pairs - n) + _orders(m, n - 1, pairs)  # whichever comes last
+
+
+def _disjoint(*ends: float | None) -> bool:
+    """Of two bands of percentiles: low, high, low, high. False where one has no width, and so says
+    nothing of noise."""
+    if None in ends or ends[0] == ends[1] or ends[2] == ends[3]:
+        return False
+    return ends[1] < ends[2] or ends[3] < ends[0]

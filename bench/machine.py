@@ -14,17 +14,20 @@ import torch
 
 from rankpo_kernels import native
 
+from .card import limits
 from .measure import cache_bytes, seconds_of
 from .questions import Rates
 
 PACKAGES = (  # whatever of them is installed can change a figure
-    "triton", "transformers", "liger-kernel", "cut-cross-entropy", "inf-cl", "quack-kernels",
-    "sentence-transformers", "open_clip_torch", "flash-attn", "flash-attn-4",
+    "numpy", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "inf-cl",
+    "quack-kernels", "sentence-transformers", "open_clip_torch", "flash-attn", "flash-attn-4",
 )  # fmt: skip
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows, columns and depth of the product
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 COPY_BYTES = {"cpu": 8, "cuda": 20}  # times the last cache
 RUNS = 5
+CPUINFO, TOPOLOGY = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu")
+BUDGET_S = 0.5  # a rate takes no more runs then: bf16 has no instructions on many a CPU
 
 
 def about(device: str) -> dict[str, Any]:
@@ -35,14 +38,16 @@ def about(device: str) -> dict[str, Any]:
             "device": card.name,
             "memory": f"{card.total_memory / 2**30:.0f} GiB",
             "compute capability": f"{card.major}.{card.minor}",
-            "driver": _driver(),
+            **limits(device),
             "cuda": torch.version.cuda,
+            "host": _processor(),
         }
     else:
         library = native.library()
         rows = library.rankpo_instruction_set().decode() if library else "torch"
         cores = f"{torch.get_num_threads()} threads, {cache_bytes('cpu') >> 20} MiB of cache"
         found = {"device": f"{_processor()}, {cores}, rows by {rows}"}
+    found |= {"cores": _cores(), "instruction set": _instruction_set()}
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     return found | {
         "torch": torch.__version__,
@@ -69,7 +74,10 @@ def measure_rates(device: str) -> Rates:
 
 def _median(run, device: str) -> float:
     run()
-    return statistics.median(seconds_of(run, device) for _ in range(RUNS))
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < RUNS and sum(seconds) < BUDGET_S):
+        seconds.append(seconds_of(run, device))
+    return statistics.median(seconds)
 
 
 def _version(package: str) -> str | None:
@@ -91,16 +99,24 @@ def _commit() -> str:
 
 def _processor() -> str:
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
         return next(line for line in lines if line.startswith("model name")).split(": ")[1]
     return platform.machine()
 
 
-def _driver() -> str:
-    try:
-        import pynvml  # nvidia-ml-py
+def _cores() -> str:
+    """2 (4 hardware threads, 3 of them ours)."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    siblings = TOPOLOGY.glob("cpu[0-9]*/topology/thread_siblings_list")
+    cores = len({path.read_text() for path in siblings}) or "unknown"
+    return f"{cores} ({os.cpu_count()} hardware threads, {ours} of them ours)"
 
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:  # a figure to note, not to fail for
-        return f"unknown ({type(error).__name__})"
+
+def _instruction_set() -> str:
+    """What torch's own kernels take, and what makes products in bf16 fast."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = CPUINFO.read_text().splitlines()
+        flags = next(line for line in lines if line.startswith("flags")).split()
+        known = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+        return ", ".join([torch.backends.cpu.get_cpu_capability(), *known])
+    return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,278 @@
+"""What the device did during a measurement: power, energy, clocks, and why it slowed down.
+
+    with watching("cuda") as card:
+        train()
+    card.joules, card.throttled
+
+A thread asks NVML (nvidia-ml-py) beside the measurement, of a CPU the counters of its packages
+(RAPL). What is not known is None, and `note` says why: a figure beside a measurement is no reason
+to end it.
+"""
+
+import contextlib
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+EVERY_S = 0.05
+POWERCAP = Path("/sys/class/powercap")
+COUNTER, INTEGRAL = "energy counter", "power over time"
+SLOWED = {  # NVML's bits. Being idle, clocks that were set, and sync boost slow nobody down here
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown",  # by the driver
+    0x40: "thermal slowdown",  # by the card
+    0x80: "power brake",
+}
+# A figure: what NVML calls it, newest name first; arguments after the device; how to read it.
+FIGURES: dict[str, tuple[tuple[str, ...], tuple[int, ...], Callable[[Any], float]]] = {
+    "watts": (("nvmlDeviceGetPowerUsage",), (), lambda milliwatts: milliwatts / 1e3),
+    "joules": (("nvmlDeviceGetTotalEnergyConsumption",), (), lambda millijoules: millijoules / 1e3),
+    "sm_mhz": (("nvmlDeviceGetClockInfo",), (1,), float),
+    "memory_mhz": (("nvmlDeviceGetClockInfo",), (2,), float),
+    "celsius": (("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"), (0,), float),
+    "memory_mib": (("nvmlDeviceGetMemoryInfo",), (), lambda memory: memory.used / 2**20),
+    "busy": (("nvmlDeviceGetUtilizationRates",), (), lambda rates: rates.gpu / 100),
+    "reasons": (
+        ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"),
+        (),
+        int,
+    ),
+}
+
+
+@dataclass
+class Card:
+    """Filled when the watch ends; None is what the device does not tell."""
+
+    watts: float | None = None  # joules over the time watched
+    peak_watts: float | None = None
+    joules: float | None = None
+    joules_from: str | None = None  # COUNTER or INTEGRAL
+    sm_mhz: float | None = None  # the median
+    sm_mhz_min: float | None = None
+    memory_mhz: float | None = None
+    memory_mhz_min: float | None = None
+    celsius: float | None = None  # the most
+    memory_mib: float | None = None  # the most in use on the whole device, by anybody
+    busy: float | None = None  # mean share of time with a kernel on it
+    reasons: dict[str, float] | None = None  # why it slowed down: the share of samples that say so
+    throttled: str | None = None  # the same in words; None if it did not, or is not known
+    samples: int = 0
+    note: str = ""
+
+
+@contextlib.contextmanager
+def watching(device: str, every: float = EVERY_S) -> Iterator[Card]:
+    """Samples `device` (cpu, cuda, cuda:1) every so many seconds until the context ends, however it
+    does. Whoever measures a GPU waits for it inside."""
+    card, notes = Card(), Counter()
+    with _sampler(device, notes) as sample:
+        stop = threading.Event()
+        seen = [(perf_counter(), sample())]  # its energy and time are the start; the rest is idle
+
+        def watch() -> None:
+            ended = False
+            while not ended:  # once more at the end, which may come before the first
+                ended = stop.wait(every)
+                seen.append((perf_counter(), sample()))
+
+        thread = threading.Thread(target=watch, name="watching", daemon=True)
+        thread.start()
+        try:
+            yield card
+        finally:
+            stop.set()
+            thread.join()
+    _fill(card, seen, notes)
+    card.note = "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in notes.items())
+
+
+def limits(device: str) -> dict[str, str]:
+    """Driver, power limit and highest clocks of a card, for a reader; what is unknown says why."""
+    notes: Counter[str] = Counter()
+    with _opened(device, notes) as ask:
+        driver = ask(("nvmlSystemGetDriverVersion",), of_card=False)
+        power = ask(("nvmlDeviceGetEnforcedPowerLimit",))
+        clocks = [ask(("nvmlDeviceGetMaxClockInfo",), kind) for kind in (1, 2)]
+    said = {
+        "driver": driver,
+        "power limit": None if power is None else f"{power / 1e3:.0f} W",
+        "highest clocks": None if None in clocks else "SM {} MHz, memory {} MHz".format(*clocks),
+    }
+    unknown = f"unknown ({'; '.join(notes)})"
+    return {key: unknown if text is None else text for key, text in said.items()}
+
+
+# --- NVML ---
+
+
+@contextlib.contextmanager
+def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
+    """`ask(names, *arguments)` of the card that torch means: the first name that answers; None and
+    a note if none does."""
+    nvml = handle = None
+
+    def ask(names: Sequence[str], *arguments: Any, of_card: bool = True) -> Any:
+        if nvml is None or (of_card and handle is None):
+            return None
+        for name in names:
+            try:
+                return getattr(nvml, name)(*([handle] if of_card else []), *arguments)
+            except Exception as error:  # NVMLError, or a name this version lacks
+                failed = f"{name}: {error}"
+        notes[failed] += 1
+        return None
+
+    with contextlib.ExitStack() as stack:
+        try:
+            import pynvml  # nvidia-ml-py
+
+            pynvml.nvmlInit()
+            stack.callback(ask, ("nvmlShutdown",), of_card=False)
+            nvml = pynvml
+        except ModuleNotFoundError:
+            notes["nvidia-ml-py not installed"] += 1
+        except Exception as error:
+            notes[f"nvmlInit: {error}"] += 1
+        if nvml is not None:
+            handle = _handle(nvml, torch.device(device), notes)
+        yield ask
+
+
+def _handle(nvml: Any, device: torch.device, notes: Counter[str]) -> Any:
+    """NVML counts all cards, torch those of CUDA_VISIBLE_DEVICES: they are matched by UUID, or else
+    by place on the bus. Power and clocks of a MIG slice are those of its card."""
+    card = torch.cuda.get_device_properties(device)
+    bus = f"{card.pci_domain_id:08x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    tries = [
+        ("nvmlDeviceGetHandleByUUID", f"GPU-{card.uuid}"),
+        ("nvmlDeviceGetHandleByUUID", f"MIG-{card.uuid}"),
+        ("nvmlDeviceGetHandleByPciBusId", bus),
+    ]
+    failed = []
+    for name, key in tries:
+        try:
+            handle = getattr(nvml, name)(key)
+            break
+        except Exception as error:
+            failed.append(f"{name}({key}): {error}")
+    else:
+        notes[f"NVML does not know {device}: {', '.join(failed)}"] += 1
+        return None
+    with contextlib.suppress(Exception):  # no slice, or a card that has none
+        handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    with contextlib.suppress(Exception):
+        if nvml.nvmlDeviceGetMigMode(handle)[0]:
+            notes["MIG: figures are the whole card's, other slices included"] += 1
+    return handle
+
+
+# --- samples ---
+
+Sample = dict[str, Any]  # of a figure; a CPU's joules are by package
+
+
+@contextlib.contextmanager
+def _sampler(device: str, notes: Counter[str]) -> Iterator[Callable[[], Sample]]:
+    if torch.device(device).type == "cpu":
+        yield _packages(notes)
+        return
+    with _opened(device, notes) as ask:
+        limit = ask(("nvmlDeviceGetEnforcedPowerLimit",))
+
+        def sample() -> Sample:
+            found = {"limit": None if limit is None else limit / 1e3}
+            for figure, (names, arguments, read) in FIGURES.items():
+                value = ask(names, *arguments)
+                found[figure] = None if value is None else read(value)
+            return found
+
+        yield sample
+
+
+def _packages(notes: Counter[str]) -> Callable[[], Sample]:
+    """Joules of a CPU's packages since the watch began; their counters wrap around."""
+    zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if _is_package(zone)]
+    total, last = 0.0, {}
+    if not zones:
+        notes["no energy counter"] += 1
+
+    def sample() -> Sample:
+        nonlocal total
+        try:
+            for zone in zones:
+                now = int((zone / "energy_uj").read_text())
+                gone = now - last.get(zone, now)
+                if gone < 0:
+                    gone += int((zone / "max_energy_range_uj").read_text())
+                total, last[zone] = total + gone / 1e6, now
+        except (OSError, ValueError) as error:  # root's alone, as a rule
+            notes[f"no energy counter: {error}"] += 1
+            return {}
+        return {"joules": total} if zones else {}
+
+    return sample
+
+
+def _is_package(zone: Path) -> bool:
+    """Not its cores or its memory, which are counted in it, nor psys, which counts it."""
+    with contextlib.suppress(OSError):
+        return (zone / "name").read_text().startswith("package")
+    return False
+
+
+def _fill(card: Card, seen: Sequence[tuple[float, Sample]], notes: Counter[str]) -> None:
+    (start, first), *during = seen
+    card.samples = len(during)
+
+    def of(figure: str) -> list[float]:
+        return [x for _, sample in during if (x := sample.get(figure)) is not None]
+
+    seconds = seen[-1][0] - start
+    card.joules, card.joules_from = _energy(seen, seconds, first.get("limit"), notes)
+    card.watts = None if card.joules is None else card.joules / seconds
+    card.peak_watts = max(of("watts"), default=None)
+    for figure in ("sm_mhz", "memory_mhz"):
+        if clocks := of(figure):
+            setattr(card, figure, statistics.median(clocks))
+            setattr(card, f"{figure}_min", min(clocks))
+    card.celsius = max(of("celsius"), default=None)
+    card.memory_mib = max(of("memory_mib"), default=None)
+    card.busy = statistics.mean(busy) if (busy := of("busy")) else None
+    if reasons := of("reasons"):
+        said = Counter(x for mask in reasons for x in {SLOWED[b] for b in SLOWED if mask & b})
+        card.reasons = {name: n / len(reasons) for name, n in said.most_common()}
+        words = [f"{name} in {n} of {len(reasons)} samples" for name, n in said.most_common()]
+        card.throttled = ", ".join(words) or None
+
+
+def _energy(
+    seen: Sequence[tuple[float, Sample]], seconds: float, limit: float | None, notes: Counter[str]
+) -> tuple[float | None, str | None]:
+    """By the counter, unless it says what cannot be; then a sample's power stands for the time
+    since the one before."""
+    counts = [sample.get("joules") for _, sample in seen]
+    powers = [(at, sample["watts"]) for at, sample in seen if sample.get("watts") is not None]
+    if None not in counts:
+        joules = counts[-1] - counts[0]
+        if any(later < earlier for earlier, later in pairwise(counts)):
+            notes["energy counter ran backwards"] += 1
+        elif joules == 0:
+            notes["energy counter stood still"] += 1
+        elif limit is not None and joules > 2 * limit * seconds:
+            notes[f"energy counter says {joules / seconds:.0f} W of a {limit:.0f} W card"] += 1
+        else:
+            return joules, COUNTER
+    if len(powers) < 2:
+        return None, None
+    mean = sum((at - before) * watts for (before, _), (at, watts) in pairwise(powers))
+    return mean / (powers[-1][0] - powers[0][0]) * seconds, INTEGRAL

@@ -1,0 +1,58 @@
+"""What is said of a machine is what a reader needs to judge figures by."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import machine
+
+
+def test_a_cpu_is_named_with_cores_instructions_and_versions(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    flags = "flags\t: fpu avx512_bf16 amx_bf16"
+    machine.CPUINFO.write_text(f"processor\t: 0\nmodel name\t: A Fast One\n{flags}\n")
+    monkeypatch.setattr(machine, "TOPOLOGY", tmp_path)
+    for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        place = tmp_path / f"cpu{number}" / "topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(siblings)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 3}, raising=False)
+    said = machine.about("cpu")
+    assert said["device"].startswith("A Fast One, ") and " MiB of cache, rows by " in said["device"]
+    assert said["cores"] == "2 (4 hardware threads, 3 of them ours)"
+    assert said["instruction set"].endswith(", avx512_bf16, amx_bf16")
+    assert said["torch"] == torch.__version__ and "numpy" in said and "driver" not in said
+
+
+def test_a_card_is_named_with_its_limits(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    monkeypatch.setattr(machine, "limits", lambda device: {"driver": "580.65"})
+    said = machine.about("cuda")
+    assert (said["device"], said["memory"], said["driver"]) == ("NVIDIA H100", "80 GiB", "580.65")
+    assert said["compute capability"] == "9.0" and said["host"]
+
+
+def test_only_what_is_installed_has_a_version(monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
+    said = machine.about("cpu")
+    assert "numpy" in said and "no-such-package" not in said
+
+
+def test_a_commit_is_named_from_outside_or_from_the_tree(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123abc-dirty")
+    assert machine.about("cpu")["commit"] == "0123abc-dirty"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs"), [(0.01, machine.RUNS), (10.0, 1)], ids=["quick", "bf16-without-hardware"]
+)
+def test_a_rate_is_a_median_that_takes_no_more_time_than_there_is(monkeypatch, seconds, runs):
+    taken = []
+    monkeypatch.setattr(
+        machine, "seconds_of", lambda run, device: taken.append(1) or seconds * len(taken)
+    )
+    assert machine._median(lambda: None, "cpu") == seconds * (runs + 1) / 2
+    assert len(taken) == runs
