@@ -117,7 +117,8 @@ COLUMNS = (
     Column("sizes", "sizes", "what grows in a scaling, from where to where", _sizes, words=True),
     Column("work", "flops/MND", "of a rank, counted, at each of the sizes; N is that of all",
            _all("work", times)),
-    Column("messages", "messages", "that a rank sends, forward and backward", _all("messages", str)),
+    Column("messages", "messages", "that a rank sends, forward and backward",
+           _all("messages", str)),
     Column("sent", "MiB sent", "in these messages", _all("sent")),
     Column("exponent", "grows", "^2: four times the time at twice the size; over the upper half of "
            "the sizes. Of ranks: what is sent", _power("exponent")),
