@@ -18,7 +18,7 @@ from .questions import OUT_OF_MEMORY
 
 # Imported once, by the server that every process is forked from; those not installed are skipped.
 IMPORTED = [
-    f"{__package__}.peers", f"{__package__}.training.end_to_end", "rankpo_fast.train.contrastive",
+    f"{__package__}.scaling", f"{__package__}.training.end_to_end", "rankpo_fast.train.contrastive",
     "rankpo_fast.retrieval.evaluate", "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
     "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",

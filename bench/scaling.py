@@ -75,7 +75,7 @@ class Limits:
 
 
 LIMITS = {
-    "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 1024), "full": Limits(60.0, 4096)},
+    "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 512), "full": Limits(60.0, 4096)},
     "cuda": {"quick": Limits(0.5), "default": Limits(1.0), "full": Limits(5.0)},
 }
 # By axis, what matters most first; by device and level.
@@ -95,7 +95,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "M": {
         "cpu": {
             "quick": Growth(512, 2048, {"N": 2048, "D": 64}),
-            "default": Growth(1024, 8192, {"N": 16384, "D": 64}),
+            "default": Growth(512, 4096, {"N": 16384, "D": 64}),
             "full": Growth(1024, 32768, {"N": 32768, "D": 128}),
         },
         "cuda": {
@@ -106,7 +106,7 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     "N": {
         "cpu": {
             "quick": Growth(2048, 8192, {"M": 512, "D": 64}),
-            "default": Growth(4096, 32768, {"M": 4096, "D": 64}),
+            "default": Growth(4096, 16384, {"M": 4096, "D": 64}),
             "full": Growth(4096, 262144, {"M": 4096, "D": 128}),
         },
         "cuda": {
