@@ -1,6 +1,7 @@
 """A process for each contender: the memory it takes is its own, and if it dies, only it does."""
 
 import functools
+import gc
 import multiprocessing
 import os
 import resource
@@ -88,6 +89,7 @@ def _once(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
 
 def _answer(pipe: Connection, answers: Answers, arguments: tuple, memory: int | None) -> None:
     """Sends (answer, None) of each, then (None, note)."""
+    gc.freeze()  # what the server has imported: to look through it would copy it, at every peak
     Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this one's turn
     if memory is not None:
         most = status_bytes("VmData") + memory
