@@ -344,8 +344,8 @@ ON_CARD = (
 QUESTIONS = [
     _question(
         "backbones", "What does a step cost, and how large a model fits?", _backbones,
-        ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(16, 1, 4, "MiniLM-L6")],
-         [_shape(16, 1, 3, "bge-base")]),
+        ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(8, 1, 3, "MiniLM-L6")],
+         [_shape(8, 1, 3, "bge-base")]),
         ([_shape(64, 1, 4), _shape(64, 1, 4, CARDS_OWN)],
          [_shape(256, 1, 8), *(_shape(256, 1, 4, backbone) for backbone in SMALL)],
          [_shape(256, 1, 4, backbone) for backbone in LARGE]),
