@@ -191,9 +191,10 @@ def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
 
 def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
     pytest.importorskip("sentence_transformers")
-    rows = answer("learning", "?", questions._against, SHAPE, SETTINGS).rows
-    assert [row.contender for row in rows] == ["sentence-transformers", OURS]
-    assert all(0 < row.ndcg < 1 and not row.note for row in rows)
+    result = answer("learning", "?", questions._against, SHAPE, SETTINGS)
+    assert [row.contender for row in result.rows] == ["sentence-transformers", OURS]
+    learnt = [result.about["untrained ndcg"], *(row.ndcg for row in result.rows)]
+    assert all(0 < ndcg < 1 for ndcg in learnt) and len(set(learnt)) == 3
 
 
 def test_joules_are_per_million_tokens(monkeypatch):
