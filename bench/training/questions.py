@@ -73,9 +73,8 @@ def answer(
             "joules": mean(joules),
         }
 
-    rows = rows_of(answers, figures)
-    if name == "backbones":
-        rows = tuple(_excused(row, config_of(shape["backbone"]), settings.device) for row in rows)
+    config = config_of(shape["backbone"])
+    rows = tuple(_excused(row, config, settings.device) for row in rows_of(answers, figures))
     about = dict(of.about)
     if task.ndcg:
         about["untrained ndcg"] = in_a_process(ndcg, task.model, task)
