@@ -30,8 +30,8 @@ aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails
 mutants: $(READY)  ## breaks the code in known ways and looks whether the tests notice
 	$(BIN)/python tests/mutants.py
 
-bench: $(READY)  ## speed, memory and error of the losses beside their peers
-	$(BIN)/python -m bench
+bench: $(READY)  ## speed, memory and error of losses and training beside their peers: build/bench/report.html
+	$(BIN)/rankpo-fast bench
 
 gpu:  ## on a machine with a card and no internet: tests, sanitizer, bench, one result file
 	PYTHON="$(PYTHON)" bash bench/gpu.sh

@@ -1,6 +1,7 @@
 """What the losses cost: time, memory and error, each beside the floor of the hardware and its
 peers.
 
-`python -m bench` prints a table and writes one JSON file. A case asks one question; see
-`bench/cases`.
+`rankpo-fast bench` (in the tree also `python -m bench`): `__main__.py`. A case asks one question:
+`registry.py` has them all. What it finds is a result file, of which tables, reports, comparisons
+and README's figures are made.
 """

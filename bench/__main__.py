@@ -1,10 +1,12 @@
 """The bench: what the losses and the training cost, beside their peers and the hardware's floor.
 
     rankpo-fast bench [run] [--quick | --full]   measure, print, write a result file and a report
+    rankpo-fast bench compare BEFORE AFTER       did it get worse? [--threshold 0.05]
     rankpo-fast bench report FILE                the report of a result file: one page, its pictures
     rankpo-fast bench history [DIRECTORY]        what became of the figures, over result files
 
-Exit codes: 0; 1 if a gate is red or a contender raised; 2 for bad input, which is named.
+Exit codes: 0; 1 if a gate is red, a contender raised, or ours got worse; 2 for bad input, which is
+named.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def run(flags: list[str]) -> int:
 def _run_parser() -> _Parser:
     parser = _parser("run")
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_true", help="small: under 90 s on two cores")
+    much.add_argument("--quick", action="store_true", help="few and small shapes")
     much.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("--list", action="store_true", help="say what can be asked")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
@@ -202,6 +204,20 @@ def _slug(name: str, device: str) -> str:
 # --- what is made of result files ---
 
 
+def compare(flags: list[str]) -> int:
+    from .compare import THRESHOLD, compare, table
+    from .results import read
+
+    parser = _parser("compare")
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="0.05: five per cent")
+    args = parser.parse_args(flags)
+    comparison = compare(read(args.before), read(args.after), args.threshold)
+    print(table(comparison), end="")
+    return comparison.code
+
+
 def report(flags: list[str]) -> int:
     from .report import write_report
     from .results import read
@@ -225,7 +241,7 @@ def history(flags: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "report": report, "history": history}
+COMMANDS = {"run": run, "compare": compare, "report": report, "history": history}
 
 if __name__ == "__main__":
     sys.exit(main())

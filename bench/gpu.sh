@@ -40,7 +40,7 @@ many=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then many=(-n "$(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 12))" --dist worksteal); fi
 status=0
 timeout --signal=INT --kill-after=10 170 "$PYTHON" -m pytest "${many[@]}" -p no:cacheprovider -rfE \
-  tests/ops tests/test_losses.py tests/kernels tests/bench/test_bench.py tests/bench/test_cost.py \
+  tests/ops tests/test_losses.py tests/kernels tests/bench/test_{bench,compare,cost}.py \
   tests/train/test_cuda.py tests/model/test_attention.py \
   --ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_sanitizer.py --ignore=tests/ops/test_ranks.py \
   2>&1 | tee "$logs/tests.log" || status=$?
@@ -71,6 +71,7 @@ done
 wait "${compiling[@]}" || echo "make gpu: not all kernels of the bench are compiled: it takes longer"
 left=$((465 - SECONDS)) # of eight minutes
 timeout "$left" "$PYTHON" -m bench --device cuda --rounds 5 --minutes "$(((left - 30) / 60)).$(((left - 30) % 60 * 10 / 60))" \
-  "${notes[@]}" --output "$result" || red=1
-echo "make gpu: ${SECONDS} s; commit $result"
+  "${notes[@]}" --output_dir "$logs" || red=1
+cp "$logs/$(basename "$result")" "$result"
+echo "make gpu: ${SECONDS} s; commit $result; its report is $logs/report.html"
 exit "$red"

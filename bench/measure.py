@@ -71,7 +71,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
             continue
         run = case.contenders[name]
         with noting(name, notes):
-            peaks[name] = _peak_bytes(run, case.device) - case.keep_bytes  # and a warm-up
+            peaks[name] = peak_bytes_of(run, case.device) - case.keep_bytes  # and a warm-up
             once = seconds_of(run, case.device)
             repeats[name] = max(1, min(MOST_RUNS, int(BUSY_S / once)))
     hot = {name: [] for name in peaks}
@@ -114,6 +114,16 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The median, the 20th and the 80th; of up to four values the least and the most."""
     ordered = sorted(values)
     return statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+
+
+def exponent(sizes: Sequence[int], values: Sequence[float]) -> float | None:
+    """Of value ~ size ** exponent, fitted to the upper half of the sizes that have a value, two at
+    least; None where there are fewer, or a value is 0."""
+    upper = list(zip(sizes, values, strict=False))[-max(2, (len(values) + 1) // 2) :]
+    if len(upper) < 2 or min(value for _, value in upper) <= 0:
+        return None
+    logarithms = ([math.log(x) for x in column] for column in zip(*upper, strict=True))
+    return statistics.linear_regression(*logarithms).slope
 
 
 @contextlib.contextmanager
@@ -211,7 +221,7 @@ def seconds_of(run: Run, device: str, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _peak_bytes(run: Run, device: str) -> int:
+def peak_bytes_of(run: Run, device: str) -> int:
     """The most memory in use during a run, above what was in use before it; results are held to its
     end."""
     run()  # libraries and kernels allocate once
@@ -236,15 +246,15 @@ def mark_resident() -> int:
     ctypes.CDLL(None).malloc_trim(0)  # or freed buffers would count as in use before
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # sets the high-water mark VmHWM to what is resident now
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak_resident() -> int:
     """The most bytes this process had resident since `mark_resident`."""
-    return _status("VmHWM")
+    return status_bytes("VmHWM")
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith(key))
     return int(line.split()[1]) * 1024

@@ -32,6 +32,8 @@ def cross_entropy(q: Tensor, p: Tensor, labels: Tensor, *, symmetric: bool) -> T
 
 @functools.cache
 def _compiled() -> Peer:
+    # Dtypes, directions, gradients or not: from the ninth kind on it would be eager, unsaid.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(cross_entropy, dynamic=True)  # a compilation a shape would take minutes
 
 
@@ -58,8 +60,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, chunked: 
 
 
 def liger(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Chunks of about M D logits in the inputs' dtype, gradients in the forward pass. Those of the
-    weight are summed over chunks in its dtype, unless `accum_dtype` is another."""
+    """Chunks of about M D logits in the inputs' dtype, gradients in the forward pass: the weight's
+    only beside the inputs', and summed over chunks in its dtype unless `accum_dtype` is another."""
     _on_a_card(x)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -67,8 +69,9 @@ def liger(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
 
 
 def cut_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Logits in fp32 that no memory holds; both gradients are summed over tiles in the inputs'
-    dtype, and tiles of dS below `filter_eps` are left out: eps / 32 of that dtype by default."""
+    """Logits in fp32 that no memory holds, but products of the positive's in the inputs' dtype, in
+    which both gradients are summed over tiles too. Tiles of dS below `filter_eps` are left out, by
+    default eps / 32 of that dtype."""
     _on_a_card(x)
     _halves(x)
     from cut_cross_entropy import linear_cross_entropy as loss

@@ -172,7 +172,7 @@ def trend(trends: Sequence[Result]) -> Figure | None:
 
 def growths(run: Run) -> list[Growth]:
     """Scalings, then losses at several batches: of a case at the widest range of them."""
-    scalings = [_scaling(result) for result in run.results if any(r.sizes for r in result.rows)]
+    scalings = [_scaling(result) for result in run.results if any(r.times for r in result.rows)]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in run.results:
         if result.family == "loss" and _batch(result) is not None:

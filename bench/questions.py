@@ -76,7 +76,11 @@ class Row:
     sizes: tuple[int, ...] | None = None
     times: tuple[float, ...] | None = None  # as many as were reached
     peaks: tuple[float, ...] | None = None  # MiB
-    exponent: float | None = None  # time ~ size ** exponent over the upper half of the sizes
+    work: tuple[float, ...] | None = None  # flops of a rank over M x all N x D: counted, as are
+    messages: tuple[int, ...] | None = None  # those that a rank sends, and
+    sent: tuple[float, ...] | None = None  # MiB in them, forward and backward
+    # time ~ size ** exponent over the upper half of the sizes; without times: what is sent
+    exponent: float | None = None
     memory_exponent: float | None = None
     falls_over: str | None = None  # the first size that was not reached, and why
 

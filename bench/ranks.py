@@ -1,12 +1,9 @@
-"""What negatives across ranks cost one of them, counted where it runs: on gloo processes.
-
-`python -m bench.ranks [--M 256] [--N 512] [--D 64] [--ranks 1 2 4]`
+"""What do negatives across ranks cost one of them? Counted where it runs: on gloo processes.
 
 Bytes are what a rank sends when a collective goes round a ring of all ranks. M queries and N
 passages of each rank, D dims, fp32.
 """
 
-import argparse
 import contextlib
 import tempfile
 from functools import partial
@@ -23,7 +20,10 @@ from rankpo_fast.ops import info_nce, ranks
 from rankpo_kernels import pointwise
 from rankpo_kernels.objective import DIRECTIONS
 
+from .apart import server
+from .measure import exponent
 from .processes import answered, processes
+from .questions import OURS, Question, Result, Row, Settings, Shape
 
 # where a product has its left factor; below autograd, as in an op, a matmul is not yet an mm
 PRODUCTS = {"mm": 0, "matmul": 0, "addmm": 1, "addmm_": 1}
@@ -112,30 +112,39 @@ def count(M: int, N: int, D: int, case: str) -> list[tuple[int, int, int]]:
     return [forward, tuple(b - a for a, b in zip(forward, whole, strict=True))]
 
 
-def table(M: int, N: int, D: int, sizes: list[int]) -> str:
-    lines = [f"{'':16}{'ranks':>6}{'flops/MND':>11}{'MB sent':>10}{'backward':>10}{'messages':>10}"]
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as directory, processes(size, Path(directory)) as ask:
-            for case in CASES:
-                forward, backward = answered(ask(count, M, N, D, case))[0]
-                flops = (forward[0] + backward[0]) / (M * N * size * D)
-                lines.append(
-                    f"{case:16}{size:6}{flops:11.2f}{forward[2] / 1e6:10.3f}"
-                    f"{backward[2] / 1e6:10.3f}{forward[1] + backward[1]:10}"
-                )
-    return "\n".join(lines)
+# --- the question ---
+
+NAME, ASKS = "scaling over ranks", __doc__.splitlines()[0].partition("? ")[0] + "?"
+CONTENDERS = {f"{OURS}, {case}": case for case in CASES}
+SIZES = {"quick": (1, 2), "default": (1, 2, 4), "full": (1, 2, 4)}  # ranks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__)
-    for name, default in (("M", 256), ("N", 512), ("D", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    args = parser.parse_args()
-    print("flops over M x all N x D; MB that a rank sends forward and backward, of these")
-    print(f"{4 * args.N * args.D / 1e6:.3f} MB are its passages in fp32\n")
-    print(table(args.M, args.N, args.D, args.ranks))
+def answer(shape: Shape, settings: Settings) -> Result:
+    counts = {name: [] for name in CONTENDERS if settings.takes(name)}
+    method = server().get_start_method()
+    for size in SIZES[settings.level]:
+        with tempfile.TemporaryDirectory() as place, processes(size, Path(place), method) as ask:
+            for name, of_sizes in counts.items():
+                passes = answered(ask(count, **shape, case=CONTENDERS[name]))[0]
+                of_sizes.append([sum(both) for both in zip(*passes, strict=True)])
+    rows = (_row(name, shape, settings.level, of_sizes) for name, of_sizes in counts.items())
+    about = {"MiB of a rank's passages": 4 * shape["N"] * shape["D"] / 2**20}
+    return Result(NAME, "scaling", ASKS, shape, tuple(rows), about=about)
 
 
-if __name__ == "__main__":
-    main()
+def _row(name: str, shape: Shape, level: str, counts: list[list[int]]) -> Row:
+    sizes, (flops, messages, sent) = SIZES[level], zip(*counts, strict=True)
+    products = [shape["M"] * size * shape["N"] * shape["D"] for size in sizes]
+    return Row(
+        name, axis="ranks", sizes=sizes, messages=messages,
+        work=tuple(of / product for of, product in zip(flops, products, strict=True)),
+        sent=tuple(size / 2**20 for size in sent), exponent=exponent(sizes, sent),
+    )  # fmt: skip
+
+
+QUESTIONS = [
+    Question(
+        NAME, "scaling", ASKS, lambda device, level: [{"M": 256, "N": 512, "D": 64}], answer,
+        lambda device: list(CONTENDERS),
+    )
+]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from . import training
+from . import ranks, scaling, training
 from .cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers
 from .questions import Question
 
@@ -11,5 +11,5 @@ if find_spec("triton") is not None:  # Linux
     from .cases import tiles
 
     ROOMS.append(tiles)
-ROOMS.append(training)
+ROOMS += [training, scaling, ranks]
 QUESTIONS: dict[str, Question] = {q.name: q for room in ROOMS for q in room.QUESTIONS}

@@ -77,6 +77,10 @@ def _sizes(row: Row) -> str:
     return f"{row.axis} {row.sizes[0]} to {row.sizes[-1]}" if row.sizes else ""
 
 
+def _all(field: str, write: Callable[[float], str] = number) -> Callable[[Row], str]:
+    return _one(field, lambda values: ", ".join(map(write, values)))
+
+
 def _power(field: str) -> Callable[[Row], str]:
     return _one(field, lambda x: f"^{x:.2f}")
 
@@ -111,8 +115,12 @@ COLUMNS = (
     Column("joules", "J/Mtoken", "energy of a million tokens; of an end-to-end run, all it took",
            _one("joules")),
     Column("sizes", "sizes", "what grows in a scaling, from where to where", _sizes, words=True),
-    Column("exponent", "time grows", "^2: four times the time at twice the size; over the upper "
-           "half of the sizes", _power("exponent")),
+    Column("work", "flops/MND", "of a rank, counted, at each of the sizes; N is that of all",
+           _all("work", times)),
+    Column("messages", "messages", "that a rank sends, forward and backward", _all("messages")),
+    Column("sent", "MiB sent", "in these messages", _all("sent")),
+    Column("exponent", "grows", "^2: four times the time at twice the size; over the upper half of "
+           "the sizes. Of ranks: what is sent", _power("exponent")),
     Column("memory_exponent", "memory grows", "the same of peak memory", _power("memory_exponent")),
     Column("falls_over", "falls over", "the first size that was not reached, and why",
            _one("falls_over", str), words=True),

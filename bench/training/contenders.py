@@ -80,8 +80,8 @@ Contender = Callable[[Task], None]
 @dataclass(frozen=True)
 class Measured:
     """seconds: of a step, the mean over the last three quarters of them, from the end of an update
-    to the end of the next. peak: bytes of the training at most, weights included; watts, joules and
-    throttled: of the card during those steps, `counted` in number."""
+    to the end of the next. peak: bytes at most, as Memory counts them; watts, joules and throttled:
+    of the card during those steps, `counted` in number."""
 
     seconds: float
     counted: int
@@ -107,6 +107,7 @@ def measure(contender: Contender, task: Task) -> Measured:
         nonlocal card
         marks.append(_mark(task.device))
         if len(marks) == first:
+            memory.settle()
             card = watch.enter_context(watching(task.device))
         elif len(marks) == task.steps:
             _wait(task.device)
@@ -154,8 +155,9 @@ def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) 
 
 
 class Memory:
-    """Of this process: all that is on the card; on the CPU the weights, and what comes on top once
-    the first text enters the model, since libraries and texts are resident too."""
+    """Of this process at most. On a card all of it, once training has settled: what ours tries out
+    before is over then. On the CPU the weights and what comes on top once the first text enters the
+    model: libraries and texts are resident too."""
 
     def __init__(self, device: str):
         self.device, self.before = device, 0
@@ -163,6 +165,10 @@ class Memory:
     def start(self, module: nn.Module) -> None:
         if self.device == "cpu":
             self.before = mark_resident() - sum(p.nbytes for p in module.parameters())
+
+    def settle(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
         if self.device == "cpu":

@@ -79,6 +79,8 @@ class Trial:
 
     def updated(self) -> None:
         self.steps += 1
+        if self.steps == 1:
+            self.memory.settle()
         if self.steps % self.every and self.steps < self.task.steps:
             return
         self.pause()

@@ -15,16 +15,20 @@ from bench.tables import COLUMNS, markdown, number, shown, table
 from rankpo_fast.errors import InputError
 
 FULL = Row(
-    "rankpo-fast", "a note", 0.0135, 0.0131, 0.0142, 1.1, 1.04, 1.2, (1.1,), 0.02, 0.9, 0.125,
-    2108.0, 3e-7, 4e-7, 114.0, 18900.0, 0.42, 0.2519, 0.24, 0.272, 610.0, 14000.0, "power cap",
-    "M", (1024, 4096), (0.1,), (5.0,), 1.98, 1.01, "4096: out of memory",
+    "rankpo-fast", "a note", seconds=0.0135, low=0.0131, high=0.0142, ratio=1.1, ratio_low=1.04,
+    ratio_high=1.2, ratios=(1.1,), cold=0.02, gemm=0.9, copy=0.125, peak_mib=2108.0, error=3e-7,
+    converged=4e-7, queries=114.0, tokens=18900.0, mfu=0.42, ndcg=0.2519, ndcg_low=0.24,
+    ndcg_high=0.272, watts=610.0, joules=14000.0, throttled="power cap", axis="M",
+    sizes=(1024, 4096), times=(0.1,), peaks=(5.0,), work=(6.0, 8.0), messages=(0, 7),
+    sent=(0.5, 14.5), exponent=1.98, memory_exponent=1.01, falls_over="4096: out of memory",
 )  # fmt: skip
 TEXTS = {
     "seconds": "13.5 ms (13.1-14.2)", "ratio": "1.10 (1.04-1.20)", "cold": "20.0 ms",
     "gemm": "90.0%", "copy": "12.5%", "peak_mib": "2,108", "error": "3.0e-07",
     "converged": "4.0e-07", "queries": "114", "tokens": "18,900", "mfu": "42.0%",
     "ndcg": "0.252 (0.240-0.272)", "watts": "610", "joules": "14,000", "sizes": "M 1024 to 4096",
-    "exponent": "^1.98", "memory_exponent": "^1.01", "falls_over": "4096: out of memory",
+    "work": "6.00, 8.00", "messages": "0, 7", "sent": "0.500, 14.5", "exponent": "^1.98",
+    "memory_exponent": "^1.01", "falls_over": "4096: out of memory",
     "throttled": "power cap", "note": "a note",
 }  # fmt: skip
 BESIDE = {  # fields that stand in another one's column, or in pictures

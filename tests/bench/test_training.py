@@ -1,52 +1,116 @@
-"""The comparison of trainers trains, measures, and says what could not be measured."""
+"""The questions about training train, measure, and say what could not be measured."""
 
 import dataclasses
-import json
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench.training import __main__ as bench
-from bench.training.__main__ import Case, is_red, summary, table
-from bench.training.apart import OUT_OF_MEMORY, in_a_process
-from bench.training.contenders import Measured, Task
-from bench.training.corpus import shape, texts_of, write_corpus, write_model
-from rankpo_fast.demo.world import SplitSize
+from bench.questions import (
+    LEVELS,
+    NEEDS_GPU,
+    NOT_INSTALLED,
+    OURS,
+    OUT_OF_MEMORY,
+    Rates,
+    Row,
+    Settings,
+)
+from bench.training import QUESTIONS, apart, backbones, questions
+from bench.training.apart import in_a_process
+from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
+from bench.training.contenders import Measured, Task, measure, one_graph, rankpo_fast
+from bench.training.corpus import batches, corpus_of, model_of, texts_of
+from bench.training.questions import answer, compare, ladder, rows_of, task_of
 
-SIZE = dataclasses.replace(bench.QUICK, rows=40)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus")
-    write_model(path / bench.MODEL, write_corpus(path / "False", SIZE, None, seed=0), SIZE)
-    write_corpus(path / "True", SIZE, SplitSize(20, 60), seed=0)
-    return path
-
-
-def rows_of(corpus: Path, repeats: bool) -> list[dict]:
-    lines = (corpus / str(repeats) / "train.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_texts_repeat_only_where_they_may(corpus):
-    texts = [text for row in rows_of(corpus, repeats=False) for text in texts_of(row)]
-    assert len(set(texts)) == len(texts) == 3 * SIZE.rows
-    repeated = shape(rows_of(corpus, repeats=True), corpus / bench.MODEL, 16, 1, seed=0)
-    assert repeated["repeated texts"] > 0.1
-    distinct = shape(rows_of(corpus, repeats=False), corpus / bench.MODEL, 16, 1, seed=0)
-    assert distinct["repeated texts"] == 0 and 0.3 < distinct["padding"] < 0.8
+ROWS = 160  # of the smallest corpus
+SHAPE = {"batch": 16, "negatives": 1, "steps": 3, "backbone": "tiny"}
+SETTINGS = Settings("cpu", "quick", 7, Rates({"float32": 1e10, "bfloat16": 4e10}, 1e10))
+CARD = dataclasses.replace(SETTINGS, device="cuda")
 
 
-def test_a_batch_of_one_length_has_no_padding(corpus):
-    row = rows_of(corpus, repeats=False)[0] | {"negatives": []}
-    same = shape([row] * 4, corpus / bench.MODEL, 4, 0, seed=0)
-    assert same["padding"] == 0 and same["repeated texts"] == 6 / 8
+def test_texts_repeat_only_where_they_may():
+    distinct, repeated = (corpus_of(ROWS, repeating)[1] for repeating in (False, True))
+    texts = [text for row in distinct for text in texts_of(row)]
+    assert len(set(texts)) == len(texts) == 3 * ROWS
+    model = model_of("tiny", ROWS)
+    assert batches(repeated, model, 16, 1, seed=0).about["repeated texts"] > 0.1
+    about = batches(distinct, model, 16, 1, seed=0).about
+    assert about["repeated texts"] == 0 and 0.3 < about["padding"] < 0.8
+
+
+def test_a_batch_of_one_length_has_no_padding_and_costs_what_its_distinct_texts_do():
+    row = corpus_of(ROWS, False)[1][0] | {"negatives": []}
+    model = model_of("tiny", ROWS)
+    same, one = batches([row] * 4, model, 4, 0, seed=0), batches([row], model, 1, 0, seed=0)
+    assert same.about["padding"] == 0 and same.about["repeated texts"] == 6 / 8
+    assert same.tokens == 4 * one.tokens and same.flops == one.flops
+
+
+# --- backbones ---
+
+
+@pytest.mark.parametrize(
+    ("backbone", "millions"),
+    [("MiniLM-L6", 22.7), ("bge-base", 109), ("Qwen3-0.6B", 596), ("Llama-3.2-1B", 1236),
+     ("Llama-3.2-3B", 3213), ("Qwen3-4B", 4022), ("Llama-3.1-8B", 8030)],
+)  # fmt: skip
+def test_a_backbone_has_the_published_number_of_parameters(backbone, millions):
+    config = config_of(backbone)
+    count = sum(parameter.numel() for parameter in skeleton(config).parameters())
+    if not config.tie_word_embeddings:  # the head, which an encoder does without
+        count += config.vocab_size * config.hidden_size
+    assert count / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"], ids=["both-sides", "causal-grouped-heads"])
+def test_useful_flops_are_those_that_torch_counts(kind):
+    """Of one forward and backward over texts of one length, where there is no padding."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}  # fmt: skip
+    if kind == "bert":
+        del sizes["head_dim"], sizes["num_key_value_heads"]
+    config = AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="eager")
+        ids = torch.zeros(5, 37, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).last_hidden_state.sum().backward()
+    pooler = 2 * 5 * 48 * 48 if kind == "bert" else 0  # forward alone, of a token a text
+    counted = counter.get_total_flops() - pooler
+    assert training_flops(config, torch.full((5,), 37)) == pytest.approx(counted, rel=1e-9)
+
+
+def test_a_backbone_trains_from_its_config_alone(monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    small = BACKBONES["Qwen3-0.6B"] | backbones._size(32, 64, 2, 4) | {"head_dim": 8}
+    monkeypatch.setitem(BACKBONES, "small", small | {"vocab_size": 4096, "num_key_value_heads": 2})
+    result = answer(
+        "backbones", "?", questions._backbones, SHAPE | {"backbone": "small", "steps": 2}, SETTINGS
+    )
+    assert not (model_of("small", ROWS) / "model.safetensors").exists()
+    assert [row.note for row in result.rows] == [""] * 3
+    assert all(row.peak_mib > 1 and row.seconds > 0 for row in result.rows)
+
+
+def test_ours_may_lack_memory_only_for_a_model_that_cannot_fit(monkeypatch):
+    lacking, fine = Row(OURS, OUT_OF_MEMORY), Row(OURS, "ValueError: no")
+    needed = 16 * 22.7e6
+    for there, red in ((2 * needed, True), (needed / 2, False)):
+        monkeypatch.setattr(questions, "_memory_bytes", lambda device, there=there: there)
+        said = questions._excused(lacking, config_of("MiniLM-L6"), "cuda")
+        assert said.red == red and OUT_OF_MEMORY in said.note
+        assert questions._excused(fine, config_of("MiniLM-L6"), "cuda") == fine
+
+
+# --- a process each ---
 
 
 def raising(error: BaseException, task: Task) -> None:
@@ -58,11 +122,8 @@ def dying(task: Task) -> None:
 
 
 @pytest.fixture
-def task(corpus, tmp_path) -> Task:
-    return Task(
-        corpus / bench.MODEL, corpus / "False", tmp_path / "output", tmp_path / "cache",
-        batch_size=8, negatives=1, steps=3, learning_rate=1e-3, seed=0, repeats=False, ndcg=True,
-    )  # fmt: skip
+def task(tmp_path) -> Task:
+    return dataclasses.replace(task_of(SHAPE, "cpu"), output=tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -70,54 +131,147 @@ def task(corpus, tmp_path) -> Task:
     [
         (partial(raising, ValueError("no\nmore")), "ValueError: no"),
         (partial(raising, torch.OutOfMemoryError()), OUT_OF_MEMORY),
-        (partial(raising, ModuleNotFoundError(name="datasets")), "datasets is not installed"),
+        (partial(raising, ModuleNotFoundError(name="datasets")), f"datasets {NOT_INSTALLED}"),
         (dying, OUT_OF_MEMORY),
     ],
     ids=["error", "torch-out-of-memory", "not-installed", "killed-as-the-kernel-does"],
 )
 def test_what_stops_a_contender_is_its_answer(task, contender, note):
-    assert in_a_process(contender, task) == note
+    assert in_a_process(measure, contender, task) == note
 
 
-def test_only_a_peer_may_be_missing_or_too_large():
-    case = Case("c", "?", dict.fromkeys(["sentence-transformers", "rankpo-fast"]))
-    for note, red in [(OUT_OF_MEMORY, [False, True]), ("datasets is not installed", [False, True]),
-                      ("ValueError: no", [True, True])]:  # fmt: skip
-        rows = summary(case, dict.fromkeys(case.contenders, [note]), tokens=1.0)
-        assert [is_red(row) for row in rows] == red
-        assert table(rows).count(note) == 2
+UNTOUCHED = """
+import importlib, os, sys
+os.environ.update({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
+import torch, torch._inductor
+touched = lambda *_, **__: sys.exit("touched")
+torch.cuda._is_compiled, torch.cuda._device_count_nvml = lambda: True, lambda: 1
+torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = touched
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        pass
+assert torch.cuda.is_available()
+"""
+
+
+def test_the_server_of_processes_does_not_touch_the_card():
+    """One forked from it could not use the card then; torch is told here that there is one."""
+    command = [sys.executable, "-c", UNTOUCHED, *apart.IMPORTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- rows ---
+
+
+def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
+    """And each rung's product is counted at the rate of its own dtype."""
+
+    def rungs(shape, settings):
+        return {
+            "one graph": partial(one_graph, bf16=True),
+            "absent": NEEDS_GPU,
+            "raises": partial(raising, ValueError("no")),
+            OURS: partial(rankpo_fast),
+        }
+
+    result = answer("ladder", "?", rungs, SHAPE, SETTINGS)
+    first, absent, raises, ours = result.rows
+    assert (absent.note, raises.note, ours.note) == (NEEDS_GPU, "ValueError: no", "")
+    assert [row.red for row in result.rows] == [False, False, True, False]
+    assert first.ratio == 1 and ours.ratio == pytest.approx(ours.seconds / first.seconds)
+    for row, rate in ((first, 4e10), (ours, 1e10)):
+        assert row.mfu == pytest.approx(result.flops / row.seconds / rate)
+        assert row.queries == pytest.approx(16 / row.seconds) and row.peak_mib > 0
+        assert row.tokens == pytest.approx(row.queries * result.about["tokens of a row"])
+        assert row.ndcg is None and row.joules is None
+
+
+def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
+    pytest.importorskip("sentence_transformers")
+    rows = answer("learning", "?", questions._against, SHAPE, SETTINGS).rows
+    assert [row.contender for row in rows] == ["sentence-transformers", OURS]
+    assert all(0 < row.ndcg < 1 and not row.note for row in rows)
+
+
+def test_joules_are_per_million_tokens(monkeypatch):
+    given = [Measured(0.5, 10, 2**20, watts=300.0, joules=50.0, throttled="hot")]
+    monkeypatch.setattr(questions, "compare", lambda *_: {OURS: given})
+    [row] = answer("padding", "?", lambda *_: {OURS: partial(rankpo_fast)}, SHAPE, SETTINGS).rows
+    assert row.joules == pytest.approx(50 / (10 * row.tokens * 0.5) * 1e6)
+    assert (row.watts, row.throttled) == (300, "hot")
 
 
 def test_ratios_are_taken_within_a_round():
-    case = Case("c", "?", dict.fromkeys(["floor", "ours"]), batch_size=10)
-    floor = [Measured(seconds, 2**20, 0.5) for seconds in (1.0, 2.0, 10.0)]  # a machine grows busy
-    ours = [Measured(seconds, 2**21, n) for seconds, n in ((0.5, 0.4), (0.8, 0.5), (5.0, 0.6))]
-    row = summary(case, {"floor": floor, "ours": ours}, tokens=3.0)[1]
-    assert (row.ratio, row.low, row.high) == (0.5, 0.4, 0.5)
-    assert (row.seconds, row.queries, row.tokens, row.peak_mib) == (0.8, 12.5, 37.5, 2.0)
-    assert (row.ndcg, row.ndcg_low, row.ndcg_high) == (0.5, 0.4, 0.6)
+    floor = [Measured(seconds, 1, 2**20, 0.5) for seconds in (1.0, 2.0, 10.0)]  # it grows busy
+    ours = [Measured(s, 1, 2**21, n) for s, n in ((0.5, 0.4), (0.8, 0.5), (5.0, 0.6))]
+    row = rows_of({"floor": floor, OURS: ours}, lambda *_: {})[1]
+    assert (row.ratio, row.ratio_low, row.ratio_high) == (0.5, 0.4, 0.5)
+    assert row.ratios == (0.5, 0.4, 0.5)
+    assert (row.seconds, row.low, row.high, row.peak_mib) == (0.8, 0.5, 5.0, 2.0)
+    assert (row.ndcg, row.ndcg_low, row.ndcg_high) == (pytest.approx(0.5), 0.4, 0.6)
 
 
 def test_without_a_floor_no_contender_has_a_ratio():
-    case = Case("c", "?", dict.fromkeys(["floor", "ours"]))
-    rows = summary(case, {"floor": [OUT_OF_MEMORY], "ours": [Measured(1.0, 1, None)]}, tokens=1.0)
+    rows = rows_of({"floor": [OUT_OF_MEMORY], OURS: [Measured(1.0, 1, 1)]}, lambda *_: {})
     assert rows[0].note == OUT_OF_MEMORY and rows[1].ratio is None and rows[1].seconds == 1.0
 
 
-def test_every_case_runs_and_is_written(tmp_path, monkeypatch, capsys):
-    """Of the peer, what is installed: its rows say so where it is not."""
-    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(SIZE, rows=64))
-    output = tmp_path / "deep" / "result.json"
-    command = ["bench.training", "--quick", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", command)
-    assert bench.main() == 0
-    said = json.loads(output.read_text())
-    printed = capsys.readouterr().out
-    cases = bench.cases(quick=True)
-    assert [result["case"] for result in said["results"]] == [case.name for case in cases]
-    for case, result in zip(cases, said["results"], strict=True):
-        assert [row["contender"] for row in result["rows"]] == list(case.contenders)
-        assert case.question in printed
-        for row in result["rows"]:
-            assert ("seconds" in row) != ("note" in row), row
-            assert ("ndcg" in row) == (case.ndcg and "seconds" in row)
+def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task):
+    asked = []
+
+    def ask(contender, task):
+        asked.append((task.seed, contender))
+        return "ValueError: no" if contender == 2 else Measured(1.0, 1, 1)
+
+    settings = dataclasses.replace(SETTINGS, level="full", contenders=frozenset("abc"))
+    answers = compare({"a": 1, "b": 2, "left out": 3, "c": 4}, ask, task, settings)
+    assert asked == [(0, 1), (0, 2), (0, 4), (1, 4), (1, 1), (2, 4), (2, 1)]
+    assert list(answers) == ["a", "b", "c"] and answers["b"] == ["ValueError: no"] * 3
+    asked.clear()
+    compare({"a": 1, "c": 4}, ask, task, dataclasses.replace(settings, limit_s=0.0))
+    assert asked == [(0, 1), (0, 4)]  # a round that began is finished
+
+
+# --- what is asked ---
+
+
+def test_each_rung_has_the_levers_of_those_before_it(monkeypatch):
+    monkeypatch.setattr(questions, "_no_liger", lambda device: None)
+    rungs = list(ladder(SHAPE, CARD).values())
+    assert rungs[0].keywords == questions.NOTHING and rungs[0].func is one_graph
+    assert rungs[-1].func is rankpo_fast and len(rungs) == len(questions.LEVERS)
+    for below, above in zip(rungs, rungs[1:], strict=False):
+        on = {name for name, value in below.keywords.items() if value is not False}
+        assert all(above.keywords[name] == below.keywords[name] for name in on)
+        more = above.keywords.items() - below.keywords.items()
+        assert len(more) == 1 or (not more and above.func is not below.func)
+
+
+def test_a_lever_that_is_not_to_be_had_is_a_note_and_in_no_rung(monkeypatch):
+    default = dataclasses.replace(SETTINGS, level="default")
+    for settings in (SETTINGS, default):
+        rungs = ladder(SHAPE, settings)
+        assert rungs.pop("+ Liger") == NEEDS_GPU
+        assert not any(rung.keywords["use_liger_kernel"] for rung in rungs.values())
+    assert list(rungs)[-1] == "+ bf16" and rungs["+ bf16"].keywords["torch_compile"]
+
+
+def test_attention_that_cannot_serve_here_is_a_note():
+    entrants = questions._attention(SHAPE, SETTINGS)
+    assert entrants["varlen_attn"] == NEEDS_GPU
+    assert entrants["sdpa"].keywords == {"attn_implementation": "sdpa"}
+    for name in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        assert entrants[name] == NEEDS_GPU or entrants[name].endswith(NOT_INSTALLED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_shape_is_one_that_a_question_can_be_asked_of(device, level):
+    for question in QUESTIONS:
+        shapes = question.shapes(device, level)
+        assert all(shape["backbone"] in BACKBONES and shape["steps"] > 1 for shape in shapes)
+        assert len({str(shape) for shape in shapes}) == len(shapes)
+        assert shapes or level == "quick" or (question.name, device) == ("learning", "cpu")

@@ -1,0 +1,101 @@
+"""A process for each contender: the memory it takes is its own, and if it dies, only it does."""
+
+import functools
+import multiprocessing
+import os
+import resource
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import noting, status_bytes
+from .questions import OUT_OF_MEMORY
+
+# Imported once, by the server that every process is forked from; those not installed are skipped.
+IMPORTED = [
+    f"{__package__}.peers", f"{__package__}.training.end_to_end", "rankpo_fast.train.contrastive",
+    "rankpo_fast.retrieval.evaluate", "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
+    "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",
+]  # fmt: skip
+# Whether there is a card is then asked without touching it: a process forked from one that has
+# touched it could not use it.
+UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+Answers = Callable[..., Iterator[Any]]
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns there, or a note, a str, of what stopped it."""
+    answers, note = answers_of_a_process(functools.partial(_once, function), *arguments)
+    return answers[0] if answers else note
+
+
+def answers_of_a_process(
+    answers: Answers, *arguments: Any, memory: int | None = None
+) -> tuple[Sequence[Any], str]:
+    """What the generator yields there until it ends or something stops it, and a note of that.
+
+    memory: the bytes that the process may have beyond those it begins with. A request for more
+    fails there, as it would on a machine of that size.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process has of the card is not the other's
+    context = server()
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(there, answers, arguments, memory))
+    process.start()
+    there.close()  # so that the process's end is the pipe's
+    got, note = [], None
+    try:
+        while note is None:
+            answer, note = here.recv()
+            if note is None:
+                got.append(answer)
+    except EOFError:
+        process.join()
+        note = OUT_OF_MEMORY if process.exitcode == -9 else f"exit code {process.exitcode}"
+    finally:
+        process.join()
+    return got, note
+
+
+def answers_here(answers: Answers, *arguments: Any) -> tuple[Sequence[Any], str]:
+    """The same in this process."""
+    got, notes = [], {}
+    with noting("", notes):
+        for answer in answers(*arguments):
+            got.append(answer)
+    return got, notes.get("", "")
+
+
+def server() -> BaseContext:
+    """Whose processes are forked from one that has imported all they need."""
+    os.environ.update(UNTOUCHED)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def _once(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    yield function(*arguments)
+
+
+def _answer(pipe: Connection, answers: Answers, arguments: tuple, memory: int | None) -> None:
+    """Sends (answer, None) of each, then (None, note)."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this one's turn
+    if memory is not None:
+        most = status_bytes("VmData") + memory
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    notes: dict[str, str] = {}
+    with tempfile.TemporaryFile() as log:
+        for stream in (1, 2):  # so that the table stays whole
+            os.dup2(log.fileno(), stream)
+        with noting("", notes):
+            for answer in answers(*arguments):
+                pipe.send((answer, None))
+    pipe.send((None, notes.get("", "")))

@@ -1,0 +1,84 @@
+"""A training ends where its target is reached; evaluations are not in its time."""
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.questions import NOT_REACHED, OURS, Rates, Settings
+from bench.training import end_to_end
+from bench.training.contenders import Task
+from bench.training.end_to_end import answer, reach
+from bench.training.questions import task_of
+
+SHAPE = {"batch": 16, "negatives": 1, "steps": 4, "every": 2, "backbone": "tiny", "ndcg": 1e-4}
+SETTINGS = Settings("cpu", "quick", 7, Rates({"float32": 1e10}, 1e10))
+STEP_S, EVALUATION_S = 0.01, 0.3
+
+
+@pytest.fixture
+def task(tmp_path) -> Task:
+    return dataclasses.replace(task_of(SHAPE, "cpu"), output=tmp_path / "output")
+
+
+def plain_loop(task: Task) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(task.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(task.steps):
+        time.sleep(STEP_S)
+        model(torch.ones(1, 3, dtype=torch.int64)).last_hidden_state.sum().backward()
+        optimizer.step()
+
+
+def test_training_ends_at_the_first_evaluation_above_the_target(task, monkeypatch):
+    """Which sees the weights as they are then, every few steps, while the clock stands still."""
+    figures, seen = iter([0.1, 0.3]), []
+
+    def evaluator(model, task):
+        encoder = SimpleNamespace(backbone=SimpleNamespace(load_state_dict=seen.append))
+        return encoder, lambda: time.sleep(EVALUATION_S) or next(figures)
+
+    monkeypatch.setattr(end_to_end, "evaluator", evaluator)
+    longer = dataclasses.replace(task, steps=50)
+    start = time.perf_counter()
+    reached = reach(0.2, 2, plain_loop, longer)
+    whole = time.perf_counter() - start
+    assert (reached.steps, reached.ndcg) == (4, 0.3) and len(seen) == 2
+    assert 4 * STEP_S < reached.seconds < whole - 2 * EVALUATION_S
+    assert reached.joules is None and reached.peak > 0
+
+
+def test_the_last_step_is_evaluated_too(task, monkeypatch):
+    encoder = SimpleNamespace(backbone=SimpleNamespace(load_state_dict=lambda state: None))
+    monkeypatch.setattr(end_to_end, "evaluator", lambda *_: (encoder, lambda: 0.1))
+    said = reach(0.2, 3, plain_loop, task)
+    assert said == f"{NOT_REACHED}: 0.100 of 0.2 after 4 steps"
+
+
+def test_energy_is_that_of_all_stretches_and_none_of_a_cpu():
+    cards = [SimpleNamespace(joules=j, throttled=t) for j, t in ((10.0, None), (30.0, "hot"))]
+    assert end_to_end._energy(cards, 4.0) == {"joules": 40, "watts": 10, "throttled": "hot"}
+    assert end_to_end._energy([None], 4.0) == {}
+    assert end_to_end._energy([SimpleNamespace(joules=None)], 4.0) == {}
+
+
+def test_every_contender_reaches_a_target_that_an_untrained_model_has():
+    pytest.importorskip("sentence_transformers")
+    result = answer(SHAPE, SETTINGS)
+    assert set(result.about["steps"]) == set(end_to_end.entrants())
+    for row in result.rows:
+        assert not row.note and row.seconds > 0 and row.ndcg > 1e-4
+        assert result.about["steps"][row.contender] == [2]
+
+
+def test_a_target_that_is_never_reached_is_red_for_ours(monkeypatch):
+    contenders = end_to_end.entrants()
+    both = {"a peer": contenders[OURS], OURS: contenders[OURS]}
+    monkeypatch.setattr(end_to_end, "entrants", lambda: both)
+    rows = answer(SHAPE | {"ndcg": 0.99}, SETTINGS).rows
+    assert all(row.note.startswith(NOT_REACHED) and "of 0.99 after 4" in row.note for row in rows)
+    assert [row.red for row in rows] == [False, True]
