@@ -58,7 +58,7 @@ class Row:
     cold: float | None = None  # seconds, with the caches emptied before
     gemm: float | None = None  # useful flops per second, over the measured GEMM rate
     copy: float | None = None  # useful bytes per second, over the measured copy rate
-    peak_mib: float | None = None  # above inputs and gradients; in a training: above its start
+    peak_mib: float | None = None  # above inputs and gradients; of a training: all, with weights
     error: float | None = (
         None  # relative, against fp64, the worst of loss and gradients: fresh data
     )

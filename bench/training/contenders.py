@@ -105,11 +105,12 @@ def measure(contender: Contender, task: Task) -> Measured:
 
     def updated() -> None:
         nonlocal card
-        marks.append(_mark(task.device))
-        if len(marks) == first:
+        if len(marks) + 1 == first:
+            _wait(task.device)  # what came before is no part of what follows
             memory.settle()
             card = watch.enter_context(watching(task.device))
-        elif len(marks) == task.steps:
+        marks.append(_mark(task.device))
+        if len(marks) == task.steps:
             _wait(task.device)
             watch.close()
             if not task.ndcg:
@@ -155,9 +156,9 @@ def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) 
 
 
 class Memory:
-    """Of this process at most. On a card all of it, once training has settled: what ours tries out
-    before is over then. On the CPU the weights and what comes on top once the first text enters the
-    model: libraries and texts are resident too."""
+    """Of this process at most, once training has settled: what ours tries out before is over then.
+    All of it on a card; on the CPU the weights and what came on top since the first text entered
+    the model: libraries and texts are resident too."""
 
     def __init__(self, device: str):
         self.device, self.before = device, 0
@@ -167,7 +168,9 @@ class Memory:
             self.before = mark_resident() - sum(p.nbytes for p in module.parameters())
 
     def settle(self) -> None:
-        if self.device == "cuda":
+        if self.device == "cpu":
+            mark_resident()  # from where the peak starts anew
+        else:
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:

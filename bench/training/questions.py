@@ -37,6 +37,7 @@ from .contenders import (
     Measured,
     Task,
     measure,
+    ndcg,
     one_graph,
     rankpo_fast,
     sentence_transformers,
@@ -44,8 +45,7 @@ from .contenders import (
 from .corpus import SEED, Batches, batches, corpus_of, model_of, workplace
 
 MOST_ROUNDS = 3
-LEARNING_RATES = {TINY: 3e-3}  # of all others OTHER_RATE: their weights are random, and many
-OTHER_RATE = 1e-4
+LEARNING_RATE, OF_MANY_WEIGHTS = 3e-3, 1e-4  # of the tiny one, and of all others
 CARDS_OWN = "Qwen3-0.6B"  # what a card is asked about: the tiny one would time its launches
 Entrants = dict[str, Contender | str]  # a str is the note of one that cannot run here
 Answers = dict[str, list[Any]]  # of each contender, in the order of rounds; a str is a note
@@ -74,10 +74,12 @@ def answer(
             "joules": mean(joules),
         }
 
-    rows = rows_of(answers, figures)
-    if name == "backbones":
-        rows = tuple(_excused(row, config_of(shape["backbone"]), settings.device) for row in rows)
-    return Result(name, "training", asks, shape, rows, flops=of.flops, about=of.about)
+    config = config_of(shape["backbone"])
+    rows = tuple(_excused(row, config, settings.device) for row in rows_of(answers, figures))
+    about = dict(of.about)
+    if task.ndcg:
+        about["untrained ndcg"] = in_a_process(ndcg, task.model, task)
+    return Result(name, "training", asks, shape, rows, flops=of.flops, about=about)
 
 
 def batches_of(shape: Shape) -> Batches:
@@ -97,7 +99,7 @@ def task_of(shape: Shape, device: str, **more: Any) -> Task:
         batch=shape["batch"],
         negatives=shape["negatives"],
         steps=shape["steps"],
-        learning_rate=LEARNING_RATES.get(shape["backbone"], OTHER_RATE),
+        learning_rate=LEARNING_RATE if shape["backbone"] == TINY else OF_MANY_WEIGHTS,
         seed=0,
         repeating=_repeating(shape),
         **more,
@@ -116,8 +118,8 @@ def compare(
     for seed in range(1 if settings.level == "quick" else min(settings.rounds, MOST_ROUNDS)):
         for name in turned(names, seed):
             contender, said = entrants[name], answers[name]
-            if isinstance(contender, str) or (said and isinstance(said[-1], str)):
-                said.append(contender if isinstance(contender, str) else said[-1])
+            if notes := [one for one in (contender, *said) if isinstance(one, str)]:
+                said.append(notes[0])
                 continue
             with tempfile.TemporaryDirectory(dir=workplace()) as place:
                 own = dataclasses.replace(task, seed=seed, output=Path(place) / "trained")
@@ -351,8 +353,8 @@ ON_CARD = (
 QUESTIONS = [
     _question(
         "backbones", "What does a step cost, and how large a model fits?", _backbones,
-        ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(16, 1, 4, "MiniLM-L6")],
-         [_shape(16, 1, 3, "bge-base")]),
+        ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(8, 1, 3, "MiniLM-L6")],
+         [_shape(8, 1, 3, "bge-base")]),
         ([_shape(64, 1, 4), _shape(64, 1, 4, CARDS_OWN)],
          [_shape(256, 1, 8), *(_shape(256, 1, 4, backbone) for backbone in SMALL)],
          [_shape(256, 1, 4, backbone) for backbone in LARGE]),

@@ -6,8 +6,10 @@ import torch
 from families import FAMILIES, make_batch, make_encoder
 from safetensors.torch import load_file
 
+from rankpo_fast.config import ModelConfig
 from rankpo_fast.data.moving import pinned, to_device
 from rankpo_fast.model.attention import Needs, find_kernels
+from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.cache import CachedVectors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -51,6 +53,17 @@ def test_what_the_gradient_cache_keeps_changes_no_bit(family):
         results.append([p.grad for p in encoder.parameters() if p.grad is not None])
         encoder.zero_grad(set_to_none=True)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_random_weights_come_from_the_seed_on_the_card_too(tiny_llama_dir):
+    state = torch.cuda.get_rng_state()
+    config = ModelConfig(str(tiny_llama_dir), from_scratch=True)
+    first, same, other = (
+        load_encoder(config, device=CARD, seed=seed).state_dict() for seed in (1, 1, 2)
+    )
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    assert all(tensor.is_cuda and torch.equal(tensor, same[key]) for key, tensor in first.items())
+    assert not torch.equal(*(x["backbone.embed_tokens.weight"] for x in (first, other)))
 
 
 @pytest.mark.parametrize("stage", ["contrastive", "rankpo"])
