@@ -64,7 +64,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
     notes: dict[str, str] = {}
     peaks, repeats = {}, {}
-    evict = _evictor(case)
+    evict = evictor(case)
     for name in names:
         if (note := above_the_gate(case, name)) is not None:
             notes[name] = note
@@ -195,7 +195,7 @@ def cache_bytes(device: str) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in found), default=32 * 2**20)
 
 
-def _evictor(case: Case) -> Callable[[], None] | None:
+def evictor(case: Case) -> Callable[[], None] | None:
     """Empties the caches; None where a run does so itself: what it reads and writes is larger."""
     size = cache_bytes(case.device)
     if case.bytes > 2 * size:
