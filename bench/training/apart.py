@@ -20,6 +20,7 @@ IMPORTED = [
     "transformers.models.qwen3.modeling_qwen3", "datasets", "accelerate",
     "sentence_transformers.sentence_transformer.losses",
 ]  # fmt: skip
+ANSWER_S, END_S = 1200, 20  # that a contender may take, and its end after its answer
 # Whether there is a card is then asked without touching it: a process forked from one that has
 # touched it could not use it.
 UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -37,11 +38,16 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     process.start()
     there.close()  # so that the process's end is the pipe's
     try:
+        if not here.poll(ANSWER_S):
+            process.kill()
+            return f"no answer within {ANSWER_S:g} s"
         return here.recv()
     except EOFError:
         process.join()
         return OUT_OF_MEMORY if process.exitcode == -9 else f"exit code {process.exitcode}"
     finally:
+        process.join(END_S)
+        process.kill()
         process.join()
 
 
