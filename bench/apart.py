@@ -27,6 +27,7 @@ IMPORTED = [
 # Whether there is a card is then asked without touching it: a process forked from one that has
 # touched it could not use it.
 UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+ANSWER_S, END_S = 1200, 20  # that an answer may take, and a process's end after its last one
 Answers = Callable[..., Iterator[Any]]
 
 
@@ -55,14 +56,19 @@ def answers_of_a_process(
     got, note = [], None
     try:
         while note is None:
+            if not here.poll(ANSWER_S):
+                process.kill()
+                note = f"no answer within {ANSWER_S:g} s"
+                break
             answer, note = here.recv()
             if note is None:
                 got.append(answer)
-    except EOFError:
+    except EOFError:  # it has died
         process.join()
         note = OUT_OF_MEMORY if process.exitcode == -9 else f"exit code {process.exitcode}"
     finally:
-        process.join()
+        process.join(END_S)
+        process.kill()
     return got, note
 
 

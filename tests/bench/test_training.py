@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -32,6 +34,7 @@ from bench.training.questions import answer, compare, ladder, rows_of, task_of
 ROWS = 160  # of the smallest corpus
 SHAPE = {"batch": 16, "negatives": 1, "steps": 3, "backbone": "tiny"}
 SETTINGS = Settings("cpu", "quick", 7, Rates({"float32": 1e10, "bfloat16": 4e10}, 1e10))
+HANGS_S = 60
 CARD = dataclasses.replace(SETTINGS, device="cuda")
 
 
@@ -116,6 +119,14 @@ def raising(error: BaseException, task: Task) -> None:
     raise error
 
 
+def hanging(in_a_thread: bool) -> str:
+    if in_a_thread:
+        threading.Thread(target=time.sleep, args=(HANGS_S,)).start()
+    else:
+        time.sleep(HANGS_S)
+    return "answer"
+
+
 def dying(task: Task) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -137,6 +148,17 @@ def task(tmp_path) -> Task:
 )
 def test_what_stops_a_contender_is_its_answer(task, contender, note):
     assert in_a_process(measure, contender, task) == note
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["answer", "end"])
+def test_a_process_that_hangs_holds_nobody_up(task, monkeypatch, thread):
+    """Before its answer, or after it, in a thread that Python waits for."""
+    monkeypatch.setattr(apart, "ANSWER_S", 10 if thread else 0.5)
+    monkeypatch.setattr(apart, "END_S", 0.5)
+    start = time.perf_counter()
+    said = in_a_process(hanging, thread)
+    assert said == ("answer" if thread else "no answer within 0.5 s")
+    assert time.perf_counter() - start < HANGS_S
 
 
 UNTOUCHED = """
