@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,8 +68,7 @@ def run(flags: list[str]) -> int:
         tiles.compile_all(args.compile)
         return 0
     level = "quick" if args.quick else "full" if args.full else "default"
-    asked = list(_asked(args, device, level))
-    return _measure(args, device, level, asked)
+    return _measure(args, device, level, _asked(args, device, level))
 
 
 def _run_parser() -> _Parser:
@@ -114,7 +113,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _asked(args: argparse.Namespace, device: str, level: str) -> Iterator[tuple]:
+def _asked(args: argparse.Namespace, device: str, level: str) -> list[tuple]:
     """(question, shape): the first shape of every question, then the second: time may run out."""
     from .registry import QUESTIONS
 
@@ -138,7 +137,7 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> Iterator[tuple]
     if not found:
         what = " ".join(args.shapes) if args.shapes else f"{level} on {device}"
         raise InputError(f"nothing to measure: these cases have no shape {what}")
-    return iter(found)
+    return found
 
 
 def _shapes(question, asked: list[str] | None, device: str, level: str) -> list:
@@ -156,18 +155,16 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
 
     from . import machine, results
     from .questions import Settings, described
-    from .report import write_report
+    from .report import failures, rates_in_words, write_report
     from .tables import table
 
     started = time.monotonic()
     about = machine.about(device)
     rates = machine.measure_rates(device)
     about |= {"level": level, "rates": dataclasses.asdict(rates)} | dict(args.note)
-    print("\n".join(f"{key:22}{value}" for key, value in about.items() if key != "rates"))
-    print("measured here         " + ", ".join(
-        [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.gemm.items()]
-        + [f"copy {rates.copy / 1e9:.3g} GB/s"]
-    ) + "\n")  # fmt: skip
+    said = {key: value for key, value in about.items() if key != "rates"}
+    said["measured here"] = rates_in_words(about["rates"])
+    print("\n".join(f"{key:22}{value}" for key, value in said.items()) + "\n")
     settings = Settings(
         device, level, args.rounds or ROUNDS[level], rates,
         frozenset(args.contenders) if args.contenders else None,
@@ -177,20 +174,19 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     run = results.Run(about, [])
     results.write(path, run)
     torch.manual_seed(0)
-    red = []
     for number, (question, shape) in enumerate(asked):
         if args.minutes and time.monotonic() - started > 60 * args.minutes:
             left = [f"{question.name} {described(shape)}" for question, shape in asked[number:]]
             about["left out"] = f"after {args.minutes:g} minutes: {', '.join(left)}"
             print(f"left out {about['left out']}")
+            results.write(path, run)
             break
         result = question.answer(shape, settings)
         print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
-        red += [f"{result.name}: {row.contender}: {row.note}" for row in result.rows if row.red]
         run.results.append(result)
         results.write(path, run)  # what is measured stays, whatever comes
-    results.write(path, run)
     page = write_report(run, args.output_dir)
+    red = failures(run)
     for name in red:
         print(f"FAILED {name}")
     print(f"{path}\n{page}\n{time.monotonic() - started:.0f} s")

@@ -13,8 +13,7 @@ logs=build/gpu
 mkdir -p "$logs"
 
 "$PYTHON" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
-card=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
-result="bench/results/$(date -u +%Y-%m-%d)-$card.json"
+rm -f "$logs"/*.json # an earlier run's
 if command -v cmake >/dev/null; then
   "$PYTHON" setup.py --quiet build_ext --inplace || echo "make gpu: no native library: the CPU's tests of it will fail"
 fi
@@ -72,6 +71,6 @@ wait "${compiling[@]}" || echo "make gpu: not all kernels of the bench are compi
 left=$((465 - SECONDS)) # of eight minutes
 timeout "$left" "$PYTHON" -m bench --device cuda --rounds 5 --minutes "$(((left - 30) / 60)).$(((left - 30) % 60 * 10 / 60))" \
   "${notes[@]}" --output_dir "$logs" || red=1
-cp "$logs/$(basename "$result")" "$result"
-echo "make gpu: ${SECONDS} s; commit $result; its report is $logs/report.html"
+cp "$logs"/*.json bench/results/ || red=1
+echo "make gpu: ${SECONDS} s; commit what is new in bench/results; its report is $logs/report.html"
 exit "$red"

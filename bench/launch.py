@@ -7,7 +7,8 @@ from torch import Tensor
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.objective import DEFAULT_WORKSPACE, DIRECTIONS, Relations, Result, Settings
 
-SCALE = 50.0
+from .peers import SCALE
+
 SYMMETRIC = {"directions": DIRECTIONS[:2], "joint": False}
 
 

@@ -90,18 +90,21 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
 
     if case.floor in notes:
         notes = {name: f"no floor: {notes[case.floor]}" for name in peaks} | notes
-    return tuple(
-        Row(
-            name,
-            notes.get(name, ""),
-            peak_mib=None if name in notes or name == case.floor else max(0, peaks[name]) / 2**20,
-            error=_finite(case.errors.get(name)),
-            converged=_finite(case.converged.get(name)),
-            **({} if name in notes else _times(case, hot[name], cold[name], hot[case.floor])),
-            **({} if name in notes else _shares(case, statistics.median(hot[name]), settings)),
-        )
-        for name in names
-    )
+    rows = []
+    for name in names:
+        errors = {
+            "error": _finite(case.errors.get(name)),
+            "converged": _finite(case.converged.get(name)),
+        }
+        if name in notes:
+            rows.append(Row(name, notes[name], **errors))
+            continue
+        found = _times(hot[name], cold[name], hot[case.floor])
+        found |= _shares(case, found["seconds"], settings)
+        if name != case.floor:
+            found["peak_mib"] = max(0, peaks[name]) / 2**20
+        rows.append(Row(name, **errors, **found))
+    return tuple(rows)
 
 
 def turned(names: Sequence[str], number: int) -> list[str]:
@@ -164,7 +167,7 @@ def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def _times(case: Case, hot: list[float], cold: list[float], floor: list[float]) -> dict:
+def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict:
     ratios = [ours / of_floor for ours, of_floor in zip(hot, floor, strict=True)]
     seconds, ratio = percentiles(hot), percentiles(ratios)
     return {

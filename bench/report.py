@@ -244,14 +244,16 @@ def fact(value: Any) -> str:
     return str(value)
 
 
+def rates_in_words(rates: Mapping[str, Any]) -> str:
+    products = (f"{number(x / 1e12)} TFLOP/s in {key}" for key, x in rates["gemm"].items())
+    return f"matrix products {', '.join(products)}; copies {number(rates['copy'] / 1e9)} GB/s"
+
+
 def _facts(machine: Mapping[str, Any]) -> str:
     """Of the machine, with its rates in units that people use."""
     said = {key: fact(x) for key, x in machine.items() if key not in ("rates", "left out")}
     if rates := machine.get("rates"):
-        products = (f"{number(x / 1e12)} TFLOP/s in {key}" for key, x in rates["gemm"].items())
-        said["measured here"] = (
-            f"matrix products {', '.join(products)}; copies {number(rates['copy'] / 1e9)} GB/s"
-        )
+        said["measured here"] = rates_in_words(rates)
     terms = (f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in said.items())
     return f"<dl>{''.join(terms)}</dl>"
 

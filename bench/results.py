@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.data.files import whole_file
 from rankpo_fast.errors import InputError
 
 from .questions import Result, Row
@@ -26,8 +27,10 @@ class Run:
 def write(path: Path, run: Run) -> None:
     lines = ",\n".join(json.dumps(_rounded(_filled(result))) for result in run.results)
     machine = json.dumps(_rounded(run.machine), indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"format": {FORMAT},\n"machine": {machine},\n"results": [\n{lines}\n]}}\n')
+    with whole_file(path) as temporary:
+        temporary.write_text(
+            f'{{"format": {FORMAT},\n"machine": {machine},\n"results": [\n{lines}\n]}}\n'
+        )
 
 
 def read(path: Path) -> Run:

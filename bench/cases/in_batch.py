@@ -84,20 +84,10 @@ def case(form: str, shape: Shape, device: str) -> Case:
     M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
     fresh, converged = (errors(form, D, device, dtype, converged=c) for c in (False, True))
     q, p, labels = draw(M, N, D, device, dtype)
-    floor = loss.floor_name(FORMS[form])
-    moved = q.nbytes + p.nbytes
-    return Case(
-        device,
-        {floor: loss.gemms(FORMS[form], q, p)} | contenders(form, q, p, labels),
-        floor,
-        flops=2 * FORMS[form] * M * N * D,
-        bytes=2 * moved,
-        keep_bytes=moved,
-        errors=fresh,
-        converged=converged,
-        gate=GATE[dtype],
-        dtype=dtype,
-    )
+    return loss.beside_gemms(
+        FORMS[form], q, p, [q, p], contenders(form, q, p, labels), errors=fresh,
+        converged=converged, gate=GATE[dtype],
+    )  # fmt: skip
 
 
 QUESTIONS = [

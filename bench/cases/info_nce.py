@@ -178,20 +178,10 @@ def case(form: Form, shape: Shape, device: str) -> Case:
         errors(form, rows, rows * N // M, D, device, dtype, state) for state in (False, True)
     )
     x = form.draw(M, N, D, device, dtype)
-    floor = loss.floor_name(form.gemms)
-    moved = sum(leaf.nbytes for leaf in x.leaves)
-    return Case(
-        device,
-        {floor: loss.gemms(form.gemms, x.q, x.p, backward=form.backward)} | form.runs(x),
-        floor,
-        flops=2 * form.gemms * M * N * D,
-        bytes=moved * (1 + form.backward),
-        keep_bytes=moved if form.backward else 0,
-        errors=fresh,
-        converged=converged,
-        gate=GATE[dtype],
-        dtype=dtype,
-    )
+    return loss.beside_gemms(
+        form.gemms, x.q, x.p, x.leaves, form.runs(x), backward=form.backward, errors=fresh,
+        converged=converged, gate=GATE[dtype],
+    )  # fmt: skip
 
 
 CPU = {

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from rankpo_fast.errors import InputError
 
 from ..measure import Case, Run, measure, noting, relative_error
 from ..peers import SCALE
-from ..questions import Question, Result, Settings, Shape
+from ..questions import Question, Result, Row, Settings, Shape
 
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # of a shape that names none
 # Of loss and gradients against fp64, at a temperature of 0.02: rounding of the logits, twice for
@@ -66,7 +67,11 @@ def loss_question(
         return [named(axes, shape, device) for shape in shapes[device][level]]
 
     def answer(shape: Shape, settings: Settings) -> Result:
-        asked = case(shape, settings.device)
+        notes: dict[str, str] = {}
+        with noting(name, notes):
+            asked = case(shape, settings.device)
+        if notes:  # what all its contenders would need is not there: a row of the case itself
+            return Result(name, "loss", asks, shape, (Row(name, notes[name]),))
         gate = None if math.isinf(asked.gate) else asked.gate
         return Result(
             name, "loss", asks, shape, measure(asked, settings), asked.floor, asked.flops,
@@ -133,8 +138,24 @@ def errors(runs: Mapping[str, Run], truth: Callable[[str], Sequence[Tensor]]) ->
     return dict.fromkeys(runs, math.nan) | found
 
 
-def floor_name(gemms: int) -> str:
-    return f"{gemms} GEMM{'s' * (gemms > 1)}"
+def beside_gemms(
+    count: int, q: Tensor, p: Tensor, leaves: Iterable[Tensor], runs: Mapping[str, Run], *,
+    backward: bool = True, **errors: Any,
+) -> Case:  # fmt: skip
+    """Runs that read the leaves, and make gradients of them if `backward`, beside their floor of so
+    many products of q [M, D] and p [N, D]; `errors` are errors, converged and gate of the Case."""
+    floor = f"{count} GEMM{'s' * (count > 1)}"
+    moved = sum(leaf.nbytes for leaf in leaves)
+    return Case(
+        q.device.type,
+        {floor: gemms(count, q, p, backward=backward)} | runs,
+        floor,
+        flops=2 * count * len(q) * len(p) * q.shape[1],
+        bytes=moved * (1 + backward),
+        keep_bytes=moved if backward else 0,
+        dtype=q.dtype,
+        **errors,
+    )
 
 
 def gemms(count: int, q: Tensor, p: Tensor, *, backward: bool = True) -> Run:

@@ -72,20 +72,20 @@ def contenders(name: str, leaves: list[Tensor]) -> dict[str, Run]:
     }
 
 
+def errors(name: str, D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+    """Of each contender against ours in fp64."""
+    leaves = draw(name, FOR_ERRORS, D, device, dtype, **state)
+    truth = contenders(name, loss.exact(leaves))[OURS]()
+    return loss.errors(contenders(name, leaves), lambda _: truth)
+
+
 def case(name: str, shape: Shape, device: str) -> Case:
     B, D, dtype = shape["B"], shape["D"], loss.dtype_of(shape)
-    of_state = []
-    for converged in (False, True):
-        leaves = draw(name, FOR_ERRORS, D, device, dtype, converged=converged)
-        truth = contenders(name, loss.exact(leaves))[OURS]()
-        of_state.append(loss.errors(contenders(name, leaves), lambda _, truth=truth: truth))
+    fresh, converged = (errors(name, D, device, dtype, converged=c) for c in (False, True))
     leaves = draw(name, B, D, device, dtype)
-    gemms = LOSSES[name][1]
-    floor, moved = loss.floor_name(gemms), sum(x.nbytes for x in leaves)
-    return Case(
-        device, {floor: loss.gemms(gemms, *leaves[:2])} | contenders(name, leaves), floor,
-        flops=2 * gemms * B * B * D, bytes=2 * moved, keep_bytes=moved, errors=of_state[0],
-        converged=of_state[1], gate=GATE[dtype], dtype=dtype,
+    return loss.beside_gemms(
+        LOSSES[name][1], *leaves[:2], leaves, contenders(name, leaves), errors=fresh,
+        converged=converged, gate=GATE[dtype],
     )  # fmt: skip
 
 

@@ -86,11 +86,9 @@ def case(shape: Shape, device: str) -> Case:
     fresh, converged = (errors(D, device, dtype, converged=c) for c in (False, True))
     columns = draw(B, D, device, dtype)
     queries, passages = columns[0], torch.cat([x.detach() for x in columns[1:]])
-    floor, moved = loss.floor_name(3), sum(column.nbytes for column in columns)
-    return Case(
-        device, {floor: loss.gemms(3, queries, passages)} | contenders(columns), floor,
-        flops=6 * B * B * DOCUMENTS * D, bytes=2 * moved, keep_bytes=moved, errors=fresh,
-        converged=converged, gate=GATE[dtype], dtype=dtype,
+    return loss.beside_gemms(
+        3, queries, passages, columns, contenders(columns), errors=fresh, converged=converged,
+        gate=GATE[dtype],
     )  # fmt: skip
 
 

@@ -46,11 +46,7 @@ def contenders(
 def case(tiles: dict, pipelines: dict, shape: Shape, device: str) -> Case:
     M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
     q, p, labels = (x.detach() for x in draw(M, N, D, device, dtype))
-    floor, moved = loss.floor_name(3), q.nbytes + p.nbytes
-    return Case(
-        device, {floor: loss.gemms(3, q, p)} | contenders(q, p, labels, tiles, pipelines), floor,
-        flops=6 * M * N * D, bytes=2 * moved, keep_bytes=moved, dtype=dtype,
-    )  # fmt: skip
+    return loss.beside_gemms(3, q, p, [q, p], contenders(q, p, labels, tiles, pipelines))
 
 
 def question(name: str, asks: str, tiles: dict, pipelines: dict, sizes: list[int]):

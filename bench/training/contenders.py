@@ -30,6 +30,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 
+from ..card import watching as watching_card
 from ..measure import mark_resident, peak_resident
 
 if TYPE_CHECKING:
@@ -181,11 +182,7 @@ class Memory:
 
 def watching(device: str) -> contextlib.AbstractContextManager:
     """The card's power and clocks; None of a CPU."""
-    if device == "cpu":
-        return contextlib.nullcontext()
-    from ..card import watching
-
-    return watching(device)
+    return contextlib.nullcontext() if device == "cpu" else watching_card(device)
 
 
 def _mark(device: str) -> Any:

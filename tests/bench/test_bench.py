@@ -13,7 +13,7 @@ from bench import __main__ as bench
 from bench import machine, registry
 from bench import measure as measuring
 from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers, tiles
-from bench.cases.loss import GATE, LossQuestion
+from bench.cases.loss import GATE, LossQuestion, loss_question
 from bench.measure import Case, cache_bytes, evictor, measure, relative_error, turned
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
 from bench.results import read
@@ -158,6 +158,24 @@ def test_only_those_asked_for_and_the_floor_run():
     asked = settings(contenders=frozenset(["a"]))
     rows = measure(case({"a": tuple, "b": fails(AssertionError())}), asked)
     assert [row.contender for row in rows] == ["floor", "a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "note", "red"),
+    [
+        (ModuleNotFoundError(name="sentence_transformers"), "not installed", False),
+        (torch.OutOfMemoryError(), "out of memory", False),
+        (RuntimeError("broken"), "RuntimeError: broken", True),
+    ],
+    ids=["not-installed", "too-large-for-its-inputs", "raises"],
+)
+def test_a_case_that_cannot_be_made_is_a_row_of_its_name(error, note, red):
+    def case(shape, device):
+        raise error
+
+    asked = loss_question("theirs", "?", "BD", {}, case, [OURS])
+    (row,) = asked.answer({"B": 2, "D": 2, "dtype": "float32"}, settings()).rows
+    assert row.contender == "theirs" and note in row.note and row.red is red
 
 
 def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
