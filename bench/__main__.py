@@ -154,6 +154,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     import torch
 
     from . import machine, results
+    from .peers import COMPILED
     from .questions import Settings, described
     from .report import failures, rates_in_words, write_report
     from .tables import table
@@ -162,12 +163,16 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     about = machine.about(device)
     rates = machine.measure_rates(device)
     about |= {"level": level, "rates": dataclasses.asdict(rates)} | dict(args.note)
+    without, left_out = frozenset(), []
+    if level == "quick" and device == "cpu" and not args.contenders:
+        without = COMPILED & {name for q, _ in asked for name in q.contenders(device)}
+        left_out = [f"{name}, which compiles for seconds" for name in sorted(without)]
     said = {key: value for key, value in about.items() if key != "rates"}
     said["measured here"] = rates_in_words(about["rates"])
     print("\n".join(f"{key:22}{value}" for key, value in said.items()) + "\n")
     settings = Settings(
         device, level, args.rounds or ROUNDS[level], rates,
-        frozenset(args.contenders) if args.contenders else None,
+        frozenset(args.contenders) if args.contenders else None, without,
         CARD_SECONDS if device == "cuda" else float("inf"),
     )  # fmt: skip
     path = args.output_dir / f"{datetime.now(UTC):%Y-%m-%d}-{_slug(about['device'], device)}.json"
@@ -177,14 +182,16 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     for number, (question, shape) in enumerate(asked):
         if args.minutes and time.monotonic() - started > 60 * args.minutes:
             left = [f"{question.name} {described(shape)}" for question, shape in asked[number:]]
-            about["left out"] = f"after {args.minutes:g} minutes: {', '.join(left)}"
-            print(f"left out {about['left out']}")
-            results.write(path, run)
+            left_out.append(f"after {args.minutes:g} minutes: {', '.join(left)}")
             break
         result = question.answer(shape, settings)
         print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
         run.results.append(result)
         results.write(path, run)  # what is measured stays, whatever comes
+    if left_out:
+        about["left out"] = "; ".join(left_out)
+        print(f"left out: {about['left out']}")
+    results.write(path, run)
     page = write_report(run, args.output_dir)
     red = failures(run)
     for name in red:

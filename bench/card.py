@@ -69,6 +69,13 @@ class Card:
     samples: int = 0
     note: str = ""
 
+    @property
+    def said(self) -> dict[str, float]:
+        """What is known of what it drew and how fast it was, for a reader."""
+        known = {"W": self.watts, "SM MHz": self.sm_mhz, "at least": self.sm_mhz_min,
+                 "C at most": self.celsius}  # fmt: skip
+        return {name: round(value, 1) for name, value in known.items() if value is not None}
+
 
 @contextlib.contextmanager
 def watching(device: str, every: float = EVERY_S) -> Iterator[Card]:

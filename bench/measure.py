@@ -60,8 +60,15 @@ class Case:
 
 def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     """A row of each contender that is asked for; ours are not timed above the gate, and what memory
-    or an error stops is a row that says so."""
+    or an error stops is a row that says so. Where that is the floor, the others have no ratio."""
     names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
+    errors = {
+        name: {
+            "error": _finite(case.errors.get(name)),
+            "converged": _finite(case.converged.get(name)),
+        }
+        for name in names
+    }
     notes: dict[str, str] = {}
     peaks, repeats = {}, {}
     evict = evictor(case)
@@ -88,22 +95,17 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
         if time.perf_counter() > stop:
             break
 
-    if case.floor in notes:
-        notes = {name: f"no floor: {notes[case.floor]}" for name in peaks} | notes
+    of_floor = [] if case.floor in notes else hot[case.floor]
     rows = []
     for name in names:
-        errors = {
-            "error": _finite(case.errors.get(name)),
-            "converged": _finite(case.converged.get(name)),
-        }
         if name in notes:
-            rows.append(Row(name, notes[name], **errors))
+            rows.append(Row(name, notes[name], **errors[name]))
             continue
-        found = _times(hot[name], cold[name], hot[case.floor])
+        found = _times(hot[name], cold[name], of_floor)
         found |= _shares(case, found["seconds"], settings)
         if name != case.floor:
             found["peak_mib"] = max(0, peaks[name]) / 2**20
-        rows.append(Row(name, **errors, **found))
+        rows.append(Row(name, **errors[name], **found))
     return tuple(rows)
 
 
@@ -117,6 +119,11 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The median, the 20th and the 80th; of up to four values the least and the most."""
     ordered = sorted(values)
     return statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+
+
+def spread(values: Sequence[float], *names: str) -> dict[str, float]:
+    """Percentiles by the names of their fields: the median, the 20th, the 80th."""
+    return dict(zip(names, percentiles(values), strict=True))
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float | None:
@@ -168,14 +175,12 @@ def _finite(error: float | None) -> float | None:
 
 
 def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict:
-    ratios = [ours / of_floor for ours, of_floor in zip(hot, floor, strict=True)]
-    seconds, ratio = percentiles(hot), percentiles(ratios)
-    return {
-        **dict(zip(("seconds", "low", "high"), seconds, strict=True)),
-        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True)),
-        "ratios": tuple(ratios),
-        "cold": statistics.median(cold) if cold else None,
-    }
+    """floor: its seconds of the same rounds, or none."""
+    found = spread(hot, "seconds", "low", "high")
+    if floor:
+        ratios = [seconds / of_floor for seconds, of_floor in zip(hot, floor, strict=True)]
+        found |= spread(ratios, "ratio", "ratio_low", "ratio_high") | {"ratios": tuple(ratios)}
+    return found | {"cold": statistics.median(cold) if cold else None}
 
 
 def _shares(case: Case, seconds: float, settings: Settings) -> dict:

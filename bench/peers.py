@@ -168,6 +168,7 @@ def _rows(q: Tensor) -> Tensor:
     return torch.arange(len(q), device=q.device)
 
 
+COMPILED = frozenset({"torch.compile", "cut-cross-entropy, torch_compile"})
 _of = functools.partial
 PEERS: dict[str, Peer] = {
     "torch cross_entropy": cross_entropy,

@@ -36,10 +36,12 @@ class Settings:
     rounds: int
     rates: Rates
     contenders: frozenset[str] | None = None  # None: all; the floor always runs
+    without: frozenset[str] = frozenset()
     limit_s: float = float("inf")  # no round of a case starts later
 
     def takes(self, contender: str) -> bool:
-        return self.contenders is None or contender in self.contenders
+        asked = self.contenders is None or contender in self.contenders
+        return asked and contender not in self.without
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Row:
     ndcg: float | None = None
     ndcg_low: float | None = None
     ndcg_high: float | None = None
-    watts: float | None = None  # mean of the card
+    watts: float | None = None  # mean of the device, whoever else uses it
     joules: float | None = None  # per million tokens; of an end-to-end run: all it took
     throttled: str | None = None  # why the card slowed down meanwhile
     axis: str | None = None  # in a scaling: which size grows, its values, and what each took

@@ -73,11 +73,11 @@ def contenders(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Run
     }
 
 
-def errors(form: str, D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+def errors(form: str, D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
     """Against plain torch in fp64."""
     q, p, labels = draw(FOR_ERRORS, FOR_ERRORS, D, device, dtype, **state)
     truth = contenders(form, *loss.exact([q, p]), labels)["torch"]()
-    return loss.errors(contenders(form, q, p, labels), lambda _: truth)
+    return loss.Errors(contenders(form, q, p, labels), lambda _: truth)
 
 
 def case(form: str, shape: Shape, device: str) -> Case:

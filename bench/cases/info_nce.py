@@ -161,14 +161,13 @@ FORMS = [
 ]  # fmt: skip
 
 
-@functools.cache  # larger shapes of a form share them
 def errors(
     form: Form, M: int, N: int, D: int, device: str, dtype: torch.dtype, converged: bool
-) -> dict[str, float]:
+) -> loss.Errors:
     """Of each contender against ours in fp64, which the tests hold to the definition."""
     x = form.draw(M, N, D, device, dtype, converged=converged)
     truth = form.runs(x.exact())[OURS]()
-    return loss.errors(form.runs(x), lambda _: truth)
+    return loss.Errors(form.runs(x), lambda _: truth)
 
 
 def case(form: Form, shape: Shape, device: str) -> Case:

@@ -5,8 +5,8 @@ M queries, N passages, B pairs, D dims.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankpo_fast.errors import InputError
 
+from ..card import watching
 from ..measure import Case, Run, measure, noting, relative_error
 from ..peers import SCALE
 from ..questions import Question, Result, Row, Settings, Shape
@@ -26,6 +27,7 @@ GATE = {
     torch.float64: 1e-11, torch.float32: 2 * (2e-6 + 8 * 2**-24 * SCALE),
     torch.bfloat16: 8e-3, torch.float16: 2e-3,
 }  # fmt: skip
+SCORE_BYTES = 2**32  # of the floor's S
 Shapes = Mapping[str, Mapping[str, Sequence[tuple]]]  # by device and level: sizes, then a dtype
 
 
@@ -73,9 +75,13 @@ def loss_question(
         if notes:  # what all its contenders would need is not there: a row of the case itself
             return Result(name, "loss", asks, shape, (Row(name, notes[name]),))
         gate = None if math.isinf(asked.gate) else asked.gate
+        with watching(settings.device) as card:
+            rows = measure(asked, settings)
+        if card.throttled:  # contenders take turns: it was everybody's
+            rows = tuple(replace(row, throttled=row.seconds and card.throttled) for row in rows)
         return Result(
-            name, "loss", asks, shape, measure(asked, settings), asked.floor, asked.flops,
-            asked.bytes, gate,
+            name, "loss", asks, shape, rows, asked.floor, asked.flops, asked.bytes, gate,
+            card.said,
         )  # fmt: skip
 
     return LossQuestion(name, "loss", asks, shapes_of, answer, lambda _: names, case, axes)
@@ -129,13 +135,27 @@ def exact(leaves: Iterable[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_() for x in leaves]
 
 
-def errors(runs: Mapping[str, Run], truth: Callable[[str], Sequence[Tensor]]) -> dict[str, float]:
-    """Of each contender against what `truth` says for it; NaN for those that do not run."""
-    found: dict[str, float] = {}
-    for name, run in runs.items():
-        with noting(name, {}):
-            found[name] = relative_error(run(), truth(name))
-    return dict.fromkeys(runs, math.nan) | found
+@dataclass(frozen=True)
+class Errors(Mapping[str, float]):
+    """Of each contender against what `truth` says for it, taken when it is asked for; NaN for those
+    that do not run."""
+
+    runs: Mapping[str, Run]
+    truth: Callable[[str], Sequence[Tensor]]
+    found: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.found:
+            self.found[name] = math.nan
+            with noting(name, {}):
+                self.found[name] = relative_error(self.runs[name](), self.truth(name))
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
 
 
 def beside_gemms(
@@ -158,18 +178,24 @@ def beside_gemms(
     )
 
 
-def gemms(count: int, q: Tensor, p: Tensor, *, backward: bool = True) -> Run:
-    """The floor, into buffers that exist: dQ = S P and dP = S'Q, and S = QP' for the others."""
+def gemms(
+    count: int, q: Tensor, p: Tensor, *, backward: bool = True, most: int = SCORE_BYTES
+) -> Run:
+    """The floor, into buffers that exist: dQ = S P and dP = S'Q, and S = QP' for the others; by
+    rows where S has more bytes than `most`, so that it needs no more of a card than that."""
     q, p = q.detach(), p.detach()
-    scores = q.new_empty(len(q), len(p))
+    rows = max(1, min(len(q), most // (len(p) * q.element_size())))
+    scores = q.new_empty(rows, len(p))
     dq, dp = torch.empty_like(q), torch.empty_like(p)
 
     def run():
-        for _ in range(count - 2 * backward):
-            torch.mm(q, p.T, out=scores)
-        if backward:
-            torch.mm(scores, p, out=dq)
-            torch.mm(scores.T, q, out=dp)
-        return ()
+        for number, (of_q, of_dq) in enumerate(zip(q.split(rows), dq.split(rows), strict=True)):
+            s = scores[: len(of_q)]
+            for _ in range(count - 2 * backward):
+                torch.mm(of_q, p.T, out=s)
+            if backward:
+                torch.mm(s, p, out=of_dq)
+                torch.addmm(dp, s.T, of_q, beta=min(number, 1), out=dp)
+        return (dq, dp)
 
     return run

@@ -72,11 +72,11 @@ def contenders(name: str, leaves: list[Tensor]) -> dict[str, Run]:
     }
 
 
-def errors(name: str, D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+def errors(name: str, D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
     """Of each contender against ours in fp64."""
     leaves = draw(name, FOR_ERRORS, D, device, dtype, **state)
     truth = contenders(name, loss.exact(leaves))[OURS]()
-    return loss.errors(contenders(name, leaves), lambda _: truth)
+    return loss.Errors(contenders(name, leaves), lambda _: truth)
 
 
 def case(name: str, shape: Shape, device: str) -> Case:

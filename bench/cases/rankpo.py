@@ -68,10 +68,10 @@ def copies(tensors: list[Tensor]) -> dict[str, Run]:
     return {FLOOR: into_existing, FRESH: lambda: [x.clone() for x in sources]}
 
 
-def errors(D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+def errors(D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
     tensors = draw(FOR_ERRORS, D, device, dtype, **state)
     truth = contenders(loss.exact(tensors))["torch"]()
-    return loss.errors(contenders(tensors), lambda _: truth)
+    return loss.Errors(contenders(tensors), lambda _: truth)
 
 
 def case(shape: Shape, device: str) -> Case:

@@ -74,11 +74,11 @@ def contenders(columns: list[Tensor]) -> dict[str, Run]:
     }
 
 
-def errors(D: int, device: str, dtype: torch.dtype, **state) -> dict[str, float]:
+def errors(D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
     """Of each contender against ours in fp64."""
     columns = draw(FOR_ERRORS, D, device, dtype, **state)
     truth = {name: run() for name, run in contenders(loss.exact(columns)).items() if OURS in name}
-    return loss.errors(contenders(columns), lambda name: truth[name.replace(THEIRS, OURS)])
+    return loss.Errors(contenders(columns), lambda name: truth[name.replace(THEIRS, OURS)])
 
 
 def case(shape: Shape, device: str) -> Case:

@@ -30,7 +30,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 
-from ..card import watching as watching_card
+from ..card import Card, watching
 from ..measure import mark_resident, peak_resident
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ Contender = Callable[[Task], None]
 class Measured:
     """seconds: of a step, the mean over the last three quarters of them, from the end of an update
     to the end of the next. peak: bytes at most, as Memory counts them; watts, joules and throttled:
-    of the card during those steps, `counted` in number."""
+    of the device during those steps, `counted` in number."""
 
     seconds: float
     counted: int
@@ -102,7 +102,7 @@ def measure(contender: Contender, task: Task) -> Measured:
     first = max(1, task.steps // 4)  # whoever compiles or tries does it before this update
     marks: list[Any] = []  # the ends of updates
     memory = Memory(task.device)
-    watch, card = contextlib.ExitStack(), None
+    watch, card = contextlib.ExitStack(), Card()
 
     def updated() -> None:
         nonlocal card
@@ -126,7 +126,9 @@ def measure(contender: Contender, task: Task) -> Measured:
         counted,
         memory.peak(),
         ndcg(task.output, task) if task.ndcg else None,
-        *((card.watts, card.joules, card.throttled) if card is not None else ()),
+        card.watts,
+        card.joules,
+        card.throttled,
     )
 
 
@@ -178,11 +180,6 @@ class Memory:
         if self.device == "cpu":
             return peak_resident() - self.before
         return torch.cuda.max_memory_allocated()
-
-
-def watching(device: str) -> contextlib.AbstractContextManager:
-    """The card's power and clocks; None of a CPU."""
-    return contextlib.nullcontext() if device == "cpu" else watching_card(device)
 
 
 def _mark(device: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..apart import in_a_process
+from ..card import Card, watching
 from ..questions import NOT_REACHED, OURS, Question, Result, Settings, Shape
 from .backbones import TINY
 from .contenders import (
@@ -27,7 +28,6 @@ from .contenders import (
     hooks,
     rankpo_fast,
     sentence_transformers,
-    watching,
 )
 from .questions import Entrants, batches_of, compare, mean, rows_of, task_of
 
@@ -36,7 +36,7 @@ ASKS = "How soon does what was held out reach an nDCG@20?"
 
 @dataclass(frozen=True)
 class Reached:
-    """seconds, and of the card joules, that training took; ndcg: at the end, after `steps`."""
+    """seconds, and of the device joules, that training took; ndcg: at the end, after `steps`."""
 
     seconds: float
     steps: int
@@ -54,7 +54,7 @@ class Trial:
         self.task, self.target, self.every = task, target, every
         self.steps, self.seconds, self.ndcg = 0, 0.0, 0.0
         self.memory = Memory(task.device)
-        self.cards: list[Any] = []
+        self.cards: list[Card] = []
         self.watch = contextlib.ExitStack()
 
     def resume(self) -> None:
@@ -105,9 +105,9 @@ def reach(target: float, every: int, contender: Contender, task: Task) -> Reache
     )  # fmt: skip
 
 
-def _energy(cards: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """Of all stretches together; nothing of a CPU, or of a card that does not tell."""
-    if None in cards or None in (joules := [card.joules for card in cards]):
+def _energy(cards: Sequence[Card], seconds: float) -> dict[str, Any]:
+    """Of all stretches together; nothing of a device that does not tell."""
+    if None in (joules := [card.joules for card in cards]):
         return {}
     throttled = next((card.throttled for card in cards if card.throttled), None)
     return {"joules": sum(joules), "watts": sum(joules) / seconds, "throttled": throttled}

@@ -17,7 +17,7 @@ import torch
 from rankpo_fast.model.attention import KERNELS, Needs
 
 from ..apart import in_a_process
-from ..measure import percentiles, turned
+from ..measure import spread, turned
 from ..questions import (
     NEEDS_GPU,
     NOT_INSTALLED,
@@ -145,9 +145,9 @@ def rows_of(
         pairs = zip(given, floor, strict=True)
         ratios = [x.seconds / of.seconds for x, of in pairs if not isinstance(of, str)]
         learnt = [one.ndcg for one in given if one.ndcg is not None]
-        fields = _spread([one.seconds for one in given], "seconds", "low", "high")
+        fields = spread([one.seconds for one in given], "seconds", "low", "high")
         if ratios:
-            fields |= _spread(ratios, "ratio", "ratio_low", "ratio_high")
+            fields |= spread(ratios, "ratio", "ratio_low", "ratio_high")
             fields |= {"ratios": tuple(ratios)}
         if learnt:
             fields |= {"ndcg": mean(learnt), "ndcg_low": min(learnt), "ndcg_high": max(learnt)}
@@ -158,11 +158,6 @@ def rows_of(
         }
         rows.append(Row(name, **fields | figures(name, given)))
     return tuple(rows)
-
-
-def _spread(values: Sequence[float], *names: str) -> dict[str, float]:
-    """The median, and the percentiles below and above, by the names of their fields."""
-    return dict(zip(names, percentiles(values), strict=True))
 
 
 def mean(values: Any) -> float | None:

@@ -1,5 +1,6 @@
 """The measuring is right, and what stops a contender is a row."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -12,8 +13,9 @@ from launcher import SMALL
 from bench import __main__ as bench
 from bench import machine, registry
 from bench import measure as measuring
-from bench.cases import in_batch, info_nce, open_clip, rankpo, sentence_transformers, tiles
-from bench.cases.loss import GATE, LossQuestion, loss_question
+from bench.card import Card
+from bench.cases import in_batch, info_nce, loss, open_clip, rankpo, sentence_transformers, tiles
+from bench.cases.loss import GATE, Errors, LossQuestion, gemms, loss_question
 from bench.measure import Case, cache_bytes, evictor, measure, relative_error, turned
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
 from bench.results import read
@@ -143,9 +145,35 @@ def test_a_red_gate_of_ours_is_not_timed_and_a_peer_is(state):
     assert "above the gate" in rows[OURS].note and rows[OURS].red
 
 
-def test_without_a_floor_no_contender_has_a_ratio():
-    rows = measured({"floor": fails(MemoryError()), "ours": tuple})
-    assert [row.note for row in rows.values()] == ["out of memory", "no floor: out of memory"]
+def test_without_a_floor_a_contender_has_a_time_but_no_ratio():
+    rows = measured({"floor": fails(MemoryError()), OURS: tuple})
+    assert rows["floor"].note == "out of memory"
+    assert rows[OURS].seconds is not None and rows[OURS].ratio is None and not rows[OURS].red
+
+
+def test_a_floor_of_few_rows_at_once_has_the_products_of_all():
+    q, p = torch.randn(7, 3), torch.randn(5, 3)
+    s = q @ p.T
+    for most in (2**20, 2 * 5 * 4):  # two rows of five scores: the last chunk is smaller
+        torch.testing.assert_close(gemms(3, q, p, most=most)(), (s @ p, s.T @ q))
+
+
+def test_errors_are_taken_of_those_who_are_asked():
+    ran = []
+    runs = {name: lambda name=name: ran.append(name) or (torch.ones(1),) for name in "ab"}
+    errors = Errors(runs, lambda _: (torch.ones(1),))
+    measured({name: tuple for name in "b"}, errors=errors)
+    assert ran == ["b"] and errors["b"] == 0 and ran == ["b"]
+
+
+def test_a_throttled_card_marks_every_time_of_the_case(monkeypatch):
+    hot = Card(watts=700.04, throttled="power cap in 3 of 9 samples")
+    monkeypatch.setattr(loss, "watching", lambda device: contextlib.nullcontext(hot))
+    runs = {OURS: tuple, "late": fails(MemoryError())}
+    asked = loss_question("ours", "?", "BD", {}, lambda *_: case(runs), list(runs))
+    result = asked.answer({"B": 2, "D": 2, "dtype": "float32"}, settings())
+    assert [bool(row.throttled) for row in result.rows] == [True, True, False]
+    assert result.about == {"W": 700.0}
 
 
 def test_rounds_stop_at_the_limit():
@@ -193,7 +221,7 @@ def test_contenders_of_a_form_agree(form, passages):
     x = form.draw(24, passages, 32, "cpu", torch.float32)
     slow = {"torch.compile", "cut-cross-entropy, torch_compile"}  # test_peers compiles them
     runs = {name: run for name, run in form.runs(x).items() if name not in slow}
-    found = info_nce.loss.errors(runs, lambda _: form.runs(x.exact())[OURS]())
+    found = Errors(runs, lambda _: form.runs(x.exact())[OURS]())
     ran = {name: error for name, error in found.items() if not math.isnan(error)}
     assert len(ran) > 1 and max(ran.values()) < GATE[torch.float32]
     assert len(form.runs(x)[OURS]()) == 1 + form.backward * len(x.leaves)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.card import Card
 from bench.questions import NOT_REACHED, OURS, Rates, Settings
 from bench.training import end_to_end
 from bench.training.contenders import Task
@@ -59,11 +60,10 @@ def test_the_last_step_is_evaluated_too(task, monkeypatch):
     assert said == f"{NOT_REACHED}: 0.100 of 0.2 after 4 steps"
 
 
-def test_energy_is_that_of_all_stretches_and_none_of_a_cpu():
-    cards = [SimpleNamespace(joules=j, throttled=t) for j, t in ((10.0, None), (30.0, "hot"))]
+def test_energy_is_that_of_all_stretches_and_none_of_a_device_that_does_not_tell():
+    cards = [Card(joules=j, throttled=t) for j, t in ((10.0, None), (30.0, "hot"))]
     assert end_to_end._energy(cards, 4.0) == {"joules": 40, "watts": 10, "throttled": "hot"}
-    assert end_to_end._energy([None], 4.0) == {}
-    assert end_to_end._energy([SimpleNamespace(joules=None)], 4.0) == {}
+    assert end_to_end._energy([Card(joules=10.0), Card()], 4.0) == {}
 
 
 def test_every_contender_reaches_a_target_that_an_untrained_model_has():
