@@ -11,6 +11,7 @@ named.
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import sys
 import time
@@ -166,7 +167,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     without, left_out = frozenset(), []
     if level == "quick" and device == "cpu" and not args.contenders:
         without = COMPILED & {name for q, _ in asked for name in q.contenders(device)}
-        left_out = [f"{name}, which compiles for seconds" for name in sorted(without)]
+        left_out = [f"{name} (compiles for seconds)" for name in sorted(without)]
     said = {key: value for key, value in about.items() if key != "rates"}
     said["measured here"] = rates_in_words(about["rates"])
     print("\n".join(f"{key:22}{value}" for key, value in said.items()) + "\n")
@@ -184,6 +185,8 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
             left = [f"{question.name} {described(shape)}" for question, shape in asked[number:]]
             left_out.append(f"after {args.minutes:g} minutes: {', '.join(left)}")
             break
+        gc.collect()
+        gc.freeze()  # what libraries hold: to look through it at every peak takes longer than runs
         result = question.answer(shape, settings)
         print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
         run.results.append(result)

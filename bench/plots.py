@@ -342,7 +342,7 @@ def _bars(result: Result) -> list[Row]:
 
 def _beside_the_floor(axes: Axes, result: Result) -> None:
     rows = _bars(result)
-    ours = [row.seconds for row in rows if row.ours and row.seconds is not None]
+    ours = [row.cost for row in rows if row.ours and row.cost is not None]
     most = max((row.ratio_high or row.ratio for row in rows if row.ratio is not None), default=1)
     end = min(FLOORS, max(most, 1.2))
     for place, row in enumerate(rows):
@@ -351,7 +351,7 @@ def _beside_the_floor(axes: Axes, result: Result) -> None:
                       fontsize=8.5, color=GREY)  # fmt: skip
             continue
         other_floor = result.is_floor(row)
-        wins = bool(ours) and row.seconds < min(ours) and not (row.ours or other_floor)
+        wins = bool(ours) and row.cost < min(ours) and not (row.ours or other_floor)
         color = OUR_COLOR if row.ours else GREY if other_floor else WINS if wins else PEER
         length = min(row.ratio, end)
         axes.barh(place, length, color=color, height=0.66)

@@ -91,6 +91,12 @@ class Row:
         return self.contender.startswith(OURS)
 
     @property
+    def cost(self) -> float | None:
+        """By which a result's rows are faster than each other: what was taken within each round, or
+        seconds where no row has that."""
+        return self.seconds if self.ratio is None else self.ratio
+
+    @property
     def red(self) -> bool:
         """Whether the run has failed here: a gate, an error, or ours not running at all."""
         excuses = (TOO_LARGE,) if self.ours else (*EXCUSES, TOO_LARGE)

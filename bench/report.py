@@ -210,9 +210,9 @@ def _beside_peers(family: str, results: Sequence[Result]) -> list[str]:
         if not ours or not peers:
             continue
         compared += 1
-        best, peer = (min(rows, key=lambda row: row.seconds) for rows in (ours, peers))
-        if peer.seconds < best.seconds:
-            share = peer.seconds / best.seconds
+        best, peer = (min(rows, key=lambda row: row.cost) for rows in (ours, peers))
+        if peer.cost < best.cost:
+            share = peer.cost / best.cost
             lost.setdefault(peer.contender, []).append((share, result.name))
         memory = [min((row.peak_mib for row in rows if row.peak_mib is not None), default=None)
                   for rows in (ours, peers)]  # fmt: skip

@@ -8,7 +8,7 @@ from bench_runs import LADDER, MACHINE, RUN, SCALING, info_nce
 from matplotlib.colors import to_hex
 
 from bench import plots
-from bench.questions import OUT_OF_MEMORY, Result, Row
+from bench.questions import OURS, OUT_OF_MEMORY, Result, Row
 from bench.report import in_short, write_report
 from bench.results import Run, read, write
 from bench.tables import COLUMNS, markdown, number, shown, table
@@ -163,6 +163,12 @@ def test_in_short_hides_no_defeat():
     assert "quack is faster at 2: at best it takes 0.90 of our time" in said
     assert f"{OUT_OF_MEMORY.capitalize()}: torch cross_entropy (1 row)" in said
     assert "gate that ours must pass: torch cross_entropy (1 row)" in said
+
+
+def test_who_is_faster_is_what_was_taken_within_rounds():
+    rows = (Row(OURS, seconds=1.0, ratio=1.2), Row("quack", seconds=0.9, ratio=1.3))
+    said = in_short(run(Result("a case", "loss", "?", {}, rows, floor="3 GEMMs")))
+    assert any("fastest at 1 of 1" in text for text in said)
 
 
 def test_a_contender_that_falls_over_is_in_the_pictures_data():
