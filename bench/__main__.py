@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import itertools
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from pathlib import Path
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest
 
-CARD_SECONDS = 3.0  # rounds of a case on a card stop then
+CARD_SECONDS = 3.0  # rounds of a loss on a card stop then
+TRAINING_SHARE = 0.1  # of --minutes: rounds of a training stop then
 RESULTS = Path("bench/results")
 ROUNDS = {"quick": 3, "default": 7, "full": 7}
 
@@ -64,6 +66,8 @@ def run(flags: list[str]) -> int:
         return 0
     device = _device(args.device)
     if args.compile:
+        if device != "cuda":
+            raise InputError("--compile, but there is no GPU to compile for: see bench.aot")
         from .cases import tiles
 
         tiles.compile_all(args.compile)
@@ -86,7 +90,9 @@ def _run_parser() -> _Parser:
     )  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=_positive, help="timed runs of each contender")
-    parser.add_argument("--minutes", type=float, help="start no case later than this")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=math.inf, help="start no case later than this"
+    )
     parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("build/bench"))
     parser.add_argument(
         "--note", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"),
@@ -102,6 +108,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number >= 1, got {text}")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text}")
+    return minutes
 
 
 def _device(name: str) -> str:
@@ -155,12 +171,14 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     import torch
 
     from . import machine, results
+    from .measure import noting
     from .peers import COMPILED
-    from .questions import Settings, described
+    from .questions import OURS, Result, Row, Settings, described
     from .report import failures, rates_in_words, write_report
     from .tables import table
 
     started = time.monotonic()
+    _make(args.output_dir)
     about = machine.about(device)
     rates = machine.measure_rates(device)
     about |= {"level": level, "rates": dataclasses.asdict(rates)} | dict(args.note)
@@ -174,23 +192,32 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     settings = Settings(
         device, level, args.rounds or ROUNDS[level], rates,
         frozenset(args.contenders) if args.contenders else None, without,
-        CARD_SECONDS if device == "cuda" else float("inf"),
+        CARD_SECONDS if device == "cuda" else math.inf, 60 * args.minutes * TRAINING_SHARE,
     )  # fmt: skip
-    path = args.output_dir / f"{datetime.now(UTC):%Y-%m-%d}-{_slug(about['device'], device)}.json"
+    now = datetime.now(UTC)
+    path = args.output_dir / f"{now:%Y-%m-%d-%H%M%S}-{_slug(about['device'], device)}.json"
     run = results.Run(about, [])
     results.write(path, run)
     torch.manual_seed(0)
     for number, (question, shape) in enumerate(asked):
-        if args.minutes and time.monotonic() - started > 60 * args.minutes:
+        if time.monotonic() - started > 60 * args.minutes:
             left = [f"{question.name} {described(shape)}" for question, shape in asked[number:]]
             left_out.append(f"after {args.minutes:g} minutes: {', '.join(left)}")
             break
         gc.collect()
         gc.freeze()  # what libraries hold: to look through it at every peak takes longer than runs
-        result = question.answer(shape, settings)
+        notes: dict[str, str] = {}
+        with noting(OURS, notes):
+            result = question.answer(shape, settings)
+        if notes:  # a question that cannot be asked is our failure, whatever stopped it
+            rows = (Row(OURS, notes[OURS]),)
+            result = Result(question.name, question.family, question.asks, shape, rows)
         print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
         run.results.append(result)
         results.write(path, run)  # what is measured stays, whatever comes
+        if (lost := machine.lost(device)) is not None:
+            left_out.append(f"what comes after {result.name}, which lost the device: {lost}")
+            break
     if left_out:
         about["left out"] = "; ".join(left_out)
         print(f"left out: {about['left out']}")
@@ -201,6 +228,13 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
         print(f"FAILED {name}")
     print(f"{path}\n{page}\n{time.monotonic() - started:.0f} s")
     return 1 if red else 0
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {directory}: {error.strerror}") from None
 
 
 def _slug(name: str, device: str) -> str:
@@ -232,7 +266,9 @@ def report(flags: list[str]) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--output_dir", "--output-dir", type=Path, help="[beside the file]")
     args = parser.parse_args(flags)
-    print(write_report(read(args.file), args.output_dir or args.file.parent))
+    directory = args.output_dir or args.file.parent
+    _make(directory)
+    print(write_report(read(args.file), directory))
     return 0
 
 
@@ -243,6 +279,7 @@ def history(flags: list[str]) -> int:
     parser.add_argument("directory", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("build/bench"))
     args = parser.parse_args(flags)
+    _make(args.output_dir)
     print(write_history(args.directory, args.output_dir))
     return 0
 

@@ -1,8 +1,9 @@
 """Whether it got worse: two result files, row by row.
 
 Times are compared as ratios to the floor, which every run takes within its own rounds: neither a
-slower machine nor a noisy hour is a regression. Only the floor itself, and what has no floor in
-common, is compared in seconds, and only on the same device. A change is called one if it is
+slower machine nor a noisy hour is a regression. Only the floor itself, and what has no floor, since
+it stands beside a peer that may have changed, is compared in seconds, and only on the same device.
+A change is called one if it is
 
 * larger than the threshold: the median of all quotients of a round after over a round before (the
   Hodges-Lehmann estimate, which a slow round moves little), and
@@ -10,6 +11,9 @@ common, is compared in seconds, and only on the same device. A change is called 
   that noise alone does it in a LEVEL of all rows (the exact rank-sum test, which asks nothing of
   how noise is distributed). Three rounds on either side can tell no less than a twentieth. Files
   that hold no rounds are told apart by their 20th and 80th percentiles, which must not overlap.
+
+A scaling has one time a size: it is worse where all sizes, three at least, say so. What is counted
+(flops, messages, what is sent) knows no noise.
 
 What is beyond the threshold and may be noise is "unclear": it is shown, so that it can be measured
 with more rounds, and fails nothing. Of a hundred rows of noise alone, two may still be called.
@@ -23,7 +27,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +53,7 @@ class Change:
 
     result: str
     contender: str
-    respect: str  # time, memory, error, converged, sizes, note
+    respect: str  # time, memory, error, converged, nDCG, sizes, flops, messages, sent, note
     verdict: str
     says: str
     ours: bool
@@ -83,11 +87,6 @@ class _Side:
     row: Row
     device: Any
 
-    @property
-    def base(self) -> str:
-        """Whom ratios are taken against."""
-        return self.result.floor or self.result.rows[0].contender
-
 
 def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison:
     """Rows are matched by case, shape and contender.
@@ -102,6 +101,7 @@ def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison
     if not both:
         raise InputError("nothing to compare: no case, shape and contender is in both files")
     changes = [change for key in both for change in _changes(was[key], now[key], threshold)]
+    changes += _gone(was, now)
     keys = dict.fromkeys([*before.machine, *after.machine])
     pairs = {key: (before.machine.get(key), after.machine.get(key)) for key in keys}
     return Comparison(
@@ -155,6 +155,15 @@ def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
     }
 
 
+def _gone(was: Mapping[tuple, _Side], now: Mapping[tuple, _Side]) -> Iterator[Change]:
+    """Ours that are no more, of what was measured both times."""
+    measured = {key[:2] for key in now}
+    for key, side in was.items():
+        if side.row.ours and key not in now and key[:2] in measured:
+            name, contender = side.result.name, side.row.contender
+            yield Change(name, contender, "note", WORSE, "no row any more", ours=True)
+
+
 def _name(side: _Side) -> str:
     return f"{side.result.name}: {side.row.contender}"
 
@@ -185,11 +194,46 @@ def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
         quotient, limit = high / low if low else math.inf, max(1 + threshold, least_quotient)
         if not 1 / limit <= quotient <= limit:
             yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
-    if a.sizes == b.sizes and len(a.times or ()) != len(b.times or ()):
-        says = " -> ".join(row.falls_over or "every size" for row in (a, b))
-        yield change("sizes", len(b.times or ()) < len(a.times or ()), f"{b.axis}: {says}")
+    if None not in (a.ndcg, b.ndcg) and not 1 / (1 + threshold) <= b.ndcg / a.ndcg <= 1 + threshold:
+        says = f"{a.ndcg:.3f} -> {b.ndcg:.3f}"
+        apart = _disjoint(a.ndcg_low, a.ndcg_high, b.ndcg_low, b.ndcg_high)
+        found = change("nDCG", b.ndcg < a.ndcg, says, b.ndcg / a.ndcg)
+        yield found if apart else replace(found, verdict=UNCLEAR)
+    if a.sizes == b.sizes:
+        yield from _scaling(was, now, threshold, change)
     if bool(a.note) != bool(b.note):
         yield change("note", bool(b.note), b.note or f"runs; before: {a.note}")
+
+
+def _scaling(
+    was: _Side, now: _Side, threshold: float, change: Callable[..., Change]
+) -> Iterator[Change]:
+    """Size by size; each respect by its worst."""
+    a, b = was.row, now.row
+    if len(a.times or ()) != len(b.times or ()):
+        says = " -> ".join(row.falls_over or "every size" for row in (a, b))
+        yield change("sizes", len(b.times or ()) < len(a.times or ()), f"{b.axis}: {says}")
+
+    def quotients(field: str, least: float = 0.0) -> list[float]:
+        pairs = zip(getattr(a, field) or (), getattr(b, field) or (), strict=False)
+        return [y / x if x and abs(y - x) > least else 1.0 for x, y in pairs]
+
+    of_times = quotients("times") if was.device == now.device else []
+    least, most = min(of_times, default=1.0), max(of_times, default=1.0)
+    apart = len(of_times) >= ROUNDS and not (least <= 1 + threshold and most >= 1 / (1 + threshold))
+    for name, found, sure in (
+        ("time", of_times, apart),
+        ("memory", quotients("peaks", MEMORY_MIB), True),
+        ("flops", quotients("work"), True),
+        ("messages", quotients("messages"), True),
+        ("sent", quotients("sent"), True),
+    ):
+        worst = max(found, key=lambda quotient: abs(math.log(quotient)), default=1.0)
+        if 1 / (1 + threshold) <= worst <= 1 + threshold:
+            continue
+        sizes = ", ".join(f"{size} {times(x)}" for size, x in zip(b.sizes, found, strict=False))
+        one = change(name, worst > 1, f"{b.axis}: {sizes}", worst)
+        yield one if sure else replace(one, verdict=UNCLEAR)
 
 
 def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | None:
@@ -198,8 +242,9 @@ def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | 
     if a.seconds is None or b.seconds is None:
         return None
     says = f"{duration(a.seconds)} -> {duration(b.seconds)}"
-    if was.base == now.base != b.contender and None not in (a.ratio, b.ratio):
-        says = f"{times(a.ratio)} -> {times(b.ratio)} of {now.base} ({says})"
+    floor = now.result.floor
+    if was.result.floor == floor != b.contender and None not in (floor, a.ratio, b.ratio):
+        says = f"{times(a.ratio)} -> {times(b.ratio)} of {floor} ({says})"
         if a.ratios is not None and b.ratios is not None:
             quotient = shift(a.ratios, b.ratios)
             apart = beyond_noise(*((a.ratios, b.ratios) if quotient > 1 else (b.ratios, a.ratios)))

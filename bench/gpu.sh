@@ -68,8 +68,8 @@ for tool in memcheck racecheck; do
 done
 
 wait "${compiling[@]}" || echo "make gpu: not all kernels of the bench are compiled: it takes longer"
-left=$((465 - SECONDS)) # of eight minutes
-timeout "$left" "$PYTHON" -m bench --device cuda --rounds 5 --minutes "$(((left - 30) / 60)).$(((left - 30) % 60 * 10 / 60))" \
+left=$((SECONDS < 425 ? 465 - SECONDS : 40)) # of eight minutes
+timeout "$left" "$PYTHON" -m bench --device cuda --rounds 5 --minutes "$(((left - 30) * 10 / 6))e-2" \
   "${notes[@]}" --output_dir "$logs" || red=1
 cp "$logs"/*.json bench/results/ || red=1
 echo "make gpu: ${SECONDS} s; commit what is new in bench/results; its report is $logs/report.html"

@@ -72,6 +72,16 @@ def measure_rates(device: str) -> Rates:
     return Rates(gemm, 2 * source.nbytes / _median(lambda: target.copy_(source), device))
 
 
+def lost(device: str) -> str | None:
+    """Why nothing runs on it any more: after an illegal access a process has no card."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return None
+
+
 def _median(run, device: str) -> float:
     run()
     seconds: list[float] = []

@@ -31,6 +31,7 @@ from .questions import (
 
 BUSY_S = 0.01  # a contender is timed over runs of so long, which hides what the first one costs
 MOST_RUNS = 20
+LACK = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's words without its class
 Run = Callable[[], Sequence[Tensor]]  # one forward and backward; returns the loss and the gradients
 
 
@@ -64,8 +65,8 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
     errors = {
         name: {
-            "error": _finite(case.errors.get(name)),
-            "converged": _finite(case.converged.get(name)),
+            "error": _known(case.errors.get(name)),
+            "converged": _known(case.converged.get(name)),
         }
         for name in names
     }
@@ -73,10 +74,12 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     peaks, repeats = {}, {}
     evict = evictor(case)
     for name in names:
+        run = case.contenders[name]
         if (note := above_the_gate(case, name)) is not None:
             notes[name] = note
+            with noting(name, notes):  # what it raises says more than that it has no error
+                run()
             continue
-        run = case.contenders[name]
         with noting(name, notes):
             peaks[name] = peak_bytes_of(run, case.device) - case.keep_bytes  # and a warm-up
             once = seconds_of(run, case.device)
@@ -90,8 +93,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
             with noting(name, notes):
                 hot[name].append(seconds_of(run, case.device, repeats[name]))
                 if evict is not None:
-                    evict()
-                    cold[name].append(seconds_of(run, case.device))
+                    cold[name].append(seconds_of(run, case.device, before=evict))
         if time.perf_counter() > stop:
             break
 
@@ -149,16 +151,17 @@ def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
         notes[name] = f"{DOES_NOT_TAKE} {error}"
     except Exception as error:
         lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if lack or "can't allocate memory" in str(error):  # torch's words on the CPU
+        if lack or any(words in str(error) for words in LACK):
             notes[name] = OUT_OF_MEMORY
         else:
             notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
 
 
 def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative Frobenius error among loss and gradients."""
+    """The largest relative Frobenius error among loss and gradients; inf if one is not finite."""
     pairs = zip(ours, exact, strict=True)
-    return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
+    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def above_the_gate(case: Case, name: str) -> str | None:
@@ -170,8 +173,8 @@ def above_the_gate(case: Case, name: str) -> str | None:
     return f"error {max(worst):.1e} above the gate {case.gate:.1e}"
 
 
-def _finite(error: float | None) -> float | None:
-    return error if error is not None and math.isfinite(error) else None
+def _known(error: float | None) -> float | None:
+    return None if error is None or math.isnan(error) else error
 
 
 def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict:
@@ -212,17 +215,22 @@ def evictor(case: Case) -> Callable[[], None] | None:
     return lambda: other.add_(1)
 
 
-def seconds_of(run: Run, device: str, repeats: int = 1) -> float:
-    """Of one run, over `repeats` of them."""
+def seconds_of(
+    run: Run, device: str, repeats: int = 1, before: Callable[[], None] = lambda: None
+) -> float:
+    """Of one run, over `repeats` of them, after `before`; a card is still busy with that when runs
+    are launched, so that it does not wait for the first."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        before()
         start.record()
         for _ in range(repeats):
             run()
         stop.record()
         torch.cuda.synchronize()
         return start.elapsed_time(stop) / repeats / 1e3
+    before()
     start = time.perf_counter()
     for _ in range(repeats):
         run()

@@ -27,7 +27,10 @@ def cross_entropy(q: Tensor, p: Tensor, labels: Tensor, *, symmetric: bool) -> T
     """Logits in the embeddings' dtype."""
     s = SCALE * (F.normalize(q, dim=1) @ F.normalize(p, dim=1).T)
     loss = F.cross_entropy(s, labels)
-    return (loss + F.cross_entropy(s.T[labels], _rows(q))) / 2 if symmetric else loss
+    if not symmetric:
+        return loss
+    of_positives = s.T if len(p) == len(q) else s.T[labels]
+    return (loss + F.cross_entropy(of_positives, _rows(q))) / 2
 
 
 @functools.cache
@@ -74,6 +77,8 @@ def cut_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, **options: Any)
     default eps / 32 of that dtype."""
     _on_a_card(x)
     _halves(x)
+    if max(x.numel(), weight.numel()) >= 2**31:
+        raise Unfit("2**31 numbers or more, which its 32-bit offsets do not reach")
     from cut_cross_entropy import linear_cross_entropy as loss
 
     return loss(x, weight, labels, **options)

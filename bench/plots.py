@@ -34,6 +34,7 @@ TICKS = 6
 MARK = 0.09  # the height of one, of its panel
 FLOORS = 5  # of time, where the axis of ratios ends
 LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
+MOST_ERROR = 1e9  # where what is not finite stands
 PLAIN = LOOK | {"text.parse_math": False}  # a note may hold any sign
 ABSENT = (NOT_INSTALLED, NEEDS_GPU)  # says nothing about a contender
 
@@ -116,8 +117,8 @@ def ladder(run: Run) -> Figure | None:
         heights = [len(_present(result)) for result in kept]
         figure = _figure(
             sum(0.32 * height + 0.75 for height in heights),
-            "A training step: peak memory in MiB above its start (left, shorter is better) and "
-            f"tokens a second (right, longer is better){_left_out(kept, steps)}\n"
+            "A training step: peak memory in MiB, weights and optimizer included (left, shorter is "
+            f"better) and tokens a second (right, longer is better){_left_out(kept, steps)}\n"
             "orange is ours",
         )
         axes = figure.subplots(len(kept), 2, squeeze=False, height_ratios=[h + 1 for h in heights])
@@ -418,7 +419,8 @@ def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
 def _errors_of(row: Row) -> dict[str | None, float]:
     """Those known, by what fills their marks: nothing of its own that on fresh data."""
     pair = {None: row.error, "white": row.converged}
-    return {face: max(error, LEAST_ERROR) for face, error in pair.items() if error is not None}
+    known = {face: error for face, error in pair.items() if error is not None}
+    return {face: min(max(error, LEAST_ERROR), MOST_ERROR) for face, error in known.items()}
 
 
 def _name(axes: Axes, result: Result) -> None:

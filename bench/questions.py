@@ -12,7 +12,7 @@ OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "nee
 DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
 NOT_REACHED = "not reached"  # the goal of an end-to-end run
 EXCUSES = (  # a peer's, that are results
-    OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, "out of resources",
+    OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, "out of resource",
 )  # fmt: skip
 TOO_LARGE = "too large for the device"  # a model whose weights alone do not fit: ours is excused
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
@@ -37,7 +37,8 @@ class Settings:
     rates: Rates
     contenders: frozenset[str] | None = None  # None: all; the floor always runs
     without: frozenset[str] = frozenset()
-    limit_s: float = float("inf")  # no round of a case starts later
+    limit_s: float = float("inf")  # no round of a loss, or of a training, starts later
+    training_s: float = float("inf")
 
     def takes(self, contender: str) -> bool:
         asked = self.contenders is None or contender in self.contenders
@@ -60,7 +61,7 @@ class Row:
     cold: float | None = None  # seconds, with the caches emptied before
     gemm: float | None = None  # useful flops per second, over the measured GEMM rate
     copy: float | None = None  # useful bytes per second, over the measured copy rate
-    peak_mib: float | None = None  # above inputs and gradients; of a training: all, with weights
+    peak_mib: float | None = None  # above inputs and gradients; of a training: all it holds
     error: float | None = (
         None  # relative, against fp64, the worst of loss and gradients: fresh data
     )

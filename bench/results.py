@@ -14,6 +14,7 @@ from .questions import Result, Row
 
 FORMAT = 2  # of the file; 1 had no number
 DIGITS = 4
+TEXTS = {"contender", "note", "throttled", "axis", "falls_over"}  # of a Row; the rest are numbers
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,26 @@ def read(path: Path) -> Run:
     """InputError if it is no result file, or one of another format."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = content.get("format", 1) if "results" in content else None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    if found is None:
+    if not isinstance(content, dict) or "results" not in content:
         raise InputError(f"{path}: not a result file of the bench")
-    if found != FORMAT:
+    if (found := content.get("format", 1)) != FORMAT:
         raise InputError(f"{path}: a result file of format {found}; this version reads {FORMAT}")
     try:
         results = [
             Result(**{**line, "rows": tuple(_row(row) for row in line["rows"])})
             for line in content["results"]
         ]
-        return Run(content["machine"], results)
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{path}: {error}") from None
+        return Run(dict(content["machine"]), results)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: not a result file of the bench: {error}") from None
 
 
 def _row(row: dict) -> Row:
+    for key, x in row.items():
+        if isinstance(x, str) is not (key in TEXTS):
+            raise TypeError(f"{key} {x!r}")
     return Row(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()})
 
 

@@ -32,7 +32,7 @@ from .training.contenders import (
     sentence_transformers,
 )
 from .training.corpus import workplace
-from .training.questions import batches_of, task_of
+from .training.steps import batches_of, task_of
 
 CONTENDERS = {
     OURS: functools.partial(info_nce_loss, scale=SCALE),

@@ -98,8 +98,8 @@ COLUMNS = (
            "here at the start of the run", _one("gemm", percent)),
     Column("copy", "of copy", "useful bytes a second, over what a large copy reached here",
            _one("copy", percent)),
-    Column("peak_mib", "MiB", "peak memory above inputs and gradients; of a training: above its "
-           "start", _one("peak_mib", mebibytes)),
+    Column("peak_mib", "MiB", "peak memory above inputs and gradients; of a training: of weights, "
+           "gradients, optimizer and activations together", _one("peak_mib", mebibytes)),
     Column("error", "error", "relative, against fp64, the worst of loss and gradients, on data "
            "early in a training", _one("error", _exponential)),
     Column("converged", "converged", "the same error on data of a finished training",

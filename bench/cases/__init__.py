@@ -1,2 +1,1 @@
-"""The questions. Each module has `cases(device, quick) -> Iterator[Case]`, inputs made when the
-case is asked."""
+"""The losses: each module has QUESTIONS, whose inputs are made when a shape is asked."""

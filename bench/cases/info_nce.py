@@ -81,10 +81,10 @@ def masked(x: Inputs) -> Tensor:
     """What one would write without us: M x N masks."""
     s, ids = similarities(x), masks(x)["passage_ids"]
     rows = torch.arange(len(x.q), device=x.q.device)
-    known = [ids[x.labels[rows]], ids[x.labels.flip(0)]]  # texts that are no negatives of a query
+    out = torch.zeros_like(s, dtype=torch.bool)
     twin = (rows ^ 1).clamp(max=len(rows) - 1)  # the query with the same text
-    known += [texts[twin] for texts in known]
-    out = torch.stack([ids == texts[:, None] for texts in known]).any(0)
+    for texts in (ids[x.labels], ids[x.labels.flip(0)]):  # that are no negatives of a query
+        out |= (ids == texts[:, None]) | (ids == texts[twin, None])
     out[rows, x.labels] = False
     return F.cross_entropy((SCALE * s).masked_fill(out, -torch.inf), x.labels)
 

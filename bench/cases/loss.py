@@ -18,7 +18,7 @@ from rankpo_fast.errors import InputError
 from ..card import watching
 from ..measure import Case, Run, measure, noting, relative_error
 from ..peers import SCALE
-from ..questions import Question, Result, Row, Settings, Shape
+from ..questions import NOT_INSTALLED, Question, Result, Row, Settings, Shape
 
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # of a shape that names none
 # Of loss and gradients against fp64, at a temperature of 0.02: rounding of the logits, twice for
@@ -69,11 +69,13 @@ def loss_question(
         return [named(axes, shape, device) for shape in shapes[device][level]]
 
     def answer(shape: Shape, settings: Settings) -> Result:
-        notes: dict[str, str] = {}
-        with noting(name, notes):
+        try:
             asked = case(shape, settings.device)
-        if notes:  # what all its contenders would need is not there: a row of the case itself
-            return Result(name, "loss", asks, shape, (Row(name, notes[name]),))
+        except ModuleNotFoundError as error:
+            if error.name.startswith("rankpo"):
+                raise
+            note = f"{error.name} {NOT_INSTALLED}"  # which ours adapts to
+            return Result(name, "loss", asks, shape, (Row(name, note),))
         gate = None if math.isinf(asked.gate) else asked.gate
         with watching(settings.device) as card:
             rows = measure(asked, settings)

@@ -117,7 +117,7 @@ def measure(contender: Contender, task: Task) -> Measured:
             if not task.ndcg:
                 raise Done
 
-    with watch, hooks(memory.start, updated), contextlib.suppress(Done):
+    with watch, hooks(memory.start, updated, memory.made), contextlib.suppress(Done):
         contender(task)
     assert len(marks) == task.steps, f"{len(marks)} updates"
     counted = task.steps - first
@@ -133,9 +133,13 @@ def measure(contender: Contender, task: Task) -> Measured:
 
 
 @contextlib.contextmanager
-def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) -> Iterator[None]:
+def hooks(
+    first_call: Callable[[nn.Module], None],
+    updated: Callable[[], None],
+    made: Callable[[Optimizer], None],
+) -> Iterator[None]:
     """Torch's own, alike for all: `first_call` of the first module that is called, `updated` at the
-    end of every update."""
+    end of every update, `made` where an optimizer made its state before."""
     began = False
 
     def call(module: nn.Module, *_: Any) -> None:
@@ -148,6 +152,8 @@ def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) 
         began = began or not getattr(optimizer, "found_inf", False)
         if began:
             updated()
+        else:
+            made(optimizer)
 
     calls = register_module_forward_pre_hook(call)
     steps = register_optimizer_step_post_hook(step)
@@ -160,15 +166,21 @@ def hooks(first_call: Callable[[nn.Module], None], updated: Callable[[], None]) 
 
 class Memory:
     """Of this process at most, once training has settled: what ours tries out before is over then.
-    All of it on a card; on the CPU the weights and what came on top since the first text entered
-    the model: libraries and texts are resident too."""
+    Weights, gradients and optimizer, whenever they are made, and what came on top since the first
+    text entered the model; neither libraries nor texts, which are resident on a CPU too."""
 
     def __init__(self, device: str):
-        self.device, self.before = device, 0
+        self.device, self.before, self.of_optimizer = device, 0, 0
+
+    def made(self, optimizer: Optimizer) -> None:
+        tensors = (x for state in optimizer.state.values() for x in state.values())
+        self.of_optimizer = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
 
     def start(self, module: nn.Module) -> None:
-        if self.device == "cpu":
-            self.before = mark_resident() - sum(p.nbytes for p in module.parameters())
+        there = mark_resident() if self.device == "cpu" else torch.cuda.memory_allocated()
+        weights = list(module.parameters())
+        gradients = [p.grad for p in weights if p.grad is not None]
+        self.before = there - sum(x.nbytes for x in weights + gradients) - self.of_optimizer
 
     def settle(self) -> None:
         if self.device == "cpu":
@@ -179,7 +191,7 @@ class Memory:
     def peak(self) -> int:
         if self.device == "cpu":
             return peak_resident() - self.before
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - self.before
 
 
 def _mark(device: str) -> Any:
@@ -277,10 +289,16 @@ def one_graph(task: Task, **settings: Any) -> None:
     encoder.save(task.output)
 
 
-def sentence_transformers(task: Task, *, cached: int | None = None) -> None:
+def sentence_transformers(
+    task: Task,
+    *,
+    cached: int | None = None,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+) -> None:
     """Its trainer as its documentation advises; `cached` are the rows that its cached loss encodes
     at once, None is the plain one. Its loop tokenises, and pads every column of a batch to the
-    longest there."""
+    longest there, unless flash attention takes texts end to end."""
     import accelerate  # noqa: F401 - which its trainer misses only later
     from datasets import Dataset
     from sentence_transformers import (
@@ -298,7 +316,11 @@ def sentence_transformers(task: Task, *, cached: int | None = None) -> None:
     for number in range(task.negatives):
         columns[f"negative_{number + 1}"] = [row["negatives"][number] for row in rows]
     with _random_weights(task) if task.from_scratch else contextlib.nullcontext():
-        model = SentenceTransformer(str(task.model), device=task.device)
+        model = SentenceTransformer(
+            str(task.model),
+            device=task.device,
+            model_kwargs={"attn_implementation": attn_implementation},
+        )
     if cached is None:
         loss = losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     else:
@@ -313,6 +335,7 @@ def sentence_transformers(task: Task, *, cached: int | None = None) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,  # below 1: their share
         optim="adamw_torch_fused",
+        gradient_checkpointing=gradient_checkpointing,
         seed=task.seed,
         bf16=task.bf16,
         # What its documentation asks for with this loss, and pays for in time.

@@ -29,7 +29,7 @@ from .contenders import (
     rankpo_fast,
     sentence_transformers,
 )
-from .questions import Entrants, batches_of, compare, mean, rows_of, task_of
+from .steps import Entrants, batches_of, compare, mean, rows_of, task_of
 
 ASKS = "How soon does what was held out reach an nDCG@20?"
 
@@ -53,11 +53,12 @@ class Trial:
     def __init__(self, task: Task, target: float, every: int):
         self.task, self.target, self.every = task, target, every
         self.steps, self.seconds, self.ndcg = 0, 0.0, 0.0
-        self.memory = Memory(task.device)
+        self.memory, self.peak = Memory(task.device), 0
         self.cards: list[Card] = []
         self.watch = contextlib.ExitStack()
 
     def resume(self) -> None:
+        self.memory.settle()  # an evaluation is no part of a training
         self.cards.append(self.watch.enter_context(watching(self.task.device)))
         self.began = perf_counter()
 
@@ -66,6 +67,8 @@ class Trial:
             torch.cuda.synchronize()
         self.seconds += perf_counter() - self.began
         self.watch.close()
+        if self.steps:
+            self.peak = max(self.peak, self.memory.peak())
 
     def first_call(self, module: nn.Module) -> None:
         """Of the backbone or what holds it; the evaluation has one of its own, with its weights."""
@@ -95,12 +98,12 @@ def reach(target: float, every: int, contender: Contender, task: Task) -> Reache
     """In a process of its own; a note if the steps do not suffice."""
     trial = Trial(task, target, every)
     trial.resume()
-    with hooks(trial.first_call, trial.updated), contextlib.suppress(Done):
+    with hooks(trial.first_call, trial.updated, trial.memory.made), contextlib.suppress(Done):
         contender(task)
     if trial.ndcg < target:
         return f"{NOT_REACHED}: {trial.ndcg:.3f} of {target:g} after {trial.steps} steps"
     return Reached(
-        trial.seconds, trial.steps, trial.ndcg, trial.memory.peak(), **_energy(trial.cards,
+        trial.seconds, trial.steps, trial.ndcg, trial.peak, **_energy(trial.cards,
         trial.seconds),
     )  # fmt: skip
 

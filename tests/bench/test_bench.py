@@ -18,7 +18,7 @@ from bench.cases import in_batch, info_nce, loss, open_clip, rankpo, sentence_tr
 from bench.cases.loss import GATE, Errors, LossQuestion, gemms, loss_question
 from bench.measure import Case, cache_bytes, evictor, measure, relative_error, turned
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
-from bench.results import read
+from bench.results import Run, read, write
 from rankpo_fast.errors import InputError
 
 RATES = Rates({"float32": 1e9}, 1e9)
@@ -188,22 +188,42 @@ def test_only_those_asked_for_and_the_floor_run():
     assert [row.contender for row in rows] == ["floor", "a"]
 
 
-@pytest.mark.parametrize(
-    ("error", "note", "red"),
-    [
-        (ModuleNotFoundError(name="sentence_transformers"), "not installed", False),
-        (torch.OutOfMemoryError(), "out of memory", False),
-        (RuntimeError("broken"), "RuntimeError: broken", True),
-    ],
-    ids=["not-installed", "too-large-for-its-inputs", "raises"],
-)
-def test_a_case_that_cannot_be_made_is_a_row_of_its_name(error, note, red):
+def test_without_the_library_that_ours_adapts_to_there_is_a_row_of_its_name():
     def case(shape, device):
-        raise error
+        raise ModuleNotFoundError(name="sentence_transformers")
 
     asked = loss_question("theirs", "?", "BD", {}, case, [OURS])
     (row,) = asked.answer({"B": 2, "D": 2, "dtype": "float32"}, settings()).rows
-    assert row.contender == "theirs" and note in row.note and row.red is red
+    assert row == Row("theirs", "sentence_transformers not installed") and not row.red
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan), (1.0, math.inf)], ids=str
+)
+def test_what_is_not_finite_passes_no_gate(loss, gradient):
+    found = [torch.tensor([loss]), torch.tensor([gradient])]
+    error = relative_error(found, [torch.ones(1), torch.ones(1)])
+    rows = measured({OURS: tuple, "peer": tuple}, gate=0.1, errors={OURS: error, "peer": error})
+    assert rows[OURS].seconds is None and rows[OURS].red
+    assert rows["peer"].seconds is not None and rows["peer"].error == math.inf
+
+
+def test_ours_that_has_no_error_says_what_it_raised():
+    rows = measured({OURS: fails(ValueError("a bug"))}, gate=0.1, errors={OURS: math.nan})
+    assert rows[OURS].note == "ValueError: a bug"
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        ("out of resource: shared memory, Required: 262144", "out of resource"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"),
+    ],
+    ids=["triton", "cublas"],
+)
+def test_a_lack_of_the_card_is_a_result_of_a_peer(error, note):
+    row = measured({"peer": fails(RuntimeError(error))})["peer"]
+    assert note in row.note and not row.red
 
 
 def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
@@ -294,21 +314,24 @@ def suite(monkeypatch, tmp_path):
     rows = {"fine": Row(OURS, seconds=1.0), "red": Row(OURS, "error 1.0e+00 above the gate")}
 
     def question(name: str) -> Question:
-        shapes = [{"M": 2, "dtype": "float32"}, {"M": 4, "dtype": "float32"}]
-        return Question(
-            name, "loss", "?", lambda *_: shapes,
-            lambda shape, _: Result(name, "loss", "?", shape, (rows[name],)),
-            lambda _: (OURS, "torch"),
-        )  # fmt: skip
+        def answer(shape, settings):
+            if name == "broken":
+                raise MemoryError
+            return Result(name, "loss", "?", shape, (rows[name],))
 
-    monkeypatch.setattr(registry, "QUESTIONS", {name: question(name) for name in rows})
+        shapes = [{"M": 2, "dtype": "float32"}, {"M": 4, "dtype": "float32"}]
+        contenders = (OURS, "torch", "torch.compile")
+        return Question(name, "loss", "?", lambda *_: shapes, answer, lambda _: contenders)
+
+    questions = {name: question(name) for name in (*rows, "broken")}
+    monkeypatch.setattr(registry, "QUESTIONS", questions)
     monkeypatch.setattr(machine, "measure_rates", lambda device: RATES)
 
     def run(*flags: str):
         output = tmp_path / "deep"
         code = bench.main(["run", "--device", "cpu", "--output_dir", str(output), *flags])
-        files = list(output.glob("*.json")) if output.exists() else []
-        return code, read(files[0]) if files else None
+        files = sorted(output.glob("*.json")) if output.exists() else []
+        return code, read(files[-1]) if files else None
 
     return run
 
@@ -321,15 +344,35 @@ def test_a_run_leaves_a_result_file_and_a_report(suite, tmp_path):
 
 
 def test_a_red_row_fails_the_run_and_the_rest_goes_on(suite, capsys):
-    code, run = suite()
+    code, run = suite("--cases", "red", "fine")
     assert code == 1 and len(run.results) == 4
     assert capsys.readouterr().out.count("FAILED red") == 2
 
 
-def test_what_time_does_not_allow_is_named(suite, capsys):
-    code, run = suite("--minutes", "1e-9")
+def test_a_question_that_cannot_be_asked_is_red_whatever_stopped_it(suite):
+    code, run = suite("--cases", "broken", "fine")
+    assert code == 1 and [r.case for r in run.results] == ["fine", "broken"] * 2
+    assert run.results[1].rows == (Row(OURS, "out of memory"),)
+
+
+def test_a_lost_device_ends_the_run_by_name(suite, monkeypatch):
+    monkeypatch.setattr(machine, "lost", lambda device: "CUDA error: an illegal memory access")
+    code, run = suite("--cases", "fine")
+    assert len(run.results) == 1 and "lost the device: CUDA error" in run.machine["left out"]
+
+
+@pytest.mark.parametrize("minutes", ["0", "1e-9"])
+def test_what_time_does_not_allow_is_named(suite, minutes):
+    code, run = suite("--minutes", minutes, "--cases", "fine", "red")
     assert code == 0 and run.results == []
     assert "fine 2 float32, red 2 float32, fine 4" in run.machine["left out"]
+
+
+def test_quick_has_no_time_to_compile_unless_asked_to(suite):
+    _, run = suite("--quick", "--cases", "fine")
+    assert run.machine["left out"] == "torch.compile (compiles for seconds)"
+    _, run = suite("--quick", "--cases", "fine", "--contenders", "torch.compile")
+    assert "left out" not in run.machine
 
 
 @pytest.mark.parametrize(
@@ -340,6 +383,8 @@ def test_what_time_does_not_allow_is_named(suite, capsys):
         (["--shapes", "4x4"], "have no shape 4x4"),
         (["--quick", "--full"], "not allowed with"),
         (["--rounds", "0"], "must be a number >= 1, got 0"),
+        (["--minutes", "nan"], "must be a number >= 0, got nan"),
+        (["--compile", "64"], "--compile, but there is no GPU"),
         (["--round", "3"], "unrecognized arguments"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],
@@ -350,6 +395,37 @@ def test_bad_input_is_named_before_anything_runs(suite, capsys, flags, message):
         pytest.skip("there is one")
     code, run = suite(*flags)
     assert (code, run) == (2, None) and message in capsys.readouterr().err
+
+
+def file(results: str, machine: str = "{}") -> str:
+    return f'{{"format": 2, "machine": {machine}, "results": {results}}}'
+
+
+def rows(row: str) -> str:
+    return f'[{{"case": "a", "family": "?", "question": "?", "shape": {{}}, "rows": [{row}]}}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5", "[]", file("3"), file("[]", "[1]"), file('["a"]'), file(rows("7")),
+        file(rows('{"contender": "a", "seconds": "1"}')),
+    ],
+    ids=["number", "list", "results", "machine", "result", "row", "seconds"],
+)  # fmt: skip
+def test_what_is_no_result_file_is_named(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(InputError, match="bad.json: not a result file of the bench"):
+        read(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_an_output_directory_that_is_none_is_named(tmp_path, capsys, command):
+    (file := tmp_path / "file").touch()
+    write(result := tmp_path / "result.json", Run({}, []))
+    flags = [result] if command == "report" else ["--cases", "rankpo"]
+    code = bench.main([command, *map(str, [*flags, "--output_dir", file])])
+    assert code == 2 and f"--output_dir {file}: File exists" in capsys.readouterr().err
 
 
 def test_a_shape_is_read_or_named():

@@ -190,6 +190,50 @@ def test_falling_over_sooner_is_worse():
     assert compare(after, before).code == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "respect", "verdict"),
+    [
+        ({"times": (2e-4, 2e-3, 3.2e-2)}, "time", WORSE),
+        ({"times": (1e-4, 1e-3, 3.2e-2)}, "time", UNCLEAR),
+        ({"peaks": (10.0, 20.0, 400.0)}, "memory", WORSE),
+        ({"peaks": (20.0, 30.0, 290.0)}, None, None),
+        ({"work": (6.0, 6.0, 8.0)}, "flops", WORSE),
+        ({"sent": (1.0, 2.0, 3.0)}, "sent", BETTER),
+    ],
+    ids=["every-size", "one-size", "memory", "pages", "flops", "sent"],
+)
+def test_a_scaling_is_compared_size_by_size(changes, respect, verdict):
+    ours = replace(SCALING.rows[0], work=(6.0, 6.0, 6.0), sent=(1.0, 2.0, 4.0))
+    before, after = (
+        Run({"device": "a card"}, [replace(SCALING, rows=(x,))])
+        for x in (ours, replace(ours, **changes))
+    )
+    expected = {} if respect is None else {(OURS, respect): verdict}
+    assert verdicts(before, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "verdict"), [(0.1, 0.12, WORSE), (0.1, 0.24, UNCLEAR)], ids=["apart", "noise"]
+)
+def test_what_was_learnt_is_compared(least, most, verdict):
+    before = row(ndcg=0.25, ndcg_low=0.23, ndcg_high=0.26)
+    after = row(ndcg=0.11, ndcg_low=least, ndcg_high=most)
+    assert verdicts(run(before), run(after)) == {(OURS, "nDCG"): verdict}
+
+
+def test_a_peer_that_became_faster_makes_ours_no_slower():
+    ours = row(ratio=0.5, ratio_low=0.49, ratio_high=0.51, seconds=0.5)
+    faster = replace(ours, ratio=0.625, ratio_low=0.61, ratio_high=0.64)
+    assert verdicts(run(ours, floor=None), run(faster, floor=None)) == {}
+
+
+def test_a_row_of_ours_that_is_gone_fails():
+    ours, peer = row(ratios=[1.0] * 5), row("torch", ratios=[1.0] * 5)
+    found = compare(run(ours, peer), run(peer))
+    assert found.code == 1 and "no row any more" in table(found)
+    assert compare(run(ours, peer), run(ours)).code == 0
+
+
 def test_a_throttled_time_says_so():
     hot = row(ratios=rounds(2, scale=1.5), throttled="power cap in 9 of 10 samples")
     assert "after: power cap in 9" in table(compare(run(row(ratios=rounds(1))), run(hot)))

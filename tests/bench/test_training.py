@@ -25,11 +25,11 @@ from bench.questions import (
     Row,
     Settings,
 )
-from bench.training import QUESTIONS, backbones, questions
+from bench.training import QUESTIONS, backbones, steps
 from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
-from bench.training.contenders import Measured, Task, measure, one_graph, rankpo_fast
+from bench.training.contenders import Measured, Memory, Task, measure, one_graph, rankpo_fast
 from bench.training.corpus import batches, corpus_of, model_of, texts_of
-from bench.training.questions import answer, compare, ladder, rows_of, task_of
+from bench.training.steps import answer, compare, ladder, rows_of, task_of
 
 ROWS = 160  # of the smallest corpus
 SHAPE = {"batch": 16, "negatives": 1, "steps": 3, "backbone": "tiny"}
@@ -97,7 +97,7 @@ def test_a_backbone_trains_from_its_config_alone(monkeypatch):
     small = BACKBONES["Qwen3-0.6B"] | backbones._size(32, 64, 2, 4) | {"head_dim": 8}
     monkeypatch.setitem(BACKBONES, "small", small | {"vocab_size": 4096, "num_key_value_heads": 2})
     shape = SHAPE | {"backbone": "small", "steps": 2}
-    rows = answer("backbones", "?", questions._against, shape, SETTINGS).rows
+    rows = answer("backbones", "?", steps._against, shape, SETTINGS).rows
     assert not (model_of("small", ROWS) / "model.safetensors").exists()
     assert all(not row.note and row.peak_mib > 1 and row.seconds > 0 for row in rows)
 
@@ -106,10 +106,10 @@ def test_ours_may_lack_memory_only_for_a_model_that_cannot_fit(monkeypatch):
     lacking, fine = Row(OURS, OUT_OF_MEMORY), Row(OURS, "ValueError: no")
     needed = 16 * 22.7e6
     for there, red in ((2 * needed, True), (needed / 2, False)):
-        monkeypatch.setattr(questions, "_memory_bytes", lambda device, there=there: there)
-        said = questions._excused(lacking, config_of("MiniLM-L6"), "cuda")
+        monkeypatch.setattr(steps, "_memory_bytes", lambda device, there=there: there)
+        said = steps._excused(lacking, config_of("MiniLM-L6"), "cuda")
         assert said.red == red and OUT_OF_MEMORY in said.note
-        assert questions._excused(fine, config_of("MiniLM-L6"), "cuda") == fine
+        assert steps._excused(fine, config_of("MiniLM-L6"), "cuda") == fine
 
 
 # --- a process each ---
@@ -212,7 +212,7 @@ def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
 
 def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
     pytest.importorskip("sentence_transformers")
-    result = answer("learning", "?", questions._against, SHAPE, SETTINGS)
+    result = answer("learning", "?", steps._against, SHAPE, SETTINGS)
     assert [row.contender for row in result.rows] == ["sentence-transformers", OURS]
     learnt = [result.about["untrained ndcg"], *(row.ndcg for row in result.rows)]
     assert all(0 < ndcg < 1 for ndcg in learnt) and len(set(learnt)) == 3
@@ -220,7 +220,7 @@ def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
 
 def test_joules_are_per_million_tokens(monkeypatch):
     given = [Measured(0.5, 10, 2**20, watts=300.0, joules=50.0, throttled="hot")]
-    monkeypatch.setattr(questions, "compare", lambda *_: {OURS: given})
+    monkeypatch.setattr(steps, "compare", lambda *_: {OURS: given})
     [row] = answer("padding", "?", lambda *_: {OURS: partial(rankpo_fast)}, SHAPE, SETTINGS).rows
     assert row.joules == pytest.approx(50 / (10 * row.tokens * 0.5) * 1e6)
     assert (row.watts, row.throttled) == (300, "hot")
@@ -241,6 +241,27 @@ def test_without_a_floor_no_contender_has_a_ratio():
     assert rows[0].note == OUT_OF_MEMORY and rows[1].ratio is None and rows[1].seconds == 1.0
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["before-the-first-text", "in-training"])
+def test_memory_is_of_weights_gradients_and_optimizer_whenever_they_are_made(early):
+    """Of 64 MiB each, and two moments: what stands before the first text counts as much."""
+    model = torch.nn.Linear(4096, 4096, bias=False)
+    weight = model.weight
+    optimizer, memory = torch.optim.AdamW([weight]), Memory("cpu")
+
+    def make():
+        weight.grad = torch.ones_like(weight)
+        optimizer.state[weight] = {name: torch.ones_like(weight) for name in ("mean", "square")}
+
+    if early:
+        make()
+        memory.made(optimizer)
+    memory.start(model)
+    memory.settle()
+    if not early:
+        make()
+    assert memory.peak() / 2**20 == pytest.approx(4 * 64, abs=16)
+
+
 def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task):
     asked = []
 
@@ -253,7 +274,7 @@ def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task)
     assert asked == [(0, 1), (0, 2), (0, 4), (1, 4), (1, 1), (2, 4), (2, 1)]
     assert list(answers) == ["a", "b", "c"] and answers["b"] == ["ValueError: no"] * 3
     asked.clear()
-    compare({"a": 1, "c": 4}, ask, task, dataclasses.replace(settings, limit_s=0.0))
+    compare({"a": 1, "c": 4}, ask, task, dataclasses.replace(settings, training_s=0.0))
     assert asked == [(0, 1), (0, 4)]  # a round that began is finished
 
 
@@ -261,10 +282,10 @@ def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task)
 
 
 def test_each_rung_has_the_levers_of_those_before_it(monkeypatch):
-    monkeypatch.setattr(questions, "_no_liger", lambda device: None)
+    monkeypatch.setattr(steps, "_no_liger", lambda device: None)
     rungs = list(ladder(SHAPE, CARD).values())
-    assert rungs[0].keywords == questions.NOTHING and rungs[0].func is one_graph
-    assert rungs[-1].func is rankpo_fast and len(rungs) == len(questions.LEVERS)
+    assert rungs[0].keywords == steps.NOTHING and rungs[0].func is one_graph
+    assert rungs[-1].func is rankpo_fast and len(rungs) == len(steps.LEVERS)
     for below, above in zip(rungs, rungs[1:], strict=False):
         on = {name for name, value in below.keywords.items() if value is not False}
         assert all(above.keywords[name] == below.keywords[name] for name in on)
@@ -282,7 +303,7 @@ def test_a_lever_that_is_not_to_be_had_is_a_note_and_in_no_rung(monkeypatch):
 
 
 def test_attention_that_cannot_serve_here_is_a_note():
-    entrants = questions._attention(SHAPE, SETTINGS)
+    entrants = steps._attention(SHAPE, SETTINGS)
     assert entrants["varlen_attn"] == NEEDS_GPU
     assert entrants["sdpa"].keywords == {"attn_implementation": "sdpa"}
     for name in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from rankpo_fast.model.attention import KERNELS, Needs
 
@@ -114,7 +115,7 @@ def compare(
     first = next(iter(entrants))
     names = [name for name in entrants if name == first or settings.takes(name)]
     answers: Answers = {name: [] for name in names}
-    stop = time.perf_counter() + settings.limit_s
+    stop = time.perf_counter() + settings.training_s
     for seed in range(1 if settings.level == "quick" else min(settings.rounds, MOST_ROUNDS)):
         for name in turned(names, seed):
             contender, said = entrants[name], answers[name]
@@ -202,12 +203,8 @@ def _memory_bytes(device: str) -> int:
 ST = {"sentence-transformers": partial(sentence_transformers)}
 
 
-def _cached(device: str) -> Entrants:
-    """By the rows that are its default; on a card also by as many as keep it busy."""
-    return {
-        f"sentence-transformers, cached by {rows}": partial(sentence_transformers, cached=rows)
-        for rows in ((32,) if device == "cpu" else (32, 256))
-    }
+CACHED = {"sentence-transformers, cached by 32": partial(sentence_transformers, cached=32)}
+BUSY = {"sentence-transformers, cached by 256": partial(sentence_transformers, cached=256)}
 
 
 def _against(shape: Shape, settings: Settings) -> Entrants:
@@ -220,7 +217,8 @@ def _gradient_cache(shape: Shape, settings: Settings) -> Entrants:
         OURS: partial(rankpo_fast),
         f"{OURS}, no graph kept": partial(rankpo_fast, activation_memory_gb=0.0),
         **ST,
-        **_cached(settings.device),
+        **CACHED,  # by as many rows as is its default
+        **(BUSY if settings.device == "cuda" else {}),
     }
 
 
@@ -301,10 +299,16 @@ def _no_liger(device: str) -> str | None:
 
 
 def _backbones(shape: Shape, settings: Settings) -> Entrants:
-    cached = list(_cached(settings.device).items())[-1:]
-    entrants = {**ST, **dict(cached), OURS: partial(rankpo_fast)}
-    if settings.device == "cuda":  # where a step does not fit without
-        entrants[f"{OURS}, checkpointing"] = partial(rankpo_fast, gradient_checkpointing=True)
+    entrants = {**ST, **CACHED, OURS: partial(rankpo_fast)}
+    if settings.device == "cpu":
+        return entrants
+    for name, train in (("sentence-transformers", sentence_transformers), (OURS, rankpo_fast)):
+        # where a step does not fit without
+        entrants[f"{name}, checkpointing"] = partial(train, gradient_checkpointing=True)
+    if is_flash_attn_2_available():  # which ours takes by itself
+        entrants["sentence-transformers, flash_attention_2"] = partial(
+            sentence_transformers, attn_implementation="flash_attention_2"
+        )
     return entrants
 
 
