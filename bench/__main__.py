@@ -218,6 +218,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
         if (lost := machine.lost(device)) is not None:
             left_out.append(f"what comes after {result.name}, which lost the device: {lost}")
             break
+    gc.unfreeze()
     if left_out:
         about["left out"] = "; ".join(left_out)
         print(f"left out: {about['left out']}")
