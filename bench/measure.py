@@ -25,6 +25,7 @@ from .questions import (
     NOT_INSTALLED,
     OURS,
     OUT_OF_MEMORY,
+    OUT_OF_RESOURCE,
     Row,
     Settings,
 )
@@ -153,6 +154,8 @@ def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
         lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if lack or any(words in str(error) for words in LACK):
             notes[name] = OUT_OF_MEMORY
+        elif str(error).startswith(OUT_OF_RESOURCE):
+            notes[name] = str(error)[:90]
         else:
             notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
 

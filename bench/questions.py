@@ -11,9 +11,9 @@ OURS = "rankpo-fast"  # contenders of ours begin so
 OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
 DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
 NOT_REACHED = "not reached"  # the goal of an end-to-end run
-EXCUSES = (  # a peer's, that are results
-    OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, "out of resource",
-)  # fmt: skip
+OUT_OF_RESOURCE = "out of resource"  # of a card: a tile that is too large
+# A peer's notes that are results begin so, or end with NOT_INSTALLED.
+EXCUSES = (OUT_OF_MEMORY, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, OUT_OF_RESOURCE)
 TOO_LARGE = "too large for the device"  # a model whose weights alone do not fit: ours is excused
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
 
@@ -100,8 +100,10 @@ class Row:
     @property
     def red(self) -> bool:
         """Whether the run has failed here: a gate, an error, or ours not running at all."""
-        excuses = (TOO_LARGE,) if self.ours else (*EXCUSES, TOO_LARGE)
-        return bool(self.note) and not any(excuse in self.note for excuse in excuses)
+        if self.ours:
+            return bool(self.note) and TOO_LARGE not in self.note
+        missing = self.note.endswith(NOT_INSTALLED) and ": " not in self.note  # no error's words
+        return bool(self.note) and not missing and not self.note.startswith(EXCUSES)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from bench_mutants import BENCH
+from mutant import Mutant, of
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "kernels/rankpo_kernels/"
@@ -30,11 +32,6 @@ ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
 PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
 GPU_PAIRS, NATIVE_PAIRS = KERNELS + "gpu/pairs.py", "kernels/native/pairs.cpp"
-
-
-def of(file: str, names: str) -> tuple[str, ...]:
-    """pytest's arguments for the tests with such names."""
-    return (file, "-k", names)
 
 
 def gpu(names: str) -> tuple[str, ...]:
@@ -63,17 +60,6 @@ PAIR_LOSS = of("tests/ops/test_rankpo.py", "gates or upstream or extreme or nan"
 GROUPS = of("tests/ops/test_rankpo_group.py", "gates or padding or two_passages")
 RANKED = of("tests/kernels/test_gpu_pairs.py", "gates or norms or nan or padding or outside")
 SANITIZER = of("tests/kernels/test_sanitizer.py", "strays")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` in `file`, where it occurs once, becomes `new`; `tests` are arguments of pytest."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
 
 
 MUTANTS = [
@@ -855,6 +841,7 @@ MUTANTS = [
         "features",
         of("tests/integrations/test_sentence_transformers_losses.py", "their_matryoshka"),
     ),
+    *BENCH,
 ]  # fmt: skip
 
 
@@ -917,7 +904,8 @@ def check_whole(suites: set[tuple[str, ...]]) -> None:
     """A mutant that a red test catches, or one that is not imported, would prove nothing."""
     with tempfile.TemporaryDirectory() as directory:
         tree = copied(Path(directory))
-        code = "import rankpo_fast as a, rankpo_kernels as b; print(a.__file__, b.__file__)"
+        code = "import bench as a, rankpo_fast as b, rankpo_kernels as c\n"
+        code += "print(a.__file__, b.__file__, c.__file__)"
         for file in run(tree, "-c", code).stdout.split():
             if not Path(file).resolve().is_relative_to(tree.resolve()):
                 raise SystemExit(f"{file} is imported, and not its copy in {tree}")

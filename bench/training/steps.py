@@ -143,8 +143,9 @@ def rows_of(
         if notes := [one for one in given if isinstance(one, str)]:
             rows.append(Row(name, notes[-1]))
             continue
-        pairs = zip(given, floor, strict=True)
-        ratios = [x.seconds / of.seconds for x, of in pairs if not isinstance(of, str)]
+        ratios = []
+        if not any(isinstance(one, str) for one in floor):
+            ratios = [x.seconds / of.seconds for x, of in zip(given, floor, strict=True)]
         learnt = [one.ndcg for one in given if one.ndcg is not None]
         fields = spread([one.seconds for one in given], "seconds", "low", "high")
         if ratios:

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from launcher import SMALL
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as bench
 from bench import machine, registry
@@ -16,12 +17,13 @@ from bench import measure as measuring
 from bench.card import Card
 from bench.cases import in_batch, info_nce, loss, open_clip, rankpo, sentence_transformers, tiles
 from bench.cases.loss import GATE, Errors, LossQuestion, gemms, loss_question
-from bench.measure import Case, cache_bytes, evictor, measure, relative_error, turned
+from bench.measure import Case, cache_bytes, evictor, measure, relative_error, seconds_of, turned
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
 from bench.results import Run, read, write
 from rankpo_fast.errors import InputError
 
-RATES = Rates({"float32": 1e9}, 1e9)
+MIB = 2**20
+RATES = Rates({"float32": 1e9, "bfloat16": 8e9}, 1e9)
 
 
 def case(contenders, **more) -> Case:
@@ -69,6 +71,12 @@ def test_short_runs_are_repeated_until_they_can_be_timed():
     assert len(ran) == 4  # a warm-up, the peak, one to know how long it takes, the round
 
 
+def test_runs_that_are_repeated_take_the_time_of_one(monkeypatch):
+    ran = []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: len(ran))
+    assert seconds_of(lambda: ran.append(1), "cpu", 5) == 1 and len(ran) == 5
+
+
 def test_known_memory_comes_out_and_what_all_must_make_is_taken_off():
     size = 64 * 2**20
 
@@ -78,6 +86,14 @@ def test_known_memory_comes_out_and_what_all_must_make_is_taken_off():
     assert measured({"holds": holds})["holds"].peak_mib == pytest.approx(64, abs=4)
     kept = measured({"holds": holds}, keep_bytes=size // 2)["holds"]
     assert kept.peak_mib == pytest.approx(32, abs=4)
+
+
+def test_memory_that_a_run_has_freed_by_its_end_counts():
+    def frees():
+        torch.ones(64 * MIB, dtype=torch.uint8)
+        return ()
+
+    assert measured({"frees": frees})["frees"].peak_mib == pytest.approx(64, abs=4)
 
 
 def test_shares_are_of_the_rates_that_were_measured():
@@ -96,9 +112,32 @@ def test_what_fits_a_cache_is_also_timed_without_it(monkeypatch):
     assert row.cold is not None and ran[-2:] == ["emptied", "read"]
 
 
-def test_every_contender_is_first_in_some_round():
+def test_the_caches_are_emptied_by_twice_their_size(monkeypatch):
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: 32 * MIB)
+    before = measuring.mark_resident()
+    evictor(case({}, bytes=0))()
+    assert measuring.peak_resident() - before == pytest.approx(64 * MIB, abs=4 * MIB)
+
+
+def test_every_contender_is_first_in_some_round(monkeypatch):
     orders = [turned("abc", number) for number in range(4)]
     assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
+    ran = []
+    monkeypatch.setattr(measuring, "seconds_of", lambda run, *_: ran.append(run) or 1.0)
+    measured({"a": list, "b": dict}, rounds=3)
+    assert ran[3:] == [tuple, list, dict, list, dict, tuple, dict, tuple, list]
+
+
+def test_a_slow_round_moves_no_ratio(monkeypatch):
+    calls = itertools.count()
+
+    def seconds_of(run, *_):
+        slow = 1 + next(calls) // 2  # from round to round
+        return 2 * slow if run is list else slow
+
+    monkeypatch.setattr(measuring, "seconds_of", seconds_of)
+    row = measured({"twice": list}, rounds=6)["twice"]
+    assert row.ratios == (2,) * 6 and row.high > row.low
 
 
 def test_the_order_of_contenders_does_not_matter(monkeypatch):
@@ -132,8 +171,24 @@ def test_what_stops_a_contender_is_a_row():
     assert [name for name, row in rows.items() if row.seconds is None] == ["full", "gone", "broken"]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["first", "second", "last"])
+def test_an_error_in_one_round_leaves_no_time(number, monkeypatch):
+    monkeypatch.setattr(measuring, "seconds_of", lambda run, *_: (run(), 1.0)[1])
+    ran = itertools.count(-3)  # a warm-up, the peak, one to know how long it takes
+
+    def breaks():
+        if next(ran) == number:
+            raise RuntimeError("no")
+        return ()
+
+    row = measured({"breaks": breaks}, rounds=3)["breaks"]
+    assert (row.note, row.seconds, row.ratio) == ("RuntimeError: no", None, None) and row.red
+
+
 def test_ours_is_red_whatever_stops_it():
     assert Row(OURS, "out of memory").red and not Row("torch", "out of memory").red
+    for words in ("ValueError: plug-in not installed", "TypeError: f() does not take 3 arguments"):
+        assert Row("torch", words).red
 
 
 @pytest.mark.parametrize("state", ["errors", "converged"])
@@ -216,7 +271,7 @@ def test_ours_that_has_no_error_says_what_it_raised():
 @pytest.mark.parametrize(
     ("error", "note"),
     [
-        ("out of resource: shared memory, Required: 262144", "out of resource"),
+        ("out of resource: shared memory, Required: 262144", "out of resource: shared memory"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"),
     ],
     ids=["triton", "cublas"],
@@ -255,6 +310,17 @@ def test_a_case_says_what_a_step_has_to_do():
     assert made.floor == "3 GEMMs" and set(asked.contenders("cpu")) == set(made.contenders) - {
         "3 GEMMs"
     }
+
+
+@pytest.mark.parametrize(
+    ("count", "backward"), [(1, False), (3, True), (4, True)], ids=["1-forward", "3", "4"]
+)
+def test_the_floor_makes_no_product_more_than_its_name_says(count, backward):
+    q, p = (torch.randn(n, 16, requires_grad=True) for n in (24, 40))
+    made = loss.beside_gemms(count, q, p, [q, p], {}, backward=backward)
+    with FlopCounterMode(display=False) as counter:
+        made.contenders[f"{count} GEMM{'s' * (count > 1)}"]()
+    assert counter.get_total_flops() == made.flops == count * 2 * 24 * 40 * 16
 
 
 @pytest.mark.parametrize("form", in_batch.FORMS, ids=lambda form: form.replace(" ", "-"))
@@ -378,8 +444,11 @@ def test_quick_has_no_time_to_compile_unless_asked_to(suite):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cases", "fin"], "unknown case 'fin' (did you mean fine?)"),
-        (["--contenders", "torhc"], "'torhc' is in none of these cases (did you mean torch?)"),
+        (["--cases", "fine", "fin"], "unknown case 'fin' (did you mean fine?)"),
+        (
+            ["--contenders", "torch", "torhc"],
+            "'torhc' is in none of these cases (did you mean torch?)",
+        ),
         (["--shapes", "4x4"], "have no shape 4x4"),
         (["--quick", "--full"], "not allowed with"),
         (["--rounds", "0"], "must be a number >= 1, got 0"),

@@ -261,6 +261,13 @@ def test_runs_without_a_row_in_common_are_bad_input():
         compare(run(row()), run(row(), case="another"))
 
 
+def test_a_dtype_is_not_compared_with_another():
+    before, after = run(row(ratios=[1.0] * 5)), run(row(ratios=[1.0] * 5))
+    other = replace(after.results[0], shape={"M": 64, "dtype": "bfloat16"})
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare(before, replace(after, results=[other]))
+
+
 def test_a_run_compared_with_itself_from_its_file_has_no_changes(tmp_path):
     write(tmp_path / "run.json", RUN)
     found = compare(RUN, read(tmp_path / "run.json"))

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from bench import plots
 from bench.questions import OURS, OUT_OF_MEMORY, Result, Row
-from bench.report import in_short, write_report
+from bench.report import failures, in_short, write_report
 from bench.results import Run, read, write
 from bench.tables import COLUMNS, markdown, number, shown, table
 from rankpo_fast.errors import InputError
@@ -130,6 +130,11 @@ def test_the_page_lists_what_failed_before_any_table(page):
     assert "from siglip on, after 8 minutes" in top
     assert tables.count('<tr class="red">') == 2 and tables.count('<tr class="throttled">') == 1
     assert tables.count('<tr class="floor">') == 3
+
+
+def test_an_error_of_a_peer_is_a_failure_and_a_lack_of_memory_is_none():
+    rows = Row("broken", "ValueError: no"), Row("full", OUT_OF_MEMORY)
+    assert failures(run(result(*rows))) == ["case 8 float32: broken: ValueError: no"]
 
 
 def test_the_page_has_machine_rates_questions_and_columns(page):

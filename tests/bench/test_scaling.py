@@ -10,7 +10,7 @@ import torch
 
 from bench import measure, ranks, scaling
 from bench.apart import answers_here, answers_of_a_process, in_a_process
-from bench.questions import OURS, Rates, Settings
+from bench.questions import OURS, Rates, Row, Settings
 from bench.scaling import GROWTHS, LIMITS, Limits, times
 from bench.training.backbones import TINY
 from bench.training.contenders import Measured
@@ -82,6 +82,16 @@ def test_no_size_follows_the_first_that_takes_too_long(monkeypatch):
     assert note == "" and len(seconds) == 3 and seconds[1] < 0.3 < seconds[2]
 
 
+def test_a_size_that_took_too_long_is_not_reached(monkeypatch):
+    clock = Clock(2.0)
+    clock.contender, clock.axis, clock.device = "peer", "M", "cpu"
+    monkeypatch.setattr(measure.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(scaling, "peaks", lambda make, sizes, device: iter(sizes))
+    row = scaling.row(clock, SIZES, Limits(0.3))
+    assert row.times == pytest.approx((0.16**2, 0.32**2)) and row.peaks == SIZES[:2]
+    assert row.falls_over == "64: over 0.3 s" and row.note == ""
+
+
 def allocating(*sizes: int):
     for mib in sizes:
         torch.ones(mib * MIB, dtype=torch.uint8)
@@ -91,6 +101,11 @@ def allocating(*sizes: int):
 def dying(answer: str):
     yield answer
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crashing():
+    yield "so far"
+    os._exit(3)
 
 
 def test_the_limit_of_memory_stops_an_allocation_there_and_nothing_here():
@@ -104,6 +119,11 @@ def test_one_that_is_killed_leaves_what_it_said():
     assert answers_of_a_process(dying, "so far") == (["so far"], "out of memory")
     assert in_a_process(os.getppid) != os.getppid() and in_a_process(time.gmtime, 0).tm_year == 1970
     assert in_a_process(int, "x").startswith("ValueError: invalid literal")
+
+
+def test_a_crash_is_no_lack_of_memory():
+    assert answers_of_a_process(crashing) == (["so far"], "exit code 3")
+    assert Row("peer", "exit code 3").red
 
 
 def test_plain_torch_falls_over_in_a_limit_that_ours_passes(monkeypatch):

@@ -25,7 +25,7 @@ from bench.questions import (
     Row,
     Settings,
 )
-from bench.training import QUESTIONS, backbones, steps
+from bench.training import QUESTIONS, backbones, contenders, steps
 from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
 from bench.training.contenders import Measured, Memory, Task, measure, one_graph, rankpo_fast
 from bench.training.corpus import batches, corpus_of, model_of, texts_of
@@ -54,6 +54,14 @@ def test_a_batch_of_one_length_has_no_padding_and_costs_what_its_distinct_texts_
     same, one = batches([row] * 4, model, 4, 0, seed=0), batches([row], model, 1, 0, seed=0)
     assert same.about["padding"] == 0 and same.about["repeated texts"] == 6 / 8
     assert same.tokens == 4 * one.tokens and same.flops == one.flops
+
+
+def test_tokens_are_those_of_texts_and_not_of_padding():
+    rows, model = corpus_of(ROWS, False)[1][:8], model_of("tiny", ROWS)
+    together = batches(rows, model, 8, 0, seed=0)
+    alone = [batches([row], model, 1, 0, seed=0) for row in rows]  # where there is no padding
+    assert together.about["padding"] > 0.1 and not any(one.about["padding"] for one in alone)
+    assert together.tokens == pytest.approx(sum(one.tokens for one in alone))
 
 
 # --- backbones ---
@@ -184,6 +192,23 @@ def test_the_server_of_processes_does_not_touch_the_card():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_step_takes_what_it_does_once_training_has_settled(task, monkeypatch):
+    """Of eight the first two, which compile and try, are in no figure."""
+    clock = []
+    monkeypatch.setattr(contenders, "perf_counter", lambda: sum(clock))
+
+    def trains(task):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters())
+        for step in range(task.steps):
+            clock.append(9.0 if step < 2 else 1.0)
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+
+    said = measure(trains, dataclasses.replace(task, steps=8))
+    assert (said.seconds, said.counted) == (1.0, 6)
+
+
 # --- rows ---
 
 
@@ -236,8 +261,24 @@ def test_ratios_are_taken_within_a_round():
     assert (row.ndcg, row.ndcg_low, row.ndcg_high) == (pytest.approx(0.5), 0.4, 0.6)
 
 
-def test_without_a_floor_no_contender_has_a_ratio():
-    rows = rows_of({"floor": [OUT_OF_MEMORY], OURS: [Measured(1.0, 1, 1)]}, lambda *_: {})
+def test_a_contender_that_failed_in_one_round_has_no_time():
+    fine, note = Measured(1.0, 1, 1), "ValueError: no"
+    for given in ([note, fine], [fine, note]):
+        _, row = rows_of({"floor": [fine, fine], OURS: given}, lambda *_: {})
+        assert (row.note, row.seconds, row.ratio) == (note, None, None) and row.red
+
+
+def test_one_throttled_round_marks_the_row():
+    cool, hot = Measured(1.0, 1, 1), Measured(1.0, 1, 1, throttled="power cap")
+    for given in ([cool, hot], [hot, cool]):
+        (row,) = rows_of({OURS: given}, lambda *_: {})
+        assert row.throttled == "power cap"
+
+
+@pytest.mark.parametrize("first", [OUT_OF_MEMORY, Measured(2.0, 1, 1)], ids=["never", "once"])
+def test_without_a_floor_in_every_round_no_contender_has_a_ratio(first):
+    given = {"floor": [first, OUT_OF_MEMORY], OURS: [Measured(1.0, 1, 1)] * 2}
+    rows = rows_of(given, lambda *_: {})
     assert rows[0].note == OUT_OF_MEMORY and rows[1].ratio is None and rows[1].seconds == 1.0
 
 
