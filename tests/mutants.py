@@ -446,6 +446,18 @@ MUTANTS = [
         CPU,
     ),
     Mutant(
+        "kept-logits-are-scaled-again", CHUNKED,
+        "logits=number in kept)",
+        "logits=False)",
+        CPU,
+    ),
+    Mutant(
+        "a-chunk-is-kept-for-all", CHUNKED,
+        "chunk.nbytes <= kept_bytes and chunk.whole:",
+        "chunk.nbytes <= kept_bytes:",
+        CPU,
+    ),
+    Mutant(
         "cpu-curated-are-not-exempt", CHUNKED,
         "masked_rC = masked_rC & ~mine_rC",
         "pass",

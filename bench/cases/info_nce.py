@@ -1,8 +1,8 @@
 """Does InfoNCE without the score matrix cost more than the GEMMs that any form of it needs?
 
-Floor: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops, which no exact method goes below;
-for both directions at once 8MND, since a column knows its sum only when all rows are through; for
-the loss alone 2MND. M queries, N passages, D dims.
+Floor: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops, which no exact method goes below,
+for one direction or both; for the loss alone 2MND. (A column knows its sum only when all rows are
+through: whoever keeps no scores makes them twice, 8MND.) M queries, N passages, D dims.
 """
 
 import functools
@@ -138,7 +138,7 @@ PLAIN = Form("info_nce", __doc__.splitlines()[0], 3)
 FORMS = [
     PLAIN,
     Form(
-        "info_nce symmetric", "What does the other direction cost, which shares its scores?", 4,
+        "info_nce symmetric", "What does the other direction cost, which shares its scores?", 3,
         lambda x: BOTH_WAYS, symmetric=True,
     ),
     Form("info_nce forward", "What does the loss alone cost?", 1, backward=False),

@@ -33,10 +33,7 @@ SHAPES = {
 }
 FOR_ERRORS = 512  # pairs: fp64 is slow
 THEIRS = "open_clip"
-LOSSES = {  # the scale and bias that each starts from, and the products that it needs
-    "ClipLoss": ((1 / 0.07,), 4),
-    "SigLipLoss": ((10.0, -10.0), 3),
-}
+LOSSES = {"ClipLoss": (1 / 0.07,), "SigLipLoss": (10.0, -10.0)}  # the scale and bias of the start
 
 
 @functools.cache
@@ -60,7 +57,7 @@ def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state) ->
     """Normalised features, and numbers."""
     images, texts, _ = loss.draw(B, B, D, device, dtype, **state)
     wide = torch.promote_types(dtype, torch.float32)
-    numbers = [torch.tensor(x, device=device, dtype=wide) for x in LOSSES[name][0]]
+    numbers = [torch.tensor(x, device=device, dtype=wide) for x in LOSSES[name]]
     return [images, texts, *(x.requires_grad_() for x in numbers)]
 
 
@@ -84,7 +81,7 @@ def case(name: str, shape: Shape, device: str) -> Case:
     fresh, converged = (errors(name, D, device, dtype, converged=c) for c in (False, True))
     leaves = draw(name, B, D, device, dtype)
     return loss.beside_gemms(
-        LOSSES[name][1], *leaves[:2], leaves, contenders(name, leaves), errors=fresh,
+        3, *leaves[:2], leaves, contenders(name, leaves), errors=fresh,
         converged=converged, gate=GATE[dtype],
     )  # fmt: skip
 

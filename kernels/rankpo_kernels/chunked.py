@@ -5,7 +5,8 @@
 Fused form, one softmax per query, fp32 on the CPU: a GEMM, a native row pass that leaves dS, two
 GEMMs. General form, everything else: `combine` turns statistics of rows and columns into slopes,
 from which dS is written. With query_to_passage alone a chunk has its statistics as soon as it has
-its scores (6MND flops); other directions read the blocks twice and compute the scores twice.
+its scores (6MND flops); other directions read the blocks twice, and compute the scores twice where
+they take more than KEPT_BYTES.
 
 Rows are normalised a chunk at a time, columns by a factor per column of the scores. With dims, the
 scores of a prefix are those of the one before plus a product, and a block of dims takes the sum of
@@ -56,6 +57,9 @@ from rankpo_kernels.objective import (
 # Fewer rows make the GEMMs slower, more buy nothing on a CPU: at 4096 x 24576 x 384 the three take
 # 1.03 of the unchunked ones with 586 rows and 1.00 with 1024 (bench/cases/info_nce.py).
 CPU_ROWS = 1024
+# Of scores that are kept between two readings, as long as they fit the workspace: a batch of 4,096
+# pairs in fp32 saves a product of four, and a larger one would take memory that grows as M N does.
+KEPT_BYTES = 64 * 2**20
 # Elements that the torch form works on at a time: few enough for the cache, many enough for CUDA.
 SLAB = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Finite stand-ins for -inf, so that exp(MASKED - top) * MASKED = 0 with no inf - inf; a row with
@@ -96,9 +100,14 @@ def info_nce(
     })  # fmt: skip
 
 
-def _chunks(rows: int, columns: int, buffers: int, like: Tensor, workspace_bytes: int):
-    """Slices of rows, about equal, whose buffers fit the workspace; the first is the longest."""
+def _chunks(
+    rows: int, columns: int, buffers: int, like: Tensor, workspace_bytes: int, kept_bytes: int = 0
+) -> Iterator[slice]:
+    """Slices of rows, about equal, whose buffers fit the workspace; the first is the longest. All
+    rows at once where they take no more than `kept_bytes`."""
     row_bytes = max(1, buffers * columns * like.element_size())
+    if rows * row_bytes <= kept_bytes:
+        return _slices(rows, rows)
     if (most := workspace_bytes // row_bytes) < 1:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} is too small for one row of {columns} columns: "
@@ -360,12 +369,14 @@ class Block:
     bounds: list[tuple[int, int]]
     settings: Settings
 
-    def chunks(self) -> Iterator["Chunk"]:
-        """Dot products, one chunk after the other in the same memory."""
+    def chunks(self, kept_bytes: int = 0) -> Iterator["Chunk"]:
+        """Dot products, one chunk after the other in the same memory; one chunk if they take no
+        more than `kept_bytes`."""
         C, L, like = len(self.b.x_ND), len(self.bounds), self.b.x_ND
         buffers, memory = L + (self.guides is not None), None
         count = len(self.query_R) if C else 0  # a rank may bring no passages
-        for rows in _chunks(count, C, buffers, like, self.settings.workspace_bytes):
+        workspace = self.settings.workspace_bytes
+        for rows in _chunks(count, C, buffers, like, workspace, kept_bytes):
             R = rows.stop - rows.start
             memory = like.new_empty(buffers, R * C) if memory is None else memory
             scores = [buffer[: R * C].view(R, C) for buffer in memory]
@@ -393,6 +404,14 @@ class Chunk:
     unit_RD: Tensor
     scores: list[Tensor]  # [R, C] of each prefix: dot products, then logits, then slopes
     judge: list[Tensor]  # [R, C] dot products of the guide, if there is one
+
+    @property
+    def whole(self) -> bool:
+        return len(self.unit_RD) == len(self.block.query_R)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(scores_RC.nbytes for scores_RC in (*self.scores, *self.judge))
 
     def slabs(self) -> Iterator[slice]:
         return _slices(len(self.unit_RD), _slab_rows(self.scores[0]))
@@ -602,11 +621,16 @@ def _general(
         lines = [{QP: _joined([of[QP] for of in of_level])} for of_level in of_levels]
     else:
         stats = [{} for _ in bounds]
-        for block in blocks:
-            columns = []
+        kept_bytes = min(KEPT_BYTES, settings.workspace_bytes) // len(blocks)
+        kept: dict[int, Chunk] = {}  # by block: all its logits, for the second reading
+        for number, block in enumerate(blocks):
+            columns, chunks = [], []
             if block.along_columns:
                 columns = [ColumnStats(s_LP, len(block.b.x_ND)) for _ in bounds]
-            chunks = [chunk.stats(columns, *want) for chunk in block.chunks()]
+            for chunk in block.chunks(kept_bytes if with_gradients else 0):
+                chunks.append(chunk.stats(columns, *want))
+                if with_gradients and chunk.nbytes <= kept_bytes and chunk.whole:
+                    kept[number] = chunk
             if block.along_columns:  # of all levels at once: across ranks it is a collective
                 whole = Stats(*map(torch.stack, zip(*(x.result() for x in columns), strict=True)))
                 whole = of_all_ranks(whole, settings)
@@ -622,15 +646,15 @@ def _general(
                 of_own = torch.stack([getattr(of[PQ], name) for of in lines])
                 for of, whole in zip(lines, add_ranks_(of_own, settings), strict=True):
                     of[PQ] = of[PQ]._replace(**{name: whole})
-        for block in blocks:
+        for number, block in enumerate(blocks):
             if block.a.grad_ND is None and block.b.grad_ND is None:
                 continue
-            for chunk in block.chunks():
+            for chunk in [kept[number]] if number in kept else block.chunks():
                 local = [
                     {d: _at(chunk.rows, x) if d == block.along_rows else x for d, x in of.items()}
                     for of in lines
                 ]
-                chunk.add_gradients(local, logits=False)
+                chunk.add_gradients(local, logits=number in kept)
 
     result = Result(loss_M, similarity_LM[-1], hardest_M)
     if not with_gradients:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from gates import error, gates
 from problems import EVERYTHING, GRID, M, N, NoMatrix, exact, label_and_hardest, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.info_nce import info_nce_definition
 from rankpo_kernels import chunked, native
-from rankpo_kernels.objective import HARDNESS_MODES, Relations, Settings, limits
+from rankpo_kernels.objective import HARDNESS_MODES, PQ, QP, Relations, Settings, limits
 
 SCALE = 20.0
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 PLAIN = Settings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
 
 
@@ -38,11 +40,38 @@ def path(request, monkeypatch):
         monkeypatch.setattr(native, "usable", lambda *tensors: False)
 
 
+@pytest.mark.parametrize("workspace", [PLAIN.workspace_bytes, 2**24], ids=["chunks", "kept"])
 @pytest.mark.parametrize("name", GRID)
-def test_options_in_fp64(name):
+def test_options_in_fp64(name, workspace):
     names, options = GRID[name]
-    loss, grads = compare(*problem(*names), replace(PLAIN, **options))
+    settings = replace(PLAIN, **options, workspace_bytes=workspace)
+    loss, grads = compare(*problem(*names), settings)
     assert loss < 1e-12 and grads < 1e-12
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op.overloadpacket._qualified_op_name in PRODUCTS
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kept_bytes", "grads", "products"),
+    [(256 * 192 * 4, True, 3), (256 * 192 * 4 - 1, True, 4), (256 * 192 * 4, False, 1)],
+    ids=["kept", "too-large", "loss-alone"],
+)
+def test_both_directions_make_small_scores_once(monkeypatch, kept_bytes, grads, products):
+    monkeypatch.setattr(chunked, "KEPT_BYTES", kept_bytes)
+    q, p, relations = torch.randn(256, 8), torch.randn(192, 8), Relations(torch.arange(256) % 192)
+    settings = replace(PLAIN, workspace_bytes=2**24, directions=(QP, PQ))
+    with Products() as made:
+        weights = torch.ones(256) if grads else None
+        chunked.info_nce(q, p, None, torch.tensor(9.0), relations, settings, weights, (grads,) * 4)
+    assert made.count == products
 
 
 @pytest.mark.parametrize("name", GRID)
