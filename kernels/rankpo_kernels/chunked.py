@@ -621,16 +621,17 @@ def _general(
         lines = [{QP: _joined([of[QP] for of in of_level])} for of_level in of_levels]
     else:
         stats = [{} for _ in bounds]
-        kept_bytes = min(KEPT_BYTES, settings.workspace_bytes) // len(blocks)
+        kept_bytes = with_gradients * min(KEPT_BYTES, settings.workspace_bytes) // len(blocks)
         kept: dict[int, Chunk] = {}  # by block: all its logits, for the second reading
         for number, block in enumerate(blocks):
             columns, chunks = [], []
             if block.along_columns:
                 columns = [ColumnStats(s_LP, len(block.b.x_ND)) for _ in bounds]
-            for chunk in block.chunks(kept_bytes if with_gradients else 0):
+            for chunk in block.chunks(kept_bytes):
                 chunks.append(chunk.stats(columns, *want))
-                if with_gradients and chunk.nbytes <= kept_bytes and chunk.whole:
+                if chunk.nbytes <= kept_bytes and chunk.whole:
                     kept[number] = chunk
+            chunk = None  # its memory is free for the second reading
             if block.along_columns:  # of all levels at once: across ranks it is a collective
                 whole = Stats(*map(torch.stack, zip(*(x.result() for x in columns), strict=True)))
                 whole = of_all_ranks(whole, settings)
