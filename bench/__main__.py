@@ -79,7 +79,7 @@ def run(flags: list[str]) -> int:
 def _run_parser() -> _Parser:
     parser = _parser("run")
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_true", help="few and small shapes")
+    much.add_argument("--quick", action="store_true", help="few, small shapes: 75 s on two cores")
     much.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("--list", action="store_true", help="say what can be asked")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")

@@ -7,9 +7,10 @@
 
 Names, with semicolons between, take a case or some of its shapes (by the words that they begin
 with), columns are those of bench/tables.py; without names all are taken, without columns all that
-have something.
+have something. Who lacked a card or a package has no row here, but in the file.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rankpo_fast.errors import InputError
 
-from .questions import Result
+from .questions import NEEDS_GPU, NOT_INSTALLED, Result
 from .results import Run, read
 from .tables import markdown
 
@@ -43,7 +44,7 @@ def rewritten(text: str, root: Path) -> str:
         run = read(root / found["file"])
         names = [name.strip() for name in (found["names"] or "").split(";") if name.strip()]
         results = [r for name in names for r in named(name, run, found["file"])] or run.results
-        table = markdown(results, (found["columns"] or "").split())
+        table = markdown(list(map(_of_those_here, results)), (found["columns"] or "").split())
         return f"{found['start']}{table}\n{source(run, found['file'])}\n{found['end']}"
 
     return MARKED.sub(filled, text)
@@ -56,6 +57,13 @@ def named(name: str, run: Run, file: str) -> Sequence[Result]:
         has = ", ".join(dict.fromkeys(result.case for result in run.results))
         raise InputError(f"{file}: no case or shape {name!r}: it has {has}")
     return found
+
+
+def _of_those_here(result: Result) -> Result:
+    """Without contenders for which the machine lacks a card or a package."""
+    rows = [r for r in result.rows if not r.note.startswith(NEEDS_GPU)]
+    rows = [r for r in rows if not r.note.endswith(NOT_INSTALLED)]
+    return dataclasses.replace(result, rows=tuple(rows))
 
 
 def source(run: Run, file: str) -> str:

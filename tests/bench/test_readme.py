@@ -61,7 +61,12 @@ def test_names_choose_cases(root, names, cases):
 
 def test_columns_are_chosen(root):
     text = rewritten(marked("two.json: info_nce | ratio error"), root)
-    assert "|  | ratio | error | note |\n" in text
+    assert "|  | ratio | error |\n" in text
+
+
+def test_who_could_not_run_has_no_row_and_who_fell_over_has_one(root):
+    text = rewritten(marked("one.json: info_nce"), root)
+    assert "liger-kernel" not in text and "| out of memory |" in text
 
 
 @pytest.mark.parametrize(
