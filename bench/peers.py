@@ -173,6 +173,7 @@ def _rows(q: Tensor) -> Tensor:
     return torch.arange(len(q), device=q.device)
 
 
+# Those that compile before their first run.
 COMPILED = frozenset({"torch.compile", "cut-cross-entropy, torch_compile"})
 _of = functools.partial
 PEERS: dict[str, Peer] = {

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import Any
 
 import matplotlib
@@ -446,7 +446,7 @@ def _over_time(axes: Axes, result: Result) -> None:
         [row.contender.replace(" ", "\n", 1) for row in rows[::skipped]],
         fontsize=8,
     )
-    axes.set_title(f"{result.name}\n{result.question}")
+    axes.set_title(f"{result.name}\n{fill(result.question, 50)}")
 
 
 def _figure(height: float, title: str) -> Figure:
