@@ -222,7 +222,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     if left_out:
         about["left out"] = "; ".join(left_out)
         print(f"left out: {about['left out']}")
-    results.write(path, run)
+        results.write(path, run)
     page = write_report(run, args.output_dir)
     red = failures(run)
     for name in red:

@@ -28,7 +28,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rankpo_fast.errors import InputError
@@ -180,29 +180,41 @@ RESPECTS = (  # name, field, the least quotient besides 1 + threshold, and the l
 def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
     a, b = was.row, now.row
 
-    def change(respect: str, worse: bool, says: str, quotient: float | None = None) -> Change:
-        verdict = WORSE if worse else BETTER
+    def change(
+        respect: str, worse: bool, says: str, quotient: float | None = None, sure: bool = True
+    ) -> Change:
+        verdict = UNCLEAR if not sure else WORSE if worse else BETTER
         return Change(now.result.name, b.contender, respect, verdict, says, b.ours, quotient)
 
     if (found := _time(was, now, threshold)) is not None:
-        verdict, quotient, says = found
-        yield replace(change("time", True, says, quotient), verdict=verdict)
+        quotient, says, sure = found
+        yield change("time", quotient > 1, says, quotient, sure)
     for name, field, least_quotient, least in RESPECTS:
         low, high = getattr(a, field), getattr(b, field)
         if low is None or high is None or abs(high - low) <= least:
             continue
-        quotient, limit = high / low if low else math.inf, max(1 + threshold, least_quotient)
-        if not 1 / limit <= quotient <= limit:
+        quotient = _quotient(low, high)
+        if _beyond(max(1 + threshold, least_quotient), quotient):
             yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
-    if None not in (a.ndcg, b.ndcg) and not 1 / (1 + threshold) <= b.ndcg / a.ndcg <= 1 + threshold:
-        says = f"{a.ndcg:.3f} -> {b.ndcg:.3f}"
-        apart = _disjoint(a.ndcg_low, a.ndcg_high, b.ndcg_low, b.ndcg_high)
-        found = change("nDCG", b.ndcg < a.ndcg, says, b.ndcg / a.ndcg)
-        yield found if apart else replace(found, verdict=UNCLEAR)
+    if None not in (a.ndcg, b.ndcg):
+        quotient, says = _quotient(a.ndcg, b.ndcg), f"{a.ndcg:.3f} -> {b.ndcg:.3f}"
+        sure = _disjoint(a.ndcg_low, a.ndcg_high, b.ndcg_low, b.ndcg_high)
+        if _beyond(1 + threshold, quotient):
+            yield change("nDCG", quotient < 1, says, quotient, sure)
     if a.sizes == b.sizes:
         yield from _scaling(was, now, threshold, change)
     if bool(a.note) != bool(b.note):
         yield change("note", bool(b.note), b.note or f"runs; before: {a.note}")
+
+
+def _quotient(before: float, after: float) -> float:
+    """After over before, which may be nothing."""
+    return after / before if before else math.inf if after else 1.0
+
+
+def _beyond(limit: float, quotient: float) -> bool:
+    """Whether it is so many times as large, or as small."""
+    return not 1 / limit <= quotient <= limit
 
 
 def _scaling(
@@ -216,28 +228,26 @@ def _scaling(
 
     def quotients(field: str, least: float = 0.0) -> list[float]:
         pairs = zip(getattr(a, field) or (), getattr(b, field) or (), strict=False)
-        return [y / x if x and abs(y - x) > least else 1.0 for x, y in pairs]
+        return [_quotient(x, y) if abs(y - x) > least else 1.0 for x, y in pairs]
 
     of_times = quotients("times") if was.device == now.device else []
     least, most = min(of_times, default=1.0), max(of_times, default=1.0)
-    apart = len(of_times) >= ROUNDS and not (least <= 1 + threshold and most >= 1 / (1 + threshold))
+    every = least > 1 + threshold or most < 1 / (1 + threshold)
     for name, found, sure in (
-        ("time", of_times, apart),
+        ("time", of_times, every and len(of_times) >= ROUNDS),
         ("memory", quotients("peaks", MEMORY_MIB), True),
         ("flops", quotients("work"), True),
         ("messages", quotients("messages"), True),
         ("sent", quotients("sent"), True),
     ):
-        worst = max(found, key=lambda quotient: abs(math.log(quotient)), default=1.0)
-        if 1 / (1 + threshold) <= worst <= 1 + threshold:
-            continue
-        sizes = ", ".join(f"{size} {times(x)}" for size, x in zip(b.sizes, found, strict=False))
-        one = change(name, worst > 1, f"{b.axis}: {sizes}", worst)
-        yield one if sure else replace(one, verdict=UNCLEAR)
+        worst = max(found, key=lambda x: max(x, _quotient(x, 1.0)), default=1.0)
+        if _beyond(1 + threshold, worst):
+            sizes = ", ".join(f"{size} {times(x)}" for size, x in zip(b.sizes, found, strict=False))
+            yield change(name, worst > 1, f"{b.axis}: {sizes}", worst, sure)
 
 
-def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | None:
-    """(verdict, quotient, says); None if it is the same, or cannot be compared."""
+def _time(was: _Side, now: _Side, threshold: float) -> tuple[float, str, bool] | None:
+    """(quotient, says, beyond noise); None if it is the same, or cannot be compared."""
     a, b = was.row, now.row
     if a.seconds is None or b.seconds is None:
         return None
@@ -255,10 +265,9 @@ def _time(was: _Side, now: _Side, threshold: float) -> tuple[str, float, str] | 
         quotient, apart = b.seconds / a.seconds, _disjoint(a.low, a.high, b.low, b.high)
     else:
         return None
-    if 1 / (1 + threshold) <= quotient <= 1 + threshold:
+    if not _beyond(1 + threshold, quotient):
         return None
-    verdict = UNCLEAR if not apart else WORSE if quotient > 1 else BETTER
-    return verdict, quotient, says + (f"; after: {b.throttled}" if b.throttled else "")
+    return quotient, says + (f"; after: {b.throttled}" if b.throttled else ""), apart
 
 
 def shift(before: Sequence[float], after: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from rankpo_fast.demo.figure import DASHED, GREY, LOOK
 
-from .questions import NEEDS_GPU, NOT_INSTALLED, OUT_OF_MEMORY, Result, Row, described
+from .questions import OUT_OF_MEMORY, Result, Row, described
 from .results import Run
 from .tables import mebibytes, number, times
 
@@ -36,7 +36,6 @@ FLOORS = 5  # of time, where the axis of ratios ends
 LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
 MOST_ERROR = 1e9  # where what is not finite stands
 PLAIN = LOOK | {"text.parse_math": False}  # a note may hold any sign
-ABSENT = (NOT_INSTALLED, NEEDS_GPU)  # says nothing about a contender
 
 Style = Mapping[str, Any]
 
@@ -265,7 +264,7 @@ def _a_shape_a_case(run: Run, tells: Callable[[Row], bool]) -> list[Result]:
 
 
 def _present(result: Result) -> list[Row]:
-    return [row for row in result.rows if not any(why in row.note for why in ABSENT)]
+    return [row for row in result.rows if not row.absent]
 
 
 def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) -> None:

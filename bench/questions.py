@@ -12,8 +12,8 @@ OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "nee
 DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
 NOT_REACHED = "not reached"  # the goal of an end-to-end run
 OUT_OF_RESOURCE = "out of resource"  # of a card: a tile that is too large
-# A peer's notes that are results begin so, or end with NOT_INSTALLED.
-EXCUSES = (OUT_OF_MEMORY, NEEDS_GPU, DOES_NOT_TAKE, NOT_REACHED, OUT_OF_RESOURCE)
+# A peer's notes that are results begin so, unless it is absent.
+EXCUSES = (OUT_OF_MEMORY, DOES_NOT_TAKE, NOT_REACHED, OUT_OF_RESOURCE)
 TOO_LARGE = "too large for the device"  # a model whose weights alone do not fit: ours is excused
 Shape = Mapping[str, Any]  # {"M": 4096, "N": 4096, "D": 1024, "dtype": "bfloat16"}
 
@@ -98,12 +98,17 @@ class Row:
         return self.seconds if self.ratio is None else self.ratio
 
     @property
+    def absent(self) -> bool:
+        """Whether the machine lacks a card or a package for it, which says nothing about it."""
+        missing = self.note.endswith(NOT_INSTALLED) and ": " not in self.note  # no error's words
+        return missing or self.note.startswith(NEEDS_GPU)
+
+    @property
     def red(self) -> bool:
         """Whether the run has failed here: a gate, an error, or ours not running at all."""
         if self.ours:
             return bool(self.note) and TOO_LARGE not in self.note
-        missing = self.note.endswith(NOT_INSTALLED) and ": " not in self.note  # no error's words
-        return bool(self.note) and not missing and not self.note.startswith(EXCUSES)
+        return bool(self.note) and not self.absent and not self.note.startswith(EXCUSES)
 
 
 @dataclass(frozen=True)

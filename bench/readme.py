@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rankpo_fast.errors import InputError
 
-from .questions import NEEDS_GPU, NOT_INSTALLED, Result
+from .questions import Result
 from .results import Run, read
 from .tables import markdown
 
@@ -60,10 +60,7 @@ def named(name: str, run: Run, file: str) -> Sequence[Result]:
 
 
 def _of_those_here(result: Result) -> Result:
-    """Without contenders for which the machine lacks a card or a package."""
-    rows = [r for r in result.rows if not r.note.startswith(NEEDS_GPU)]
-    rows = [r for r in rows if not r.note.endswith(NOT_INSTALLED)]
-    return dataclasses.replace(result, rows=tuple(rows))
+    return dataclasses.replace(result, rows=tuple(row for row in result.rows if not row.absent))
 
 
 def source(run: Run, file: str) -> str:

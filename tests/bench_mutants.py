@@ -222,7 +222,7 @@ BENCH = [
         "moments-made-early-are-no-memory", "bench/training/contenders.py",
         " - self.of_optimizer\n",
         "\n",
-        of("tests/bench/test_training.py", "whenever_they_are_made"),
+        training("whenever_they_are_made"),
     ),
     Mutant(
         "an-evaluation-is-training", "bench/training/end_to_end.py",
@@ -232,9 +232,10 @@ BENCH = [
     ),
     Mutant(
         "a-faster-peer-is-a-slower-us", COMPARE,
-        "    floor = now.result.floor\n",
+        "    floor = now.result.floor\n"
+        "    if was.result.floor == floor != b.contender",
         "    floor = now.result.floor or now.result.rows[0].contender\n"
-        "    was = replace(was, result=replace(was.result, floor=floor))\n",
+        "    if floor != b.contender",
         comparing("became_faster"),
     ),
     Mutant(
@@ -245,8 +246,8 @@ BENCH = [
     ),
     Mutant(
         "slower-is-better", COMPARE,
-        "WORSE if quotient > 1 else BETTER\n    return",
-        "WORSE if quotient < 1 else BETTER\n    return",
+        'change("time", quotient > 1, says',
+        'change("time", quotient < 1, says',
         comparing("became_better"),
     ),
     Mutant(
@@ -257,13 +258,13 @@ BENCH = [
     ),
     Mutant(
         "compare-without-threshold", COMPARE,
-        "if 1 / (1 + threshold) <= quotient <= 1 + threshold:",
+        "if not _beyond(1 + threshold, quotient):",
         "if quotient == 1:",
         comparing("below_the_threshold"),
     ),
     Mutant(
         "compare-without-noise", COMPARE,
-        "UNCLEAR if not apart else WORSE",
+        "UNCLEAR if not sure else WORSE",
         "WORSE",
         comparing("unclear"),
     ),

@@ -453,9 +453,9 @@ MUTANTS = [
     ),
     Mutant(
         "a-chunk-is-kept-for-all", CHUNKED,
-        "chunk.nbytes <= kept_bytes and chunk.whole:",
-        "chunk.nbytes <= kept_bytes:",
-        CPU,
+        "block.chunks(at_once=keep)",
+        "block.chunks()",
+        of("tests/kernels/test_chunked.py", "small_scores_once"),
     ),
     Mutant(
         "cpu-curated-are-not-exempt", CHUNKED,

@@ -100,14 +100,9 @@ def info_nce(
     })  # fmt: skip
 
 
-def _chunks(
-    rows: int, columns: int, buffers: int, like: Tensor, workspace_bytes: int, kept_bytes: int = 0
-) -> Iterator[slice]:
-    """Slices of rows, about equal, whose buffers fit the workspace; the first is the longest. All
-    rows at once where they take no more than `kept_bytes`."""
+def _chunks(rows: int, columns: int, buffers: int, like: Tensor, workspace_bytes: int):
+    """Slices of rows, about equal, whose buffers fit the workspace; the first is the longest."""
     row_bytes = max(1, buffers * columns * like.element_size())
-    if rows * row_bytes <= kept_bytes:
-        return _slices(rows, rows)
     if (most := workspace_bytes // row_bytes) < 1:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} is too small for one row of {columns} columns: "
@@ -369,14 +364,24 @@ class Block:
     bounds: list[tuple[int, int]]
     settings: Settings
 
-    def chunks(self, kept_bytes: int = 0) -> Iterator["Chunk"]:
-        """Dot products, one chunk after the other in the same memory; one chunk if they take no
-        more than `kept_bytes`."""
+    @property
+    def buffers(self) -> int:
+        """So many [R, C] each chunk takes."""
+        return len(self.bounds) + (self.guides is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the scores of all rows."""
+        x_ND = self.b.x_ND
+        return self.buffers * len(self.query_R) * len(x_ND) * x_ND.element_size()
+
+    def chunks(self, *, at_once: bool = False) -> Iterator["Chunk"]:
+        """Dot products, one chunk after the other in the same memory; or all rows at once."""
         C, L, like = len(self.b.x_ND), len(self.bounds), self.b.x_ND
-        buffers, memory = L + (self.guides is not None), None
+        buffers, memory = self.buffers, None
         count = len(self.query_R) if C else 0  # a rank may bring no passages
-        workspace = self.settings.workspace_bytes
-        for rows in _chunks(count, C, buffers, like, workspace, kept_bytes):
+        parts = _chunks(count, C, buffers, like, self.settings.workspace_bytes)
+        for rows in _slices(count, count) if at_once else parts:
             R = rows.stop - rows.start
             memory = like.new_empty(buffers, R * C) if memory is None else memory
             scores = [buffer[: R * C].view(R, C) for buffer in memory]
@@ -404,14 +409,6 @@ class Chunk:
     unit_RD: Tensor
     scores: list[Tensor]  # [R, C] of each prefix: dot products, then logits, then slopes
     judge: list[Tensor]  # [R, C] dot products of the guide, if there is one
-
-    @property
-    def whole(self) -> bool:
-        return len(self.unit_RD) == len(self.block.query_R)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(scores_RC.nbytes for scores_RC in (*self.scores, *self.judge))
 
     def slabs(self) -> Iterator[slice]:
         return _slices(len(self.unit_RD), _slab_rows(self.scores[0]))
@@ -621,15 +618,15 @@ def _general(
         lines = [{QP: _joined([of[QP] for of in of_level])} for of_level in of_levels]
     else:
         stats = [{} for _ in bounds]
-        kept_bytes = with_gradients * min(KEPT_BYTES, settings.workspace_bytes) // len(blocks)
+        kept_bytes = min(KEPT_BYTES, settings.workspace_bytes) // len(blocks)
         kept: dict[int, Chunk] = {}  # by block: all its logits, for the second reading
         for number, block in enumerate(blocks):
-            columns, chunks = [], []
+            columns, chunks, keep = [], [], with_gradients and block.nbytes <= kept_bytes
             if block.along_columns:
                 columns = [ColumnStats(s_LP, len(block.b.x_ND)) for _ in bounds]
-            for chunk in block.chunks(kept_bytes):
+            for chunk in block.chunks(at_once=keep):
                 chunks.append(chunk.stats(columns, *want))
-                if chunk.nbytes <= kept_bytes and chunk.whole:
+                if keep:
                     kept[number] = chunk
             chunk = None  # its memory is free for the second reading
             if block.along_columns:  # of all levels at once: across ranks it is a collective

@@ -18,6 +18,7 @@ from bench.card import Card
 from bench.cases import in_batch, info_nce, loss, open_clip, rankpo, sentence_transformers, tiles
 from bench.cases.loss import GATE, Errors, LossQuestion, gemms, loss_question
 from bench.measure import Case, cache_bytes, evictor, measure, relative_error, seconds_of, turned
+from bench.peers import COMPILED
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
 from bench.results import Run, read, write
 from rankpo_fast.errors import InputError
@@ -294,8 +295,8 @@ def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
 @pytest.mark.parametrize("passages", [24, 72], ids=["one-a-query", "in-groups"])
 def test_contenders_of_a_form_agree(form, passages):
     x = form.draw(24, passages, 32, "cpu", torch.float32)
-    slow = {"torch.compile", "cut-cross-entropy, torch_compile"}  # test_peers compiles them
-    runs = {name: run for name, run in form.runs(x).items() if name not in slow}
+    # test_peers compiles those that do
+    runs = {name: run for name, run in form.runs(x).items() if name not in COMPILED}
     found = Errors(runs, lambda _: form.runs(x.exact())[OURS]())
     ran = {name: error for name, error in found.items() if not math.isnan(error)}
     assert len(ran) > 1 and max(ran.values()) < GATE[torch.float32]

@@ -199,8 +199,9 @@ def test_falling_over_sooner_is_worse():
         ({"peaks": (20.0, 30.0, 290.0)}, None, None),
         ({"work": (6.0, 6.0, 8.0)}, "flops", WORSE),
         ({"sent": (1.0, 2.0, 3.0)}, "sent", BETTER),
+        ({"sent": (0.0, 2.0, 4.0)}, "sent", BETTER),
     ],
-    ids=["every-size", "one-size", "memory", "pages", "flops", "sent"],
+    ids=["every-size", "one-size", "memory", "pages", "flops", "sent", "to-nothing"],
 )
 def test_a_scaling_is_compared_size_by_size(changes, respect, verdict):
     ours = replace(SCALING.rows[0], work=(6.0, 6.0, 6.0), sent=(1.0, 2.0, 4.0))

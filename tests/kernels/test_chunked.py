@@ -60,12 +60,18 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("kept_bytes", "grads", "products"),
-    [(256 * 192 * 4, True, 3), (256 * 192 * 4 - 1, True, 4), (256 * 192 * 4, False, 1)],
-    ids=["kept", "too-large", "loss-alone"],
+    ("kept_bytes", "rows", "grads", "products"),
+    [
+        (256 * 192 * 4, 256, True, 3),
+        (256 * 192 * 4, 255, True, 3),
+        (256 * 192 * 4 - 1, 256, True, 4),
+        (256 * 192 * 4, 256, False, 1),
+    ],
+    ids=["kept", "more-rows-than-a-chunk", "too-large", "loss-alone"],
 )
-def test_both_directions_make_small_scores_once(monkeypatch, kept_bytes, grads, products):
+def test_both_directions_make_small_scores_once(monkeypatch, kept_bytes, rows, grads, products):
     monkeypatch.setattr(chunked, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(chunked, "CPU_ROWS", rows)
     q, p, relations = torch.randn(256, 8), torch.randn(192, 8), Relations(torch.arange(256) % 192)
     settings = replace(PLAIN, workspace_bytes=2**24, directions=(QP, PQ))
     with Products() as made:
