@@ -53,24 +53,35 @@ struct Gradient<FP16> {
     using type = float;
 };
 
+constexpr int64_t kBlock = 512;  // dims, of sums in fp32 and of gradients on their way
+
 struct Dots {
     double qq, aa, bb, qa, qb;
 };
 
-// Of a query and two passages: five sums at once hide one another's latency.
+// Of a query and two passages: five sums at once hide one another's latency. In blocks, as `sum_over_dims`.
 template <typename T>
 Dots dots(const T* q, const T* a, const T* b, int64_t dims) {
-    float qq = 0, aa = 0, bb = 0, qa = 0, qb = 0;
+    Dots sums{};
+    for (int64_t start = 0; start < dims; start += kBlock) {
+        const int64_t stop = start + kBlock < dims ? start + kBlock : dims;
+        float qq = 0, aa = 0, bb = 0, qa = 0, qb = 0;
 #pragma omp simd reduction(+ : qq, aa, bb, qa, qb)
-    for (int64_t d = 0; d < dims; ++d) {
-        const float x = widen(q[d]), y = widen(a[d]), z = widen(b[d]);
-        qq += x * x;
-        aa += y * y;
-        bb += z * z;
-        qa += x * y;
-        qb += x * z;
+        for (int64_t d = start; d < stop; ++d) {
+            const float x = widen(q[d]), y = widen(a[d]), z = widen(b[d]);
+            qq += x * x;
+            aa += y * y;
+            bb += z * z;
+            qa += x * y;
+            qb += x * z;
+        }
+        sums.qq += qq;
+        sums.aa += aa;
+        sums.bb += bb;
+        sums.qa += qa;
+        sums.qb += qb;
     }
-    if (safe(qq) && safe(aa) && safe(bb)) return {qq, aa, bb, qa, qb};
+    if (safe(sums.qq) && safe(sums.aa) && safe(sums.bb)) return sums;
     Dots exact{};  // squares that leave fp32's range: once more in fp64
     for (int64_t d = 0; d < dims; ++d) {
         const double x = widen(q[d]), y = widen(a[d]), z = widen(b[d]);
@@ -150,7 +161,6 @@ float plackett_luce(const RankedRows& in, const float* s, const float* reference
     return sum;
 }
 
-constexpr int64_t kBlock = 512;
 constexpr int64_t kCached = 16 << 20;  // bytes of gradients that a last-level cache may still hold when they are used
 
 // Bytes past the caches, whose lines would have to be read before they are written; as far as `to` is aligned.

@@ -58,10 +58,33 @@ inline float softplus(float x, float e) { return (x < 0.0f ? 0.0f : x) + log1p_u
 inline float sigmoid(float x, float e) { return (x < 0.0f ? e : 1.0f) / (1.0f + e); }
 
 // Squares within these bounds neither overflow fp32 nor lose digits to its subnormal numbers.
-inline bool safe(float square) { return square > 1e-30f && square < 1e37f; }
+inline bool safe(double square) { return square > 1e-30 && square < 1e37; }
 
 // A vector too short for its norm to be inverted in fp32 counts as zero: similarity 0, gradient 0.
 inline double inverse_norm(double square) { return square < 1.4e-76 ? 0.0 : 1.0 / std::sqrt(square); }
+
+// The sum of term(d) over a row, fp32 within a block and fp64 across blocks. In one running sum rounding would grow with D,
+// and as D, not its root, for bf16: squares of 8 bits leave remainders that are mostly rounded the same way.
+// Lanes that do not wait for one another, as many in every instruction set.
+template <typename Term>
+inline double sum_over_dims(int64_t dims, Term term) {
+    constexpr int64_t kBlock = 256, kLanes = 32;
+    double total = 0;
+    int64_t start = 0;
+    for (; start + kBlock <= dims; start += kBlock) {
+        float lanes[kLanes] = {}, sum = 0;
+        for (int64_t d = start; d < start + kBlock; d += kLanes)
+#pragma omp simd
+            for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += term(d + lane);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+        total += sum;
+    }
+    float rest = 0;
+#pragma omp simd reduction(+ : rest)
+    for (int64_t d = start; d < dims; ++d) rest += term(d);
+    return total + rest;
+}
 
 }  // namespace
 }  // namespace RANKPO_ISA

@@ -156,15 +156,12 @@ void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
 void inverse_norms(const Rows& x, float* inverse_norms, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const float* row = x.values + i * x.stride;
-        float square = 0;
-#pragma omp simd reduction(+ : square)
-        for (int64_t d = 0; d < x.dims; ++d) square += row[d] * row[d];
-        double exact = square;
+        double square = sum_over_dims(x.dims, [row](int64_t d) { return row[d] * row[d]; });
         if (!safe(square)) {
-            exact = 0;
-            for (int64_t d = 0; d < x.dims; ++d) exact += static_cast<double>(row[d]) * row[d];
+            square = 0;
+            for (int64_t d = 0; d < x.dims; ++d) square += static_cast<double>(row[d]) * row[d];
         }
-        inverse_norms[i] = static_cast<float>(inverse_norm(exact));
+        inverse_norms[i] = static_cast<float>(inverse_norm(square));
     }
 }
 
@@ -174,11 +171,10 @@ void tangent(
         const float* row = x.values + i * x.stride;
         float* g = grad + i * x.dims;
         const float inverse = inverse_norms[i], scale = factor ? factor[i] : 1.0f;
-        float along = 0;
-#pragma omp simd reduction(+ : along)
-        for (int64_t d = 0; d < x.dims; ++d) along += g[d] * (row[d] * inverse);
+        const double along = sum_over_dims(x.dims, [=](int64_t d) { return g[d] * (row[d] * inverse); });
+        const float radial = static_cast<float>(along);
 #pragma omp simd
-        for (int64_t d = 0; d < x.dims; ++d) g[d] = scale * (g[d] - along * (row[d] * inverse));
+        for (int64_t d = 0; d < x.dims; ++d) g[d] = scale * (g[d] - radial * (row[d] * inverse));
     }
 }
 

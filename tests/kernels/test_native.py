@@ -48,9 +48,10 @@ def test_every_instruction_set_gives_the_same(name):
             exact = pairs.ranked(wide[0], wide[1:], *rest)
             for got, want in zip((*ours[:2], *ours.grads), (*exact[:2], *exact.grads)):
                 assert (got - want).norm() < close * want.norm(), (dtype, got, want)
-        inverse = torch.empty(9)
-        native.inverse_norms(q, inverse)
-        torch.testing.assert_close(inverse, 1 / q.norm(dim=1))
+        wide = torch.randn(16, 16384).bfloat16().float()
+        got = norms.inverse_norms(wide, torch.float32)
+        off = (got.double() * wide.double().norm(dim=1) - 1).abs().max()
+        assert off < 4 * 2**-24, off
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -93,6 +94,18 @@ def test_inverse_norms_over_the_whole_range_of_fp32(usable, monkeypatch):
     got = norms.inverse_norms(x, torch.float32)
     want = torch.where(sizes == 0, 0, 1 / sizes.double()).float()
     torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("usable", [True, False], ids=["native", "torch"])
+def test_norms_of_long_rows_are_rounded_as_those_of_short_ones(usable, monkeypatch):
+    """Four roundings: of a square, its sums, the root and the quotient. In one running sum those of
+    bf16's squares do not cancel, and make 36 of D=16384."""
+    if not usable:
+        monkeypatch.setattr(native, "usable", lambda *tensors: False)
+    for D in (24, 1000, 16384):
+        x = torch.randn(256, D).bfloat16().float()
+        off = norms.inverse_norms(x, torch.float32).double() * x.double().norm(dim=1) - 1
+        assert off.abs().max() < 4 * 2**-24, D
 
 
 @pytest.mark.parametrize("usable", [True, False], ids=["native", "torch"])
