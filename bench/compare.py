@@ -15,6 +15,8 @@ A change is called one if it is
 A scaling has one time a size: it is worse where all sizes, three at least, say so. What is counted
 (flops, messages, what is sent) knows no noise.
 
+An error is compared within one instruction set: in another, sums are rounded otherwise.
+
 What is beyond the threshold and may be noise is "unclear": it is shown, so that it can be measured
 with more rounds, and fails nothing. Of a hundred rows of noise alone, two may still be called.
 
@@ -42,6 +44,7 @@ LEVEL = 0.02
 ROUNDS = 3  # of fewer a row, nothing can be told from noise
 # Two runs of the same code on a CPU were seen 8.5 MiB apart: allocators keep and round pages.
 MEMORY_MIB = 16.0
+SETS = "instruction set"  # of a machine
 ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
 WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
 NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
@@ -86,6 +89,7 @@ class _Side:
     result: Result
     row: Row
     device: Any
+    sets: Any
 
 
 def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison:
@@ -117,6 +121,8 @@ def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison
 def table(found: Comparison) -> str:
     """For the terminal; ends in a newline. What fails comes first, what is better last."""
     lines = [f"{key}: {a or '-'} -> {b or '-'}" for key, (a, b) in found.machines.items()]
+    if SETS in found.machines:
+        lines.append("in another instruction set errors and ratios differ without a change of code")
     lines += [f"only before: {name}" for name in found.only_before]
     lines += [f"only after: {name}" for name in found.only_after]
     ours = [change for change in found.changes if change.fails]
@@ -148,7 +154,7 @@ def _aligned(changes: Sequence[Change]) -> Iterator[str]:
 def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
     return {
         (result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
-            result, row, run.machine.get("device")
+            result, row, run.machine.get("device"), run.machine.get(SETS)
         )
         for result in run.results
         for row in result.rows
@@ -195,7 +201,8 @@ def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
             continue
         quotient = _quotient(low, high)
         if _beyond(max(1 + threshold, least_quotient), quotient):
-            yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient)
+            sure = name == "memory" or was.sets == now.sets  # which rounds sums otherwise
+            yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient, sure)
     if None not in (a.ndcg, b.ndcg):
         quotient, says = _quotient(a.ndcg, b.ndcg), f"{a.ndcg:.3f} -> {b.ndcg:.3f}"
         sure = _disjoint(a.ndcg_low, a.ndcg_high, b.ndcg_low, b.ndcg_high)

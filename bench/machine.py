@@ -43,8 +43,7 @@ def about(device: str) -> dict[str, Any]:
             "host": _processor(),
         }
     else:
-        library = native.library()
-        rows = library.rankpo_instruction_set().decode() if library else "torch"
+        rows = native.instruction_sets()["rows"]
         cores = f"{torch.get_num_threads()} threads, {cache_bytes('cpu') >> 20} MiB of cache"
         found = {"device": f"{_processor()}, {cores}, rows by {rows}"}
     found |= {"cores": _cores(), "instruction set": _instruction_set()}
@@ -123,10 +122,12 @@ def _cores() -> str:
 
 
 def _instruction_set() -> str:
-    """What torch's own kernels take, and what makes products in bf16 fast."""
+    """By which sums are rounded, and what makes products in bf16 fast: AVX512 in torch, avx512 in
+    rows, amx_bf16."""
+    sets = native.instruction_sets()
+    found = [f"{sets[who]} in {who}" for who in ("torch", "rows")]
     with contextlib.suppress(OSError, StopIteration):
         lines = CPUINFO.read_text().splitlines()
         flags = next(line for line in lines if line.startswith("flags")).split()
-        known = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-        return ", ".join([torch.backends.cpu.get_cpu_capability(), *known])
-    return torch.backends.cpu.get_cpu_capability()
+        found += [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return ", ".join(found)

@@ -145,6 +145,14 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def instruction_sets() -> dict[str, str]:
+    """By which sums on the CPU are rounded: of our rows ("avx2", or "torch" without the library),
+    and of torch's own kernels ("AVX2")."""
+    lib = library()
+    rows = "torch" if lib is None else lib.rankpo_instruction_set().decode()
+    return {"rows": rows, "torch": torch.backends.cpu.get_cpu_capability()}
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the library can take these tensors: fp32 on the CPU, last dimension contiguous."""
     fits = all(

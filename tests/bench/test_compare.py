@@ -168,6 +168,19 @@ def test_memory_and_errors_are_compared(before, after, expected):
     assert verdicts(run(a), run(b)) == expected
 
 
+def test_an_error_in_another_instruction_set_is_no_regression_and_the_set_is_said():
+    sets = [{"instruction set": f"{name} in torch"} for name in ("AVX512", "AVX2")]
+    before, after = (
+        run(row(ratios=[1.0] * 5, error=error), **of)
+        for error, of in zip((1e-3, 3e-3), sets, strict=True)
+    )
+    found = compare(before, after)
+    assert [change.verdict for change in found.changes] == [UNCLEAR] and found.code == 0
+    said = table(found)
+    assert "instruction set: AVX512 in torch -> AVX2 in torch" in said
+    assert "in another instruction set errors" in said
+
+
 @pytest.mark.parametrize(
     ("contender", "note", "code"),
     [(OURS, "error 1.0e+00 above the gate 1.0e-03", 1), ("quack", "out of memory", 0)],

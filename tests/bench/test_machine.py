@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import machine
+from rankpo_kernels import native
 
 
 def test_a_cpu_is_named_with_cores_instructions_and_versions(monkeypatch, tmp_path):
@@ -22,7 +23,11 @@ def test_a_cpu_is_named_with_cores_instructions_and_versions(monkeypatch, tmp_pa
     said = machine.about("cpu")
     assert said["device"].startswith("A Fast One, ") and " MiB of cache, rows by " in said["device"]
     assert said["cores"] == "2 (4 hardware threads, 3 of them ours)"
-    assert said["instruction set"].endswith(", avx512_bf16, amx_bf16")
+    of_torch = torch.backends.cpu.get_cpu_capability()
+    of_rows = native.library().rankpo_instruction_set().decode()
+    assert said["instruction set"] == (
+        f"{of_torch} in torch, {of_rows} in rows, avx512_bf16, amx_bf16"
+    )
     assert said["torch"] == torch.__version__ and "numpy" in said and "driver" not in said
 
 
