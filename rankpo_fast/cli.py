@@ -4,7 +4,8 @@ Exit codes: 0; 1 for a run that failed; 2 for what the user can put right (bad f
 a message that names it); in training, 143 after SIGTERM and 130 after Ctrl-C, once the step is
 finished and saved.
 
-Training on N cards is `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`.
+On N cards: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
+evaluate and to encode.
 """
 
 import dataclasses
@@ -13,15 +14,17 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rankpo_fast import config as configs
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, NotFiniteVectors
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import check_writable, lies_in
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-IN_RANKS = ("contrastive", "rankpo")  # the commands for torchrun
+IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode")  # the commands for torchrun
+DATA = ("train_data", "replay_data", "query_data", "corpus_data", "preference_data", "input")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +76,22 @@ def _run(argv: list[str]) -> int:
         if _is_first_rank():
             raise
         return BAD_INPUT
-    command.run(*settings)
+    try:
+        command.run(*settings)
+    except NotFiniteVectors as error:  # which all ranks raise
+        if _is_first_rank():
+            raise error.located(_data_files(settings)) from None
+        return BAD_INPUT
     return 0
+
+
+def _data_files(settings: Sequence[Any]) -> list[Path]:
+    """The files of texts that a command was given, those of directories too."""
+    values = [getattr(config, name, None) for config in settings for name in DATA]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    paths = [Path(name) for name in dict.fromkeys(names) if name is not None]
+    files = [path for path in paths if path.is_file()]
+    return [*files, *(file for path in paths for file in sorted(path.glob("*.jsonl*")))]
 
 
 def _fail(error: object, code: int) -> int:
@@ -114,72 +131,28 @@ def _evaluate(
 ) -> None:
     if not evaluation.asked:
         raise InputError("nothing to measure: give --query_data, --preference_data, or both")
-    from rankpo_fast.data.files import whole_file
-    from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.retrieval.evaluate import evaluate
-    from rankpo_fast.train.run import read_evaluation_data
-    from rankpo_fast.train.texts import check_lengths
+    from rankpo_fast.commands.evaluate import run_evaluation
 
-    device = compute.torch_device()
     _check_cache(compute)
-    if output.output is not None:
-        inputs = (
-            evaluation.query_data,
-            evaluation.corpus_data,
-            *(evaluation.preference_data or []),
-        )
-        _check_output("--output", output.output, *inputs)
-    retrieval, preferences = read_evaluation_data(evaluation)
-    encoder = load_encoder(model, device=device)
-    check_lengths(encoder)
-    figures = evaluate(
-        encoder,
-        retrieval=retrieval,
-        preferences=preferences,
-        cutoffs=evaluation.cutoffs,
-        max_tokens=compute.max_tokens_per_micro_batch,
-        legacy=evaluation.legacy_metrics,
-        cache_dir=compute.cache_path,
-        progress=True,
+    inputs = (
+        evaluation.query_data,
+        evaluation.corpus_data,
+        *(evaluation.preference_data or []),
     )
-    print(_table(figures, evaluation.cutoffs))
-    if output.output is not None:
-        import json
-
-        with whole_file(output.output) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
+        if path is not None:
+            _check_output(flag, path, *inputs)
+    run_evaluation(model, evaluation, output, compute)
 
 
 def _encode(
     model: configs.EncoderConfig, config: configs.EncodeConfig, compute: configs.ComputeConfig
 ) -> None:
-    import numpy as np
+    from rankpo_fast.commands.encode import run_encoding
 
-    from rankpo_fast.data.files import whole_file
-    from rankpo_fast.data.rows import read_texts
-    from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.retrieval.encode import encode_texts
-    from rankpo_fast.train.texts import check_length
-
-    device = compute.torch_device()
     _check_cache(compute)
     _check_output("--output", config.output, config.input)
-    texts = read_texts(config.input, config.text_key)
-    if config.max_length is not None:
-        model = dataclasses.replace(model, **{f"max_{config.role}_length": config.max_length})
-    encoder = load_encoder(model, device=device)
-    check_length(encoder, config.role, None if config.max_length is None else "--max_length")
-    as_role = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
-    table = as_role[config.role](texts, compute.cache_path)
-    vectors = encode_texts(
-        encoder, table, max_tokens=compute.max_tokens_per_micro_batch, progress="encoding"
-    )
-    with whole_file(config.output) as temporary, temporary.open("wb") as file:
-        np.save(file, vectors.numpy())
-    count, dims = vectors.shape
-    print(
-        f"{count:,} vectors of {dims} dims in {config.output}; {table.truncated:,} texts truncated"
-    )
+    run_encoding(model, config, compute)
 
 
 def _mine(
@@ -302,19 +275,6 @@ def _overview() -> str:
             "torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ... trains on N cards.",
         ]
     )
-
-
-def _table(figures: dict[str, float], cutoffs: Sequence[int]) -> str:
-    lines = []
-    rows = {"nDCG": "ndcg", "MRR": "mrr", "recall": "recall"}
-    if f"ndcg@{cutoffs[0]}" in figures:
-        lines.append(" " * 9 + "".join(f"{f'@{cutoff}':>9}" for cutoff in cutoffs))
-        for title, key in rows.items():
-            values = "".join(f"{figures[f'{key}@{cutoff}']:>9.4f}" for cutoff in cutoffs)
-            lines.append(f"{title:9}{values}")
-    if "alignment" in figures:
-        lines.append(f"alignment{figures['alignment']:>9.4f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

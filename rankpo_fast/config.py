@@ -307,6 +307,13 @@ class EvaluationConfig:
 
     query_data: str | None = _flag("JSONL of queries, or a BEIR directory.", None)
     corpus_data: str | None = _flag("JSONL that --query_data refers to by row number.", None)
+    split: str | None = _flag(
+        "Which qrels/SPLIT.tsv of a BEIR directory. [test, else dev, else the first; it is said]",
+        None,
+    )
+    keep_same_id: bool = _flag(
+        "Rank a BEIR document for the query of the same id too, which BEIR leaves out.", False
+    )
     preference_data: list[str] | None = _flag(
         "Held-out preference rows (as for stage 2), for the alignment.", None
     )
@@ -314,7 +321,7 @@ class EvaluationConfig:
     legacy_metrics: bool = _flag("The original code's; they read as high or higher.", False)
 
     def __post_init__(self) -> None:
-        _check_names(self, "query_data", "corpus_data", "preference_data")
+        _check_names(self, "query_data", "corpus_data", "split", "preference_data")
         _require(self, "cutoffs", "whole numbers >= 1", min(self.cutoffs, default=0) >= 1)
         object.__setattr__(self, "cutoffs", sorted(set(self.cutoffs)))
         if self.corpus_data is not None and self.query_data is None:
@@ -322,6 +329,9 @@ class EvaluationConfig:
         is_file = self.query_data is not None and not Path(self.query_data).is_dir()
         if is_file and self.corpus_data is None:
             raise InputError("--query_data needs --corpus_data, unless it is a BEIR directory")
+        for name, given in (("split", self.split is not None), ("keep_same_id", self.keep_same_id)):
+            if given and (self.query_data is None or is_file):
+                raise InputError(f"--{name} needs --query_data to be a BEIR directory")
 
     @property
     def asked(self) -> bool:
@@ -372,9 +382,12 @@ class EvaluateOutputConfig:
     _argument_group_name = "output"
 
     output: str | None = _flag("Also write the figures to this JSON file.", None)
+    output_run: str | None = _flag("Write the rankings there, in TREC's format.", None)
 
     def __post_init__(self) -> None:
-        _check_names(self, "output")
+        _check_names(self, "output", "output_run")
+        if self.output is not None and self.output == self.output_run:
+            raise InputError(f"--output and --output_run are both {self.output}: give two names")
 
 
 @dataclass(frozen=True)

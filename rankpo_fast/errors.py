@@ -1,5 +1,56 @@
-"""The one exception for what a user can put right: bad data, bad options, a bad path."""
+"""What a user can put right: bad data, bad options, a bad path, a model with broken weights."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+EXAMPLES = 3  # texts that a message names
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what, where and what would work."""
+
+
+class NotFiniteVectors(InputError):
+    """Texts whose vectors hold NaN or inf.
+
+    Attributes:
+        texts: they, or the first of them.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        total: int,
+        texts: Sequence[str],
+        weights: Sequence[str],
+        places: Mapping[str, str] | None = None,
+    ):
+        """
+        Args:
+            count: such texts, of `total`.
+            weights: the names of the model's tensors that are not finite either.
+            places: "path:line" of texts, where known.
+        """
+        self.texts = texts[:EXAMPLES]
+        self._facts = (count, total, self.texts, weights)
+        named = [f"{(places or {}).get(text, '')} {_start(text)}".lstrip() for text in self.texts]
+        more = f" and {count - len(named):,} more" if named and count > len(named) else ""
+        what = f"{count:,} of {total:,} texts have vectors that are not finite"
+        if named:
+            what += f": {', '.join(named)}{more}"
+        if weights:
+            what += f"; nor are weights of the model: {', '.join(weights)}"
+        elif count == total:
+            what += "; the model's weights are finite, but its states overflow"
+        super().__init__(what)
+
+    def located(self, paths: Iterable[str | Path]) -> "NotFiniteVectors":
+        """The same, with file and line of the texts, where they stand in one of the JSONL files."""
+        from rankpo_fast.data.jsonl import find_texts
+
+        return NotFiniteVectors(*self._facts, places=find_texts(paths, self.texts))
+
+
+def _start(text: str) -> str:
+    return json.dumps(text if len(text) <= 60 else f"{text[:57]}...", ensure_ascii=False)

@@ -215,7 +215,7 @@ def _wait(device: str) -> None:
 
 def evaluator(model: Path, task: Task) -> tuple["Encoder", Callable[[], float]]:
     """The encoder of a directory, and what tells its nDCG on the held-out queries as it then is."""
-    from rankpo_fast.data.rows import read_retrieval
+    from rankpo_fast.data.retrieval import read_retrieval
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.retrieval.evaluate import evaluate
 

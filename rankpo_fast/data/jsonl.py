@@ -3,7 +3,7 @@
 import codecs
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,32 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
+def find_texts(paths: Iterable[str | Path], texts: Collection[str]) -> dict[str, str]:
+    """{text: where} of those that stand in a row, its title and text joined or any value in it.
+
+    For messages about a text after all rows were read, so that rows need not carry their lines.
+    """
+    wanted, places = set(texts), {}
+    for path in paths:
+        for where, row in objects(path):
+            if not wanted:
+                return places
+            for text in wanted.intersection(_texts_in(row)):
+                places[text] = where
+                wanted.remove(text)
+    return places
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(item)
+        if isinstance(value, dict) and isinstance(value.get("title"), str) and "text" in value:
+            yield f"{value['title']} {value['text']}".strip()
+
+
 def value(
     row: dict, keys: tuple[str, ...], where: str, parent: str = "", hint: str = ""
 ) -> tuple[str, Any]:
@@ -118,6 +144,16 @@ def texts_at(row: dict, keys: tuple[str, ...], where: str, hint: str = "") -> tu
         name, found = value(found, ("text",), where, f"{name}.")
     expect(list, name, found, where)
     return tuple(text(f"{name}[{i}]", item, where) for i, item in enumerate(found))
+
+
+def titled_text(row: dict, where: str, parent: str = "") -> str:
+    """Title and text of a document, one space between, as BEIR joins them; may be empty.
+
+    The title may be absent or null, the text may not.
+    """
+    title = expect(str, f"{parent}title", row.get("title") or "", where)
+    body = expect(str, *value(row, ("text",), where, parent), where)
+    return f"{title} {body}".strip()
 
 
 def shown(value: Any) -> str:

@@ -3,8 +3,6 @@
 Stage 1     {"query": str, "positives": [str], "negatives": [str]}; FlagEmbedding's pos and neg too
             {"query": {"text": str}, "positives": {"text": [str]}}, the shape to be mined
 Stage 2     {"query": str, "passage1": str, "passage2": str, "preferred": "A" | "B"}
-Evaluation  {"query": {"text": str}, "positives": {"index": [int]}} with a corpus of {"text": str}
-            rows in index order, or a BEIR directory: corpus.jsonl, queries.jsonl, qrels/*.tsv
 Other keys may be there and are left alone. Blank lines and a byte order mark are skipped.
 """
 
@@ -14,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankpo_fast.data.files import whole_file
-from rankpo_fast.data.jsonl import expect, lines, objects, shown, text, text_at, texts_at, value
+from rankpo_fast.data.jsonl import objects, shown, text_at, texts_at, value
 from rankpo_fast.errors import InputError
-
-QUERY_ID_HEADERS = ("query-id", "query", "qid")  # how the header of a BEIR qrels file may begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +33,6 @@ class PreferenceRow:
     chosen: str
     rejected: str
     weight: float
-
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Queries, a corpus, and for each query the corpus row numbers of its positives."""
-
-    queries: list[str]
-    corpus: list[str]
-    positives: list[list[int]]
 
 
 def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[ContrastiveRow]:
@@ -97,102 +84,6 @@ def _confidence(row: dict, where: str) -> float:
 def read_texts(path: str | Path, key: str) -> list[str]:
     """Read the text under `key` of every row of one file. Raises InputError."""
     return [text_at(row, key, where) for where, row in objects(path)]
-
-
-def read_retrieval(query_data: str | Path, corpus_data: str | Path | None = None) -> RetrievalSet:
-    """Read queries with their positives and the corpus these point into. Raises InputError.
-
-    Args:
-        query_data: JSONL file of queries, or a BEIR directory.
-        corpus_data: JSONL file of {"text"} rows; None with a BEIR directory, which has its own.
-    """
-    if Path(query_data).is_dir():
-        if corpus_data is not None:
-            raise InputError(f"{query_data}: a BEIR directory, so leave --corpus_data out")
-        return _read_beir(Path(query_data))
-    if corpus_data is None:
-        raise InputError(f"{query_data}: needs --corpus_data, as it is no BEIR directory")
-    corpus = read_texts(corpus_data, "text")
-    queries, positives = [], []
-    for where, row in objects(query_data):
-        queries.append(text_at(row, "query", where))
-        positives.append(_corpus_rows(row, len(corpus), where))
-    return RetrievalSet(queries, corpus, positives)
-
-
-def _corpus_rows(row: dict, corpus_size: int, where: str) -> list[int]:
-    """The distinct corpus row numbers under positives/index."""
-    positives = expect(dict, *value(row, ("positives",), where), where)
-    name, indices = value(positives, ("index",), where, "positives.")
-    if not expect(list, name, indices, where):
-        raise InputError(f"{where}: no positives: the list is empty")
-    for i, index in enumerate(indices):
-        if not 0 <= expect(int, f"{name}[{i}]", index, where) < corpus_size:
-            raise InputError(
-                f'{where}: "{name}[{i}]" is {index}, but the corpus has rows 0 to {corpus_size - 1}'
-            )
-    return list(dict.fromkeys(indices))
-
-
-def _read_beir(directory: Path) -> RetrievalSet:
-    corpus = _beir_texts(directory / "corpus.jsonl")
-    queries = _beir_texts(directory / "queries.jsonl")
-    corpus_rows = {key: row for row, key in enumerate(corpus)}
-    positives: dict[str, dict[int, None]] = {}  # query id -> ordered set of corpus rows
-    qrels = _qrels_file(directory / "qrels")
-    for number, (where, line) in enumerate(lines(qrels)):
-        try:
-            query, passage, score = line.split("\t")
-            relevant = int(score) > 0
-        except ValueError:
-            if number == 0 and _is_qrels_header(line):
-                continue
-            raise InputError(
-                f"{where}: must be query-id, corpus-id and an integer score, with tabs between, "
-                f"got {shown(line)}"
-            ) from None
-        for key, known, file in ((query, queries, "queries"), (passage, corpus_rows, "corpus")):
-            if key not in known:
-                raise InputError(f"{where}: id {shown(key)} is not in {file}.jsonl")
-        if relevant:
-            positives.setdefault(query, {})[corpus_rows[passage]] = None
-    if not positives:
-        raise InputError(f"{qrels}: no positives: no line has a score above 0")
-    # queries.jsonl holds those of every split: the ones with positives in this split count.
-    return RetrievalSet(
-        [queries[query] for query in positives],
-        list(corpus.values()),
-        [list(rows) for rows in positives.values()],
-    )
-
-
-def _is_qrels_header(line: str) -> bool:
-    """Whether it names columns, as query-id, corpus-id and score, rather than holding data."""
-    fields = line.lower().split("\t")
-    names_query = fields[0].replace("_", "-") in QUERY_ID_HEADERS
-    return names_query and not any(character.isdigit() for character in fields[-1])
-
-
-def _beir_texts(path: Path) -> dict[str, str]:
-    """{id: title and text}, in file order."""
-    texts: dict[str, str] = {}
-    for where, row in objects(path):
-        key = expect(str, *value(row, ("_id",), where), where)
-        if key in texts:
-            raise InputError(f'{where}: "_id" {shown(key)} stands in an earlier line too')
-        title = expect(str, "title", row.get("title") or "", where)  # may be null
-        body = expect(str, *value(row, ("text",), where), where)
-        texts[key] = text("text", f"{title} {body}".strip(), where)
-    return texts
-
-
-def _qrels_file(directory: Path) -> Path:
-    """test.tsv, else dev.tsv, else the first by name."""
-    files = {path.stem: path for path in sorted(directory.glob("*.tsv"))}
-    for split in ("test", "dev", *files):
-        if split in files:
-            return files[split]
-    raise InputError(f"{directory}: no .tsv file, but a BEIR directory has qrels/test.tsv")
 
 
 def _all_objects(paths: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, dict]]:

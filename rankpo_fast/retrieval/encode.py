@@ -1,4 +1,7 @@
-"""Texts -> unit vectors for search, without gradients. n texts, D dims."""
+"""Texts -> unit vectors for search, without gradients. n texts, D dims, S of a micro-batch."""
+
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,11 @@ from tqdm import tqdm
 
 from rankpo_fast.data.packing import pack
 from rankpo_fast.data.tokens import TokenTable
+from rankpo_fast.errors import NotFiniteVectors
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.train.ranks import ALONE, Ranks, deal
+
+ROWS = 16384  # of vectors that travel at once
 
 
 @torch.no_grad()
@@ -17,35 +24,88 @@ def encode_texts(
     *,
     max_tokens: int | None = None,
     progress: str | None = None,
+    texts: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Vectors [n, D] fp32 of length 1, on the CPU, in the table's order.
+    """Vectors [n, D] fp32 of length 1, on the CPU, in the table's order; warns of zeros.
+
+    Ranks share out the micro-batches that one process would have, so that the vectors are the same.
+    The first gets them all, the others keep those that they made.
 
     Args:
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
         progress: label of a progress bar on stderr; None for none.
+        texts: those of the table, which an error names.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens.
+        NotFiniteVectors: a vector holds NaN or inf; on all ranks.
     """
-    groups = encoder.plan(table.lengths, max_tokens)
-    vectors = torch.empty(len(table), encoder.dim, dtype=torch.float32)
+    shares = _shares(encoder.plan(table.lengths, max_tokens), table.lengths, ranks.size)
+    text_ids = [_joined(share) for share in shares]
+    own = text_ids[ranks.rank]
+    rows = own if ranks.first else torch.arange(len(own))
+    vectors = torch.empty(len(table) if ranks.first else len(own), encoder.dim, dtype=torch.float32)
+    norms, place = [torch.empty(0, device=encoder.device)], 0  # of vectors made, on the device
     training = encoder.training
     encoder.eval()
-    with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:
-        for text_ids in groups:
-            vectors[text_ids] = _encode(encoder, table, text_ids)
-            bar.update(len(text_ids))
+    with tqdm(total=len(own), desc=progress, unit="text", disable=progress is None) as bar:
+        for batch in shares[ranks.rank]:
+            made = _encode(encoder, table, batch)
+            norms.append(made.norm(dim=1))
+            vectors[rows[place : place + len(batch)]] = made.cpu()
+            place += len(batch)
+            bar.update(len(batch))
     encoder.train(training)
+    _check(encoder, own, torch.cat(norms).cpu(), len(table), texts, ranks)
+    for rank, ids in enumerate(text_ids[1:], 1):
+        for start in range(0, len(ids), ROWS):
+            part = slice(start, start + ROWS)
+            if ranks.rank == rank:
+                ranks.send_to_first(vectors[part])
+            elif ranks.first:
+                vectors[ids[part]] = ranks.received(rank, (len(ids[part]), encoder.dim))
     return vectors
 
 
 def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor) -> Tensor:
     """Vectors [S, D] of a micro-batch; in two halves where memory does not suffice for it."""
     try:
-        return F.normalize(encoder(pack(table, text_ids)), dim=1).cpu()
+        return F.normalize(encoder(pack(table, text_ids)), dim=1)
     except torch.OutOfMemoryError:
         if len(text_ids) == 1:
             raise
     torch.cuda.empty_cache()  # of blocks cut for the larger one
     return torch.cat([_encode(encoder, table, half) for half in text_ids.tensor_split(2)])
+
+
+def _shares(batches: list[Tensor], lengths: Tensor, ranks: int) -> list[list[Tensor]]:
+    """The micro-batches of each rank, dealt by their tokens."""
+    tokens = torch.tensor([int(lengths[batch].sum()) for batch in batches])
+    return [[batches[i] for i in sorted(hand.tolist())] for hand in deal(tokens, ranks)]
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *batches])
+
+
+def _check(
+    encoder: Encoder, text_ids: Tensor, norms: Tensor, total: int, texts: Sequence[str],
+    ranks: Ranks,
+) -> None:  # fmt: skip
+    """NotFiniteVectors on all ranks where one has made such; a warning of zeros."""
+    bad, zeros = text_ids[~norms.isfinite()].tolist(), int((norms == 0).sum())
+    reports = ranks.objects((bad, zeros))
+    bad = sorted(text for of_rank, _ in reports for text in of_rank)
+    if bad:
+        weights = [
+            name for name, tensor in encoder.backbone.state_dict().items()
+            if not tensor.isfinite().all()
+        ]  # fmt: skip
+        raise NotFiniteVectors(len(bad), total, [texts[i] for i in bad[:3] if texts], weights)
+    if zeros := sum(of_rank for _, of_rank in reports):
+        warnings.warn(
+            f"{zeros:,} of {total:,} texts have a vector of zeros: its cosine with all is 0",
+            stacklevel=3,
+        )

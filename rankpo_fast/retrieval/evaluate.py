@@ -1,17 +1,34 @@
-"""The two axes of RankPO: how well an encoder retrieves, and how well it ranks as preferred."""
+"""The two axes of RankPO: how well an encoder retrieves, and how well it ranks as preferred.
+
+Every distinct text has one vector, whatever number of documents and pairs it stands in.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rankpo_fast.data.rows import PreferenceRow, RetrievalSet
+from rankpo_fast.data.retrieval import RetrievalSet
+from rankpo_fast.data.rows import PreferenceRow
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.metrics import alignment, retrieval_metrics
-from rankpo_fast.retrieval.search import search
+from rankpo_fast.retrieval.ranking import Ranking, rank_documents
+from rankpo_fast.train.ranks import ALONE, Ranks
+
+PAIRS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by their names, and what they were taken of."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)  # of each query, to the last cutoff
+    ties: int = 0  # preference pairs whose passages are equally similar
 
 
 def evaluate(
@@ -24,56 +41,104 @@ def evaluate(
     legacy: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Measure what is given: "ndcg@20", "mrr@20", "recall@20" ... of `retrieval`, and "alignment".
 
-    Every distinct text is encoded once. Alignment is the share of preference pairs, by weight,
-    whose chosen passage is the more similar one.
+    Every distinct text is encoded once, by one of the ranks; the first has the figures, the others
+    nothing. Alignment is the share of preference pairs, by weight, whose chosen passage is the more
+    similar one; a tie is none.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens.
+        NotFiniteVectors: the vector of a text holds NaN or inf.
     """
-    preferences = preferences or []
+    return measure(
+        encoder, retrieval, preferences or [], cutoffs, max_tokens=max_tokens, legacy=legacy,
+        cache_dir=cache_dir, progress=progress, ranks=ranks,
+    ).figures  # fmt: skip
+
+
+def measure(
+    encoder: Encoder,
+    retrieval: RetrievalSet | None,
+    preferences: Sequence[PreferenceRow],
+    cutoffs: Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    legacy: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> Measured:
+    """`evaluate`, and what it saw."""
     queries, passages = evaluation_texts(retrieval, preferences)
 
-    def encode(table: TokenTable, kind: str) -> Tensor:
-        label = f"encoding {kind}" if progress else None
-        return encode_texts(encoder, table, max_tokens=max_tokens, progress=label)
+    def encode(table: TokenTable, texts: list[str], kind: str) -> Tensor:
+        label = f"encoding {kind}" if progress and ranks.first else None
+        return encode_texts(
+            encoder, table, max_tokens=max_tokens, progress=label, texts=texts, ranks=ranks
+        )
 
-    query_vectors = encode(encoder.tokenize_queries(queries, cache_dir), "queries")
-    passage_vectors = encode(encoder.tokenize_passages(passages, cache_dir), "passages")
-    metrics: dict[str, float] = {}
+    query_vectors = encode(encoder.tokenize_queries(queries, cache_dir), queries, "queries")
+    passage_vectors = encode(encoder.tokenize_passages(passages, cache_dir), passages, "passages")
+    if not ranks.first:
+        return Measured()
+    query_rows, passage_rows = _row_of(queries), _row_of(passages)
+    figures: dict[str, float] = {}
+    rankings, ties = [], 0
     if retrieval is not None:
-        _, found = search(
-            query_vectors[_rows(queries, retrieval.queries)].to(encoder.device),
-            passage_vectors[_rows(passages, retrieval.corpus)],
+        distinct = len(set(retrieval.corpus) - {""})  # which come first among the passages
+        rankings = rank_documents(
+            query_vectors[_rows(query_rows, retrieval.queries)].to(encoder.device),
+            passage_vectors[:distinct],
+            [passage_rows.get(text) for text in retrieval.corpus],
+            retrieval.own,
             max(cutoffs),
         )
-        metrics |= retrieval_metrics(found, retrieval.positives, cutoffs, legacy=legacy)
+        documents = [ranking.documents for ranking in rankings]
+        figures |= retrieval_metrics(documents, retrieval.grades, cutoffs, legacy=legacy)
     if preferences:
-        query = _rows(queries, [row.query for row in preferences])
-        chosen = _rows(passages, [row.chosen for row in preferences])
-        rejected = _rows(passages, [row.rejected for row in preferences])
-        better = passage_vectors[chosen] - passage_vectors[rejected]  # [B, D]
-        margins = (query_vectors[query] * better).sum(dim=1)
+        rows = torch.stack([
+            _rows(query_rows, [row.query for row in preferences]),
+            _rows(passage_rows, [row.chosen for row in preferences]),
+            _rows(passage_rows, [row.rejected for row in preferences]),
+        ])  # fmt: skip
+        parts = rows.split(PAIRS_AT_ONCE, dim=1)
+        margins = torch.cat([_margins(query_vectors, passage_vectors, *part) for part in parts])
         weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
-        metrics["alignment"] = alignment(margins, weights)
-    return metrics
+        figures["alignment"] = alignment(margins, weights)
+        ties = int((margins == 0).sum())
+    return Measured(figures, rankings, ties)
 
 
 def evaluation_texts(
     retrieval: RetrievalSet | None, preferences: Sequence[PreferenceRow]
 ) -> tuple[list[str], list[str]]:
-    """The distinct queries and passages that `evaluate` encodes, in order of appearance."""
+    """The distinct queries and passages that `evaluate` encodes, in order of appearance.
+
+    Empty documents are none of them.
+    """
     queries = [] if retrieval is None else list(retrieval.queries)
-    passages = [] if retrieval is None else list(retrieval.corpus)
+    passages = [] if retrieval is None else [text for text in retrieval.corpus if text]
     queries += [row.query for row in preferences]
     passages += [row.chosen for row in preferences]
     passages += [row.rejected for row in preferences]
     return list(dict.fromkeys(queries)), list(dict.fromkeys(passages))
 
 
-def _rows(distinct: Sequence[str], texts: Sequence[str]) -> Tensor:
+def _margins(
+    queries: Tensor, passages: Tensor, query: Tensor, chosen: Tensor, rejected: Tensor
+) -> Tensor:
+    """By how much more similar the chosen passage of each pair is, [B]; the last three are rows."""
+    better = passages[chosen] - passages[rejected]  # [B, D]
+    return (queries[query] * better).sum(dim=1)
+
+
+def _row_of(distinct: Sequence[str]) -> dict[str, int]:
+    return {text: number for number, text in enumerate(distinct)}
+
+
+def _rows(row_of: dict[str, int], texts: Sequence[str]) -> Tensor:
     """The row [len(texts)] of each text among the distinct ones."""
-    row = {text: number for number, text in enumerate(distinct)}
-    return torch.tensor([row[text] for text in texts], dtype=torch.int64)
+    return torch.tensor([row_of[text] for text in texts], dtype=torch.int64)

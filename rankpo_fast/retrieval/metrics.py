@@ -1,26 +1,27 @@
 """How good a ranking is. M queries, k passages retrieved for each, best first; cutoff c <= k.
 
-hit_r = 1 if the passage at rank r = 1 .. c is a positive of the query, else 0; P positives.
+g_r is the grade of the passage at rank r = 1 .. c, 0 if it is not relevant to the query, and
+hit_r = 1 where it is; P relevant passages, whether they can be retrieved or not.
 
-    nDCG@c    sum_r hit_r / log2(r + 1), divided by the same sum with all min(P, c) positives on top
+    nDCG@c    sum_r g_r / log2(r + 1), divided by the same sum of the best order of the P grades
     MRR@c     1 / r of the first hit, 0 without one
     recall@c  hits / P
 
-The original RankPO code divides differently (`legacy`), and so reads as high or higher: its ideal
-nDCG puts on top only the positives that were retrieved among the k, and recall divides by
-min(c, k, P). So nDCG differs only where some positives were not retrieved within k, and recall only
-where a query has more than c of them (or k, if that is less).
+The original RankPO code knows no grades and divides differently (`legacy`): its ideal nDCG puts on
+top only the passages that were retrieved among the k, and recall divides by min(c, k, P). Without
+grades it so reads as high or higher: nDCG differs only where some relevant passages were not
+retrieved within k, and recall only where a query has more than c of them (or k, if that is less).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 
 def retrieval_metrics(
-    indices: Tensor,
-    positives: Sequence[Sequence[int]],
+    rankings: Sequence[Sequence[int]],
+    grades: Sequence[Mapping[int, int]],
     cutoffs: Sequence[int],
     *,
     legacy: bool = False,
@@ -28,17 +29,18 @@ def retrieval_metrics(
     """Means over the queries, under "ndcg@20", "mrr@20", "recall@20" for a cutoff of 20.
 
     Args:
-        indices: [M, k] corpus rows retrieved, best first; a cutoff above k counts what there is.
-        positives: for each query its positive corpus rows, at least one.
+        rankings: for each query corpus rows, best first; a cutoff above their number counts what
+            there is.
+        grades: for each query {corpus row: grade above 0}, at least one.
         cutoffs: ranks at which to measure.
-        legacy: the original code's definitions.
+        legacy: the original code's definitions, to which all grades are 1.
     """
-    assert len(indices) == len(positives), (len(indices), len(positives))
-    assert all(positives), "a query without positives"
+    assert len(rankings) == len(grades), (len(rankings), len(grades))
+    assert all(grades), "a query without a relevant passage"
     measure = _legacy if legacy else _trec
     metrics: dict[str, float] = {}
     for cutoff in cutoffs:
-        ndcg, mrr, recall = measure(indices, positives, cutoff)
+        ndcg, mrr, recall = measure(rankings, grades, cutoff)
         metrics |= {f"ndcg@{cutoff}": ndcg, f"mrr@{cutoff}": mrr, f"recall@{cutoff}": recall}
     return metrics
 
@@ -56,15 +58,18 @@ def alignment(margins: Tensor, weights: Tensor | None = None) -> float:
 
 
 def _trec(
-    indices: Tensor, positives: Sequence[Sequence[int]], cutoff: int
+    rankings: Sequence[Sequence[int]], grades: Sequence[Mapping[int, int]], cutoff: int
 ) -> tuple[float, float, float]:
     import pytrec_eval
 
-    judged = {str(row): {str(p): 1 for p in found} for row, found in enumerate(positives)}
+    judged = {
+        str(query): {str(passage): grade for passage, grade in of_query.items()}
+        for query, of_query in enumerate(grades)
+    }
     # trec_eval breaks ties by the name of a document: give it ranks, which have none.
     run = {
-        str(row): {str(passage): float(-rank) for rank, passage in enumerate(passages)}
-        for row, passages in enumerate(indices[:, :cutoff].tolist())
+        str(query): {str(passage): float(-rank) for rank, passage in enumerate(ranking[:cutoff])}
+        for query, ranking in enumerate(rankings)
     }
     names = (f"ndcg_cut_{cutoff}", "recip_rank", f"recall_{cutoff}")
     evaluator = pytrec_eval.RelevanceEvaluator(judged, set(names))
@@ -73,15 +78,18 @@ def _trec(
 
 
 def _legacy(
-    indices: Tensor, positives: Sequence[Sequence[int]], cutoff: int
+    rankings: Sequence[Sequence[int]], grades: Sequence[Mapping[int, int]], cutoff: int
 ) -> tuple[float, float, float]:
-    pairs = zip(indices.numpy(force=True), positives, strict=True)
-    hits = np.array([np.isin(found, wanted) for found, wanted in pairs], dtype=float)  # [M, k]
+    longest = max(map(len, rankings))
+    hits = np.zeros((len(rankings), longest))  # [M, k]
+    for row, ranking, of_query in zip(hits, rankings, grades, strict=True):
+        row[: len(ranking)] = [passage in of_query for passage in ranking]
     ideal = -np.sort(-hits, axis=1)
-    ranks = np.arange(1, hits.shape[1] + 1)
+    ranks = np.arange(1, longest + 1)
     gains = np.where(ranks <= cutoff, 1 / np.log2(ranks + 1), 0)  # [k]
     ndcg = (hits @ gains) / np.maximum(ideal @ gains, 1e-12)
-    reciprocal = (hits * (ranks <= cutoff) / ranks).max(axis=1)
-    wanted = np.array([min(cutoff, len(ranks), len(found)) for found in positives])
+    reciprocal = (hits * (ranks <= cutoff) / ranks).max(axis=1, initial=0)
+    pairs = zip(rankings, grades, strict=True)
+    wanted = np.array([max(1, min(cutoff, len(r), len(g))) for r, g in pairs])
     recall = hits[:, :cutoff].sum(axis=1) / wanted
     return float(ndcg.mean()), float(reciprocal.mean()), float(recall.mean())

@@ -55,10 +55,12 @@ def mine_hard_negatives(
     corpus_table = encoder.tokenize_passages(passages, cache_dir)
     labels = ("encoding queries", "encoding passages") if progress else (None, None)
     _, found = search(
-        encode_texts(encoder, queries, max_tokens=max_tokens, progress=labels[0]).to(
-            encoder.device
+        encode_texts(
+            encoder, queries, max_tokens=max_tokens, progress=labels[0], texts=list(known)
+        ).to(encoder.device),
+        encode_texts(
+            encoder, corpus_table, max_tokens=max_tokens, progress=labels[1], texts=passages
         ),
-        encode_texts(encoder, corpus_table, max_tokens=max_tokens, progress=labels[1]),
         last,
     )
     ranking = dict(zip(known, found[:, first:].tolist(), strict=True))

@@ -1,38 +1,55 @@
-"""Exact search by inner product (cosine, for unit vectors). M queries, N passages, D dims."""
+"""Exact search by inner product (cosine, for unit vectors). M queries, N passages, D dims.
+
+A score and its passage are one integer, the score's bits above the row's, so that the largest are
+the best, and of equal scores the one in the earlier row: the same whatever the chunks.
+"""
 
 import torch
 from torch import Tensor
+
+ROW_BITS = 32
 
 
 def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """The k best passages of each query, best first; all N of them if N < k.
 
     Works on the device of `queries`, with chunk x chunk scores at a time and never M x N; the
-    corpus may lie elsewhere.
+    corpus may lie elsewhere. Of equal scores that in the earlier row comes first.
 
     Args:
-        queries: [M, D].
-        corpus: [N, D].
+        queries: [M, D], finite.
+        corpus: [N, D], finite.
         chunk: rows of queries and of corpus to multiply at once.
 
     Returns:
-        (scores [M, k], indices [M, k] int64 into the corpus).
+        (scores [M, k] fp32, indices [M, k] int64 into the corpus).
     """
     assert queries.shape[1] == corpus.shape[1], (queries.shape, corpus.shape)
+    for vectors in (queries, corpus):  # NaN would rank first, or last, by its sign
+        assert vectors.sum().isfinite(), "vectors that are not finite"
     k = min(k, len(corpus))
-    found = [_search(part, corpus, k, chunk) for part in queries.split(chunk)]
-    scores, indices = zip(*found, strict=True)
-    return torch.cat(scores), torch.cat(indices)
+    keys = torch.cat([_search(part, corpus, k, chunk) for part in queries.split(chunk)])
+    return _scores(keys), (1 << ROW_BITS) - 1 - (keys & ((1 << ROW_BITS) - 1))
 
 
-def _search(queries: Tensor, corpus: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    best = queries.new_empty(len(queries), 0)
-    best_indices = torch.empty_like(best, dtype=torch.int64)
+def _search(queries: Tensor, corpus: Tensor, k: int, chunk: int) -> Tensor:
+    """The largest keys [chunk of M, k], the largest first."""
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start, part in zip(range(0, len(corpus), chunk), corpus.split(chunk), strict=True):
         scores = queries @ part.to(queries.device).T  # [chunk of M, chunk of N]
-        indices = torch.arange(start, start + len(part), device=queries.device)
-        best = torch.cat([best, scores], dim=1)
-        best_indices = torch.cat([best_indices, indices.expand_as(scores)], dim=1)
-        best, order = best.topk(min(k, best.shape[1]), dim=1)
-        best_indices = best_indices.gather(1, order)
-    return best, best_indices
+        rows = torch.arange(start, start + len(part), device=queries.device)
+        best = torch.cat([best, _keys(scores, rows)], dim=1)
+        best = best.topk(min(k, best.shape[1]), dim=1).values
+    return best
+
+
+def _keys(scores: Tensor, rows: Tensor) -> Tensor:
+    """[chunk of M, chunk of N] int64, in the order of the scores, then against that of the rows."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of -0.0, its equal
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # else negative ones ascend in size
+    return (bits.long() << ROW_BITS) + ((1 << ROW_BITS) - 1 - rows)
+
+
+def _scores(keys: Tensor) -> Tensor:
+    bits = (keys >> ROW_BITS).int()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)

@@ -135,6 +135,18 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.hosts)
         return values
 
+    def send_to_first(self, rows: Tensor) -> None:
+        """From the host's memory; raises SystemExit like `meet`."""
+        with self._talk():
+            dist.send(rows.contiguous(), 0, group=self.hosts)
+
+    def received(self, rank: int, shape: tuple[int, ...]) -> Tensor:
+        """The fp32 rows that a rank sends to this one, the first; raises SystemExit like `meet`."""
+        rows = torch.empty(shape, dtype=torch.float32)
+        with self._talk():
+            dist.recv(rows, rank, group=self.hosts)
+        return rows
+
     @contextmanager
     def _talk(self) -> Iterator[None]:
         try:

@@ -62,7 +62,10 @@ def reference_similarities(
     similarities = _read(path, key)
     if similarities is None:
         max_tokens = compute.max_tokens_per_micro_batch
-        vectors = encode_texts(encoder, texts.table, max_tokens=max_tokens, progress="reference")
+        vectors = encode_texts(
+            encoder, texts.table, max_tokens=max_tokens, progress="reference",
+            texts=_texts_of_table(texts, data),
+        )  # fmt: skip
         parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
         similarities = torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)
         metadata = {"sha256": _content_hash(key, similarities)}
@@ -75,6 +78,18 @@ def _pairs(texts: Texts, data: PreferenceData) -> Tensor:
     """Rows [3, rows] of the table: of query, chosen and rejected."""
     passages = torch.stack([data.chosen_ids, data.rejected_ids])
     return torch.cat([texts.query_rows[data.query_ids][None], texts.passage_rows[passages]])
+
+
+def _texts_of_table(texts: Texts, data: PreferenceData) -> list[str]:
+    """A text of each row of the table."""
+    by_row = [""] * len(texts.table)
+    for rows, own in [
+        (texts.query_rows, data.query_texts),
+        (texts.passage_rows, data.passage_texts),
+    ]:
+        for row, text in zip(rows.tolist(), own, strict=True):
+            by_row[row] = text
+    return by_row
 
 
 def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:

@@ -19,7 +19,8 @@ from rankpo_fast.config import (
     ReplayConfig,
     TrainingConfig,
 )
-from rankpo_fast.data.rows import PreferenceRow, RetrievalSet, read_preferences, read_retrieval
+from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
+from rankpo_fast.data.rows import PreferenceRow, read_preferences
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -193,18 +194,17 @@ class Run:
         self.ranks.meet()
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
-        """Of the first rank; nothing on others."""
-        figures = {}
-        if self.ranks.first:
-            figures = evaluate(
-                encoder,
-                retrieval=self.retrieval,
-                preferences=self.preferences,
-                cutoffs=self.evaluation.cutoffs,
-                max_tokens=self.compute.max_tokens_per_micro_batch,
-                legacy=self.evaluation.legacy_metrics,
-                cache_dir=self.compute.cache_path,
-            )
+        """The first rank has the figures, the others nothing; all encode."""
+        figures = evaluate(
+            encoder,
+            retrieval=self.retrieval,
+            preferences=self.preferences,
+            cutoffs=self.evaluation.cutoffs,
+            max_tokens=self.compute.max_tokens_per_micro_batch,
+            legacy=self.evaluation.legacy_metrics,
+            cache_dir=self.compute.cache_path,
+            ranks=self.ranks,
+        )
         self.ranks.meet()
         return figures
 
@@ -220,7 +220,12 @@ def read_evaluation_data(
     """What `evaluate` is to measure; InputError names the file and line of what cannot be read."""
     retrieval = preferences = None
     if config.query_data is not None:
-        retrieval = read_retrieval(config.query_data, config.corpus_data)
+        retrieval = read_retrieval(
+            config.query_data,
+            config.corpus_data,
+            split=config.split,
+            keep_same_id=config.keep_same_id,
+        )
     if config.preference_data is not None:
         preferences = read_preferences(config.preference_data)
     return retrieval, preferences

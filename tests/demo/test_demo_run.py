@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rankpo_fast.cli import main
-from rankpo_fast.data.rows import read_contrastive, read_preferences, read_retrieval
+from rankpo_fast.data.retrieval import read_retrieval
+from rankpo_fast.data.rows import read_contrastive, read_preferences
 
 MODELS = {
     "untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", "rankpo", "rankpo_replay",

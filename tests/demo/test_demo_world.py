@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from rankpo_fast.data.rows import read_contrastive, read_preferences, read_retrieval, write_jsonl
+from rankpo_fast.data.retrieval import read_retrieval
+from rankpo_fast.data.rows import read_contrastive, read_preferences, write_jsonl
 from rankpo_fast.demo import lexicon
 from rankpo_fast.demo.world import (
     FIELDS,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rankpo_fast.config import EncoderConfig
-from rankpo_fast.data.rows import PreferenceRow, RetrievalSet
+from rankpo_fast.data.retrieval import RetrievalSet
+from rankpo_fast.data.rows import PreferenceRow
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval import evaluate as module
 from rankpo_fast.retrieval.encode import encode_texts

@@ -1,0 +1,41 @@
+"""`rankpo-fast encode`: the texts of a file as vectors, in a .npy file."""
+
+import dataclasses
+
+import numpy as np
+
+from rankpo_fast.config import ComputeConfig, EncodeConfig, EncoderConfig
+from rankpo_fast.data.files import whole_file
+from rankpo_fast.data.rows import read_texts
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.retrieval.encode import encode_texts
+from rankpo_fast.train.ranks import Ranks
+from rankpo_fast.train.texts import check_length
+
+
+def run_encoding(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
+    """Raises InputError for what the user can put right, most of it before the model is loaded."""
+    with Ranks.joined(compute) as ranks:
+        with ranks.first_ahead():
+            texts = read_texts(config.input, config.text_key)
+            if config.max_length is not None:
+                model = dataclasses.replace(
+                    model, **{f"max_{config.role}_length": config.max_length}
+                )
+            encoder = load_encoder(model, device=ranks.device)
+            check_length(encoder, config.role, config.max_length and "--max_length")
+            roles = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
+            table = roles[config.role](texts, compute.cache_path)
+        vectors = encode_texts(
+            encoder, table, max_tokens=compute.max_tokens_per_micro_batch,
+            progress="encoding" if ranks.first else None, texts=texts, ranks=ranks,
+        )  # fmt: skip
+        if ranks.first:
+            with whole_file(config.output) as temporary, temporary.open("wb") as file:
+                np.save(file, vectors.numpy())
+            count, dims = vectors.shape
+            print(
+                f"{count:,} vectors of {dims} dims in {config.output}; {table.truncated:,} texts "
+                f"truncated"
+            )
+        ranks.meet()

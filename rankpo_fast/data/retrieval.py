@@ -1,0 +1,306 @@
+"""What retrieval is measured on: queries, a corpus, and how relevant its documents are.
+
+    queries.jsonl   {"query": {"text": str}, "positives": {"index": [int]}}, rows of the corpus file
+    corpus.jsonl    {"text": str}, with a "title" or without
+or a BEIR directory:
+    queries.jsonl   {"_id": str, "text": str}, those of every split
+    corpus.jsonl    {"_id": str, "title": str, "text": str}
+    qrels/*.tsv     query-id, corpus-id, grade, a file a split; TREC's four columns will do too
+
+BEIR's conventions hold: a document with the query's own id is left out of its ranking, and a
+relevant document that is not in the corpus is missed by every ranking. What is skipped is counted.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rankpo_fast.data.jsonl import expect, lines, objects, shown, text, text_at, titled_text, value
+from rankpo_fast.errors import InputError
+
+QUERY_ID_HEADERS = ("query-id", "query", "qid")  # how the header of a qrels file may begin
+COMPRESSED = ("", ".gz", ".zst")
+HIGHEST_GRADE = 1000  # pytrec_eval's memory grows with it
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """M queries, N documents, and what is known about how they go together.
+
+    Attributes:
+        corpus: an empty text is a document without one, which ranks behind all others.
+        grades: for each query {corpus row: grade above 0}, not empty. Rows from N on stand for
+            relevant documents that are not in the corpus: nothing can retrieve them.
+        own: for each query the row of the document left out of its ranking, if there is one.
+        query_ids, document_ids: their names; without, they are named by their row.
+        split: which of `splits` it is, of a BEIR directory.
+        tally: what else the files held, and what of it was skipped.
+    """
+
+    queries: list[str]
+    corpus: list[str]
+    grades: list[dict[int, int]]
+    own: list[int | None] | None = None
+    query_ids: list[str] | None = None
+    document_ids: list[str] | None = None
+    split: str | None = None
+    splits: tuple[str, ...] = ()
+    tally: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much there is of everything, and of everything that was skipped."""
+        return {
+            "queries": len(self.queries),
+            "documents": len(self.corpus),
+            "empty_documents": self.corpus.count(""),
+            "own_documents": sum(row is not None for row in self.own or ()),
+            "relevant_pairs": sum(map(len, self.grades)),
+            **self.tally,
+        }
+
+
+def read_retrieval(
+    query_data: str | Path,
+    corpus_data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    keep_same_id: bool = False,
+) -> RetrievalSet:
+    """Read queries, the corpus and which documents are relevant. Raises InputError.
+
+    Warns of what is skipped, and of the split where it had to be chosen.
+
+    Args:
+        query_data: JSONL file of queries, or a BEIR directory.
+        corpus_data: JSONL file of {"text"} rows; None with a BEIR directory, which has its own.
+        split: of a BEIR directory; None: test, else dev, else the first by name.
+        keep_same_id: a BEIR document with the query's own id is ranked like any other.
+    """
+    if Path(query_data).is_dir():
+        if corpus_data is not None:
+            raise InputError(f"{query_data}: a BEIR directory, so leave --corpus_data out")
+        return _read_beir(Path(query_data), split, keep_same_id)
+    if corpus_data is None:
+        raise InputError(f"{query_data}: needs --corpus_data, as it is no BEIR directory")
+    if split is not None or keep_same_id:
+        flag = "--keep_same_id" if split is None else "--split"
+        raise InputError(f"{flag} needs a BEIR directory, but --query_data {query_data} is none")
+    corpus = [_document(row, where) for where, row in objects(corpus_data)]
+    _check_corpus(corpus_data, corpus)
+    queries, grades = [], []
+    for where, row in objects(query_data):
+        queries.append(text_at(row, "query", where))
+        grades.append(dict.fromkeys(_corpus_rows(row, len(corpus), where), 1))
+    return RetrievalSet(queries, corpus, grades)
+
+
+def _document(row: dict, where: str) -> str:
+    """Title and text; may be empty."""
+    both = titled_text(row, where)
+    return text("text", both, where) if both else ""
+
+
+def _corpus_rows(row: dict, corpus_size: int, where: str) -> list[int]:
+    """The corpus row numbers under positives/index."""
+    positives = expect(dict, *value(row, ("positives",), where), where)
+    name, indices = value(positives, ("index",), where, "positives.")
+    if not expect(list, name, indices, where):
+        raise InputError(f"{where}: no positives: the list is empty")
+    for i, index in enumerate(indices):
+        if not 0 <= expect(int, f"{name}[{i}]", index, where) < corpus_size:
+            raise InputError(
+                f'{where}: "{name}[{i}]" is {index}, but the corpus has rows 0 to {corpus_size - 1}'
+            )
+    return indices
+
+
+def _check_corpus(path: str | Path, corpus: list[str]) -> None:
+    empty = corpus.count("")
+    if empty == len(corpus):
+        raise InputError(f"{path}: no document has a text")
+    if empty:
+        _warn(f"{path}: {empty:,} documents without title and text rank behind all others")
+
+
+# --- BEIR ---
+
+
+def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> RetrievalSet:
+    splits = _splits(directory / "qrels")
+    split = _chosen_split(directory / "qrels", list(splits), split)
+    qrels = _read_qrels(splits[split])
+    texts = _read_queries(_file(directory, "queries.jsonl"), qrels)
+    corpus_file = _file(directory, "corpus.jsonl")
+    corpus = {key: _document(row, where) for key, where, row in _rows_with_ids(corpus_file)}
+    _check_corpus(corpus_file, list(corpus.values()))
+
+    relevant = {
+        query: {document: grade for document, grade in judged.items() if grade > 0}
+        for query, judged in qrels.items()
+    }
+    measured = [query for query in qrels if query in texts and relevant[query]]
+    pairs = [(query, document) for query in measured for document in relevant[query]]
+    if not measured or all(document not in corpus for _, document in pairs):
+        raise InputError(_why_nothing_is_left(splits[split], texts, relevant))
+    absent_queries = [query for query in qrels if query not in texts]
+    absent_documents = [key for key in _distinct(qrels.values()) if key not in corpus]
+    unanswerable = [query for query in texts if not relevant[query]]
+    place = dict(zip(corpus, range(len(corpus)), strict=True))
+    own = [None if keep_same_id else place.get(query) for query in measured]
+    own_relevant = sum(query in corpus and query in relevant[query] for query in measured)
+    _warn_of_skipped(splits[split], absent_queries, absent_documents, unanswerable)
+    if any(row is not None for row in own):
+        _warn(
+            f"{directory}: {sum(row is not None for row in own):,} queries have a document of "
+            f"their own id, which is left out of their ranking as in BEIR's evaluation; "
+            f"{own_relevant:,} of these are judged relevant; --keep_same_id ranks them"
+        )
+    for document in absent_documents:
+        place[document] = len(place)  # a row past the corpus
+    return RetrievalSet(
+        queries=[texts[query] for query in measured],
+        corpus=list(corpus.values()),
+        grades=[
+            {place[document]: grade for document, grade in relevant[query].items()}
+            for query in measured
+        ],
+        own=own,
+        query_ids=measured,
+        document_ids=list(corpus),
+        split=split,
+        splits=tuple(splits),
+        tally={
+            "judged_pairs": sum(len(qrels[query]) for query in measured),
+            "absent_queries": len(absent_queries),
+            "absent_documents": len(absent_documents),
+            "queries_without_relevant": len(unanswerable),
+        },
+    )
+
+
+def _splits(directory: Path) -> dict[str, Path]:
+    """The qrels file of each split, by name."""
+    files = [path for suffix in COMPRESSED for path in directory.glob(f"*.tsv{suffix}")]
+    if not files:
+        raise InputError(f"{directory}: no .tsv file, but a BEIR directory has qrels/test.tsv")
+    return {path.name.partition(".tsv")[0]: path for path in sorted(files, reverse=True)}
+
+
+def _chosen_split(directory: Path, splits: list[str], split: str | None) -> str:
+    there = ", ".join(sorted(splits))
+    if split is not None:
+        if split not in splits:
+            raise InputError(f"--split {split}: {directory} has {there}")
+        return split
+    chosen = next(name for name in ("test", "dev", *sorted(splits)) if name in splits)
+    if len(splits) > 1:
+        _warn(f"{directory} has {there}: {chosen} is measured, --split takes another")
+    return chosen
+
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """{query id: {document id: grade}}, in file order."""
+    qrels: dict[str, dict[str, int]] = {}
+    changed = 0
+    for number, (where, line) in enumerate(lines(path)):
+        judged = _judgement(line)
+        if judged is None:
+            if number == 0 and _is_qrels_header(line):
+                continue
+            raise InputError(
+                f"{where}: must be query-id, corpus-id and an integer score, with tabs between, "
+                f"or TREC's query-id, 0, corpus-id and score, got {shown(line)}"
+            )
+        query, document, grade = judged
+        if grade > HIGHEST_GRADE:
+            raise InputError(f"{where}: grades go up to {HIGHEST_GRADE:,}, got {grade}")
+        changed += qrels.setdefault(query, {}).setdefault(document, grade) != grade
+        qrels[query][document] = grade
+    if changed:
+        _warn(f"{path}: {changed:,} pairs are judged twice, not alike: the last judgement counts")
+    return qrels
+
+
+def _judgement(line: str) -> tuple[str, str, int] | None:
+    """Query, document and grade of a line; None if it is none."""
+    fields = line.split("\t") if "\t" in line else line.split()
+    if len(fields) == 4 and (fields[1] == "Q0" or fields[1].isdigit()):
+        del fields[1]
+    elif len(fields) != 3 or "\t" not in line:
+        return None
+    try:
+        grade = float(fields[2])  # some write 1.0
+    except ValueError:
+        return None
+    return (*fields[:2], int(grade)) if grade.is_integer() else None
+
+
+def _is_qrels_header(line: str) -> bool:
+    """Whether it names columns, as query-id, corpus-id and score, rather than holding data."""
+    fields = line.lower().split("\t")
+    names_query = fields[0].replace("_", "-") in QUERY_ID_HEADERS
+    return names_query and not any(character.isdigit() for character in fields[-1])
+
+
+def _read_queries(path: Path, wanted: dict[str, dict[str, int]]) -> dict[str, str]:
+    """{id: text} of the queries of a split; queries.jsonl holds those of every split."""
+    rows = _rows_with_ids(path)
+    return {key: text_at(row, "text", where) for key, where, row in rows if key in wanted}
+
+
+def _rows_with_ids(path: Path) -> Iterable[tuple[str, str, dict]]:
+    """Id, where, and the row; InputError for an id that stands twice."""
+    known = set()
+    for where, row in objects(path):
+        name, key = value(row, ("_id",), where)
+        if type(key) is not int:
+            expect(str, name, key, where)
+        if str(key) in known:
+            raise InputError(f'{where}: "_id" {shown(key)} stands in an earlier line too')
+        known.add(str(key))
+        yield str(key), where, row
+
+
+def _file(directory: Path, name: str) -> Path:
+    """The file of that name, compressed or not."""
+    paths = [directory / f"{name}{suffix}" for suffix in COMPRESSED]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def _distinct(judged: Iterable[dict[str, int]]) -> dict[str, None]:
+    return dict.fromkeys(document for documents in judged for document in documents)
+
+
+def _warn_of_skipped(
+    qrels: Path, queries: list[str], documents: list[str], unanswerable: list[str]
+) -> None:
+    for keys, what in [
+        (queries, "queries that it judges are not in queries.jsonl: skipped"),
+        (
+            documents,
+            "documents that it judges are not in corpus.jsonl: where relevant they count as "
+            "missed, as in BEIR's evaluation",
+        ),
+        (
+            unanswerable,
+            "queries have no relevant document: skipped, where BEIR's evaluation counts 0",
+        ),
+    ]:
+        if keys:
+            _warn(f"{qrels}: {len(keys):,} {what} (the first: {shown(keys[0])})")
+
+
+def _why_nothing_is_left(
+    qrels: Path, texts: dict[str, str], relevant: dict[str, dict[str, int]]
+) -> str:
+    if not texts:
+        return f"{qrels}: none of its {len(relevant):,} queries is in queries.jsonl"
+    if not any(relevant[query] for query in texts):
+        return f"{qrels}: no positives: no line of a query in queries.jsonl has a score above 0"
+    return f"{qrels}: none of the relevant documents is in corpus.jsonl"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
