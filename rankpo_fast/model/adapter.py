@@ -3,6 +3,7 @@
 So an adapter is encoded with, evaluated and trained on as one whole model; what is saved is whole.
 """
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,18 +47,19 @@ class Adapter:
         with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
             names = set(file.keys())
         # Those of a model with a head have one level more, the backbone's place in it.
-        head, mapping = f"{PREFIX}{backbone.base_model_prefix}.", None
-        if all(name.startswith(head) for name in names):
-            names = {PREFIX + name.removeprefix(head) for name in names}
-            mapping = {f"^{head}": PREFIX}
+        place, mapping = f"{backbone.base_model_prefix}.", None
+        if all(name.startswith(PREFIX + place) for name in names):
+            names = {PREFIX + name.removeprefix(PREFIX + place) for name in names}
+            mapping = {f"^{re.escape(place)}": ""}
         try:
             model = PeftModel.from_pretrained(backbone, str(self.folder), key_mapping=mapping)
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
-            if unfit:
-                raise InputError(f"{len(unfit)} tensors are on one side alone: {unfit[0]} ...")
-            merged = model.merge_and_unload(safe_merge=True)
+            merged = None if unfit else model.merge_and_unload(safe_merge=True)
         except RuntimeError as error:  # which torch raises over other shapes
             raise InputError(f"{self} does not fit: {' '.join(str(error).split())}") from error
+        if unfit:
+            raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
+                             f"{unfit[0]} ...")  # fmt: skip
         for parameter in merged.parameters():
             parameter.requires_grad_(True)
         return merged

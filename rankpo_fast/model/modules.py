@@ -254,8 +254,8 @@ def _prompts(directory: Path, any_default: bool) -> dict[str, Any]:
     path = directory / MODEL_FILE
     config = read_json(path)
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
-    texts = prompts.values() if isinstance(prompts, dict) else [None]
-    if not all(isinstance(text, str | None) for text in texts):
+    named = isinstance(prompts, dict)
+    if not named or not all(isinstance(text, str | None) for text in prompts.values()):
         raise InputError(f"{path}: prompts must be texts by name, got {prompts!r}")
     if default is not None and default not in prompts:
         raise InputError(f"{path}: default_prompt_name {default!r} is none of the prompts "
