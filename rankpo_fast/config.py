@@ -8,6 +8,7 @@ Every class checks its own values: what cannot be used is an InputError naming f
 import math
 import os
 import re
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -71,6 +72,14 @@ def _check_names(config: Any, *names: str) -> None:
             _require(config, name, "a name, not empty", item is None or bool(str(item).strip()))
 
 
+def _read_newlines(config: Any, name: str) -> None:
+    """Backslash and n, which quotes of shells and YAML keep as they are, become a line's end."""
+    value = getattr(config, name)
+    if value is not None and "\\n" in value:
+        object.__setattr__(config, name, value.replace("\\n", "\n"))
+        warnings.warn(f"--{name}: backslash and n in it are read as a newline", stacklevel=4)
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Which encoder, and how it reads text; enough to evaluate, encode or mine with it."""
@@ -95,10 +104,16 @@ class EncoderConfig:
     max_passage_length: int | None = _flag(
         "Tokens kept of a passage. [as the model says, else 4096]", None
     )
+    append_eos: bool | None = _flag(
+        "Texts end with the tokenizer's end of text. [as the model says]", None,
+        nargs="?", const=True,
+    )  # fmt: skip
     bf16: bool = _flag("Autocast: faster, vectors good to two digits.", False)
 
     def __post_init__(self) -> None:
         _check_names(self, "model_name_or_path", "tokenizer_name")
+        for name in ("query_prefix", "passage_prefix"):
+            _read_newlines(self, name)
         _check_choices(self)
         _check_at_least(self, 1, "max_query_length", "max_passage_length")
 
@@ -108,6 +123,9 @@ class ModelConfig(EncoderConfig):
     """The encoder to train. `special_tokens=["paper"]` becomes the paper's list."""
 
     bf16: bool = _flag("Autocast; weights and losses stay fp32.", True)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "Of the saved weights; checkpoints stay fp32. auto: as the model had them.", "auto"
+    )
     from_scratch: bool = _flag("Random weights: only config and tokenizer are read.", False)
     special_tokens: list[str] = _flag("Added to the tokenizer; paper: the paper's own.", [])
     gradient_checkpointing: bool = _flag("Less memory for a third more compute.", True)

@@ -18,7 +18,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask makes it: safetensors lets only us read
         yield temporary
+        temporary.chmod(mode)
         flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:

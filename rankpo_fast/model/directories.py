@@ -4,12 +4,19 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
 
 from rankpo_fast.errors import InputError
 
-SMALL_FILES = ["*.json", "*.txt", "*.model"]
-WEIGHT_FILES = ["model*.safetensors", "*/model*.safetensors"]
+MODEL_FLAG = "--model_name_or_path"
+SMALL_FILES = ["*.json", "*.txt", "*.model", "README.md"]
+WEIGHT_FILES = [f"{place}{name}.safetensors"
+                for place in ("", "*/") for name in ("model*", "adapter_model")]  # fmt: skip
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 OTHER_FORMATS = ["onnx/*", "openvino/*"]
 
 
@@ -48,6 +55,11 @@ def check_config(folder: Path, flag: str) -> None:
         raise InputError(f"{flag} {folder}: no config.json there, so this is no model directory")
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a whole model's weights are there, as safetensors."""
+    return any(folder.glob("model.safetensors*"))
+
+
 def check_weights(folder: Path, flag: str) -> None:
     """Raise InputError unless the weights are safetensors, complete, and inside the folder.
 
@@ -68,6 +80,25 @@ def check_weights(folder: Path, flag: str) -> None:
             raise InputError(f"{flag} {index}: the shard {shard!r} lies outside the directory")
         if not (folder / shard).is_file():
             raise InputError(f"{flag} {index}: the shard {shard!r} is missing")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder of an adapter has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def weights_dtype(folder: Path) -> torch.dtype:
+    """That of most weights on disk, fp32 where it is none of fp32, bf16 and fp16.
+
+    The folder has passed `check_weights`.
+    """
+    counts = dict.fromkeys(DTYPES, 0)
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                part = file.get_slice(name)
+                counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + prod(part.get_shape())
+    return DTYPES.get(max(counts, key=counts.get), torch.float32)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.adapter import Adapter, find_adapter
 from rankpo_fast.model.attention import (
     KERNELS,
     Kernel,
@@ -26,17 +27,34 @@ from rankpo_fast.model.attention import (
     why_not_packed,
 )
 from rankpo_fast.model.check import check_packing
-from rankpo_fast.model.directories import blaming, check_config, check_weights, find_directory
+from rankpo_fast.model.directories import (
+    MODEL_FLAG,
+    blaming,
+    check_config,
+    check_weights,
+    find_directory,
+    has_tokenizer,
+    weights_dtype,
+)
 from rankpo_fast.model.encoder import Encoder, first_position
 from rankpo_fast.model.liger import use_liger
-from rankpo_fast.model.settings import EncoderSettings, backbone_folder, read_settings
+from rankpo_fast.model.modules import backbone_folder
+from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
+from rankpo_fast.model.tokenizer import (
+    add_special_tokens,
+    append_eos,
+    check_vocabulary,
+    load_tokenizer,
+    lower_cased,
+    says_append_eos,
+    tokenizer_flag,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_FLAG, TOKENIZER_FLAG = "--model_name_or_path", "--tokenizer_name"
 ATTENTION_DROPOUTS = ["attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"]
-PAD_TOKENS = ["<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"]
 
 
 def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) -> Encoder:
@@ -55,7 +73,11 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     training = config if isinstance(config, ModelConfig) else None
     from_scratch = training is not None and training.from_scratch
     directory = find_directory(config.model_name_or_path, MODEL_FLAG, weights=not from_scratch)
-    folder = backbone_folder(directory)
+    own_folder = folder = backbone_folder(directory)
+    adapter = find_adapter(folder, MODEL_FLAG)
+    if adapter is not None:
+        folder = adapter.base_folder
+        directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
     if not from_scratch:
         check_weights(folder, MODEL_FLAG)
@@ -64,17 +86,25 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         _drop_nothing(backbone_config)
     skeleton = _skeleton(backbone_config, config)
     attention, kernels = _choose_attention(backbone_config, config, skeleton, device)
-    settings = _settings(config, directory, skeleton)
-    tokenizer = _load_tokenizer(config, folder, backbone_config)
+    tokenizer = load_tokenizer(
+        config, own_folder if has_tokenizer(own_folder) else folder, backbone_config
+    )
+    settings = _settings(config, directory, skeleton, tokenizer)
+    if settings.lower_case:
+        tokenizer = lower_cased(tokenizer)
+    if settings.append_eos:
+        append_eos(tokenizer)
 
     with _seeded(seed, device):
         if from_scratch:  # where it will be: a large one takes minutes, and the host may lack room
             backbone = _new_backbone(backbone_config, attention, device)
         else:
             backbone = _load_backbone(folder, backbone_config, attention)
-            _check_vocabulary(tokenizer, backbone, _tokenizer_flag(config))
+            check_vocabulary(tokenizer, backbone, tokenizer_flag(config))
+            if adapter is not None:
+                backbone = _merge(adapter, backbone)
         if training is not None:
-            _add_special_tokens(tokenizer, training.special_tokens)
+            add_special_tokens(tokenizer, training.special_tokens)
         _fit_embedding(backbone, tokenizer)
     for name, parameter in backbone.named_parameters():
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
@@ -82,6 +112,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if training is not None:
         _prepare_training(backbone, training)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
+    encoder.save_dtype = _save_dtype(training, folder)
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
     if kernels:
@@ -166,6 +197,30 @@ def _load_backbone(folder: Path, config: "PreTrainedConfig", attention: str) -> 
         raise InputError(f"{MODEL_FLAG} {folder}: {len(unfit)} tensors that config.json asks for "
                          f"are not there in that shape: {unfit[0]} ...")  # fmt: skip
     return backbone
+
+
+def _merge(adapter: Adapter, backbone: "PreTrainedModel") -> "PreTrainedModel":
+    with blaming(f"{MODEL_FLAG} {adapter}"):
+        backbone = adapter.merged_into(backbone)
+    warnings.warn(f"{MODEL_FLAG} {adapter} is merged into it: what is trained and saved is the "
+                  f"whole model", stacklevel=3)  # fmt: skip
+    return backbone
+
+
+def _save_dtype(training: ModelConfig | None, folder: Path) -> torch.dtype:
+    """As asked for, else that of the weights in `folder`."""
+    if training is not None and training.save_dtype != "auto":
+        return getattr(torch, training.save_dtype)
+    if training is not None and training.from_scratch:
+        return torch.float32
+    return weights_dtype(folder)
+
+
+def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Add rows for new tokens, drawn as the backbone draws its own initial weights."""
+    size = vocabulary_size(tokenizer)
+    if size > backbone.get_input_embeddings().num_embeddings:
+        backbone.resize_token_embeddings(size, mean_resizing=False)
 
 
 def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
@@ -307,15 +362,24 @@ def _warn_of_dropout(needs: Needs, kernels: list[Kernel], asked: str) -> None:
 
 
 def _settings(
-    config: EncoderConfig, directory: Path, skeleton: "PreTrainedModel"
+    config: EncoderConfig,
+    directory: Path,
+    skeleton: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> EncoderSettings:
     """What the flags say, else the model directory, else the paper."""
-    settings = {"pooling": "last" if _is_causal(skeleton) else "mean"}
-    settings |= read_settings(directory, any_pooling=config.pooling != "auto")
-    flags = {name: getattr(config, name) for name in settings}
+    settings = {"append_eos": says_append_eos(tokenizer)} | read_settings(
+        directory,
+        any_pooling=config.pooling != "auto",
+        any_default=None not in (config.query_prefix, config.passage_prefix),
+    )
+    flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if config.pooling == "auto":
         flags["pooling"] = None
-    settings |= {name: flag for name, flag in flags.items() if flag is not None}
+        if "pooling" not in settings:
+            settings["pooling"] = _guess_pooling(config, skeleton)
+    names = {field.name for field in dataclasses.fields(EncoderSettings)}
+    settings |= {n: flag for n, flag in flags.items() if n in names and flag is not None}
     limit, short = _positions(skeleton), _positions_of_short_texts(skeleton)
     for name in ("max_query_length", "max_passage_length"):
         if flags[name] is not None and flags[name] > limit:
@@ -327,6 +391,15 @@ def _settings(
                              f"positions otherwise for all texts of a batch once one has more "
                              f"than {short} tokens; give {short} or less")  # fmt: skip
     return EncoderSettings(**settings)
+
+
+def _guess_pooling(config: EncoderConfig, skeleton: "PreTrainedModel") -> str:
+    causal = _is_causal(skeleton)
+    guess, kind = ("last", "causal") if causal else ("mean", "bidirectional")
+    warnings.warn(f"{MODEL_FLAG} {config.model_name_or_path}: no file there names the pooling; "
+                  f"taken for this {kind} model: {guess} (--pooling says so for sure)",
+                  stacklevel=4)  # fmt: skip
+    return guess
 
 
 def _is_causal(backbone: "PreTrainedModel") -> bool:
@@ -359,68 +432,3 @@ def _positions_of_short_texts(backbone: "PreTrainedModel") -> float:
         return float("inf")
     own = getattr(config, "original_max_position_embeddings", None)
     return rope.get("original_max_position_embeddings") or own
-
-
-# --- the tokenizer ---
-
-
-def _load_tokenizer(
-    config: EncoderConfig, folder: Path, backbone_config: "PreTrainedConfig"
-) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    flag = _tokenizer_flag(config)
-    if config.tokenizer_name is not None:
-        folder = backbone_folder(find_directory(config.tokenizer_name, flag, weights=False))
-    with blaming(f"{flag} {folder}: no tokenizer can be loaded from there"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Positions then start at 0 in every library and for every backbone that loads what we save.
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = _pad_token(tokenizer, backbone_config, f"{flag} {folder}")
-    return tokenizer
-
-
-def _tokenizer_flag(config: EncoderConfig) -> str:
-    """The flag that the tokenizer comes by."""
-    return MODEL_FLAG if config.tokenizer_name is None else TOKENIZER_FLAG
-
-
-def _pad_token(
-    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", source: str
-) -> str:
-    """A token kept for padding if there is one, else the end of text; the mask hides it anyway."""
-    vocabulary = tokenizer.get_vocab()
-    by_id = {index: token for token, index in vocabulary.items()}
-    from_config = by_id.get(getattr(config.get_text_config(), "pad_token_id", None))
-    candidates = [from_config, *PAD_TOKENS, tokenizer.eos_token, tokenizer.unk_token]
-    for token in candidates:
-        if token in vocabulary:
-            return token
-    raise InputError(f"{source}: no token to pad with (no pad, end or unknown)")
-
-
-def _add_special_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> None:
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": tokens}, replace_extra_special_tokens=False
-    )
-
-
-def _vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _check_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", backbone: "PreTrainedModel", flag: str
-) -> None:
-    size, rows = _vocabulary_size(tokenizer), backbone.get_input_embeddings().num_embeddings
-    if size > rows:
-        raise InputError(f"{flag} {tokenizer.name_or_path}: the tokenizer has {size} tokens, but "
-                         f"the model has embeddings for {rows}")  # fmt: skip
-
-
-def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add rows for new tokens, drawn as the backbone draws its own initial weights."""
-    size = _vocabulary_size(tokenizer)
-    if size > backbone.get_input_embeddings().num_embeddings:
-        backbone.resize_token_embeddings(size, mean_resizing=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankpo_fast.config import TrainingConfig
+from rankpo_fast.errors import InputError
 
 
 def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -18,8 +19,13 @@ def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
 
     Its states are there from the start: whoever then looks how much memory is free counts them in,
     and no first step runs out of it half way through the parameters.
+
+    Raises:
+        InputError: every parameter is frozen.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("nothing to train: every parameter of the model is frozen")
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

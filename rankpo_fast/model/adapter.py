@@ -1,0 +1,101 @@
+"""Adapters (LoRA and its kin): opened with the base that their file names, and merged into it.
+
+So an adapter is encoded with, evaluated and trained on as one whole model; what is saved is whole.
+"""
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.directories import (
+    check_config,
+    check_weights,
+    find_directory,
+    has_weights,
+)
+from rankpo_fast.model.modules import backbone_folder, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names of its tensors, before those of the base
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter and where its base lies."""
+
+    folder: Path
+    base: str  # as its file names it
+    base_directory: Path
+    base_folder: Path  # with config.json and weights
+
+    def merged_into(self, backbone: "PreTrainedModel") -> "PreTrainedModel":
+        """The backbone, whose weights have taken in the adapter's.
+
+        Raises:
+            InputError: the adapter is not for this backbone, or cannot be merged.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+
+        with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
+            names = set(file.keys())
+        # Those of a model with a head have one level more, the backbone's place in it.
+        place, mapping = f"{backbone.base_model_prefix}.", None
+        if all(name.startswith(PREFIX + place) for name in names):
+            names = {PREFIX + name.removeprefix(PREFIX + place) for name in names}
+            mapping = {f"^{re.escape(place)}": ""}
+        try:
+            model = PeftModel.from_pretrained(backbone, str(self.folder), key_mapping=mapping)
+            unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
+            merged = None if unfit else model.merge_and_unload(safe_merge=True)
+        except RuntimeError as error:  # which torch raises over other shapes
+            raise InputError(f"{self} does not fit: {' '.join(str(error).split())}") from error
+        if unfit:
+            raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
+                             f"{unfit[0]} ...")  # fmt: skip
+        for parameter in merged.parameters():
+            parameter.requires_grad_(True)
+        return merged
+
+    def __str__(self) -> str:
+        return f"{self.folder}, an adapter of {self.base},"
+
+
+def find_adapter(folder: Path, flag: str) -> Adapter | None:
+    """The adapter in `folder`, None if there is a whole model instead.
+
+    Raises:
+        InputError: its base is not there or cannot be used, peft is not installed, or there is a
+            whole model beside the adapter.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    config = read_json(folder / CONFIG_FILE)
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    what = f"{flag} {folder}: this is an adapter ({kind}) of {base}"
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path must name the model "
+                         f"that this is an adapter of, got {base!r}")  # fmt: skip
+    if has_weights(folder):
+        raise InputError(f"{what}, but also a whole model: move adapter_*, or the whole model's "
+                         f"weights, elsewhere")  # fmt: skip
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"{what}, but {WEIGHTS_FILE} is not there (other formats can run code "
+                         f"and are not read)")  # fmt: skip
+    if find_spec("peft") is None:
+        raise InputError(f"{what}, which peft opens: pip install 'rankpo-fast[lora]'")
+    try:
+        base_directory = find_directory(base, "its base", weights=True)
+        base_folder = backbone_folder(base_directory)
+        check_config(base_folder, "its base")
+        check_weights(base_folder, "its base")
+    except InputError as error:
+        raise InputError(f"{what}, which is needed beside it: {error}") from error
+    return Adapter(folder, base, base_directory, base_folder)
