@@ -27,6 +27,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding  
 from sentence_transformers.util import manhattan_sim  # noqa: E402
 
 from rankpo_fast.integrations import sentence_transformers as ours  # noqa: E402
+from rankpo_fast.integrations.sentence_transformers.duplicates import first_equal  # noqa: E402
 
 RANKING = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 GUIDED = ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
@@ -100,7 +101,7 @@ def test_ids_tell_tokens_and_their_order_apart():
     assert len(set(ours.text_ids({"input_ids": ids, "attention_mask": ids > 0}).tolist())) == 5
     flat = {"input_ids": ids.reshape(1, -1), "cu_seq_lens_q": torch.tensor([0, 3, 9, 15])}
     with NoSync():  # with a card
-        ours._first_equal(ours.text_ids(flat), ours.text_ids(flat), torch.arange(3))
+        first_equal(ours.text_ids(flat), ours.text_ids(flat), torch.arange(3))
     tokens = torch.arange(10_000)[:, None]
     single = ours.text_ids({"input_ids": tokens, "attention_mask": tokens >= 0})
     ones = (single[:, None] >> torch.arange(64) & 1).double().mean(0)
@@ -192,16 +193,23 @@ def test_a_configuration_is_plain_and_names_what_theirs_names(name, tiny_tokeniz
 
 
 @pytest.mark.parametrize("name", RANKING + GUIDED)
-def test_a_label_column_is_an_error(name, tiny_tokenizer):
+@pytest.mark.parametrize(
+    "labels", [torch.arange(7) % 2, torch.linspace(0, 1, 7), torch.full([7], torch.nan)],
+    ids=["classes", "scores", "not-numbers"],
+)  # fmt: skip
+def test_labels_that_tell_rows_apart_are_an_error(labels, name, tiny_tokenizer):
     loss = make(name, Rows(16, tiny_tokenizer))
-    with pytest.raises(ValueError, match=f"{name} takes no labels.*remove it.*or take a loss"):
-        loss(rows_of(2), torch.zeros(7))
+    with pytest.raises(ValueError, match=f"{name} takes no labels.*remove the.*or take a loss"):
+        loss(rows_of(2), labels)
 
 
 @pytest.mark.parametrize("name", RANKING + GUIDED)
 @pytest.mark.parametrize(
     "sizes, message",
-    [((7,), "2 columns or more, got 1"), ((7, 7, 5), r"same number of texts, got \[7, 7, 5\]")],
+    [
+        ((7,), "2 columns or more, got 1"),
+        ((7, 5), r"queries and positives need the same number of texts, got \[7, 5\]"),
+    ],
     ids=["one", "ragged"],
 )
 def test_columns_that_do_not_fit_are_an_error(name, sizes, message, tiny_tokenizer):
