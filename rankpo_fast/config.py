@@ -61,6 +61,16 @@ def _check_at_least(config: Any, low: float, *names: str) -> None:
         _require(config, name, f">= {low}", value is None or value >= low)
 
 
+def _check_weights(config: Any) -> None:
+    weights, files = config.train_data_weights, len(config.train_data)
+    if weights is None:
+        return
+    fine = all(math.isfinite(weight) and weight > 0 for weight in weights)
+    _require(config, "train_data_weights", "finite numbers > 0", fine)
+    rule = f"one number for each of the {files} files of --train_data"
+    _require(config, "train_data_weights", rule, len(weights) == files)
+
+
 def _check_seed(config: Any) -> None:
     _require(config, "seed", "in [0, 2**63)", 0 <= config.seed < 2**63)
 
@@ -150,7 +160,11 @@ class ContrastiveDataConfig:
     _argument_group_name = "data"
 
     train_data: list[str] = _flag(
-        'JSONL files of {"query": str, "positives": [str], "negatives": [str]}.'
+        'JSONL files of {"query": str, "positives": [str], "negatives": [str]}, or as other tools '
+        "write them; also .gz, .zst, .parquet, - for standard input, owner/name of the hub."
+    )
+    train_data_weights: list[float] | None = _flag(
+        "How often a row of each file comes in an epoch, 0.5: every other time. [1 each]", None
     )
     num_negatives: int = _flag(
         "Sampled per query and epoch, besides the batch's other passages.", 5
@@ -158,6 +172,7 @@ class ContrastiveDataConfig:
 
     def __post_init__(self) -> None:
         _check_names(self, "train_data")
+        _check_weights(self)
         _check_at_least(self, 0, "num_negatives")
 
 
@@ -168,12 +183,17 @@ class RankPODataConfig:
     _argument_group_name = "data"
 
     train_data: list[str] = _flag(
-        'JSONL files of {"query", "passage1", "passage2", "preferred": "A" or "B"}.'
+        'JSONL files of {"query", "passage1", "passage2", "preferred": "A" or "B"}, or of '
+        '{"prompt", "chosen", "rejected"}; also .gz, .zst, .parquet, -, owner/name of the hub.'
+    )
+    train_data_weights: list[float] | None = _flag(
+        "How often a row of each file comes in an epoch, 0.5: every other time. [1 each]", None
     )
     use_confidence: bool = _flag("Weight pairs by confidence_score / 100.", False)
 
     def __post_init__(self) -> None:
         _check_names(self, "train_data")
+        _check_weights(self)
 
 
 @dataclass(frozen=True)
@@ -414,9 +434,9 @@ class EncodeConfig:
 
     _argument_group_name = "encode"
 
-    input: str = _flag("JSONL file.")
+    input: str = _flag("JSONL file, also .gz, .zst, .parquet, - or owner/name of the hub.")
     output: str = _flag("The vectors [rows, dims], fp32, length 1: a .npy file.")
-    text_key: str = _flag("Key of the text in a row.", "text")
+    text_key: str = _flag('Key of the text in a row; before "text" goes its "title".', "text")
     role: Literal["query", "passage"] = _flag(
         "Decides prefix and limit.", "passage", aliases=["--as"]
     )

@@ -258,8 +258,8 @@ def one_graph(task: Task, **settings: Any) -> None:
     from rankpo_fast.data.moving import to_device
     from rankpo_fast.data.rows import read_contrastive
     from rankpo_fast.model.load import load_encoder
+    from rankpo_fast.train.contrastive import tokenized
     from rankpo_fast.train.optim import adamw, learning_rate, update
-    from rankpo_fast.train.texts import Texts
 
     config = _training(task, settings)
     encoder = load_encoder(_model(task, settings), device=torch.device(task.device)).train()
@@ -269,7 +269,7 @@ def one_graph(task: Task, **settings: Any) -> None:
         num_negatives=task.negatives,
         seed=task.seed,
     )
-    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, _compute(task))
+    data, texts = tokenized(data, encoder, _compute(task))
     optimizer = adamw(encoder, config)
     for step in range(task.steps):
         batch = data.batch(*divmod(step, data.batches_per_epoch))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.data.sources import byte_lines, is_table, place, table_rows
 from rankpo_fast.errors import InputError
 
 JSON_TYPES = {
@@ -22,36 +23,32 @@ JSON_TYPES = {
 
 def lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (where, text) for every line that is not blank, of which there must be one."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - as bytes, so that a bad one is known by its line
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a name that no file can have: with a NUL byte, say
-        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
-    empty = True
-    with file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
-                ) from None
-            if text.strip():
-                empty = False
-                yield where, text
+    empty, name = True, place(path)
+    for number, line in enumerate(byte_lines(path), start=1):
+        where = f"{name}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
+            ) from None
+        if text.strip():
+            empty = False
+            yield where, text
     if empty:
-        raise InputError(f"{path}: the file is empty")
+        raise InputError(f"{name}: the file is empty")
 
 
-def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (where, object) for every line that is not blank; each must be one JSON object."""
+def values(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield (where, JSON value) for every line that is not blank, or every row of a table."""
+    if is_table(path):
+        yield from table_rows(path)
+        return
     for where, line in lines(path):
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}: malformed JSON: {error.msg} at column {error.colno} "
@@ -59,8 +56,14 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
             ) from None
         except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limit
             raise InputError(f"{where}: unusable JSON: {error}") from None
+        yield where, value
+
+
+def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield (where, object) for every line that is not blank; each must be one JSON object."""
+    for where, row in values(path):
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a row must be an object, got {JSON_TYPES[type(row)]}")
+            raise InputError(f"{where}: a row must be an object, got {kind_of(row)}")
         yield where, row
 
 
@@ -71,7 +74,7 @@ def find_texts(paths: Iterable[str | Path], texts: Collection[str]) -> dict[str,
     """
     wanted, places = set(texts), {}
     for path in paths:
-        for where, row in objects(path):
+        for where, row in values(path):
             if not wanted:
                 return places
             for text in wanted.intersection(_texts_in(row)):
@@ -110,7 +113,7 @@ def expect(kind: type, name: str, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         expected = "an integer" if kind is int else JSON_TYPES[kind]
         raise InputError(
-            f'{where}: "{name}" must be {expected}, got {JSON_TYPES[type(value)]}: {shown(value)}'
+            f'{where}: "{name}" must be {expected}, got {kind_of(value)}: {shown(value)}'
         )
     return value
 
@@ -137,13 +140,20 @@ def text_at(row: dict, key: str, where: str) -> str:
     return text(name, found, where)
 
 
-def texts_at(row: dict, keys: tuple[str, ...], where: str, hint: str = "") -> tuple[str, ...]:
-    """The list of texts under the first of `keys`, plain or as {"text": [...]}."""
-    name, found = value(row, keys, where, hint=hint)
+def texts_at(row: dict, key: str, where: str) -> tuple[str, ...]:
+    """The list of texts under `key`, plain or as {"text": [...]}; each may have a title."""
+    name, found = key, row[key]
     if isinstance(found, dict):
         name, found = value(found, ("text",), where, f"{name}.")
     expect(list, name, found, where)
-    return tuple(text(f"{name}[{i}]", item, where) for i, item in enumerate(found))
+    return tuple(passage(f"{name}[{i}]", item, where) for i, item in enumerate(found))
+
+
+def passage(name: str, value: Any, where: str) -> str:
+    """A text, plain or as {"title": ..., "text": ...}."""
+    if isinstance(value, dict):
+        value = titled_text(value, where, f"{name}.")
+    return text(name, value, where)
 
 
 def titled_text(row: dict, where: str, parent: str = "") -> str:
@@ -156,7 +166,12 @@ def titled_text(row: dict, where: str, parent: str = "") -> str:
     return f"{title} {body}".strip()
 
 
+def kind_of(value: Any) -> str:
+    """The type of a value in the words of JSON."""
+    return JSON_TYPES.get(type(value), f"a {type(value).__name__}")
+
+
 def shown(value: Any) -> str:
     """The value as JSON, cut where it would fill the screen."""
-    full = json.dumps(value)
+    full = json.dumps(value, default=str)
     return full if len(full) <= 60 else full[:57] + "..."

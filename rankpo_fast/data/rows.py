@@ -1,18 +1,38 @@
-"""JSONL files -> checked rows. Every fault is an InputError that says `path:line: what is wrong`.
+"""Data -> checked rows. Every fault is an InputError that says `path:line: what is wrong`.
 
-Stage 1     {"query": str, "positives": [str], "negatives": [str]}; FlagEmbedding's pos and neg too
+Stage 1     {"query": str, "positives": [str], "negatives": [str]}
             {"query": {"text": str}, "positives": {"text": [str]}}, the shape to be mined
 Stage 2     {"query": str, "passage1": str, "passage2": str, "preferred": "A" | "B"}
-Other keys may be there and are left alone. Blank lines and a byte order mark are skipped.
+Rows of other tools are read too (formats.py), from more than plain files (sources.py). Other keys
+may be there and are left alone. Blank lines and a byte order mark are skipped.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rankpo_fast.data.files import whole_file
-from rankpo_fast.data.jsonl import objects, shown, text_at, texts_at, value
+from rankpo_fast.data.formats import (
+    UNUSED,
+    ContrastiveKeys,
+    UnusedKeys,
+    contrastive_texts,
+    preference_texts,
+    row_of_list,
+)
+from rankpo_fast.data.jsonl import (
+    kind_of,
+    objects,
+    shown,
+    text,
+    text_at,
+    titled_text,
+    value,
+    values,
+)
+from rankpo_fast.data.sources import place
 from rankpo_fast.errors import InputError
 
 
@@ -37,39 +57,43 @@ class PreferenceRow:
 
 def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[ContrastiveRow]:
     """Read stage 1 rows from one file or several, in order. Raises InputError."""
-    return [_contrastive_row(row, where) for where, row in _all_objects(paths)]
-
-
-def _contrastive_row(row: dict, where: str) -> ContrastiveRow:
-    query = text_at(row, "query", where)
-    positives = texts_at(row, ("positives", "pos"), where)
-    if not positives:
-        raise InputError(f"{where}: no positives: the list is empty")
-    # Rows in the nested shape are those still to be mined, so they may come without negatives.
-    if isinstance(row["query"], dict) and not {"negatives", "neg"} & row.keys():
-        return ContrastiveRow(query, positives, ())
-    negatives = texts_at(row, ("negatives", "neg"), where, ", which may be an empty list")
-    return ContrastiveRow(query, positives, negatives)
+    rows, unused = [], UnusedKeys()
+    formats: dict[tuple[str, ...], ContrastiveKeys] = {}  # found once for rows of the same keys
+    for where, row in _all(values, paths):
+        if isinstance(row, list):
+            row = row_of_list(row, where)
+        elif not isinstance(row, dict):
+            raise InputError(f"{where}: a row must be an object, got {kind_of(row)}")
+        names = tuple(row)
+        keys = formats.get(names)
+        if keys is None:
+            keys = formats[names] = ContrastiveKeys.of(row, where)
+        rows.append(ContrastiveRow(*contrastive_texts(row, keys, where)))
+        unused.add(row, keys.unused)
+    unused.warn(_named(paths))
+    return rows
 
 
 def read_preferences(
-    paths: str | Path | Sequence[str | Path], *, use_confidence: bool = False
+    paths: str | Path | Sequence[str | Path], *, use_confidence: bool | None = None
 ) -> list[PreferenceRow]:
-    """Read stage 2 rows; weight 1, or `confidence_score` / 100 on request. Raises InputError."""
-    return [_preference_row(row, where, use_confidence) for where, row in _all_objects(paths)]
+    """Read stage 2 rows. Raises InputError.
 
-
-def _preference_row(row: dict, where: str, use_confidence: bool) -> PreferenceRow:
-    query = text_at(row, "query", where)
-    passages = {"A": text_at(row, "passage1", where), "B": text_at(row, "passage2", where)}
-    if passages["A"] == passages["B"]:
-        raise InputError(f'{where}: "passage1" and "passage2" are the same text, so neither is '
-                         f"preferred")  # fmt: skip
-    name, preferred = value(row, ("preferred",), where)
-    if preferred not in ("A", "B"):
-        raise InputError(f'{where}: "{name}" must be a capital "A" or "B", got {shown(preferred)}')
-    weight = _confidence(row, where) if use_confidence else 1.0
-    return PreferenceRow(query, passages.pop(preferred), *passages.values(), weight)
+    Args:
+        use_confidence: whether a pair weighs `confidence_score` / 100, or 1, which is said of those
+            that have one; None: 1, and there is no choice.
+    """
+    rows, unused = [], UnusedKeys()
+    unweighted = {"confidence_score": "--use_confidence weights pairs by it"}
+    for where, row in _all(objects, paths):
+        texts = preference_texts(row, where)
+        rows.append(PreferenceRow(*texts, _confidence(row, where) if use_confidence else 1.0))
+        if "chosen" in row:
+            unused.add(row, UNUSED["chosen"])
+        if use_confidence is False:
+            unused.add(row, unweighted)
+    unused.warn(_named(paths))
+    return rows
 
 
 def _confidence(row: dict, where: str) -> float:
@@ -81,17 +105,38 @@ def _confidence(row: dict, where: str) -> float:
     return score / 100
 
 
-def read_texts(path: str | Path, key: str) -> list[str]:
-    """Read the text under `key` of every row of one file. Raises InputError."""
-    return [text_at(row, key, where) for where, row in objects(path)]
+def read_texts(path: str | Path, key: str, *, keep_empty: bool = False) -> list[str]:
+    """Read the text under `key` of every row of one file; "text" with the row's title before it.
+
+    Raises InputError, also for an empty text unless `keep_empty`.
+    """
+    texts = []
+    for where, row in objects(path):
+        if key == "text" and (keep_empty or "title" in row):
+            found = titled_text(row, where)
+            texts.append(found if keep_empty and not found else text(key, found, where))
+        else:
+            texts.append(text_at(row, key, where))
+    return texts
 
 
-def _all_objects(paths: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, dict]]:
-    paths = [paths] if isinstance(paths, str | Path) else paths
+def _all(
+    read: Callable[[str | Path], Iterator[tuple[str, Any]]],
+    paths: str | Path | Sequence[str | Path],
+) -> Iterator[tuple[str, Any]]:
+    paths = _listed(paths)
     if not paths:
         raise InputError("no data file was given")
     for path in paths:
-        yield from objects(path)
+        yield from read(path)
+
+
+def _listed(paths: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [paths] if isinstance(paths, str | Path) else paths
+
+
+def _named(paths: str | Path | Sequence[str | Path]) -> str:
+    return ", ".join(map(place, _listed(paths)))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

@@ -18,7 +18,9 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
 from rankpo_fast.data.rows import read_contrastive
+from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.ranks import Ranks
@@ -44,14 +46,16 @@ def train_contrastive(
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
             rows = training.per_device_train_batch_size * ranks.size
-            batches = read_batches(data.train_data, rows, data.num_negatives, training.seed)
+            batches = read_batches(
+                data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights
+            )
             run = Run.prepare(
                 "contrastive", ranks, model, data, loss, training, evaluation, compute
             )
             if run.finished:
                 return run.path
             encoder = run.load_encoder()
-            texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
+            batches, texts = tokenized(batches, encoder, compute)
         about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
         train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
@@ -62,30 +66,57 @@ def read_batches(
     batch_size: int,
     num_negatives: int,
     seed: int,
+    weights: list[float] | None = None,
     flags: tuple[str, str, str] = FLAGS,
 ) -> ContrastiveData:
     """Rows as batches. InputError for a bad row, and where a query would have no negative at all.
 
     Args:
+        weights: how often the rows of each file come in an epoch; None: once.
         flags: through which the user gave files, batch_size and num_negatives.
     """
+    rows, shares = read_shares(read_contrastive, files, weights)
     batches = ContrastiveData(
-        read_contrastive(files), batch_size=batch_size, num_negatives=num_negatives, seed=seed
+        rows, batch_size=batch_size, num_negatives=num_negatives, seed=seed, shares=shares
     )
+    _check_negatives(batches, flags)
+    return batches
+
+
+def tokenized(
+    batches: ContrastiveData,
+    encoder: Encoder,
+    compute: ComputeConfig,
+    flags: tuple[str, str, str] = FLAGS,
+) -> tuple[ContrastiveData, Texts]:
+    """The batches with texts of equal token ids as one, and their texts. InputError as above."""
+    texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
+    own = texts.queries_as_passages(encoder, batches.query_texts, compute)
+    batches = batches.merged(texts.query_rows, texts.passage_rows, own)
+    _check_negatives(batches, flags)
+    return batches, texts
+
+
+def _check_negatives(batches: ContrastiveData, flags: tuple[str, str, str]) -> None:
     if batches.batch_size == 1 and batches.bare_rows > 0:
         data, size, number = flags
         raise InputError(
             f"{batches.bare_rows:,} of {batches.num_rows:,} rows of {data} have no negative, and "
             f"in a batch of one nothing else is one: give {size} 2 or more"
-            f"{'' if num_negatives else f', or {number} 1'}"
+            f"{'' if batches.num_negatives else f', or {number} 1'}"
         )
-    return batches
 
 
 def describe_rows(batches: ContrastiveData) -> str:
-    short = f"{batches.short_rows:,} of them have fewer than {batches.num_negatives} negatives"
-    used = f", {short}: all of theirs are used" if batches.short_rows else ""
-    return f"{batches.num_rows:,} rows{used}"
+    """How many there are, and what of them is not used."""
+    said = [f"{batches.num_rows:,} rows"]
+    if batches.known_negatives:
+        known = "negatives are positives of their query or the query itself: left out"
+        said.append(f"{batches.known_negatives:,} {known}")
+    if batches.short_rows:
+        short = f"{batches.short_rows:,} of them have fewer than {batches.num_negatives} negatives"
+        said.append(f"{short}: all of theirs are used")
+    return ", ".join(said) + describe_shares(batches.shares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +126,7 @@ class ContrastiveStage:
     config: ContrastiveLossConfig
 
     def loss(self, queries: Tensor, passages: Tensor, batch: ContrastiveBatch) -> BatchLoss:
-        # Excluded columns: further positives of the same query text, in whatever row they stand.
+        # Excluded columns: further positives of the same query, in whatever row they stand.
         loss, d_rows, d_passages, _, stats = info_nce_loss_and_grads(
             queries[batch.query_rows],  # [M, D]
             passages,

@@ -3,7 +3,9 @@
 B pairs, U and N distinct queries and passages of a batch, D dims.
 """
 
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
+from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.train.loop import train
@@ -49,11 +52,13 @@ def train_rankpo(
     """
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
-            rows = read_preferences(data.train_data, use_confidence=data.use_confidence)
+            read = partial(read_preferences, use_confidence=data.use_confidence)
+            rows, shares = read_shares(read, data.train_data, data.train_data_weights)
             pairs = PreferenceData(
                 rows,
                 batch_size=training.per_device_train_batch_size * ranks.size,
                 seed=training.seed,
+                shares=shares,
             )
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
             run = Run.prepare(
@@ -66,11 +71,19 @@ def train_rankpo(
                 reference = other_model_similarities(other, model, pairs, run.device, compute)
             encoder = run.load_encoder()
             texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
-            about = {"rows": f"{len(rows):,} pairs", "loss": _describe(loss)}
+            pairs = pairs.merged(texts.query_rows, texts.passage_rows)
+            if pairs.equal_pairs:
+                warnings.warn(
+                    f"--train_data: {pairs.equal_pairs:,} of {len(rows):,} pairs are left out: "
+                    f"their two passages have the same tokens, up to --max_passage_length",
+                    stacklevel=2,
+                )
+            number = f"{len(rows) - pairs.equal_pairs:,} pairs"
+            about = {"rows": number + describe_shares(pairs.shares), "loss": _describe(loss)}
             others = []
             if replayed is not None:
                 others.append(replay_objective(replay, replayed, encoder, compute))
-                about["replay"] = describe_replay(replay, replayed)
+                about["replay"] = describe_replay(replay, others[0].stage.data)
             if loss.uses_reference and other is None:
                 reference = reference_similarities(encoder, texts, pairs, compute)
             if reference is not None:

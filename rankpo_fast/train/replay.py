@@ -6,9 +6,13 @@ loss of a step = mean of RankPO over its batches + replay_weight * mean of InfoN
 from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, ReplayConfig, TrainingConfig
 from rankpo_fast.data.batches import ContrastiveData
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.train.contrastive import ContrastiveStage, describe_rows, read_batches
+from rankpo_fast.train.contrastive import (
+    ContrastiveStage,
+    describe_rows,
+    read_batches,
+    tokenized,
+)
 from rankpo_fast.train.step import Objective
-from rankpo_fast.train.texts import Texts
 
 APART = 2**63  # no --seed is as large, so that no random stream is shared with stage 2
 FLAGS = ("--replay_data", "--replay_batch_size", "--replay_num_negatives")
@@ -32,7 +36,7 @@ def replay_objective(
     config: ReplayConfig, data: ContrastiveData, encoder: Encoder, compute: ComputeConfig
 ) -> Objective:
     """Their part of the loss. InputError if a text alone does not fit into a micro-batch."""
-    texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
+    data, texts = tokenized(data, encoder, compute, FLAGS)
     stage = ContrastiveStage(data, texts, ContrastiveLossConfig(config.replay_temperature))
     return Objective(stage, config.replay_weight, prefix="replay/", flag=FLAGS[0])
 

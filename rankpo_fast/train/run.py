@@ -1,6 +1,5 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
-import hashlib
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
 from rankpo_fast.data.rows import PreferenceRow, read_preferences
+from rankpo_fast.data.sources import digest
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -247,15 +247,10 @@ def _settings(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
-                settings[f"content of --{name}"] = [_digest(path) for path in value]
+                settings[f"content of --{name}"] = [digest(path) for path in value]
             elif name not in FREE_TO_CHANGE:
                 settings[f"--{name}"] = value
     return settings
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_checkpoint(

@@ -58,6 +58,27 @@ class Texts:
         check_budget(table.lengths, config.max_tokens_per_micro_batch)
         return cls(table, *rows, tuple(table.lengths.double().mean().item() for table in tables))
 
+    def queries_as_passages(
+        self, encoder: Encoder, queries: Sequence[str], config: ComputeConfig
+    ) -> Tensor:
+        """The table's row [queries] of each query text as a passage, beyond its end for none.
+
+        Prefix and limit of a passage may be others, and then so are the ids.
+        """
+        settings = encoder.settings
+        rows = self.query_rows.clone()
+        if settings.query_prefix == settings.passage_prefix:  # what no limit cuts has the same ids
+            limit = min(settings.max_query_length, settings.max_passage_length)
+            other = (self.table.lengths[rows] >= limit).nonzero().flatten()
+        else:
+            other = torch.arange(len(rows))
+        if len(other) == 0:
+            return rows
+        texts = [queries[i] for i in other.tolist()]
+        table = encoder.tokenize_passages(texts, config.cache_path)
+        rows[other] = joined(self.table, table)[1][1]
+        return rows
+
     def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct texts of a batch as rows [n] of the table, and the places in that of its
         query texts [U] and its passage texts [N]."""
@@ -73,4 +94,13 @@ class Texts:
         return (
             f"{queries:,} queries of {self.tokens[0]:.0f} tokens on average and {passages:,} "
             f"passages of {self.tokens[1]:.0f}; {self.table.truncated:,} were truncated"
+            f"{self._twins}"
         )
+
+    @property
+    def _twins(self) -> str:
+        """How many texts count as one with an earlier text, if any do."""
+        kinds = {"queries": self.query_rows, "passages": self.passage_rows}
+        twins = {kind: len(rows) - len(rows.unique()) for kind, rows in kinds.items()}
+        said = " and ".join(f"{count:,} {kind}" for kind, count in twins.items() if count)
+        return f"; {said} have the tokens of an earlier one and count as it" if said else ""

@@ -46,10 +46,6 @@ def fault_of(read, *args, **options):
         pytest.param(CONTRASTIVE, id="plain"),
         pytest.param(CONTRASTIVE | {"query_id": 7, "meta": {"x": None}}, id="other-keys-too"),
         pytest.param(
-            {"query": "a job", "pos": ["fits"], "neg": ["does not", "nor this"], "prompt": ""},
-            id="flagembedding",
-        ),
-        pytest.param(
             {
                 "query": {"text": "a job"},
                 "positives": {"text": ["fits"], "index": [3]},
@@ -210,7 +206,11 @@ def test_bad_line_is_named(tmp_path, read, line, message):
 
 
 BAD_CONTRASTIVE = [
-    pytest.param(without(CONTRASTIVE, "query"), 'missing key "query" (keys here: "pos', id="query"),
+    pytest.param(
+        without(CONTRASTIVE, "query"),
+        'missing key "query" or "anchor" (keys here: "pos',
+        id="query",
+    ),
     pytest.param(without(CONTRASTIVE, "positives"), '"positives" or "pos"', id="no-positives-key"),
     pytest.param(
         without(CONTRASTIVE, "negatives"),
@@ -245,7 +245,7 @@ BAD_PREFERENCE = [
     pytest.param(without(PREFERENCE, "passage2"), 'missing key "passage2"', id="no-passage"),
     pytest.param(without(PREFERENCE, "preferred"), 'missing key "preferred"', id="no-preferred"),
     pytest.param(PREFERENCE | {"preferred": "C"}, '"A" or "B", got "C"', id="c"),
-    pytest.param(PREFERENCE | {"preferred": "a"}, 'a capital "A" or "B", got "a"', id="lower-case"),
+    pytest.param(PREFERENCE | {"preferred": " a"}, 'got " a": write "A"', id="lower-case"),
     pytest.param(PREFERENCE | {"preferred": ["A"]}, '"A" or "B", got ["A"]', id="list"),
     pytest.param(PREFERENCE | {"passage2": "one"}, "the same text", id="equal-passages"),
     pytest.param(PREFERENCE | {"passage1": "  "}, '"passage1" is blank', id="blank"),

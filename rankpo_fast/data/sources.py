@@ -1,0 +1,168 @@
+"""What a data path names -> its lines, or the rows of its table.
+
+rows.jsonl, .jsonl.gz, .jsonl.zst   known by their first bytes, whatever they are called
+-                                   standard input, read once and kept
+rows.parquet                        read with the extra "data"
+owner/name[:config][:split]         a data set of the hub, likewise; its split is train unless named
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rankpo_fast.errors import InputError
+
+STANDARD_INPUT = "-"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin, and no line of JSON
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+FILE_NAME = re.compile(r".*\.(jsonl?|gz|zst|parquet|csv|tsv|txt)", re.IGNORECASE)
+ROWS_AT_ONCE = 1000  # of a table
+
+
+def place(path: str | Path) -> str:
+    """What messages call it."""
+    return "standard input" if str(path) == STANDARD_INPUT else str(path)
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether it holds columns rather than lines: a parquet file, or a data set of the hub."""
+    name = str(path)
+    hub = HUB_NAME.fullmatch(name) and not FILE_NAME.fullmatch(name) and not os.path.lexists(name)
+    return name.endswith(".parquet") or bool(hub)
+
+
+# --- lines ---
+
+
+def byte_lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked. InputError if it cannot be read, or is damaged."""
+    try:
+        name = _standard_input().name if str(path) == STANDARD_INPUT else path
+        file = open(name, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have: with a NUL byte, say
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
+    with file:
+        unpacked, damage = _unpacked(file, place(path))
+        try:
+            yield from unpacked
+        except damage as error:
+            raise InputError(f"{place(path)}: a damaged compressed file: {error}") from None
+
+
+def _unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """What to read, and what reading it raises where it is damaged or cut off."""
+    first = file.peek(len(ZSTD))
+    if first.startswith(GZIP):
+        return gzip.open(file), (EOFError, gzip.BadGzipFile, zlib.error)
+    if first.startswith(ZSTD):
+        zstd = _zstd(name)
+        return zstd.open(file), (EOFError, zstd.ZstdError)
+    return file, ()
+
+
+def _zstd(name: str) -> Any:
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise InputError(
+            f"{name}: a zstd file needs backports.zstd (pip install 'rankpo-fast[data]'); "
+            f"zstd -d unpacks it"
+        ) from None
+    return zstd
+
+
+@functools.cache
+def _standard_input() -> "tempfile._TemporaryFileWrapper[bytes]":
+    """All of it in a file that goes with the process, since data is read more than once."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "- (standard input) cannot be read by several processes: give the name of a file"
+        )
+    if sys.stdin is None:
+        raise InputError("- (standard input) is closed: give the name of a file")
+    kept = tempfile.NamedTemporaryFile()  # noqa: SIM115 - deleted when the process ends
+    shutil.copyfileobj(sys.stdin.buffer, kept)
+    kept.flush()
+    return kept
+
+
+# --- tables ---
+
+
+def table_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("path:row", row); rows count from 1, and a column without a value there is None."""
+    number = 0
+    for columns in _parquet(path) if str(path).endswith(".parquet") else _hub(str(path)):
+        for values in zip(*columns.values(), strict=True):
+            number += 1
+            yield f"{path}:row {number}", dict(zip(columns, values, strict=True))
+    if number == 0:
+        raise InputError(f"{path}: has no rows")
+
+
+def _parquet(path: str | Path) -> Iterator[dict[str, list]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(_needs_datasets(path)) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield batch.to_pydict()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _hub(name: str) -> Iterator[dict[str, list]]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(_needs_datasets(name)) from None
+    repository, *parts = name.split(":")
+    split = parts.pop() if parts else "train"
+    try:
+        table = datasets.load_dataset(repository, *parts, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"{name}: no such file, and as a data set of the hub, owner/name[:config][:split], it "
+            f"cannot be read: {error}"
+        ) from None
+    yield from table.iter(ROWS_AT_ONCE)
+
+
+def _needs_datasets(path: str | Path) -> str:
+    return (
+        f"{path}: parquet files and data sets of the hub need the package datasets "
+        f"(pip install 'rankpo-fast[data]'); a file of JSON lines needs nothing"
+    )
+
+
+# --- what it holds ---
+
+
+def digest(path: str | Path) -> str:
+    """sha256 of the content, unpacked: the same wherever it lies and however it is compressed."""
+    content = hashlib.sha256()
+    if is_table(path):
+        for _, row in table_rows(path):
+            content.update(json.dumps(row, default=str).encode() + b"\n")
+    else:
+        for line in byte_lines(path):
+            content.update(line)
+    return content.hexdigest()
