@@ -18,7 +18,7 @@ from typing import Any
 from rankpo_fast import config as configs
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest, parse
-from rankpo_fast.paths import check_writable, lies_in
+from rankpo_fast.paths import check_output
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo")  # the commands for torchrun
@@ -123,12 +123,7 @@ def _evaluate(
     device = compute.torch_device()
     _check_cache(compute)
     if output.output is not None:
-        inputs = (
-            evaluation.query_data,
-            evaluation.corpus_data,
-            *(evaluation.preference_data or []),
-        )
-        _check_output("--output", output.output, *inputs)
+        check_output("--output", output.output, model, evaluation)
     retrieval, preferences = read_evaluation_data(evaluation)
     encoder = load_encoder(model, device=device)
     check_lengths(encoder)
@@ -163,7 +158,7 @@ def _encode(
 
     device = compute.torch_device()
     _check_cache(compute)
-    _check_output("--output", config.output, config.input)
+    check_output("--output", config.output, model, config)
     texts = read_texts(config.input, config.text_key)
     if config.max_length is not None:
         model = dataclasses.replace(model, **{f"max_{config.role}_length": config.max_length})
@@ -192,7 +187,7 @@ def _mine(
 
     device = compute.torch_device()
     _check_cache(compute)
-    _check_output("--output_file", config.output_file, *config.train_data, config.corpus_data)
+    check_output("--output_file", config.output_file, model, config)
     rows = read_contrastive(config.train_data)
     if config.corpus_data is not None:
         corpus = read_texts(config.corpus_data, "text")
@@ -218,15 +213,10 @@ def _mine(
     print(f"{len(mined):,} rows with {negatives:,} negatives in {config.output_file}")
 
 
-def _check_output(flag: str, path: str, *inputs: str | None) -> None:
-    """Refuse what cannot be written, and what is one of the inputs or lies in a directory of it."""
-    check_writable(flag, path)
-    if any(name is not None and lies_in(path, name) for name in inputs):
-        raise InputError(f"{flag} {path} is also read: choose another name")
-
-
 def _check_cache(compute: configs.ComputeConfig) -> None:
-    check_writable("--cache_dir", compute.cache_path, directory=True)
+    from rankpo_fast.data.cache import check_cache
+
+    check_cache(compute)
 
 
 @dataclass(frozen=True)

@@ -341,14 +341,17 @@ class ComputeConfig:
         metavar="TOKENS",
     )  # fmt: skip
     cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
+    no_cache: bool = _flag("Keep neither, and read none that was kept.", False)
 
     def __post_init__(self) -> None:
         _check_names(self, "device", "cache_dir")
         _check_at_least(self, 1, "max_tokens_per_micro_batch")
 
     @property
-    def cache_path(self) -> Path:
-        return Path(os.path.expanduser(self.cache_dir))  # Path's own raises for an unknown ~user
+    def cache_path(self) -> Path | None:
+        """None: nothing is kept, with --no_cache or where ~ is nobody's home."""
+        path = os.path.expanduser(self.cache_dir)  # Path's own raises for an unknown ~user
+        return None if self.no_cache or path.startswith("~") else Path(path)
 
     def torch_device(self) -> "torch.device":
         """The device to compute on; InputError where there is no such device."""

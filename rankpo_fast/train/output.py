@@ -10,13 +10,14 @@ arrive, so that a directory without it holds no finished model. Nothing else the
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rankpo_fast.data.files import flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.paths import check_writable, lies_in
+from rankpo_fast.paths import check_writable, files_read, lies_in
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
@@ -25,7 +26,7 @@ WRITTEN_WHILE_TRAINING = (
 )  # fmt: skip
 
 
-def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
+def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
     """InputError unless a run may use --output_dir.
 
     Args:
@@ -34,7 +35,10 @@ def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite:
     """
     check_writable("--output_dir", path, directory=True)
     for flag, name in inputs:
-        if lies_in(name, path) and (Path(name).exists() or lies_in(path, name)):
+        shadowed = lies_in(name, path) and lies_in(path, name)  # a name on the Hub
+        if shadowed or any(
+            file.exists() and lies_in(file, path) for file in files_read(flag, name)
+        ):
             raise InputError(f"{flag} {name} lies in --output_dir {path}: choose another")
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     if there and read_record(path) is None:
