@@ -3,6 +3,7 @@
     training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/, at the end the model's
     files
 
+While a run is there, it holds the directory by a lock (train/lock.py).
 training.json makes a directory ours and lists the model's files; config.json is the last of them to
 arrive, so that a directory without it holds no finished model. Nothing else there is ever touched.
 """
@@ -10,14 +11,18 @@ arrive, so that a directory without it holds no finished model. Nothing else the
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
+from rankpo_fast.train.lock import LOCK, held
+from rankpo_fast.train.ranks import Ranks
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
@@ -41,6 +46,7 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
         ):
             raise InputError(f"{flag} {name} lies in --output_dir {path}: choose another")
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    there = [name for name in there if not name.startswith(LOCK)]
     if there and read_record(path) is None:
         raise InputError(
             f"--output_dir {path} holds something else ({', '.join(there[:5])}): choose another"
@@ -50,6 +56,16 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
         raise InputError(
             f"--output_dir {path} holds {state} run: choose another, or --overwrite_output_dir"
         )
+
+
+@contextmanager
+def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """The first rank holds --output_dir inside; InputError, before anything is read, where another
+    run does."""
+    path = Path(training.output_dir)
+    check_writable("--output_dir", path, directory=True)
+    with held(path, "--output_dir") if ranks.first else nullcontext():
+        yield
 
 
 def finished(path: Path) -> bool:

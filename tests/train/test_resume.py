@@ -279,7 +279,10 @@ def test_no_checkpoint_file_can_run_code(two_checkpoints):
     assert kinds == {".safetensors", ".json"}
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_dir, contrastive_file, tmp_path):
+def test_sigterm_finishes_the_step_saves_and_exits_143(
+    tiny_llama_dir, contrastive_file, run_stage, tmp_path
+):
+    """Meanwhile no other run may use its directory, and none takes anything away."""
     output = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "rankpo_fast.cli", "contrastive"),
@@ -292,6 +295,9 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_dir, contrasti
         metrics = output / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
+        for flags in ({"overwrite_output_dir": True}, {"resume": "newest"}):
+            with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+                run_stage("contrastive", "no/such-model", "out", **flags)
         process.terminate()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
