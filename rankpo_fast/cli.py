@@ -73,6 +73,10 @@ def _run(argv: list[str]) -> int:
         if _is_first_rank():
             raise
         return BAD_INPUT
+    if not sys.stderr.isatty():  # a log takes lines, no bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     command.run(*settings)
     return 0
 

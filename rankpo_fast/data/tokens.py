@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rankpo_fast.data.cache import cached
 from rankpo_fast.errors import InputError
+from rankpo_fast.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +117,7 @@ def _tokenize(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, prefix: str
 ) -> TokenTable:
     ids, lengths, truncated = [np.empty(0, np.int32)], [], 0
-    with tqdm(total=len(texts), desc="tokenising", unit="text", delay=2) as progress:
+    with progress("tokenising", len(texts), "text") as advance:
         for start in range(0, len(texts), SLICE):
             part = [prefix + text for text in texts[start : start + SLICE]]
             part_ids, part_truncated = _encode(part, tokenizer, max_length)
@@ -127,7 +127,7 @@ def _tokenize(
             lengths += map(len, part_ids)
             ids.append(np.fromiter(chain.from_iterable(part_ids), np.int32))
             truncated += part_truncated
-            progress.update(len(part))
+            advance(len(part))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return TokenTable(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets), truncated)
 

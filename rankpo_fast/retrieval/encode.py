@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from rankpo_fast.data.packing import pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.progress import progress as shown
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def encode_texts(
     Args:
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
-        progress: label of a progress bar on stderr; None for none.
+        progress: label of what is said of it on stderr; None for nothing.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens.
@@ -32,10 +32,10 @@ def encode_texts(
     vectors = torch.empty(len(table), encoder.dim, dtype=torch.float32)
     training = encoder.training
     encoder.eval()
-    with tqdm(total=len(table), desc=progress, unit="text", disable=progress is None) as bar:
+    with shown(progress, len(table), "text") as advance:
         for text_ids in groups:
             vectors[text_ids] = _encode(encoder, table, text_ids)
-            bar.update(len(text_ids))
+            advance(len(text_ids))
     encoder.train(training)
     return vectors
 

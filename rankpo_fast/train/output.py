@@ -1,7 +1,7 @@
 """The output directory: whose it is, what may be deleted there, and how the model gets in.
 
-    training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/, at the end the model's
-    files
+    training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/ mlflow/, at the end
+    the model's files
 
 While a run is there, it holds the directory by a lock (train/lock.py).
 training.json makes a directory ours and lists the model's files; config.json is the last of them to
@@ -27,7 +27,7 @@ from rankpo_fast.train.ranks import Ranks
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
 WRITTEN_WHILE_TRAINING = (
-    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", MODEL_ON_ITS_WAY,
+    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", "mlflow", MODEL_ON_ITS_WAY,
 )  # fmt: skip
 
 

@@ -29,9 +29,9 @@ from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
-from rankpo_fast.train.log import check_report_to
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.ranks import Ranks
+from rankpo_fast.train.reporters import chosen
 from rankpo_fast.train.resume import check_same, find_checkpoint, native_backend, settings_of
 from rankpo_fast.train.texts import Texts
 
@@ -67,7 +67,7 @@ class Run:
         *replay: ReplayConfig,
     ) -> "Run":
         """Evaluation data, output directory and checkpoint; InputError if one will not do."""
-        check_report_to(training.report_to)
+        chosen(training.report_to)
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
         configs = (model, data, *replay, loss, training, compute)
@@ -144,6 +144,8 @@ class Run:
             "losses": "Triton and cuBLAS" if self.device.type == "cuda" else native_backend(),
             "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
         }
+        if reporters := chosen(self.training.report_to):
+            lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
         self.ranks.say(f"rankpo-fast {self.stage}")
