@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast.config import TrainingConfig
-from rankpo_fast.data.files import flush_to_disk, whole_file
+from rankpo_fast.data.files import disk_errors, flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
@@ -85,7 +85,8 @@ def save_model(path: Path, encoder: Encoder) -> None:
     temporary = path / MODEL_ON_ITS_WAY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        encoder.save(temporary)
+        with disk_errors(temporary):
+            encoder.save(temporary)
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
@@ -124,7 +125,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("program") == PROGRAM else None
+    ours = isinstance(record, dict) and record.get("program") == PROGRAM
+    return record if ours and isinstance(record.get("settings", {}), dict) else None
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

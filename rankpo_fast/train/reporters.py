@@ -179,7 +179,7 @@ class Trackio:
         import trackio
 
         self._run = trackio.init(
-            project=about.project, name=about.name, config=dict(about.settings), embed=False
+            project=about.project, name=about.name, config=dict(about.settings)
         )
 
     def write(self, step: int, line: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ import torch
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import find_directory
-from rankpo_fast.paths import MODELS, model_files
+from rankpo_fast.paths import MODELS, inputs, model_files
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
@@ -31,7 +31,8 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 TRAINED_ON = ("train_data", "replay_data")
 CONTENT = "content of "
-ARITHMETIC = "arithmetic"  # may change, but then sums are rounded otherwise
+# Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
+NAMES, ARITHMETIC = "read", "arithmetic"
 
 
 def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
@@ -42,6 +43,9 @@ def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
     """
     settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
     settings[ARITHMETIC] = _arithmetic(ranks.device)
+    settings[NAMES] = {}
+    for flag, name in inputs(*configs):
+        settings[NAMES].setdefault(flag, []).append(name)
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
@@ -90,7 +94,7 @@ def find_checkpoint(
 
 def check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """InputError that names every setting which differs, and of a model the files."""
-    names = [name for name in dict.fromkeys([*was, *now]) if name != ARITHMETIC]
+    names = [name for name in dict.fromkeys([*was, *now]) if name not in (NAMES, ARITHMETIC)]
     changed = [_change(name, was.get(name), now.get(name)) for name in names]
     changed = [f"  {change}" for change in changed if change is not None]
     if f"--{MODELS[0]}" in was:
@@ -129,9 +133,12 @@ def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
     """The sha256 of each file that makes the model, or the tokenizer, at its place there."""
     directory = find_directory(name, flag, weights=weights)
     files = [file for file in model_files(directory) if weights or ".safetensors" not in file.name]
-    with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
-        digests = pool.map(_digest, [directory / file for file in files])
-        return dict(zip([file.as_posix() for file in files], digests, strict=True))
+    try:
+        with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
+            digests = pool.map(_digest, [directory / file for file in files])
+            return dict(zip([file.as_posix() for file in files], digests, strict=True))
+    except OSError as error:
+        raise InputError(f"{flag} {name}: cannot be read: {error}") from error
 
 
 def _digest(path: Path) -> str:
