@@ -20,11 +20,10 @@ from typing import Any
 from rankpo_fast import config as configs
 from rankpo_fast.errors import InputError, NotFiniteVectors
 from rankpo_fast.flags import closest, parse
-from rankpo_fast.paths import check_writable, lies_in
+from rankpo_fast.paths import DATA, check_output
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode")  # the commands for torchrun
-DATA = ("train_data", "replay_data", "query_data", "corpus_data", "preference_data", "input")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +75,10 @@ def _run(argv: list[str]) -> int:
         if _is_first_rank():
             raise
         return BAD_INPUT
+    if not sys.stderr.isatty():  # a log takes lines, no bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         command.run(*settings)
     except NotFiniteVectors as error:  # which all ranks raise
@@ -134,14 +137,9 @@ def _evaluate(
     from rankpo_fast.commands.evaluate import run_evaluation
 
     _check_cache(compute)
-    inputs = (
-        evaluation.query_data,
-        evaluation.corpus_data,
-        *(evaluation.preference_data or []),
-    )
     for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
         if path is not None:
-            _check_output(flag, path, *inputs)
+            check_output(flag, path, model, evaluation)
     run_evaluation(model, evaluation, output, compute)
 
 
@@ -151,7 +149,7 @@ def _encode(
     from rankpo_fast.commands.encode import run_encoding
 
     _check_cache(compute)
-    _check_output("--output", config.output, config.input)
+    check_output("--output", config.output, model, config)
     run_encoding(model, config, compute)
 
 
@@ -165,7 +163,7 @@ def _mine(
 
     device = compute.torch_device()
     _check_cache(compute)
-    _check_output("--output_file", config.output_file, *config.train_data, config.corpus_data)
+    check_output("--output_file", config.output_file, model, config)
     rows = read_contrastive(config.train_data)
     if config.corpus_data is not None:
         corpus = read_texts(config.corpus_data, "text")
@@ -191,15 +189,10 @@ def _mine(
     print(f"{len(mined):,} rows with {negatives:,} negatives in {config.output_file}")
 
 
-def _check_output(flag: str, path: str, *inputs: str | None) -> None:
-    """Refuse what cannot be written, and what is one of the inputs or lies in a directory of it."""
-    check_writable(flag, path)
-    if any(name is not None and lies_in(path, name) for name in inputs):
-        raise InputError(f"{flag} {path} is also read: choose another name")
-
-
 def _check_cache(compute: configs.ComputeConfig) -> None:
-    check_writable("--cache_dir", compute.cache_path, directory=True)
+    from rankpo_fast.data.cache import check_cache
+
+    check_cache(compute)
 
 
 @dataclass(frozen=True)

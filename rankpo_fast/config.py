@@ -18,6 +18,7 @@ from rankpo_fast.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+REPORTERS = ("tensorboard", "wandb", "trackio", "mlflow")
 PAPER_SPECIAL_TOKENS = [
     "<keyword>", "</keyword>", "<title>", "</title>", "<abstract>", "</abstract>", "<sep>",
 ]  # fmt: skip
@@ -313,16 +314,20 @@ class TrainingConfig:
         None, nargs="?", const="newest", metavar="CHECKPOINT",
     )  # fmt: skip
     overwrite_output_dir: bool = _flag("Delete the earlier run that is there.", False)
-    report_to: Literal["none", "tensorboard", "wandb"] = _flag(
-        "Also send the metrics there.", "none"
-    )
+    report_to: list[str] = _flag(
+        "Also send the metrics there: tensorboard, wandb, trackio, mlflow, several of them, all "
+        "that are installed (all), or none.", ["none"]
+    )  # fmt: skip
+    project: str | None = _flag("Of wandb, trackio, mlflow. [rankpo-fast]", None)
+    run_name: str | None = _flag("Of the run in --report_to. [that of --output_dir]", None)
     profile_steps: int = _flag(
         "Say where the time of so many steps goes, after 4 more; their trace is in profile/.", 0
     )
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_names(self, "output_dir", "resume")
+        _check_names(self, "output_dir", "resume", "project", "run_name")
+        self._check_reporters()
         _check_above(self, 0, "num_train_epochs", "learning_rate", "adam_epsilon")
         _check_at_least(
             self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
@@ -335,6 +340,18 @@ class TrainingConfig:
             _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
         if self.resume is not None and self.overwrite_output_dir:
             raise InputError("--resume and --overwrite_output_dir contradict each other: give one")
+
+    def _check_reporters(self) -> None:
+        given = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        object.__setattr__(self, "report_to", given)
+        known = len(set(given)) == len(given) > 0 and {*given} <= {*REPORTERS, "none", "all"}
+        known = known and (len(given) == 1 or {"none", "all"}.isdisjoint(given))
+        _require(self, "report_to", f"none, all, or some of {', '.join(REPORTERS)}", known)
+        for name, takers in {"project": REPORTERS[1:], "run_name": REPORTERS}.items():
+            if getattr(self, name) is not None and {"all", *takers}.isdisjoint(given):
+                raise InputError(f"--{name} needs --report_to, one of {', '.join(takers)}")
+        plain = self.run_name is None or Path(self.run_name).name == self.run_name
+        _require(self, "run_name", "a name without / in it", plain)
 
 
 @dataclass(frozen=True)
@@ -389,14 +406,17 @@ class ComputeConfig:
         metavar="TOKENS",
     )  # fmt: skip
     cache_dir: str = _flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
+    no_cache: bool = _flag("Keep neither, and read none that was kept.", False)
 
     def __post_init__(self) -> None:
         _check_names(self, "device", "cache_dir")
         _check_at_least(self, 1, "max_tokens_per_micro_batch")
 
     @property
-    def cache_path(self) -> Path:
-        return Path(os.path.expanduser(self.cache_dir))  # Path's own raises for an unknown ~user
+    def cache_path(self) -> Path | None:
+        """None: nothing is kept, with --no_cache or where ~ is nobody's home."""
+        path = os.path.expanduser(self.cache_dir)  # Path's own raises for an unknown ~user
+        return None if self.no_cache or path.startswith("~") else Path(path)
 
     def torch_device(self) -> "torch.device":
         """The device to compute on; InputError where there is no such device."""

@@ -1,10 +1,24 @@
-"""Whether a path can be written to, asked before hours of work instead of after them."""
+"""Whether a path can be written to, asked before hours of work instead of after them.
+
+What is read must not be written over: a path is known by where links lead, and a file by its inode.
+"""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rankpo_fast.errors import InputError
 
+# Settings whose values are files or directories that are read; those of models may be hub names.
+MODELS = ("model_name_or_path", "tokenizer_name", "reference_model_name_or_path")
+DATA = ("train_data", "replay_data", "query_data", "corpus_data", "preference_data", "input")
+# What in a model's directory decides its vectors; others keep figures and notes there.
+MODEL_FILES = (
+    "*config*.json", "modules.json", "rankpo_fast.json", "*.safetensors",
+    "*.safetensors.index.json", "token*.json", "vocab.*", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
 TEMPORARY = len(".") + len(".01234567.tmp")  # bytes that `whole_file` adds to a name
 
 
@@ -19,7 +33,7 @@ def check_writable(flag: str, path: str | Path, *, directory: bool = False) -> N
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # ValueError: a NUL byte
-        raise InputError(f"{flag} {str(path)!r} cannot be written: {_reason(error)}") from None
+        raise InputError(f"{flag} {str(path)!r} cannot be written: {reason(error)}") from None
     if path.is_symlink() and not path.exists():
         raise InputError(f"{flag} {path} is a symbolic link to nothing")
     if directory and path.exists() and not path.is_dir():
@@ -39,10 +53,64 @@ def check_writable(flag: str, path: str | Path, *, directory: bool = False) -> N
         raise InputError(f"{flag} {path} cannot be written: a name of more than {limit} bytes")
 
 
+def check_output(flag: str, path: str | Path, *configs: Any) -> None:
+    """`check_writable`, and InputError where that would write over what the settings read."""
+    check_writable(flag, path)
+    for read_by, name in inputs(*configs):
+        if any(same_file(path, file) for file in files_read(read_by, name)):
+            raise InputError(f"{flag} {path} is also read ({read_by} {name}): choose another name")
+        inside = Path(name).is_dir() and lies_in(path, name)
+        if inside and read_by not in map(_flag, MODELS):
+            raise InputError(f"{flag} {path} is also read, as part of {read_by} {name}: choose "
+                             f"another name")  # fmt: skip
+
+
+def inputs(*configs: Any) -> Iterator[tuple[str, str]]:
+    """Flag and value of each setting that is read."""
+    for config in configs:
+        for name in (*MODELS, *DATA):
+            value = getattr(config, name, None)
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None:
+                    yield _flag(name), each
+
+
+def files_read(flag: str, name: str) -> list[Path]:
+    """`name` itself, and of a directory the files in it that are read."""
+    path = Path(os.path.expanduser(name))
+    if flag in map(_flag, MODELS):
+        return [path, *(path / file for file in model_files(path))]
+    return [path, *path.glob("*"), *path.glob("*/*")]
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files that make a model, its modules' in their folders, relative to `directory`."""
+    found = {
+        file.relative_to(directory)
+        for pattern in MODEL_FILES
+        for place in (pattern, f"*/{pattern}")
+        for file in directory.glob(place)
+    }
+    return sorted(file for file in found if file.parts[0] not in ("onnx", "openvino"))
+
+
+def same_file(path: str | Path, other: str | Path) -> bool:
+    """Whether both are one file, by whatever names or links."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one of them is not there
+        return Path(path).resolve() == Path(other).resolve()
+
+
 def lies_in(path: str | Path, directory: str | Path) -> bool:
     """Whether `path` is `directory`, or inside it, once links are followed."""
     return Path(path).resolve().is_relative_to(Path(directory).resolve())
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What the system says, without the path that a message names itself."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def _flag(name: str) -> str:
+    return f"--{name}"

@@ -1,10 +1,18 @@
-"""Files that are either whole or not there: temporary file beside them, fsync, rename."""
+"""Files that are either whole or not there: temporary file beside them, fsync, rename.
+
+Tensors too: what safetensors raises over a full disk or a broken file becomes an OSError here.
+"""
 
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @contextmanager
@@ -36,3 +44,39 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise as OSError, naming `path`, what safetensors raises inside over a disk or a file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def save_tensors(
+    tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; OSError where the disk refuses."""
+    from safetensors.torch import save_file
+
+    with disk_errors(path):
+        save_file(tensors, path, metadata)
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """Read a safetensors file; OSError where there is none, or it is not whole."""
+    from safetensors.torch import load_file
+
+    with disk_errors(path):
+        return load_file(path)
+
+
+def tensor_bytes(tensor: "Tensor") -> "np.ndarray":
+    """All bytes of a tensor of any dtype and device, for a hash."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -8,22 +8,20 @@ import hashlib
 import itertools
 import json
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from rankpo_fast.data.files import whole_file
+from rankpo_fast.data.cache import cached
 from rankpo_fast.errors import InputError
+from rankpo_fast.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +81,7 @@ def tokenize(
     """Give `prefix + text` to the tokenizer, cut to `max_length` tokens as it does that itself.
 
     So special tokens at the end survive, and other libraries see the same ids. With `cache_dir`
-    the table is kept there and found again for the same texts, tokenizer, length and prefix; a
-    damaged cache file is made anew, with a warning.
+    the table is kept there and found again for the same texts, tokenizer, length and prefix.
 
     Raises:
         InputError: no room for text beside the special tokens and the prefix, or a text without
@@ -105,20 +102,22 @@ def tokenize(
             )
     if cache_dir is None:
         return _tokenize(texts, tokenizer, max_length, prefix)
-    key = _cache_key(texts, tokenizer, max_length, prefix)
-    path = Path(cache_dir) / f"tokens-{key[:32]}.safetensors"
-    table = _read_cache(path, key)
-    if table is None:
+
+    def make() -> dict[str, Tensor]:
         table = _tokenize(texts, tokenizer, max_length, prefix)
-        _write_cache(path, key, table)
-    return table
+        truncated = torch.tensor(table.truncated)
+        return {"ids": table.ids, "offsets": table.offsets, "truncated": truncated}
+
+    find_key = partial(_cache_key, texts, tokenizer, max_length, prefix)
+    kept = cached(cache_dir, "tokens", find_key, make)
+    return TokenTable(kept["ids"], kept["offsets"], int(kept["truncated"]))
 
 
 def _tokenize(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, prefix: str
 ) -> TokenTable:
     ids, lengths, truncated = [np.empty(0, np.int32)], [], 0
-    with tqdm(total=len(texts), desc="tokenising", unit="text", delay=2) as progress:
+    with progress("tokenising", len(texts), "text") as advance:
         for start in range(0, len(texts), SLICE):
             part = [prefix + text for text in texts[start : start + SLICE]]
             part_ids, part_truncated = _encode(part, tokenizer, max_length)
@@ -128,7 +127,7 @@ def _tokenize(
             lengths += map(len, part_ids)
             ids.append(np.fromiter(chain.from_iterable(part_ids), np.int32))
             truncated += part_truncated
-            progress.update(len(part))
+            advance(len(part))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return TokenTable(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets), truncated)
 
@@ -147,7 +146,7 @@ def _encode(
     return ids, sum(len(tokens) > max_length for tokens in whole)
 
 
-# --- the cache ---
+# --- what a table follows from ---
 
 
 def _cache_key(
@@ -181,35 +180,3 @@ def _add(digest: "hashlib._Hash", data: bytes) -> None:
     """Length first, so that no two sequences of parts hash alike."""
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
-
-
-def _content_hash(key: str, table: TokenTable) -> str:
-    digest = hashlib.sha256(f"{key} {table.truncated} {len(table)} ".encode())
-    digest.update(table.offsets.numpy())
-    digest.update(table.ids.numpy())
-    return digest.hexdigest()
-
-
-def _write_cache(path: Path, key: str, table: TokenTable) -> None:
-    metadata = {"truncated": str(table.truncated), "sha256": _content_hash(key, table)}
-    with whole_file(path) as temporary:
-        save_file({"ids": table.ids, "offsets": table.offsets}, temporary, metadata)
-
-
-def _read_cache(path: Path, key: str) -> TokenTable | None:
-    """The table kept at `path`; None if there is none, or with a warning if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            table = TokenTable(
-                file.get_tensor("ids"), file.get_tensor("offsets"), int(metadata["truncated"])
-            )
-        if metadata["sha256"] == _content_hash(key, table):
-            return table
-        damage = "its checksum does not match"
-    except (SafetensorError, KeyError, ValueError) as error:
-        damage = str(error)
-    warnings.warn(f"{path}: damaged cache file, tokenising anew ({damage})", stacklevel=3)
-    return None

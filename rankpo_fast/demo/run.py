@@ -31,6 +31,8 @@ from rankpo_fast.demo.steps import (
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import parse
+from rankpo_fast.paths import check_writable
+from rankpo_fast.train.lock import LOCK, held
 
 LABELS = {
     UNTRAINED: "untrained",
@@ -79,9 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Make the world, train, measure, draw; prints the table, returns what metrics.json holds."""
+    """Make the world, train, measure, draw; prints the table, returns what metrics.json holds.
+
+    Raises InputError where the directory holds something else, or another demo is at it.
+    """
+    path = Path(config.output_dir)
+    _check(path)
+    with held(path, "--output_dir"):
+        return _run_demo(path, config)
+
+
+def _run_demo(path: Path, config: DemoConfig) -> dict[str, Any]:
+    for name in RESULTS:  # of an earlier demo
+        (path / name).unlink(missing_ok=True)
     began, began_cpu = time.perf_counter(), time.process_time()
-    demo = Demo(_claim(Path(config.output_dir)), config.seed, QUICK if config.quick else FULL)
+    demo = Demo(path, config.seed, QUICK if config.quick else FULL)
     _say("1/6  the world: jobs, talents, and rules that say who fits whom")
     demo.make_world()
     job, talent = demo.example()
@@ -129,18 +143,14 @@ def _report(demo: Demo, metrics: dict[str, Any]) -> None:
     print(f"{metrics['seconds']:.0f} s, {metrics['cpu_seconds']:.0f} s of CPU time: {picture}")
 
 
-def _claim(path: Path) -> Path:
-    """`path`, cleared of an earlier demo; InputError if it is a file or holds something else."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--output_dir {path} is a file")
+def _check(path: Path) -> None:
+    """InputError unless a demo can be written there, or was."""
+    check_writable("--output_dir", path, directory=True)
     there = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    foreign = sorted(there - {*RESULTS, *FOLDERS})
+    foreign = sorted(there - {*RESULTS, *FOLDERS, LOCK})
     if foreign:
         names = ", ".join(foreign[:5])
         raise InputError(f"--output_dir {path} holds something else ({names}): choose another")
-    for name in RESULTS:
-        (path / name).unlink(missing_ok=True)
-    return path
 
 
 def _table(metrics: dict[str, Any]) -> str:

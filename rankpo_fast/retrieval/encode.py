@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from rankpo_fast.data.packing import pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import NotFiniteVectors
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.progress import progress as shown
 from rankpo_fast.train.ranks import ALONE, Ranks, deal
 
 ROWS = 16384  # of vectors that travel at once
@@ -35,7 +35,7 @@ def encode_texts(
     Args:
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
-        progress: label of a progress bar on stderr; None for none.
+        progress: label of what is said of it on stderr; None for nothing.
         texts: those of the table, which an error names.
 
     Raises:
@@ -50,13 +50,13 @@ def encode_texts(
     norms, place = [torch.empty(0, device=encoder.device)], 0  # of vectors made, on the device
     training = encoder.training
     encoder.eval()
-    with tqdm(total=len(own), desc=progress, unit="text", disable=progress is None) as bar:
+    with shown(progress, len(own), "text") as advance:
         for batch in shares[ranks.rank]:
             made = _encode(encoder, table, batch)
             norms.append(made.norm(dim=1))
             vectors[rows[place : place + len(batch)]] = made.cpu()
             place += len(batch)
-            bar.update(len(batch))
+            advance(len(batch))
     encoder.train(training)
     _check(encoder, own, torch.cat(norms).cpu(), len(table), texts, ranks)
     for rank, ids in enumerate(text_ids[1:], 1):

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import flush_to_disk
+from rankpo_fast.data.files import flush_to_disk, load_tensors, save_tensors
 from rankpo_fast.errors import InputError
 from rankpo_fast.train.ranks import ALONE, Ranks
 
@@ -65,14 +66,14 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
     temporary.mkdir(parents=True)
     try:
-        save_file(_weights(model), temporary / WEIGHTS)
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        save_tensors(_weights(model), temporary / WEIGHTS)
+        save_tensors(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
         tensors = {
             f"{rank}/{name}": tensor
             for rank, (of_rank, _) in enumerate(states)
             for name, tensor in load(of_rank).items()
         }
-        save_file(tensors, temporary / RANDOM)
+        save_tensors(tensors, temporary / RANDOM)
         numbers = [of_rank for _, of_rank in states]
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
@@ -95,11 +96,22 @@ def read(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
         changed = [name for name in FILES if _sha256(path / name) != manifest[name]]
         state = json.loads((path / STATE).read_text())
-        checkpoint = Checkpoint(path, state["step"], state["settings"], state["max_tokens"])
+        checkpoint = Checkpoint(
+            path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a complete checkpoint ({error})") from error
+        raise InputError(
+            f"{path}: not a complete checkpoint ({error}); there should be {MANIFEST} and what it "
+            f"names, as in OUTPUT_DIR/checkpoints/step-00000100"
+        ) from error
     if changed:
         raise InputError(f"{path}: {', '.join(changed)} damaged since written (sha256 differs)")
+    for name in (WEIGHTS, OPTIMIZER, RANDOM):
+        try:
+            with safe_open(path / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path / name}: cannot be read ({error})") from error
     return checkpoint
 
 
@@ -116,18 +128,51 @@ def newest(directory: Path) -> Checkpoint | None:
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
 ) -> None:
-    """Put model, optimizer and random generators where they were when it was written."""
-    weights = load_file(checkpoint.path / WEIGHTS)
+    """Put model, optimizer and random generators where they were when it was written.
+
+    Raises:
+        InputError: what is there is not of this model; the message names the tensor.
+    """
+    weights, moments, states = (_load(checkpoint.path / n) for n in (WEIGHTS, OPTIMIZER, RANDOM))
     own = _weights(model)
-    assert weights.keys() == own.keys(), "the settings agree, so the parameters must"
+    _check_shapes(checkpoint.path / WEIGHTS, weights, own)
+    _check_moments(checkpoint.path / OPTIMIZER, moments, dict(model.named_parameters()))
+    states = {name: states.get(f"{ranks.rank}/{name}") for name in _random_tensors(ranks.device)}
+    _check_shapes(checkpoint.path / RANDOM, states, _random_tensors(ranks.device))
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    _restore_optimizer(model, optimizer, load_file(checkpoint.path / OPTIMIZER))
-    numbers = json.loads((checkpoint.path / STATE).read_text())["random"][ranks.rank]
-    states = load_file(checkpoint.path / RANDOM).items()
-    own = {name.removeprefix(f"{ranks.rank}/"): state for name, state in states}
-    _restore_random(own, numbers, ranks.device)
+    _restore_optimizer(model, optimizer, moments)
+    try:
+        numbers = json.loads((checkpoint.path / STATE).read_text())["random"][ranks.rank]
+        _restore_random(states, numbers, ranks.device)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{checkpoint.path / STATE}: no random states ({error!r})") from error
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error}") from error
+
+
+def _check_shapes(path: Path, there: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name in sorted({*there, *wanted}):
+        got, should = (_shape(tensors.get(name)) for tensors in (there, wanted))
+        if got != should:
+            raise InputError(f"{path}: {name} is {got}, should be {should} (of another model?)")
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "not there" if tensor is None else f"of shape {tuple(tensor.shape)}"
+
+
+def _check_moments(path: Path, there: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """Of each parameter tensors of its shape, and numbers."""
+    wanted = {key: parameters.get(key.rpartition("/")[0]) for key in there}
+    wanted = {key: t if there[key].ndim or t is None else there[key] for key, t in wanted.items()}
+    _check_shapes(path, there, wanted)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -160,12 +205,17 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # moves to the devices
 
 
-def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys)}
+def _random_tensors(device: torch.device) -> dict[str, Tensor]:
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1])}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return pack(tensors), {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+    return tensors
+
+
+def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
+    kind, _, position, has_gauss, gauss = np.random.get_state()
+    numbers = {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+    return pack(_random_tensors(device)), numbers
 
 
 def _restore_random(

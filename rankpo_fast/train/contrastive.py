@@ -23,6 +23,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.output import claimed
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import BatchLoss, Objective, summed
@@ -43,7 +44,7 @@ def train_contrastive(
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
-    with Ranks.joined(compute) as ranks:
+    with Ranks.joined(compute) as ranks, claimed(training, ranks):
         with ranks.first_ahead():
             rows = training.per_device_train_batch_size * ranks.size
             batches = read_batches(

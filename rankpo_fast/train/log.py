@@ -1,9 +1,8 @@
-"""What a run says while it goes: metrics.jsonl, the progress bar, tensorboard or wandb.
+"""What a run says while it goes: metrics.jsonl, its reporters, a bar or lines for the user.
 
 Numbers of a step are read when they have come to the host, on a card a step later: nothing waits.
 """
 
-import importlib.util
 import json
 import os
 import resource
@@ -12,6 +11,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import whole_file
-from rankpo_fast.errors import InputError
+from rankpo_fast.progress import BAR, duration, on_terminal
+from rankpo_fast.train.reporters import About, Reporters, chosen
 from rankpo_fast.train.step import StepResult
 
 
@@ -61,8 +62,11 @@ class MetricsLog:
         self._path = Path(os.devnull) if silent else directory / "metrics.jsonl"
         self._every, self._total_steps = config.logging_steps, total_steps
         self._first_step = first_step
-        kind = None if silent else REPORTERS.get(config.report_to)
-        self._reporter = None if kind is None else kind(directory, settings)
+        self._lines = not silent and not on_terminal()
+        about = About(directory, config.project or "rankpo-fast", config.run_name, settings)
+        self._reporters = Reporters([] if silent else chosen(config.report_to), about)
+        self._stack = ExitStack()
+        self._began: float | None = None  # of the first step, in seconds
         self._unread: deque[tuple[int, float, StepResult]] = deque()
         self._records: list[StepRecord] = []  # since the last line
         self._last_read = 0.0
@@ -70,18 +74,18 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         if not self._silent:
             _drop_lines_after(self._path, self._first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._bar = tqdm(
-            total=self._total_steps, initial=self._first_step, desc="training", unit="step",
-            dynamic_ncols=True, disable=self._silent,
-        )  # fmt: skip
+        with self._stack as stack:
+            self._file = stack.enter_context(self._path.open("a", encoding="utf-8"))
+            self._bar = stack.enter_context(tqdm(
+                total=self._total_steps, initial=self._first_step, desc="training", unit="step",
+                dynamic_ncols=True, bar_format=BAR, disable=self._silent or self._lines,
+            ))  # fmt: skip
+            stack.enter_context(self._reporters)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._file.close()
-        if self._reporter is not None:
-            self._reporter.close()
+        self._stack.close()
 
     def step(self, step: int, epoch: float, result: StepResult) -> None:
         """Raises FloatingPointError if the step's numbers, or the last one's, are not finite."""
@@ -108,15 +112,33 @@ class MetricsLog:
         memory, speed = peak_memory(), record.tokens / seconds
         self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB")
         self._bar.update()
-        if step % self._every == 0 or step == self._total_steps:
-            self.write(step, {**_line(self._records), "peak_memory_bytes": memory})
+        self._began = result.began if self._began is None else self._began
+        due = step % self._every == 0 or step == self._total_steps
+        shown = self._lines and (due or step == self._first_step + 1)
+        if not (due or shown):
+            return
+        line = {**_line(self._records), "peak_memory_bytes": memory}
+        if shown:
+            self._print(step, line, now)
+        if due:
+            self.write(step, line)
             self._records = []
+
+    def _print(self, step: int, line: Mapping[str, float], now: float) -> None:
+        """What the bar would show, and of the steps since the last line of metrics.jsonl."""
+        left = (now - self._began) / (step - self._first_step) * (self._total_steps - step)
+        many = len(self._records)
+        self.say(
+            f"step {step:,} of {self._total_steps:,}: loss {line['loss']:.4f}"
+            f"{f' (mean of {many} steps)' if many > 1 else ''}, rate {line['learning_rate']:.2e}, "
+            f"{line['tokens_per_second']:,.0f} tok/s, {line['peak_memory_bytes'] / 2**30:.1f} GiB, "
+            f"{duration(left)} left"
+        )
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        if self._reporter is not None:
-            self._reporter.write(step, line)
+        self._reporters.write(step, line)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         self.write(step, {f"eval/{name}": value for name, value in figures.items()})
@@ -125,7 +147,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """A line to the user that leaves the bar whole."""
         if not self._silent:
-            self._bar.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
 
 def peak_memory() -> int:
@@ -170,39 +192,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
         warnings.warn(f"{path}: dropped damaged lines, {damaged} of them", stacklevel=2)
     with whole_file(path) as temporary:
         temporary.write_bytes(b"".join(kept))
-
-
-def check_report_to(report_to: str) -> None:
-    """InputError unless what --report_to asks for is installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise InputError(f"--report_to {report_to}: it is not installed (pip install {report_to})")
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
-
-    def write(self, step: int, line: Mapping[str, float]) -> None:
-        for name, value in line.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        import wandb
-
-        self._run = wandb.init(project="rankpo-fast", dir=str(directory), config=settings)
-
-    def write(self, step: int, line: Mapping[str, float]) -> None:
-        self._run.log(dict(line), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}

@@ -1,8 +1,9 @@
 """The output directory: whose it is, what may be deleted there, and how the model gets in.
 
-    training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/, at the end the model's
-    files
+    training.json metrics.jsonl checkpoints/ profile/ tensorboard/ wandb/ mlflow/, at the end
+    the model's files
 
+While a run is there, it holds the directory by a lock (train/lock.py).
 training.json makes a directory ours and lists the model's files; config.json is the last of them to
 arrive, so that a directory without it holds no finished model. Nothing else there is ever touched.
 """
@@ -10,22 +11,27 @@ arrive, so that a directory without it holds no finished model. Nothing else the
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.data.files import flush_to_disk, whole_file
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.files import disk_errors, flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.paths import check_writable, lies_in
+from rankpo_fast.paths import check_writable, files_read, lies_in
+from rankpo_fast.train.lock import LOCK, held
+from rankpo_fast.train.ranks import Ranks
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
 WRITTEN_WHILE_TRAINING = (
-    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", MODEL_ON_ITS_WAY,
+    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", "mlflow", MODEL_ON_ITS_WAY,
 )  # fmt: skip
 
 
-def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
+def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
     """InputError unless a run may use --output_dir.
 
     Args:
@@ -34,9 +40,13 @@ def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite:
     """
     check_writable("--output_dir", path, directory=True)
     for flag, name in inputs:
-        if lies_in(name, path) and (Path(name).exists() or lies_in(path, name)):
+        shadowed = lies_in(name, path) and lies_in(path, name)  # a name on the Hub
+        if shadowed or any(
+            file.exists() and lies_in(file, path) for file in files_read(flag, name)
+        ):
             raise InputError(f"{flag} {name} lies in --output_dir {path}: choose another")
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    there = [name for name in there if not name.startswith(LOCK)]
     if there and read_record(path) is None:
         raise InputError(
             f"--output_dir {path} holds something else ({', '.join(there[:5])}): choose another"
@@ -46,6 +56,16 @@ def check(path: Path, inputs: list[tuple[str, str]], *, resume: bool, overwrite:
         raise InputError(
             f"--output_dir {path} holds {state} run: choose another, or --overwrite_output_dir"
         )
+
+
+@contextmanager
+def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """The first rank holds --output_dir inside; InputError, before anything is read, where another
+    run does."""
+    path = Path(training.output_dir)
+    check_writable("--output_dir", path, directory=True)
+    with held(path, "--output_dir") if ranks.first else nullcontext():
+        yield
 
 
 def finished(path: Path) -> bool:
@@ -65,7 +85,8 @@ def save_model(path: Path, encoder: Encoder) -> None:
     temporary = path / MODEL_ON_ITS_WAY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        encoder.save(temporary)
+        with disk_errors(temporary):
+            encoder.save(temporary)
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
@@ -104,7 +125,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("program") == PROGRAM else None
+    ours = isinstance(record, dict) and record.get("program") == PROGRAM
+    return record if ours and isinstance(record.get("settings", {}), dict) else None
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

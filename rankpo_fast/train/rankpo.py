@@ -27,6 +27,7 @@ from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.output import claimed
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
@@ -50,7 +51,7 @@ def train_rankpo(
     again before the model to train is loaded. What is replayed goes through the model beside the
     pairs, batch by batch. Raises InputError for what the user can put right.
     """
-    with Ranks.joined(compute) as ranks:
+    with Ranks.joined(compute) as ranks, claimed(training, ranks):
         with ranks.first_ahead():
             read = partial(read_preferences, use_confidence=data.use_confidence)
             rows, shares = read_shares(read, data.train_data, data.train_data_weights)

@@ -7,18 +7,15 @@ the weights and on pooling and precision; a sha256 of all that names the file in
 import dataclasses
 import gc
 import hashlib
-import warnings
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rankpo_fast.config import ComputeConfig, EncoderConfig, ModelConfig
 from rankpo_fast.data.batches import PreferenceData
-from rankpo_fast.data.files import whole_file
+from rankpo_fast.data.cache import cached
+from rankpo_fast.data.files import tensor_bytes
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
@@ -57,10 +54,8 @@ def reference_similarities(
     encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig
 ) -> Tensor:
     """Similarities [2, rows] fp32 on the CPU: of chosen and of rejected, without dropout."""
-    key = _key(encoder, texts, data)
-    path = compute.cache_path / f"reference-{key[:32]}.safetensors"
-    similarities = _read(path, key)
-    if similarities is None:
+
+    def make() -> dict[str, Tensor]:
         max_tokens = compute.max_tokens_per_micro_batch
         vectors = encode_texts(
             encoder, texts.table, max_tokens=max_tokens, progress="reference",
@@ -68,10 +63,12 @@ def reference_similarities(
         )  # fmt: skip
         parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
         similarities = torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)
-        metadata = {"sha256": _content_hash(key, similarities)}
-        with whole_file(path) as temporary:
-            save_file({"similarities": similarities}, temporary, metadata)
-    return similarities
+        return {"similarities": similarities}
+
+    if compute.cache_path is None:
+        return make()["similarities"]
+    find_key = partial(_key, encoder, texts, data)
+    return cached(compute.cache_path, "reference", find_key, make)["similarities"]
 
 
 def _pairs(texts: Texts, data: PreferenceData) -> Tensor:
@@ -102,29 +99,5 @@ def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:
     digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _content_hash(key: str, similarities: Tensor) -> str:
-    return hashlib.sha256(key.encode() + _bytes(similarities).tobytes()).hexdigest()
-
-
-def _read(path: Path, key: str) -> Tensor | None:
-    """What is kept at `path`; None if there is nothing, or with a warning if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            similarities = file.get_tensor("similarities")
-            if (file.metadata() or {}).get("sha256") == _content_hash(key, similarities):
-                return similarities
-        damage = "its checksum does not match"
-    except SafetensorError as error:
-        damage = str(error)
-    warnings.warn(f"{path}: damaged cache file, computing anew ({damage})", stacklevel=3)
-    return None

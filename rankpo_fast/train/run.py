@@ -1,7 +1,7 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,25 @@ from rankpo_fast.config import (
     ReplayConfig,
     TrainingConfig,
 )
+from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
 from rankpo_fast.data.rows import PreferenceRow, read_preferences
-from rankpo_fast.data.sources import digest
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.paths import check_writable, lies_in
+from rankpo_fast.paths import inputs, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
-from rankpo_fast.train.log import check_report_to
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.ranks import Ranks
+from rankpo_fast.train.reporters import chosen
+from rankpo_fast.train.resume import check_same, find_checkpoint, native_backend, settings_of
 from rankpo_fast.train.texts import Texts
-from rankpo_kernels import native
 
-# What a run that goes on may change: none of it changes a bit of the weights.
-FREE_TO_CHANGE = {
-    "activation_memory_gb", "gradient_checkpointing",
-    "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
-}  # fmt: skip
-MET_FOR = ("save_steps", "eval_steps")  # of these, what ranks must share all the same
-TRAINED_ON = ("train_data", "replay_data")  # files that may move, but not change
-READ = {
-    "model_name_or_path", "tokenizer_name", "reference_model_name_or_path", *TRAINED_ON,
-    "query_data", "corpus_data", "preference_data",
-}  # fmt: skip
+MET_FOR = ("save_steps", "eval_steps")  # may differ from run to run, but not from rank to rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +51,7 @@ class Run:
     ranks: Ranks
     retrieval: RetrievalSet | None
     preferences: list[PreferenceRow] | None
-    settings: dict[str, Any]  # what a resumed run must share
+    settings: dict[str, Any]  # what a resumed run must share; complete when the output opens
     checkpoint: Checkpoint | None
 
     @classmethod
@@ -79,18 +68,17 @@ class Run:
         *replay: ReplayConfig,
     ) -> "Run":
         """Evaluation data, output directory and checkpoint; InputError if one will not do."""
-        check_report_to(training.report_to)
+        chosen(training.report_to)
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
-        inputs = _inputs(model, data, *replay, loss, evaluation)
-        resume, overwrite = training.resume is not None, training.overwrite_output_dir
-        output.check(path, inputs, resume=resume, overwrite=overwrite)
-        check_writable("--cache_dir", cache, directory=True)
-        if lies_in(cache, path):
-            raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
         configs = (model, data, *replay, loss, training, compute)
-        settings = _settings(stage, ranks, configs)
-        checkpoint = _find_checkpoint(training, settings, ranks)
+        resume, overwrite = training.resume is not None, training.overwrite_output_dir
+        output.check(path, inputs(*configs, evaluation), resume=resume, overwrite=overwrite)
+        check_cache(compute)
+        if cache is not None and lies_in(cache, path):
+            raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
+        settings = settings_of(stage, ranks, configs)
+        checkpoint = find_checkpoint(training, settings, ranks)
         return cls(
             stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
             checkpoint,
@@ -154,9 +142,11 @@ class Run:
             f"{settings.pooling} pooling, up to {lengths} tokens",
             "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}"
             + (f", on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
-            "losses": _backend(self.device),
+            "losses": "Triton and cuBLAS" if self.device.type == "cuda" else native_backend(),
             "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
         }
+        if reporters := chosen(self.training.report_to):
+            lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
         self.ranks.say(f"rankpo-fast {self.stage}")
@@ -174,7 +164,7 @@ class Run:
         })  # fmt: skip
         if self.ranks.first:
             for rank, theirs in enumerate(told):
-                _check_same(f"rank {rank} of {len(told)}", theirs, told[0])
+                check_same(f"rank {rank} of {len(told)}", theirs, told[0])
         self.ranks.meet()
 
     def open_output(self) -> None:
@@ -229,74 +219,6 @@ def read_evaluation_data(
     if config.preference_data is not None:
         preferences = read_preferences(config.preference_data)
     return retrieval, preferences
-
-
-def _inputs(*configs: Any) -> list[tuple[str, str]]:
-    """Flag and value of each path, or name of a model, that is read."""
-    inputs = []
-    for config in configs:
-        for name in sorted(READ & asdict(config).keys()):
-            value = getattr(config, name)
-            paths = value if isinstance(value, list) else [value]
-            inputs += [(f"--{name}", path) for path in paths if path is not None]
-    return inputs
-
-
-def _settings(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
-    settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
-    for config in configs:
-        for name, value in asdict(config).items():
-            if name in TRAINED_ON:
-                settings[f"content of --{name}"] = [digest(path) for path in value]
-            elif name not in FREE_TO_CHANGE:
-                settings[f"--{name}"] = value
-    return settings
-
-
-def _find_checkpoint(
-    training: TrainingConfig, settings: dict[str, Any], ranks: Ranks
-) -> Checkpoint | None:
-    """The one to go on from; InputError if it, or the run there, was made under other settings."""
-    if training.resume is None:
-        return None
-    path = Path(training.output_dir)
-    record = output.read_record(path) or {}
-    _check_same(f"--resume: {path}", record.get("settings", settings), settings)
-    if output.finished(path):
-        return None
-    if training.resume == "newest":
-        directory = path / output.CHECKPOINTS
-        checkpoint = checkpoints.newest(directory)
-        if checkpoint is None:
-            ranks.say(
-                f"--resume: no complete checkpoint in {directory}, starting from the beginning"
-            )
-            return None
-    else:
-        checkpoint = checkpoints.read(Path(training.resume))
-    _check_same(f"--resume: {checkpoint.path}", checkpoint.settings, settings)
-    return checkpoint
-
-
-def _check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
-    names = dict.fromkeys([*was, *now])
-    changed = [
-        f"  {name} was {was.get(name)}, is {now.get(name)}"
-        for name in names
-        if was.get(name) != now.get(name)
-    ]
-    if changed:
-        lines = "\n".join(changed)
-        raise InputError(f"{what} has other settings:\n{lines}")
-
-
-def _backend(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "Triton and cuBLAS"
-    library = native.library()
-    return (
-        "in torch" if library is None else f"native ({library.rankpo_instruction_set().decode()})"
-    )
 
 
 def _name(device: torch.device) -> str:

@@ -158,37 +158,6 @@ def test_another_input_is_another_cache_entry(tokenizer, tmp_path, change):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def damage_a_bit(data):
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-def damage_the_count(data):
-    return data.replace(b'"truncated":"2"', b'"truncated":"3"')
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(damage_a_bit, id="flipped-bit"),
-        pytest.param(damage_the_count, id="other-count"),
-        pytest.param(lambda data: data[:-7], id="cut-off"),
-        pytest.param(lambda data: b"", id="empty"),
-        pytest.param(lambda data: b"\xff" * 64, id="noise"),
-        pytest.param(lambda data: data.replace(b"sha256", b"sha999"), id="no-checksum"),
-    ],
-)
-def test_damaged_cache_is_made_anew_with_a_warning(tokenizer, tmp_path, count_calls, damage):
-    first = tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    assert damage(whole) != whole
-    path.write_bytes(damage(whole))
-    with pytest.warns(UserWarning, match=f"{path.name}: damaged cache file"):
-        assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
-    assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), first)
-    assert len(count_calls) == 2
-
-
 # --- joined tables ---
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,26 @@ def test_metrics_are_means_over_steps_and_batches(tmp_path):
     assert [line["step"] for line in lines] == [2, 3]
     assert [line["number"] for line in lines] == [3.5, 9.5]
     assert [line["loss"] for line in lines] == [3.5, 9.5]
+
+
+def test_without_a_terminal_there_are_lines_and_no_bar(tmp_path, capsys):
+    """The first step, every logging step, the last; a loss of several steps says so."""
+    toy_run(tmp_path, lambda batch: (torch.tensor(float(batch.index)), torch.ones(()), {}),
+            logging_steps=2, gradient_accumulation_steps=1)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "\r" not in said and "|" not in said
+    losses = re.findall(r"step (\d) of 3: loss (\S+?)( \(mean of \d steps\))?,", said)
+    assert losses == [("1", "0.0000", ""), ("2", "0.5000", " (mean of 2 steps)"),
+                      ("3", "2.0000", "")]  # fmt: skip
+    for line in said.splitlines():
+        assert re.search(r"rate \S+e-\d+, [\d,]+ tok/s, [\d.]+ GiB, \d:\d\d:\d\d left$", line), line
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rankpo_fast.train.log.on_terminal", lambda: True)
+    toy_run(tmp_path, lambda batch: (torch.ones(()), torch.ones(()), {}))
+    said = capsys.readouterr().err
+    assert "3/3 steps" in said and "left, loss 1.0000" in said and "step 1 of" not in said
 
 
 # --- the output directory ---

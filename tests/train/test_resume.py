@@ -1,7 +1,9 @@
 """A run can stop anywhere and go on as if it had not; what cannot go on is refused."""
 
+import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -82,6 +85,65 @@ def test_changed_data_is_refused(stopped, tiny_llama_dir, run_stage, contrastive
     changed.write_text(Path(contrastive_file).read_text().split("\n", 1)[1])
     with pytest.raises(InputError, match="content of --train_data"):
         run_stage("contrastive", tiny_llama_dir, "out", resume="newest", train_data=[str(changed)])
+
+
+def test_a_model_that_moved_goes_on_and_files_beside_it_may_change(
+    tiny_llama_dir, run_stage, stopped, tmp_path, monkeypatch
+):
+    """Named by a link, and from another directory, in which paths read otherwise."""
+    stopped()
+    moved = Path(shutil.copytree(tiny_llama_dir, tmp_path / "elsewhere" / "model"))
+    (moved / "figures.json").write_text("{}")
+    (tmp_path / "elsewhere" / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = {"output_dir": "../out", "cache_dir": "cache", "resume": "newest"}
+    output = run_stage("contrastive", "link", "out", **flags)
+    assert (output / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        pytest.param("tokenizer_config.json", b" ", id="tokenizer"),
+        pytest.param("model.safetensors", b"\0", id="weights"),
+        pytest.param("config_sentence_transformers.json", b"{}", id="settings"),
+    ],
+)
+def test_a_changed_model_is_refused_and_its_file_named(
+    file, content, tiny_llama_dir, run_stage, stopped, tmp_path
+):
+    stopped()
+    other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    with (other / file).open("ab") as opened:
+        opened.write(content)
+    with pytest.raises(InputError, match=f"content of --model_name_or_path differs: {file}"):
+        run_stage("contrastive", other, "out", resume="newest")
+
+
+def test_of_a_model_from_scratch_weights_do_not_matter(
+    tiny_llama_dir, run_stage, stopped, tmp_path
+):
+    stopped(from_scratch=True)
+    other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    (other / "model.safetensors").unlink()
+    run_stage("contrastive", other, "out", resume="newest", from_scratch=True)
+
+
+def test_another_arithmetic_is_said_and_goes_on(tiny_llama_dir, run_stage, stopped, monkeypatch):
+    """As where a cluster gives the run another kind of machine."""
+    stopped()
+    monkeypatch.setattr("rankpo_fast.train.resume._arithmetic", lambda device: "another machine")
+    with pytest.warns(UserWarning, match="is by another machine: .* not bit by bit"):
+        run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
+
+
+def test_a_record_with_names_of_models_is_explained(tiny_llama_dir, run_stage, stopped, tmp_path):
+    stopped()
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record["settings"]["--model_name_or_path"] = str(tiny_llama_dir)
+    (tmp_path / "out" / "training.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="an earlier version wrote it"):
+        run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
 
 
 def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsys, tmp_path):
@@ -223,6 +285,14 @@ def truncate(path):
         file.truncate(10)
 
 
+def rewrite(path, name, content):
+    """A file that the manifest vouches for, whatever is in it."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[name] = hashlib.sha256(content).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -232,9 +302,13 @@ def truncate(path):
         lambda path: (path / "manifest.json").unlink(),
         lambda path: (path / "manifest.json").write_text("[]"),
         lambda path: (path / "manifest.json").write_text('{"weights.safetensors": '),
+        lambda path: rewrite(path, "weights.safetensors", b"\xff" * 64),
+        lambda path: rewrite(path, "optimizer.safetensors", b""),
+        lambda path: rewrite(path, "state.json", b'{"step": 2, "settings": 3, "max_tokens": 1}'),
     ],
-    ids=["flipped-bit", "truncated", "file-gone", "manifest-gone", "no-manifest", "half-manifest"],
-)
+    ids=["flipped-bit", "truncated", "file-gone", "manifest-gone", "no-manifest", "half-manifest",
+         "no-tensors", "empty", "no-settings"],
+)  # fmt: skip
 def test_broken_checkpoint_is_passed_over_and_refused_by_name(damage, two_checkpoints):
     directory, *_ = two_checkpoints
     broken = directory / "step-00000002"
@@ -243,6 +317,51 @@ def test_broken_checkpoint_is_passed_over_and_refused_by_name(damage, two_checkp
         assert checkpoints.newest(directory).step == 1
     with pytest.raises(InputError, match="step-00000002"):
         checkpoints.read(broken)
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("weights", {"0.bias": torch.zeros(4)}, "0.bias is of shape .4,., should be of shape .3,."),
+        ("weights", {"more": torch.zeros(1)}, "more is of shape .1,., should be not there"),
+        ("optimizer", {"0.bias/exp_avg": torch.zeros(2)}, "0.bias/exp_avg is of shape .2,."),
+        ("optimizer", {"more/step": torch.zeros(())}, "more/step is of shape .., should be not"),
+        ("random", {"0/torch": torch.zeros(5, dtype=torch.uint8)}, "torch is of shape .5,."),
+    ],
+)
+def test_tensors_of_another_model_are_named_and_nothing_is_restored(
+    name, change, named, two_checkpoints
+):
+    directory, model, optimizer = two_checkpoints
+    path = directory / "step-00000002"
+    tensors = load_file(path / f"{name}.safetensors") | change
+    rewrite(path, f"{name}.safetensors", safetensors.torch.save(tensors))
+    before = {key: value.clone().zero_() for key, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    with pytest.raises(InputError, match=f"{name}.safetensors: {named}"):
+        checkpoints.restore(checkpoints.read(path), model, optimizer)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_state_without_random_numbers_is_named(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    state = {"step": 2, "settings": {}, "max_tokens": 1, "random": [{"python": [3, [1], None]}]}
+    rewrite(directory / "step-00000002", "state.json", json.dumps(state).encode())
+    with pytest.raises(InputError, match="state.json: no random states"):
+        checkpoints.restore(checkpoints.newest(directory), model, optimizer)
+
+
+def test_a_disk_that_refuses_is_an_os_error(two_checkpoints):
+    """safetensors has an error of its own for it, which nobody expects from a full disk."""
+    directory, model, optimizer = two_checkpoints
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="weights.safetensors: .*File too large"):
+            checkpoints.save(directory, 3, nn.Linear(50, 50), optimizer, {}, 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.newest(directory).step == 2
 
 
 def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints):
@@ -279,7 +398,10 @@ def test_no_checkpoint_file_can_run_code(two_checkpoints):
     assert kinds == {".safetensors", ".json"}
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_dir, contrastive_file, tmp_path):
+def test_sigterm_finishes_the_step_saves_and_exits_143(
+    tiny_llama_dir, contrastive_file, run_stage, tmp_path
+):
+    """Meanwhile no other run may use its directory, and none takes anything away."""
     output = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "rankpo_fast.cli", "contrastive"),
@@ -292,6 +414,9 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_dir, contrasti
         metrics = output / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
+        for flags in ({"overwrite_output_dir": True}, {"resume": "newest"}):
+            with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+                run_stage("contrastive", "no/such-model", "out", **flags)
         process.terminate()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said

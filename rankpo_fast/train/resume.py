@@ -1,0 +1,162 @@
+"""What a run that goes on must share with the run it goes on from, and where that one stopped.
+
+What was read is compared by content, not by name: data and models may move, or lie behind a link.
+"""
+
+import hashlib
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.sources import digest
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.directories import find_directory
+from rankpo_fast.paths import MODELS, inputs, model_files
+from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train import output
+from rankpo_fast.train.checkpoint import Checkpoint
+from rankpo_fast.train.ranks import Ranks
+from rankpo_kernels import native
+
+# What a run that goes on may change: none of it changes a bit of the weights.
+FREE_TO_CHANGE = {
+    "activation_memory_gb", "gradient_checkpointing",
+    "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "report_to", "project", "run_name", "profile_steps", "cache_dir",
+    "no_cache", "device",
+}  # fmt: skip
+TRAINED_ON = ("train_data", "replay_data")
+CONTENT = "content of "
+# Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
+NAMES, ARITHMETIC = "read", "arithmetic"
+
+
+def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
+    """All that decides the weights, by flag; of files and models the sha256 of their content.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
+    settings[ARITHMETIC] = _arithmetic(ranks.device)
+    settings[NAMES] = {}
+    for flag, name in inputs(*configs):
+        settings[NAMES].setdefault(flag, []).append(name)
+    for config in configs:
+        for name, value in asdict(config).items():
+            if name in TRAINED_ON:
+                settings[_content(name)] = [digest(path) for path in value]
+            elif name in MODELS:
+                if value is not None:
+                    scratch = name == MODELS[0] and config.from_scratch
+                    weights = name != "tokenizer_name" and not scratch
+                    settings[_content(name)] = _model_content(f"--{name}", value, weights)
+            elif name not in FREE_TO_CHANGE:
+                settings[f"--{name}"] = value
+    return settings
+
+
+def find_checkpoint(
+    training: TrainingConfig, settings: dict[str, Any], ranks: Ranks
+) -> Checkpoint | None:
+    """The one to go on from; InputError if it, or the run there, was made under other settings."""
+    if training.resume is None:
+        return None
+    path = Path(training.output_dir)
+    record = output.read_record(path) or {}
+    check_same(f"--resume: {path}", record.get("settings", settings), settings)
+    if output.finished(path):
+        return None
+    if training.resume == "newest":
+        directory = path / output.CHECKPOINTS
+        checkpoint = checkpoints.newest(directory)
+        if checkpoint is None:
+            ranks.say(
+                f"--resume: no complete checkpoint in {directory}, starting from the beginning"
+            )
+            return None
+    else:
+        checkpoint = checkpoints.read(Path(training.resume))
+    check_same(f"--resume: {checkpoint.path}", checkpoint.settings, settings)
+    if checkpoint.settings.get(ARITHMETIC) != settings[ARITHMETIC]:
+        warnings.warn(
+            f"--resume: was computed by {checkpoint.settings.get(ARITHMETIC)}, is by "
+            f"{settings[ARITHMETIC]}: sums are rounded otherwise, so the run goes on, but not bit "
+            f"by bit",
+            stacklevel=2,
+        )
+    return checkpoint
+
+
+def check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError that names every setting which differs, and of a model the files."""
+    names = [name for name in dict.fromkeys([*was, *now]) if name not in (NAMES, ARITHMETIC)]
+    changed = [_change(name, was.get(name), now.get(name)) for name in names]
+    changed = [f"  {change}" for change in changed if change is not None]
+    if f"--{MODELS[0]}" in was:
+        changed = ["  an earlier version wrote it, which recorded names of models, not contents: "
+                   "train anew, or go on with that version"]  # fmt: skip
+    if changed:
+        lines = "\n".join(changed)
+        raise InputError(f"{what} has other settings:\n{lines}")
+
+
+def _change(name: str, was: Any, now: Any) -> str | None:
+    if was == now:
+        return None
+    if not name.startswith(CONTENT):
+        return f"{name} was {was}, is {now}"
+    if was is None or now is None:
+        flag = name.removeprefix(CONTENT)
+        return f"{flag} was {'not ' if was is None else ''}given, is {'not' if was else 'now'}"
+    if isinstance(was, dict):
+        differ = sorted(file for file in {*was, *now} if was.get(file) != now.get(file))
+        return f"{name} differs: {', '.join(differ)}"
+    if len(was) != len(now):
+        return f"{name} differs: {len(was)} files became {len(now)}"
+    differ = [str(i) for i, (a, b) in enumerate(zip(was, now, strict=True), 1) if a != b]
+    return f"{name} differs: file {', '.join(differ)} of {len(now)}"
+
+
+# --- what is recorded ---
+
+
+def _content(name: str) -> str:
+    return f"{CONTENT}--{name}"
+
+
+def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
+    """The sha256 of each file that makes the model, or the tokenizer, at its place there."""
+    directory = find_directory(name, flag, weights=weights)
+    files = [file for file in model_files(directory) if weights or ".safetensors" not in file.name]
+    try:
+        with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
+            digests = pool.map(_digest, [directory / file for file in files])
+            return dict(zip([file.as_posix() for file in files], digests, strict=True))
+    except OSError as error:
+        raise InputError(f"{flag} {name}: cannot be read: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _arithmetic(device: torch.device) -> str:
+    """What decides how sums are rounded."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{native_backend()}, torch with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def native_backend() -> str:
+    """What computes losses on the CPU."""
+    library = native.library()
+    if library is None:
+        return "in torch"
+    return f"native ({library.rankpo_instruction_set().decode()})"
