@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankpo_fast import config as configs
+from rankpo_fast.compatibility.checkpoints import command_lines
+from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import check_writable, lies_in
@@ -51,6 +53,9 @@ def _run(argv: list[str]) -> int:
         print(f"rankpo-fast {__version__}")
         return 0
     name, *flags = argv
+    known = [*COMMANDS, "demo", "bench"]
+    if name not in known:
+        name = _meant(name, known)
     if name not in IN_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"{name} runs in one process, but WORLD_SIZE is > 1: leave out torchrun")
     if name == "demo":
@@ -61,20 +66,29 @@ def _run(argv: list[str]) -> int:
         from rankpo_bench.__main__ import main as bench
 
         return bench(flags)
-    if name not in COMMANDS:
-        known = [*COMMANDS, "demo", "bench"]
-        raise InputError(
-            f"unknown command {name}{closest(name, known)}; there are {', '.join(known)}"
-        )
     command = COMMANDS[name]
     try:
-        settings = parse(name, command.summary, command.settings, flags)
+        lines = command_lines(flags) if name == "evaluate" else [flags]
+        runs = [parse(name, command.summary, command.settings, line) for line in lines]
     except InputError:  # which all ranks raise
         if _is_first_rank():
             raise
         return BAD_INPUT
-    command.run(*settings)
+    for settings in runs:
+        if len(runs) > 1:
+            print(f"{settings[0].model_name_or_path}:")
+        command.run(*settings)
     return 0
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """The command that others call `name`; InputError where there is none, or several."""
+    meant = meant_command(name)
+    if meant is None:
+        there_are = f"there are {', '.join(known)}"
+        raise InputError(f"unknown command {name}{closest(name, known)}; {there_are}")
+    warnings.warn(f"read {name} as {meant}", stacklevel=2)
+    return meant
 
 
 def _fail(error: object, code: int) -> int:
