@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast import config as configs
+from rankpo_fast.compatibility.checkpoints import command_lines
+from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import InputError, NotFiniteVectors
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import DATA, check_output
@@ -53,6 +55,9 @@ def _run(argv: list[str]) -> int:
         print(f"rankpo-fast {__version__}")
         return 0
     name, *flags = argv
+    known = [*COMMANDS, "demo", "bench"]
+    if name not in known:
+        name = _meant(name, known)
     if name not in IN_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"{name} runs in one process, but WORLD_SIZE is > 1: leave out torchrun")
     if name == "demo":
@@ -63,14 +68,10 @@ def _run(argv: list[str]) -> int:
         from rankpo_bench.__main__ import main as bench
 
         return bench(flags)
-    if name not in COMMANDS:
-        known = [*COMMANDS, "demo", "bench"]
-        raise InputError(
-            f"unknown command {name}{closest(name, known)}; there are {', '.join(known)}"
-        )
     command = COMMANDS[name]
     try:
-        settings = parse(name, command.summary, command.settings, flags)
+        lines = command_lines(flags) if name == "evaluate" else [flags]
+        runs = [parse(name, command.summary, command.settings, line) for line in lines]
     except InputError:  # which all ranks raise
         if _is_first_rank():
             raise
@@ -79,13 +80,26 @@ def _run(argv: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    try:
-        command.run(*settings)
-    except NotFiniteVectors as error:  # which all ranks raise
-        if _is_first_rank():
-            raise error.located(_data_files(settings)) from None
-        return BAD_INPUT
+    for settings in runs:
+        if len(runs) > 1:
+            print(f"{settings[0].model_name_or_path}:")
+        try:
+            command.run(*settings)
+        except NotFiniteVectors as error:  # which all ranks raise
+            if _is_first_rank():
+                raise error.located(_data_files(settings)) from None
+            return BAD_INPUT
     return 0
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """The command that others call `name`; InputError where there is none, or several."""
+    meant = meant_command(name)
+    if meant is None:
+        there_are = f"there are {', '.join(known)}"
+        raise InputError(f"unknown command {name}{closest(name, known)}; {there_are}")
+    warnings.warn(f"read {name} as {meant}", stacklevel=2)
+    return meant
 
 
 def _data_files(settings: Sequence[Any]) -> list[Path]:

@@ -1,39 +1,96 @@
-"""Flags and `--config` files -> settings. What does not fit is an InputError that names it."""
+"""Flags and `--config` files -> settings. What does not fit is an InputError that names it.
+
+Both are read in the same steps: names that others use become ours (`compatibility.names`), then
+flags and values that others have and we have not (`compatibility.fates`), then argparse sees what
+is ours. What is not taken as it stands is said.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from rankpo_fast.compatibility.fates import reading
+from rankpo_fast.compatibility.names import alias, hint
+from rankpo_fast.compatibility.rules import Line
 from rankpo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Given:
+    """A setting as it was given: spelled so, by the name that argparse knows, with its values."""
+
+    spelling: str
+    name: str
+    values: list[str]
+
+    def __str__(self) -> str:
+        return " ".join([self.spelling, *self.values])
+
+    def arguments(self) -> list[str]:
+        if len(self.values) == 1:  # which may begin with a dash
+            return [f"--{self.name}={self.values[0]}"]
+        return [f"--{self.name}", *self.values]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where settings are given, and how messages write them there."""
+
+    where: str = ""
+    sign: str = "--"
+    kind: str = "flag"
 
 
 def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) -> tuple[Any, ...]:
     """One object of each of `classes` from the flags of command `name`; --help prints and exits."""
     parser = _parser(name, summary, classes)
-    _check_flags(flags, list(parser._option_string_actions))
-    finder = _Parser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(flags)[0].config
-    of_file = {} if path is None else _flags_of_file(Path(path), _kinds(classes))
-    for flag in flags:  # which win
-        if flag.startswith("--"):
-            of_file.pop(flag[2:].partition("=")[0].replace("-", "_"), None)
-    before = [argument for arguments in of_file.values() for argument in arguments]
+    if {"-h", "--help"} & {*flags}:
+        parser.parse_args(["--help"])
+    options = _options(parser)
+    strays, spelled = split(flags)
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
+    given = _named(spelled, options, Source(), lists)
+    path = " ".join(given.pop("config").values) if "config" in given else None
+    file, in_file = Source(f"--config {path}: ", "", "key"), {}
+    if path is not None:
+        in_file = _given_in_file(Path(path), _kinds(classes), file)
+    in_file = {setting: one for setting, one in in_file.items() if setting not in given}
+    together = {one.name: one.values for one in (in_file | given).values()}
+    line = Line(name, frozenset(options), together)
+    in_file, given = _ours(in_file, line, file), _ours(given, line, Source())
+    arguments = [text for one in (in_file | given).values() for text in one.arguments()]
     try:
         *settings, _, rest = parser.parse_args_into_dataclasses(
-            [*before, *flags], return_remaining_strings=True, look_for_args_file=False
+            [*strays, *arguments], return_remaining_strings=True, look_for_args_file=False
         )
     except InputError as error:
-        if of_file.keys().isdisjoint(re.findall(r"--(\w+)", str(error))):
+        if in_file.keys().isdisjoint(re.findall(r"--(\w+)", str(error))):
             raise
-        raise InputError(f"--config {path}: {error}") from None
+        raise InputError(f"{file.where}{error}") from None
     if rest:
         raise InputError(f"what is {rest[0]!r}? See rankpo-fast {name} --help")
     return tuple(settings)
+
+
+def split(flags: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What stands before the first flag, then each flag as it is spelled, with its values."""
+    strays: list[str] = []
+    spelled: list[tuple[str, list[str]]] = []
+    values = strays
+    for text in flags:
+        spelling, equals, value = text.partition("=")
+        if re.fullmatch(r"--?[a-zA-Z][\w-]*", spelling) is None:
+            values.append(text)
+        else:
+            values = [value] if equals else []
+            spelled.append((spelling, values))
+    return strays, spelled
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -83,11 +140,86 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if unset else super()._get_help_string(action)
 
 
-def _check_flags(flags: list[str], known: list[str]) -> None:
-    for flag in flags:
-        option = flag.partition("=")[0]
-        if option.startswith("--") and option not in known:
-            raise InputError(f"unknown flag {option}{closest(option, known)}")
+def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """{name of a flag: the setting that it sets}."""
+    actions = parser._option_string_actions
+    return {_name(option): action.dest for option, action in actions.items()}
+
+
+def _name(spelling: str) -> str:
+    return spelling.lstrip("-").replace("-", "_")
+
+
+def _named(
+    spelled: Iterable[tuple[str, Any]],
+    options: dict[str, str],
+    source: Source,
+    lists: Collection[str] = (),
+) -> dict[str, Given]:
+    """{setting of ours, or another trainer's flag: as it was given}, other names of ours read.
+
+    Of a flag given twice the last holds, as everywhere, but two lists would lose the first.
+    """
+    given: dict[str, Given] = {}
+    read: dict[str, str] = {}
+    for spelling, values in spelled:
+        name = _name(spelling)
+        ours = name if name in options else alias(name, options.keys())
+        if ours is not None and ours != name:
+            read[name] = f"{spelling} as {source.sign}{ours}"
+        setting = options.get(ours, name)
+        before = given.pop(setting, None)
+        if before is not None and _name(before.spelling) != name:
+            _refuse_both(before, Given(spelling, name, []), source)
+        if before is not None and setting in lists:
+            raise InputError(f"{spelling} is given twice: give it once, with all its values")
+        given[setting] = Given(spelling, ours or name, values)
+    if read:
+        _say(source, f"read {', '.join(read.values())}")
+    return given
+
+
+def _ours(given: dict[str, Given], line: Line, source: Source) -> dict[str, Given]:
+    """Settings of ours: what else was given is read as these, or said to have no effect."""
+    ours: dict[str, Given] = {}
+    read: dict[str, Given] = {}
+    for setting, one in given.items():
+        try:
+            meant = reading(one.name, one.values, line)
+        except InputError as error:
+            raise InputError(f"{source.where}{one}: {error}") from None
+        if meant is None and one.name in line.known:
+            ours[setting] = one
+            continue
+        if meant is None or not meant.flags.keys() <= line.known:
+            raise InputError(f"{source.where}{_unknown(one, line, source)}")
+        new = [Given(one.spelling, name, values) for name, values in meant.flags.items()]
+        flags = [" ".join([f"{source.sign}{flag.name}", *flag.values]) for flag in new]
+        _say(source, f"read {one} as {' '.join(flags)}" if flags else f"{one}: {meant.why}")
+        for flag in new:
+            if flag.name in read:
+                _refuse_both(read[flag.name], flag, source)
+            read[flag.name] = flag
+    for name in ours.keys() & read.keys():
+        _refuse_both(ours[name], read[name], source)
+    return ours | read
+
+
+def _unknown(one: Given, line: Line, source: Source) -> str:
+    meant = hint(one.name, line.known)
+    if meant is not None:
+        return f"unknown {source.kind} {one.spelling}: use {meant}"
+    known = [f"{source.sign}{name}" for name in sorted(line.known)]
+    return f"unknown {source.kind} {one.spelling}{closest(source.sign + one.name, known)}"
+
+
+def _refuse_both(first: Given, second: Given, source: Source) -> None:
+    both = f"{first.spelling} and {second.spelling}"
+    raise InputError(f"{source.where}{both} are one setting: give one of them")
+
+
+def _say(source: Source, text: str) -> None:
+    warnings.warn(f"{source.where}{text}", stacklevel=3)
 
 
 def _kinds(classes: Sequence[type]) -> dict[str, Any]:
@@ -96,30 +228,33 @@ def _kinds(classes: Sequence[type]) -> dict[str, Any]:
     return {f.name: hints[cls][f.name] for cls in classes for f in dataclasses.fields(cls)}
 
 
-def _flags_of_file(path: Path, kinds: dict[str, Any]) -> dict[str, list[str]]:
-    """The file's settings as command-line arguments; null, and false for what has a value: none."""
+def _given_in_file(path: Path, kinds: dict[str, Any], source: Source) -> dict[str, Given]:
+    """The file's settings; null, and false for what has a value: none."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{source.where}{' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise InputError(f"--config {path}: expected lines of the form flag: value")
-    flags = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in kinds:
-            raise InputError(f"--config {path}: unknown key {key}{closest(name, list(kinds))}")
+        raise InputError(f"{source.where}expected lines of the form flag: value")
+    keys = [(str(key), value) for key, value in content.items()]
+    named = _named(keys, {name: name for name in kinds}, source)
+    given = {}
+    for setting, one in named.items():
+        value = one.values
+        if setting not in kinds:
+            given[setting] = Given(one.spelling, one.name, [str(value)])
+            continue
         if isinstance(value, dict):
-            raise InputError(f"--config {path}: {key} holds keys itself; settings are not nested")
-        if isinstance(value, list):
-            flags[name] = [f"--{name}", *map(str, value)] if value else []
-        elif value is True:
-            flags[name] = [f"--{name}"]
-        elif value is not None and (value is not False or _switches(kinds[name])):
-            flags[name] = [f"--{name}={value}"]
-    return flags
+            raise InputError(
+                f"{source.where}{one.spelling} holds keys itself; settings are not nested"
+            )
+        if value is None or value == [] or (value is False and not _switches(kinds[setting])):
+            continue
+        values = list(map(str, value if isinstance(value, list) else [value]))
+        given[setting] = Given(one.spelling, one.name, [] if value is True else values)
+    return given
 
 
 def _switches(kind: Any) -> bool:

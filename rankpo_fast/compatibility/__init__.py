@@ -1,0 +1,1 @@
+"""Other trainers' flags and commands: what each is to us. Tables first, see `names` and `fates`."""
