@@ -21,6 +21,7 @@ from rankpo_fast.data.packing import (
 )
 from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.model.attention import Kernel, packed_arguments, register
+from rankpo_fast.model.layers import Layers
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
 
@@ -36,6 +37,7 @@ class Encoder(nn.Module):
     Attributes:
         packed: whether texts go through the backbone end to end, without padding.
         attention: what computes its attention, by the name that --attn_implementation has for it.
+        layers: the backbone's, to be checkpointed or compiled.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.settings = settings
         self.bf16 = bf16
+        self.layers = Layers(backbone)
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.precision import Precision
 from rankpo_fast.paths import check_writable, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.log import check_report_to
-from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.texts import Texts
 from rankpo_kernels import native
@@ -39,7 +40,7 @@ from rankpo_kernels import native
 FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing",
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
+    "save_minutes", "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
 }  # fmt: skip
 MET_FOR = ("save_steps", "eval_steps")  # of these, what ranks must share all the same
 TRAINED_ON = ("train_data", "replay_data")  # files that may move, but not change
@@ -63,12 +64,14 @@ class Run:
     preferences: list[PreferenceRow] | None
     settings: dict[str, Any]  # what a resumed run must share
     checkpoint: Checkpoint | None
+    precision: Precision
 
     @classmethod
     def prepare(
         cls,
         stage: str,
         ranks: Ranks,
+        precision: Precision,
         model: ModelConfig,
         data: ContrastiveDataConfig | RankPODataConfig,
         loss: ContrastiveLossConfig | RankPOLossConfig,
@@ -77,7 +80,12 @@ class Run:
         compute: ComputeConfig,
         *replay: ReplayConfig,
     ) -> "Run":
-        """Evaluation data, output directory and checkpoint; InputError if one will not do."""
+        """Evaluation data, output directory and checkpoint; InputError if one will not do.
+
+        Args:
+            precision: what all ranks compute in, of `shared_precision`.
+        """
+        model = replace(model, bf16=precision.bf16)
         check_report_to(training.report_to)
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
@@ -92,7 +100,7 @@ class Run:
         checkpoint = _find_checkpoint(training, settings, ranks)
         return cls(
             stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
-            checkpoint,
+            checkpoint, precision,
         )  # fmt: skip
 
     @property
@@ -128,7 +136,11 @@ class Run:
         tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table = tables[0] if len(tables) == 1 else joined(*tables)[0]
         self.ranks.connect()
+        spare = self.model.gradient_checkpointing == "auto" and encoder.layers.can_checkpoint
+        reason = self._checkpoint_layers(encoder, table, tokens) if spare else None
         memory = Memory.measure(encoder, table, tokens, room)
+        memory.checkpointed = reason
+        memory.layers = encoder.layers if spare and reason is None else None
         if tokens is not None and self.checkpoint is not None and memory.max_tokens < tokens:
             warnings.warn(
                 f"--resume: micro-batches of {memory.max_tokens:,} tokens fit now, {tokens:,} did "
@@ -142,6 +154,13 @@ class Run:
         memory.max_tokens = -shortage
         return memory
 
+    def _checkpoint_layers(self, encoder: Encoder, table: TokenTable, tokens: int | None) -> str | None:
+        """The encoder's layers, where any rank has to; says why."""
+        reasons = [r for r in self.ranks.objects(why_checkpointed(encoder, table, tokens)) if r]
+        if reasons:
+            encoder.layers.checkpoint()
+        return next(iter(reasons), None)
+
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""
         settings = encoder.settings
@@ -151,7 +170,7 @@ class Run:
             **about,
             "model": f"{self.model.model_name_or_path}, {parameters:,} parameters, "
             f"{settings.pooling} pooling, up to {lengths} tokens",
-            "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}"
+            "device": f"{_name(self.device)}, {self.precision}"
             + (f", on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             "losses": _backend(self.device),
             "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
@@ -212,6 +231,19 @@ class Run:
         if self.ranks.first:
             output.save_model(self.path, encoder)
         self.ranks.meet()
+
+
+def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks) -> Precision:
+    """What --bf16 comes to, the same on all ranks and in a run that goes on as before; all must
+    call it. InputError for a --resume CHECKPOINT that cannot be read."""
+    precision = None
+    if ranks.first:
+        before = _settings_before(training) if model.bf16 == "auto" else {}
+        if isinstance(before.get("--bf16"), bool):
+            precision = Precision(before["--bf16"], "as the run that goes on had it")
+        else:
+            precision = Precision.of(model.bf16, ranks.device)
+    return ranks.objects(precision)[0]
 
 
 def read_evaluation_data(
@@ -276,6 +308,16 @@ def _find_checkpoint(
         checkpoint = checkpoints.read(Path(training.resume))
     _check_same(f"--resume: {checkpoint.path}", checkpoint.settings, settings)
     return checkpoint
+
+
+def _settings_before(training: TrainingConfig) -> dict[str, Any]:
+    """Of the run that --resume goes on with; nothing if there is none."""
+    if training.resume is None:
+        return {}
+    record = output.read_record(Path(training.output_dir))
+    if record is None and training.resume != "newest":
+        return checkpoints.read(Path(training.resume)).settings
+    return (record or {}).get("settings", {})
 
 
 def _check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
