@@ -24,6 +24,7 @@ PAPER_SPECIAL_TOKENS = [
 ]  # fmt: skip
 PAPER_MAX_QUERY_LENGTH = 1280  # tokens
 PAPER_MAX_PASSAGE_LENGTH = 4096
+AutoOrBool = bool | Literal["auto"]  # auto: as suits the machine, which the start says
 
 
 def _flag(help: str, default: Any = MISSING, **argparse_settings: Any) -> Any:
@@ -42,9 +43,12 @@ def _require(config: Any, name: str, rule: str, holds: bool) -> None:
 def _check_choices(config: Any) -> None:
     """argparse checks these on the command line; this serves those who build a config in Python."""
     for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if get_origin(hint) is Literal:
             choices = get_args(hint)
-            _require(config, name, f"one of {', '.join(choices)}", getattr(config, name) in choices)
+            _require(config, name, f"one of {', '.join(choices)}", value in choices)
+        elif hint == AutoOrBool:
+            _require(config, name, "auto, true or false", value == "auto" or value in (True, False))
 
 
 def _check_above(config: Any, low: float, *names: str) -> None:
@@ -119,7 +123,9 @@ class EncoderConfig:
         "Texts end with the tokenizer's end of text. [as the model says]", None,
         nargs="?", const=True,
     )  # fmt: skip
-    bf16: bool = _flag("Autocast: faster, vectors good to two digits.", False)
+    bf16: AutoOrBool = _flag(
+        "Autocast: vectors good to two digits; auto: where it is faster than fp32.", False
+    )
 
     def __post_init__(self) -> None:
         _check_names(self, "model_name_or_path", "tokenizer_name")
@@ -133,13 +139,19 @@ class EncoderConfig:
 class ModelConfig(EncoderConfig):
     """The encoder to train. `special_tokens=["paper"]` becomes the paper's list."""
 
-    bf16: bool = _flag("Autocast; weights and losses stay fp32.", True)
+    bf16: AutoOrBool = _flag(
+        "Autocast, weights and losses stay fp32; auto: where it is faster, on a CPU as measured.",
+        "auto",
+    )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "Of the saved weights; checkpoints stay fp32. auto: as the model had them.", "auto"
     )
     from_scratch: bool = _flag("Random weights: only config and tokenizer are read.", False)
     special_tokens: list[str] = _flag("Added to the tokenizer; paper: the paper's own.", [])
-    gradient_checkpointing: bool = _flag("Less memory for a third more compute.", True)
+    gradient_checkpointing: AutoOrBool = _flag(
+        "Less memory for a third more compute; auto: where a micro-batch does not fit without.",
+        "auto",
+    )
     disable_dropout: bool = _flag("Every dropout at 0.", False)
     torch_compile: bool = _flag("Compile the layers: a slow start, then faster steps.", False)
     use_liger_kernel: bool | None = _flag(
@@ -288,8 +300,10 @@ class TrainingConfig:
     output_dir: str = _flag("Where the model, metrics.jsonl and checkpoints go.")
     num_train_epochs: float = _flag("Passes over the rows.", 3.0)
     max_steps: int | None = _flag("Optimizer steps; overrides --num_train_epochs.", None)
-    per_device_train_batch_size: int = _flag("Rows per batch, of each process.", 8)
-    gradient_accumulation_steps: int = _flag("Batches per optimizer step.", 4)
+    per_device_train_batch_size: int = _flag("Rows per batch, of each process.", 32)
+    gradient_accumulation_steps: int = _flag(
+        "Batches per optimizer step; unlike a larger batch they add no negatives.", 1
+    )
     learning_rate: float = _flag("Peak learning rate.", 1e-5)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _flag(
         "Course after the warm-up.", "cosine"
@@ -307,8 +321,12 @@ class TrainingConfig:
     seed: int = _flag("Of row order, sampled negatives, dropout, random weights.", 42)
     logging_steps: int = _flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = _flag("Steps between two evaluations. [only at the end]", None)
-    save_steps: int | None = _flag("Steps between two checkpoints. [only when stopped]", None)
-    save_total_limit: int | None = _flag("Checkpoints kept, the newest. [all]", None)
+    save_steps: int | None = _flag("Steps between two checkpoints. [by time]", None)
+    save_minutes: float | None = _flag(
+        "Minutes between two checkpoints, besides one at the end of an epoch; 0: only when "
+        "stopped. [10, or 0 where --save_steps is given]", None, metavar="MINUTES",
+    )  # fmt: skip
+    save_total_limit: int = _flag("Checkpoints kept, the newest; 0: all.", 2)
     resume: str | None = _flag(
         "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
         None, nargs="?", const="newest", metavar="CHECKPOINT",
@@ -332,9 +350,9 @@ class TrainingConfig:
         _check_at_least(
             self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
         )
-        _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        _check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps")
         _check_at_least(self, 0, "weight_decay", "max_grad_norm", "profile_steps")
-        _check_at_least(self, 0, "activation_memory_gb")
+        _check_at_least(self, 0, "activation_memory_gb", "save_minutes", "save_total_limit")
         _check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             _require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)

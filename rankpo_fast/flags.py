@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from rankpo_fast.compatibility.fates import reading
 from rankpo_fast.compatibility.names import alias, hint
 from rankpo_fast.compatibility.rules import Line
+from rankpo_fast.config import AutoOrBool
 from rankpo_fast.errors import InputError
 
 
@@ -103,7 +104,12 @@ def _parser(name: str, summary: str, classes: Sequence[type]) -> argparse.Argume
     from transformers import HfArgumentParser
 
     class Parser(_Parser, HfArgumentParser):
-        pass
+        @staticmethod
+        def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Any) -> None:
+            if field.type == AutoOrBool:  # which transformers has no kind of flag for
+                _add_auto_or_bool(parser, field)
+            else:
+                HfArgumentParser._parse_dataclass_field(parser, field)
 
     parser = Parser(
         classes,
@@ -115,6 +121,28 @@ def _parser(name: str, summary: str, classes: Sequence[type]) -> argparse.Argume
     )
     parser.add_argument("--config", help="YAML file of flags and values; those given here win.")
     return parser
+
+
+def _add_auto_or_bool(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """--x, --x true|false|auto, and --no_x, which switches have too."""
+    names = list(dict.fromkeys([field.name, field.name.replace("_", "-")]))
+    parser.add_argument(
+        *(f"--{name}" for name in names), type=_auto_or_bool, nargs="?", const=True,
+        default=field.default, metavar="auto|true|false", **field.metadata,
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_" + names[0], "--no-" + names[-1], dest=field.name, action="store_const", const=False,
+        default=field.default, help=argparse.SUPPRESS,
+    )  # fmt: skip
+
+
+def _auto_or_bool(text: str) -> bool | str:
+    from transformers.hf_argparser import string_to_bool
+
+    try:
+        return "auto" if text == "auto" else string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"auto, true or false, not {text!r}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,7 +159,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.nargs == 0:
             return option
         if action.const is True:
-            return f"{option} [true|false]"
+            return f"{option} [{action.metavar or 'true|false'}]"
         default = self._get_default_metavar_for_optional(action).upper()
         return f"{option} {self._format_args(action, default.rpartition('_')[2])}"
 

@@ -23,6 +23,7 @@ from rankpo_fast.data.packing import (
 )
 from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.model.attention import Kernel, packed_arguments, register
+from rankpo_fast.model.layers import Layers
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
 
@@ -39,6 +40,7 @@ class Encoder(nn.Module):
         packed: whether texts go through the backbone end to end, without padding.
         attention: what computes its attention, by the name that --attn_implementation has for it.
         save_dtype: of the floating-point weights that `save` writes.
+        layers: the backbone's, to be checkpointed or compiled.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Encoder(nn.Module):
         self.settings = settings
         self.bf16 = bf16
         self.save_dtype = torch.float32
+        self.layers = Layers(backbone)
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)

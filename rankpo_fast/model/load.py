@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
@@ -39,6 +38,7 @@ from rankpo_fast.model.directories import (
 from rankpo_fast.model.encoder import Encoder, first_position
 from rankpo_fast.model.liger import use_liger
 from rankpo_fast.model.modules import backbone_folder
+from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
 from rankpo_fast.model.tokenizer import (
     add_special_tokens,
@@ -70,6 +70,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             model cannot be used with; the message names the flag. Also where packing changes what
             the model computes, which a few texts find out.
     """
+    config = dataclasses.replace(config, bf16=Precision.of(config.bf16, device).bf16)
     training = config if isinstance(config, ModelConfig) else None
     from_scratch = training is not None and training.from_scratch
     directory = find_directory(config.model_name_or_path, MODEL_FLAG, weights=not from_scratch)
@@ -109,16 +110,17 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     for name, parameter in backbone.named_parameters():
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
             parameter.requires_grad_(False)
-    if training is not None:
-        _prepare_training(backbone, training)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
     encoder.save_dtype = _save_dtype(training, folder)
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
+        if training.gradient_checkpointing is True:  # auto is decided where texts are known
+            _check_checkpointing(encoder)
+            encoder.layers.checkpoint()
     if kernels:
         _pack(encoder, kernels, config)
     if training is not None and training.torch_compile:
-        _compile(backbone, training.gradient_checkpointing)
+        encoder.layers.compile()
     return encoder
 
 
@@ -223,30 +225,11 @@ def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerB
         backbone.resize_token_embeddings(size, mean_resizing=False)
 
 
-def _prepare_training(backbone: "PreTrainedModel", config: ModelConfig) -> None:
-    if config.gradient_checkpointing:
-        if not backbone.supports_gradient_checkpointing:
-            raise InputError(f"--gradient_checkpointing true: {backbone.config.model_type} does "
-                             f"not have it; give --gradient_checkpointing false")  # fmt: skip
-        older = backbone.gradient_checkpointing_enable  # its name in the first versions of 5
-        getattr(backbone, "activation_checkpointing_enable", older)({"use_reentrant": False})
-
-
-def _compile(backbone: "PreTrainedModel", checkpointed: bool) -> None:
-    """Each layer by itself: they share one build, and between them nothing is gained. In place, so
-    that no parameter changes its name.
-
-    Of checkpointed layers the parts: where something in a layer cannot be compiled (attention on
-    the CPU), the compiler gives up a checkpointed one as a whole, and only where there are
-    gradients, so that dropout would not be drawn again as it was.
-    """
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    layers = [layer for m in lists if id(m) not in inner for layer in m] or [backbone]
-    if checkpointed:
-        layers = [part for layer in layers for part in layer.children()]
-    for layer in layers:
-        layer.compile(dynamic=True)
+def _check_checkpointing(encoder: Encoder) -> None:
+    if not encoder.layers.can_checkpoint:
+        kind = encoder.backbone.config.model_type
+        raise InputError(f"--gradient_checkpointing true: {kind} does not have it; give "
+                         f"--gradient_checkpointing false")  # fmt: skip
 
 
 # --- its attention ---

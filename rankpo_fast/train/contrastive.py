@@ -25,7 +25,7 @@ from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.ranks import Ranks
-from rankpo_fast.train.run import Run
+from rankpo_fast.train.run import Run, shared_precision
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
 
@@ -45,13 +45,14 @@ def train_contrastive(
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
+        precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
             rows = training.per_device_train_batch_size * ranks.size
             batches = read_batches(
                 data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights
             )
             run = Run.prepare(
-                "contrastive", ranks, model, data, loss, training, evaluation, compute
+                "contrastive", ranks, precision, model, data, loss, training, evaluation, compute
             )
             if run.finished:
                 return run.path

@@ -30,6 +30,7 @@ from rankpo_fast.train.optim import adamw, learning_rate
 from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.run import Run
+from rankpo_fast.train.schedule import SaveSchedule
 from rankpo_fast.train.step import Ahead, Objective, Work, pack_step, train_step
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -65,6 +66,11 @@ class Plan:
         """Epochs done after so many steps."""
         return min(steps * self.batches_per_step, self.total_batches) / self.batches_per_epoch
 
+    def ends_epoch(self, steps: int) -> bool:
+        """Whether the last of so many steps has the last batch of an epoch, or the first of the
+        next one."""
+        return math.floor(self.epochs(steps)) > math.floor(self.epochs(steps - 1))
+
     def summary(self) -> str:
         rows = f"{self.batches_per_step} x {self.rows_per_batch} rows"
         return f"{self.total_steps:,} of {rows}, {self.epochs(self.total_steps):.4g} epochs"
@@ -88,7 +94,9 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     profile_steps = config.profile_steps if ranks.first else 0
     profiled = Profile(run.path / output.PROFILE, profile_steps, left)
     texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
-    run.introduce(encoder, {**about, **texts, "steps": plan.summary()})
+    schedule = SaveSchedule(config)
+    plans = {"steps": plan.summary(), "checkpoints": schedule.summary()}
+    run.introduce(encoder, {**about, **texts, **plans})
     run.compare_ranks()
     _seed(config.seed + ranks.rank)  # so that dropout differs
     optimizer = adamw(encoder, config)
@@ -122,16 +130,19 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
                 log.step(done, plan.epochs(done), result)
             if (table := profile.step(result.tokens)) is not None:
                 log.say(table)
-            saved = _due(done, config.save_steps)
+            save = schedule.due(
+                done, ends_epoch=plan.ends_epoch(done), last=done == plan.total_steps
+            )
+            stop, saved = signals.agreed(ranks, save)
             if saved:
                 log.settle()
                 run.save_checkpoint(done, encoder, optimizer, memory)
-            stop = signals.agreed(ranks)
+                schedule.saved()
             due = run.evaluation.asked and _due(done, config.eval_steps)
             if due and done < plan.total_steps and stop is None:
                 log.settle()
                 log.evaluation(done, run.evaluate(encoder))
-                stop = signals.agreed(ranks)
+                stop, _ = signals.agreed(ranks)
             if stop is not None:
                 log.settle()
                 if not saved:
@@ -143,10 +154,10 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         log.settle()
         run.save_model(encoder)  # before the evaluation, whose failure then costs no training
         log.say(f"model saved in {run.path}")
-        stop = signals.agreed(ranks)
+        stop, _ = signals.agreed(ranks)
         if run.evaluation.asked and stop is None:
             log.evaluation(plan.total_steps, run.evaluate(encoder))
-            stop = signals.agreed(ranks)
+            stop, _ = signals.agreed(ranks)
         if stop is not None:
             log.say(f"stopped by {stop.name}; the model is saved")
             raise SystemExit(EXIT_CODES[stop])
@@ -179,10 +190,11 @@ class _StopSignal:
                     self._previous[number] = signal.signal(number, self._request)
         return self
 
-    def agreed(self, ranks: Ranks) -> signal.Signals | None:
-        """What any rank was asked for: all stop after the same step."""
-        [number] = ranks.highest([self.requested or 0])
-        return signal.Signals(number) if number else None
+    def agreed(self, ranks: Ranks, save: bool = False) -> tuple[signal.Signals | None, bool]:
+        """What any rank was asked for, since all stop after the same step; and whether the first
+        one is for `save`, since clocks differ."""
+        number, save = ranks.highest([self.requested or 0, save and ranks.first])
+        return signal.Signals(number) if number else None, bool(save)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

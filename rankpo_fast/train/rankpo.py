@@ -31,7 +31,7 @@ from rankpo_fast.train.output import claimed
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
-from rankpo_fast.train.run import Run
+from rankpo_fast.train.run import Run, shared_precision
 from rankpo_fast.train.step import BatchLoss, Objective, summed
 from rankpo_fast.train.texts import Texts
 
@@ -52,6 +52,7 @@ def train_rankpo(
     pairs, batch by batch. Raises InputError for what the user can put right.
     """
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
+        precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
             read = partial(read_preferences, use_confidence=data.use_confidence)
             rows, shares = read_shares(read, data.train_data, data.train_data_weights)
@@ -63,13 +64,13 @@ def train_rankpo(
             )
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
             run = Run.prepare(
-                "rankpo", ranks, model, data, loss, training, evaluation, compute, replay
+                "rankpo", ranks, precision, model, data, loss, training, evaluation, compute, replay
             )
             if run.finished:
                 return run.path
             other, reference = loss.reference_model_name_or_path, None
             if loss.uses_reference and other is not None:
-                reference = other_model_similarities(other, model, pairs, run.device, compute)
+                reference = other_model_similarities(other, run.model, pairs, run.device, compute)
             encoder = run.load_encoder()
             texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
             pairs = pairs.merged(texts.query_rows, texts.passage_rows)

@@ -27,8 +27,8 @@ from rankpo_kernels import native
 FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing",
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "project", "run_name", "profile_steps", "cache_dir",
-    "no_cache", "device",
+    "save_minutes", "save_total_limit", "report_to", "project", "run_name", "profile_steps",
+    "cache_dir", "no_cache", "device",
 }  # fmt: skip
 TRAINED_ON = ("train_data", "replay_data")
 CONTENT = "content of "
@@ -91,6 +91,16 @@ def find_checkpoint(
             stacklevel=2,
         )
     return checkpoint
+
+
+def settings_before(training: TrainingConfig) -> dict[str, Any]:
+    """Of the run that --resume goes on with; nothing if there is none."""
+    if training.resume is None:
+        return {}
+    record = output.read_record(Path(training.output_dir))
+    if record is None and training.resume != "newest":
+        return checkpoints.read(Path(training.resume)).settings
+    return (record or {}).get("settings", {})
 
 
 def check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:

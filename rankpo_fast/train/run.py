@@ -1,7 +1,7 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,22 @@ from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.precision import Precision
 from rankpo_fast.paths import inputs, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
-from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.ranks import Ranks
 from rankpo_fast.train.reporters import chosen
-from rankpo_fast.train.resume import check_same, find_checkpoint, native_backend, settings_of
+from rankpo_fast.train.resume import (
+    check_same,
+    find_checkpoint,
+    native_backend,
+    settings_before,
+    settings_of,
+)
 from rankpo_fast.train.texts import Texts
 
 MET_FOR = ("save_steps", "eval_steps")  # may differ from run to run, but not from rank to rank
@@ -53,12 +60,14 @@ class Run:
     preferences: list[PreferenceRow] | None
     settings: dict[str, Any]  # what a resumed run must share; complete when the output opens
     checkpoint: Checkpoint | None
+    precision: Precision
 
     @classmethod
     def prepare(
         cls,
         stage: str,
         ranks: Ranks,
+        precision: Precision,
         model: ModelConfig,
         data: ContrastiveDataConfig | RankPODataConfig,
         loss: ContrastiveLossConfig | RankPOLossConfig,
@@ -67,7 +76,12 @@ class Run:
         compute: ComputeConfig,
         *replay: ReplayConfig,
     ) -> "Run":
-        """Evaluation data, output directory and checkpoint; InputError if one will not do."""
+        """Evaluation data, output directory and checkpoint; InputError if one will not do.
+
+        Args:
+            precision: what all ranks compute in, of `shared_precision`.
+        """
+        model = replace(model, bf16=precision.bf16)
         chosen(training.report_to)
         retrieval, preferences = read_evaluation_data(evaluation)
         path, cache = Path(training.output_dir), compute.cache_path
@@ -81,7 +95,7 @@ class Run:
         checkpoint = find_checkpoint(training, settings, ranks)
         return cls(
             stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
-            checkpoint,
+            checkpoint, precision,
         )  # fmt: skip
 
     @property
@@ -117,7 +131,11 @@ class Run:
         tokens = asked if self.checkpoint is None else self.checkpoint.max_tokens
         table = tables[0] if len(tables) == 1 else joined(*tables)[0]
         self.ranks.connect()
+        spare = self.model.gradient_checkpointing == "auto" and encoder.layers.can_checkpoint
+        reason = self._checkpoint_layers(encoder, table, tokens) if spare else None
         memory = Memory.measure(encoder, table, tokens, room)
+        memory.checkpointed = reason
+        memory.layers = encoder.layers if spare and reason is None else None
         if tokens is not None and self.checkpoint is not None and memory.max_tokens < tokens:
             warnings.warn(
                 f"--resume: micro-batches of {memory.max_tokens:,} tokens fit now, {tokens:,} did "
@@ -131,6 +149,15 @@ class Run:
         memory.max_tokens = -shortage
         return memory
 
+    def _checkpoint_layers(
+        self, encoder: Encoder, table: TokenTable, tokens: int | None
+    ) -> str | None:
+        """The encoder's layers, where any rank has to; says why."""
+        reasons = [r for r in self.ranks.objects(why_checkpointed(encoder, table, tokens)) if r]
+        if reasons:
+            encoder.layers.checkpoint()
+        return next(iter(reasons), None)
+
     def introduce(self, encoder: Encoder, about: dict[str, str]) -> None:
         """Say what is going to happen, once and visibly."""
         settings = encoder.settings
@@ -140,7 +167,7 @@ class Run:
             **about,
             "model": f"{self.model.model_name_or_path}, {parameters:,} parameters, "
             f"{settings.pooling} pooling, up to {lengths} tokens",
-            "device": f"{_name(self.device)}, {'bf16' if encoder.bf16 else 'fp32'}"
+            "device": f"{_name(self.device)}, {self.precision}"
             + (f", on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             "losses": "Triton and cuBLAS" if self.device.type == "cuda" else native_backend(),
             "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
@@ -202,6 +229,19 @@ class Run:
         if self.ranks.first:
             output.save_model(self.path, encoder)
         self.ranks.meet()
+
+
+def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks) -> Precision:
+    """What --bf16 comes to, the same on all ranks and in a run that goes on as before; all must
+    call it. InputError for a --resume CHECKPOINT that cannot be read."""
+    precision = None
+    if ranks.first:
+        before = settings_before(training) if model.bf16 == "auto" else {}
+        if isinstance(before.get("--bf16"), bool):
+            precision = Precision(before["--bf16"], "as the run that goes on had it")
+        else:
+            precision = Precision.of(model.bf16, ranks.device)
+    return ranks.objects(precision)[0]
 
 
 def read_evaluation_data(
