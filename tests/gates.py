@@ -1,7 +1,20 @@
 """The accuracy gates of the losses: relative Frobenius error against fp64 on the same rounded
-inputs."""
+inputs.
+
+Two roundings of one loss are each held against fp64, never one against the other: what lies between
+them is the luck of both, and changes with the instruction set.
+
+Where a bound comes from: u = 2^-24 is one rounding of fp32, S the largest a logit can be.
+  * A logit is wrong by 8 u S: norms, unit vectors, product, scale, the difference to the positive.
+    A sum over D in blocks is a rounding or two of these at any D, so D is in no bound.
+  * softplus(gap) is relatively wrong by no more than gap is absolutely: sigmoid <= softplus.
+  * What does not grow with S, the exponentials (2 ulp) and the sums over rows and columns, is 32 u.
+  * A gradient has a logit's error twice: in how far its row is off, and in its column's share.
+Gradients that are stored in 16 bits have the rounding of their storage, and of slopes in 16 bits.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +29,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def gates(dtype: torch.dtype, temperature: float) -> tuple[float, float]:
-    """(loss, gradient) bounds: rounding of the logits, eps / temperature, rules fp32; storage rules
-    the rest."""
+    """(loss, gradient) bounds where no logit is larger than 1 / temperature, as of cosines."""
     fp32 = 2e-6 + 8 * 2**-24 / temperature
     return {
         torch.float64: (1e-12, 1e-12),
@@ -25,6 +37,22 @@ def gates(dtype: torch.dtype, temperature: float) -> tuple[float, float]:
         torch.bfloat16: (fp32, 8e-3),
         torch.float16: (fp32, 2e-3),
     }[dtype]
+
+
+def pass_the_gates(ours: Sequence[Tensor], exact: Sequence[Tensor], logits: float) -> list[float]:
+    """Errors of (loss, *gradients) that are computed in fp32, all within the gates.
+
+    logits: the largest there can be: the scale of cosines, or the scale times the longest query
+    times the longest passage.
+    """
+    errors = [error(x.detach(), y.detach()) for x, y in zip(ours, exact, strict=True)]
+    loss_gate, grad_gate = gates(torch.float32, 1 / logits)
+    assert errors[0] < loss_gate and max(errors[1:], default=0) < grad_gate, (
+        errors,
+        loss_gate,
+        grad_gate,
+    )
+    return errors
 
 
 def draw(M: int, N: int, D: int, dtype: torch.dtype, converged: bool, seed: int = 0):

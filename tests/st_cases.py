@@ -4,7 +4,10 @@ B texts a column, D dims.
 """
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import gates
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -86,11 +89,47 @@ def result(loss: nn.Module, features: list[dict], *of: nn.Module | nn.Parameter,
     return value.detach(), torch.cat([x.grad.flatten() for x in parameters if x.grad is not None])
 
 
+@contextmanager
+def in_fp64(*models: nn.Module) -> Iterator[None]:
+    """Embeddings as they come in fp32, in fp64 from there on."""
+
+    def widen(module, args, output):
+        return output | {"sentence_embedding": output["sentence_embedding"].double()}
+
+    hooks = [model.register_forward_hook(widen) for model in models]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def largest_logit(loss: nn.Module, features: list[dict]) -> float:
+    """Of theirs: nothing is more similar than the longest embedding to itself."""
+    model = loss.model
+    while hasattr(loss, "loss"):
+        loss = loss.loss
+    with torch.no_grad():
+        x_ND = torch.cat([model(dict(column))["sentence_embedding"] for column in features])
+        similarity = getattr(loss, "similarity_fct", None)
+        largest = similarity(x_ND, x_ND).abs().max().item() if similarity else 1.0
+    scale = loss.scale if hasattr(loss, "scale") else 1 / loss.temperature
+    return largest * (float(scale) + getattr(loss, "hardness_strength", 0.0))
+
+
+def compared(make: Callable, ours, theirs, features: list[dict], *of, **how) -> tuple:
+    """(result of ours, of theirs in fp64 from the same embeddings, the largest logit).
+
+    make: of a library to its loss. of, how: as `result` has them.
+    """
+    got, loss = result(make(ours), features, *of, **how), make(theirs)
+    models = [loss.model] + [x.guide for x in loss.modules() if hasattr(x, "guide")]
+    with in_fp64(*set(models)):
+        exact = result(loss, features, *of, **how)
+    return got, exact, largest_logit(loss, features)
+
+
 def error(ours, theirs) -> float:
     """The larger of the relative errors of (loss, gradient)."""
-    pairs = zip(ours, theirs, strict=True)
-    errors = [(x - y).norm() / y.norm().clamp(min=1e-30) for x, y in pairs]
-    return torch.stack(errors).max().item()  # NaN if one is
+    return max(gates.error(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 def flatten(model) -> None:

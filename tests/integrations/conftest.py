@@ -1,4 +1,4 @@
-"""Ours beside a library's own loss: one gate for all adapters, and a table of what was found.
+"""Ours beside a library's own loss in fp64: the gates of all losses, and a table of what was found.
 
 pytest tests/integrations --equality
 """
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from gates import pass_the_gates
 from torch import Tensor
 
 from bench.processes import answered, processes
 
-GATE = 1e-5  # relative, fp32
 ERRORS = pytest.StashKey[dict[tuple[str, str], tuple[int, float, float]]]()
 
 
@@ -25,11 +25,13 @@ def pytest_configure(config):
 
 @pytest.fixture
 def equal(request):
-    """equal(adapter, option, ours, theirs): (loss, gradients) of both agree, and are listed."""
+    """equal(adapter, option, ours, exact, logits): (loss, gradients) pass the gates for logits of
+    that size, and errors are listed."""
 
-    def check(adapter: str, option: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-        loss, *grads = [relative(x, y) for x, y in zip(ours, theirs, strict=True)]
-        assert all(x <= GATE for x in (loss, *grads)), (loss, grads)  # nor NaN
+    def check(
+        adapter: str, option: str, ours: Sequence[Tensor], exact: Sequence[Tensor], logits: float
+    ) -> None:
+        loss, *grads = pass_the_gates(ours, exact, logits)
         rows = request.config.stash[ERRORS]
         count, most_loss, most_grad = rows.get((adapter, option), (0, 0.0, 0.0))
         worst = max(loss, most_loss), max(*grads, most_grad)
@@ -58,11 +60,6 @@ def two_ranks(tmp_path_factory, start_method):
     """two_ranks(function, ...): what it returns on each, or raises on one."""
     with processes(2, tmp_path_factory.mktemp("ranks"), start_method) as ask:
         yield lambda *what: answered(ask(*what))
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    error = (ours.detach().double() - theirs.detach().double()).norm()
-    return (error / theirs.detach().double().norm().clamp(min=1e-30)).item()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,11 +1,24 @@
-"""Every option of sentence-transformers' losses: loss and gradients are theirs."""
+"""Every option of sentence-transformers' losses: loss and gradients are theirs in fp64."""
 
 import itertools
 
 import pytest
 import torch
+from gates import error as off
+from gates import gates, pass_the_gates
 from problems import NoMatrix
-from st_cases import Rows, bert, error, flatten, result, rows_of, texts
+from st_cases import (
+    Rows,
+    bert,
+    compared,
+    error,
+    flatten,
+    in_fp64,
+    largest_logit,
+    result,
+    rows_of,
+    texts,
+)
 from torch import nn
 
 from rankpo_fast.ops import batch
@@ -18,7 +31,6 @@ from sentence_transformers.util import dot_score  # noqa: E402
 
 from rankpo_fast.integrations import sentence_transformers as ours  # noqa: E402
 
-EQUAL = 1e-5  # relative, in fp32
 PEER = "sentence-transformers "
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -62,16 +74,17 @@ DIMS = {"matryoshka_dims": [16, 5, 12], "matryoshka_weights": [1.0, 0.3, 2.0]}
 WRAPPED = pytest.mark.parametrize("around", [None, DIMS], ids=["alone", "matryoshka"])
 
 
-def of_rows(name, around, columns, tokenizer, *args, **options) -> list:
-    """Results of (theirs, ours) of that class, with a Matryoshka of its own around each."""
-    model, both = Rows(16, tokenizer), []
+def of_rows(name, around, columns, tokenizer, *args, **options) -> tuple:
+    """`compared` of that class, with a Matryoshka of its own around each."""
+    model = Rows(16, tokenizer)
     if name.startswith("Cached"):
         options["mini_batch_size"] = 3
-    for library in (theirs, ours):
+
+    def make(library):
         loss = getattr(library, name)(model, *args, **options)
-        loss = library.MatryoshkaLoss(model, loss, **around) if around else loss
-        both.append(result(loss, rows_of(columns), model))
-    return both
+        return library.MatryoshkaLoss(model, loss, **around) if around else loss
+
+    return compared(make, ours, theirs, rows_of(columns), model)
 
 
 @WRAPPED
@@ -81,8 +94,8 @@ def test_ranking_losses_are_theirs(
     option, options, documents, cached, around, tiny_tokenizer, equal
 ):
     name = "Cached" * cached + "MultipleNegativesRankingLoss"
-    true, got = of_rows(name, around, 1 + documents, tiny_tokenizer, **options)
-    equal(PEER + name, "in a MatryoshkaLoss" if around else option, got, true)
+    both = of_rows(name, around, 1 + documents, tiny_tokenizer, **options)
+    equal(PEER + name, "in a MatryoshkaLoss" if around else option, *both)
 
 
 @WRAPPED
@@ -92,18 +105,20 @@ def test_ranking_losses_are_theirs(
 def test_guided_losses_are_theirs(options, documents, cached, around, tiny_tokenizer, equal):
     guide = Rows(6, tiny_tokenizer, seed=5)
     name = "Cached" * cached + "GISTEmbedLoss"
-    true, got = of_rows(name, around, 1 + documents, tiny_tokenizer, guide, **options)
+    both = of_rows(name, around, 1 + documents, tiny_tokenizer, guide, **options)
     option = "margin {margin_strategy} {margin}".format(**options)
-    equal(PEER + name, "in a MatryoshkaLoss" if around else option, got, true)
+    equal(PEER + name, "in a MatryoshkaLoss" if around else option, *both)
 
 
 @pytest.mark.parametrize("documents", [3, 4])
 def test_the_plain_guided_loss_takes_more_columns_than_theirs(documents, tiny_tokenizer):
     """Their plain one takes three, their cached one any number."""
     model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
-    both = theirs.CachedGISTEmbedLoss(model, guide, 0.1), ours.GISTEmbedLoss(model, guide, 0.1)
-    true, got = [result(loss, rows_of(1 + documents), model) for loss in both]
-    assert error(got, true) < EQUAL
+    got = result(ours.GISTEmbedLoss(model, guide, 0.1), rows_of(1 + documents), model)
+    with in_fp64(model, guide):
+        loss = theirs.CachedGISTEmbedLoss(model, guide, 0.1)
+        true = result(loss, rows_of(1 + documents), model)
+    pass_the_gates(got, true, logits=1 / 0.1)
 
 
 FORMS = {
@@ -142,31 +157,32 @@ def test_gradients_of_a_model_are_theirs(form, around, inputs, tiny_bert_dir, eq
     columns = zip(texts(3), prompts, strict=True)
     features = [model.preprocess(column, prompt=prompt) for column, prompt in columns]
     assert ("cu_seq_lens_q" in features[0]) == (inputs == "flattened")
-    both = []
-    for library in (theirs, ours):
+
+    def make(library):
         loss = made(library, form, model, guide)
-        both.append(result(library.MatryoshkaLoss(model, loss, **around) if around else loss,
-                           features, model))  # fmt: skip
-    equal(PEER + FORMS[form][0], f"{inputs} texts through a model", *both[::-1])
+        return library.MatryoshkaLoss(model, loss, **around) if around else loss
+
+    both = compared(make, ours, theirs, features, model)
+    equal(PEER + FORMS[form][0], f"{inputs} texts through a model", *both)
 
 
 @EACH_FORM
 def test_a_matryoshka_of_few_dims_draws_theirs(form, tiny_tokenizer):
     model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
     few = {"matryoshka_dims": [16, 8, 4, 2], "n_dims_per_step": 2}
-    true, got = [
-        result(x.MatryoshkaLoss(model, made(x, form, model, guide), **few), rows_of(3), model)
-        for x in (theirs, ours)
-    ]
-    assert error(got, true) < EQUAL
+
+    def make(library):
+        return library.MatryoshkaLoss(model, made(library, form, model, guide), **few)
+
+    pass_the_gates(*compared(make, ours, theirs, rows_of(3), model))
 
 
 @EACH_FORM
 def test_dropout_is_drawn_as_theirs(form, tiny_bert_dir):
     model, guide = bert(tiny_bert_dir, dropout=0.2).train(), bert(tiny_bert_dir, seed=1)
     features = [model.preprocess(column) for column in texts(3)]
-    true, got = [result(made(x, form, model, guide), features, model) for x in (theirs, ours)]
-    assert error(got, true) < EQUAL
+    of = compared(lambda x: made(x, form, model, guide), ours, theirs, features, model)
+    pass_the_gates(*of)
 
 
 @EACH_FORM
@@ -174,19 +190,20 @@ def test_a_loss_is_theirs_where_there_are_no_gradients(form, tiny_bert_dir):
     model, guide = bert(tiny_bert_dir), bert(tiny_bert_dir, seed=1)
     features = [model.preprocess(column) for column in texts(3)]
     with torch.no_grad():
-        true, got = [made(x, form, model, guide)(features, None) for x in (theirs, ours)]
-    torch.testing.assert_close(got, true, rtol=EQUAL, atol=0)
+        got, loss = made(ours, form, model, guide)(features, None), made(theirs, form, model, guide)
+        with in_fp64(model, guide):
+            true = loss(features, None)
+    pass_the_gates([got], [true], largest_logit(loss, features))
 
 
 @EACH_FORM
 def test_their_matryoshka_takes_our_losses(form, tiny_tokenizer):
     model, guide = Rows(16, tiny_tokenizer), Rows(6, tiny_tokenizer, seed=5)
-    both = [
-        theirs.MatryoshkaLoss(model, made(library, form, model, guide), **DIMS)
-        for library in (theirs, ours)
-    ]
-    true, got = [result(loss, rows_of(3), model) for loss in both]
-    assert error(got, true) < EQUAL
+
+    def make(library):
+        return theirs.MatryoshkaLoss(model, made(library, form, model, guide), **DIMS)
+
+    pass_the_gates(*compared(make, ours, theirs, rows_of(3), model))
 
 
 @pytest.mark.parametrize("wrapper", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
@@ -195,13 +212,11 @@ def test_their_losses_over_layers_take_our_losses(form, wrapper, tiny_bert_dir):
     model, guide = bert(tiny_bert_dir), bert(tiny_bert_dir, seed=1)
     features = [model.preprocess(column) for column in texts(3)]
     more = {"matryoshka_dims": [32, 8]} if wrapper == "Matryoshka2dLoss" else {}
-    true, got = [
-        result(
-            getattr(theirs, wrapper)(model, made(x, form, model, guide), **more), features, model
-        )
-        for x in (theirs, ours)
-    ]
-    assert error(got, true) < EQUAL
+
+    def make(library):
+        return getattr(theirs, wrapper)(model, made(library, form, model, guide), **more)
+
+    pass_the_gates(*compared(make, ours, theirs, features, model))
 
 
 def test_our_matryoshka_is_theirs_around_any_other_loss(tiny_tokenizer):
@@ -211,7 +226,7 @@ def test_our_matryoshka_is_theirs_around_any_other_loss(tiny_tokenizer):
         result(library.MatryoshkaLoss(model, loss, [16, 8]), rows_of(3), model)
         for library in (theirs, ours)
     ]
-    assert error(got, true) < EQUAL
+    assert error(got, true) == 0  # all of it is their code
 
 
 @CACHED
@@ -222,10 +237,12 @@ def test_a_loss_in_two_matryoshkas_is_cut_by_each_alone_and_not_by_itself(cached
     wrapped = [ours.MatryoshkaLoss(model, loss, dims) for dims in ([16, 8], [4])]
     for dims, ours_around in zip(([16, 8], [4]), wrapped, strict=True):
         reference = theirs.MatryoshkaLoss(model, getattr(theirs, name)(model), dims)
-        true = result(reference, features, model)
-        assert error(result(ours_around, features, model), true) < EQUAL
-    true = result(getattr(theirs, name)(model), features, model)
-    assert error(result(loss, features, model), true) < EQUAL
+        with in_fp64(model):
+            true = result(reference, features, model)
+        pass_the_gates(result(ours_around, features, model), true, logits=20)
+    with in_fp64(model):
+        true = result(getattr(theirs, name)(model), features, model)
+    pass_the_gates(result(loss, features, model), true, logits=20)
 
 
 def test_embeddings_made_once_serve_our_loss_and_their_regulariser(tiny_tokenizer):
@@ -242,8 +259,10 @@ def test_embeddings_made_once_serve_our_loss_and_their_regulariser(tiny_tokenize
             return ranking + sum(self.spread.compute_loss_from_embeddings(embeddings).values())
 
     model = Rows(16, tiny_tokenizer)
-    true, got = [result(Both(x, model), rows_of(3), model) for x in (theirs, ours)]
-    assert error(got, true) < EQUAL
+    got = result(Both(ours, model), rows_of(3), model)
+    with in_fp64(model):
+        true = result(Both(theirs, model), rows_of(3), model)
+    pass_the_gates(got, true, logits=20)
 
 
 @pytest.mark.parametrize("name", ["cosine", "dot"])
@@ -252,11 +271,11 @@ def test_the_similarity_of_a_model_is_fused(name, tiny_bert_dir):
     model.similarity_fn_name = name
     features = [model.preprocess(column) for column in texts(2)]
     options = {"similarity_fct": model.similarity, "scale": 2.0}
-    true, got = [
-        result(x.MultipleNegativesRankingLoss(model, **options), features, model)
-        for x in (theirs, ours)
-    ]
-    assert error(got, true) < EQUAL
+
+    def make(library):
+        return library.MultipleNegativesRankingLoss(model, **options)
+
+    pass_the_gates(*compared(make, ours, theirs, features, model))
 
 
 @EACH_FORM
@@ -287,17 +306,17 @@ def test_a_learnt_scale_has_their_gradient(cached, tiny_tokenizer):
             for library, x in ((theirs, reference), (ours, loss))
         ]
         for of in ([model, model], [reference.scale, loss.scale]):
-            true, got = [
-                result(x, features, each, factor=1024) for x, each in zip(both, of, strict=True)
-            ]
-            assert error(got, true) < EQUAL
-    alone = result(reference, features, reference.scale)[1][0]
+            with in_fp64(model):
+                true = result(both[0], features, of[0], factor=1024)
+            pass_the_gates(result(both[1], features, of[1], factor=1024), true, logits=7)
+    with in_fp64(model):
+        alone = result(reference, features, reference.scale)[1][0]
     loss.scale.grad = torch.tensor(3.0)
     for _ in range(2):
         value, before = loss(rows_of(3), None), loss.scale.grad.clone()
         assert loss.scale.grad == before
         (value * 0.5).backward()
-    torch.testing.assert_close(loss.scale.grad, 3 + alone, rtol=EQUAL, atol=0)
+    assert off(loss.scale.grad, 3 + alone) < gates(torch.float32, 1 / 7)[1]
 
 
 @pytest.mark.parametrize(
