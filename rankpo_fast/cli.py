@@ -172,7 +172,7 @@ def _mine(
 ) -> None:
     from rankpo_fast.data.rows import read_contrastive, read_texts, write_jsonl
     from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.retrieval.mining import mine_hard_negatives
+    from rankpo_fast.retrieval.mining import Limits, mine_hard_negatives
     from rankpo_fast.train.texts import check_lengths
 
     device = compute.torch_device()
@@ -180,7 +180,13 @@ def _mine(
     check_output("--output_file", config.output_file, model, config)
     rows = read_contrastive(config.train_data)
     if config.corpus_data is not None:
-        corpus = read_texts(config.corpus_data, "text")
+        read = read_texts(config.corpus_data, "text", keep_empty=True)
+        corpus = [text for text in read if text]
+        if not corpus:
+            raise InputError(f"{config.corpus_data}: all its texts are empty")
+        if len(corpus) < len(read):
+            empty = f"{len(read) - len(corpus):,} empty texts are no negatives: left out"
+            warnings.warn(f"{config.corpus_data}: {empty}", stacklevel=2)
     else:
         corpus = [text for row in rows for text in (*row.positives, *row.negatives)]
     encoder = load_encoder(model, device=device)
@@ -192,15 +198,17 @@ def _mine(
         search_range=config.ranks,
         num_negatives=config.num_negatives,
         method=config.method,
+        limits=Limits(config.max_score, config.absolute_margin, config.relative_margin),
         seed=config.seed,
         keep=config.combine,
         max_tokens=compute.max_tokens_per_micro_batch,
         cache_dir=compute.cache_path,
         progress=True,
     )
-    write_jsonl(config.output_file, map(dataclasses.asdict, mined))
-    negatives = sum(len(row.negatives) for row in mined)
-    print(f"{len(mined):,} rows with {negatives:,} negatives in {config.output_file}")
+    write_jsonl(config.output_file, map(dataclasses.asdict, mined.rows))
+    negatives = sum(len(row.negatives) for row in mined.rows)
+    print(mined.summary())
+    print(f"{len(mined.rows):,} rows with {negatives:,} negatives in {config.output_file}")
 
 
 def _check_cache(compute: configs.ComputeConfig) -> None:

@@ -501,6 +501,13 @@ class MineConfig:
     )
     search_range: str = _flag("Ranks to take from, first and one past the last.", "0-100")
     num_negatives: int = _flag("Negatives per query.", 10)
+    max_score: float | None = _flag("Drop candidates whose cosine with the query is higher.", None)
+    absolute_margin: float | None = _flag(
+        "Drop candidates not this much below the query's lowest positive.", None
+    )
+    relative_margin: float | None = _flag(
+        "Likewise, in shares of that positive's cosine (of its size, where it is below 0).", None
+    )
     combine: bool = _flag("Keep the negatives a row has, before the mined ones.", False)
     seed: int = _flag("Of --method sample.", 42)
 
@@ -508,6 +515,9 @@ class MineConfig:
         _check_choices(self)
         _check_names(self, "train_data", "output_file", "corpus_data")
         _check_at_least(self, 1, "num_negatives")
+        _check_at_least(self, 0, "absolute_margin", "relative_margin")
+        inside = self.max_score is None or -1 < self.max_score <= 1
+        _require(self, "max_score", "a cosine in (-1, 1]", inside)
         _check_seed(self)
         first, last = self.ranks
         _require(self, "search_range", "FIRST-LAST with FIRST < LAST", first < last)

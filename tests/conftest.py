@@ -4,7 +4,9 @@ Without a GPU, Triton's kernels run in its interpreter, which has to be chosen h
 """
 
 import ctypes
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -111,6 +113,17 @@ def tiny_bert_dir(tmp_path_factory, tiny_tokenizer) -> Path:
         pad_token_id=tiny_tokenizer.pad_token_id,
     )
     return _save(config, tiny_tokenizer, tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def uncased_llama_dir(tmp_path_factory, tiny_llama_dir) -> Path:
+    """`tiny_llama_dir` with a tokenizer that drops case and zero-width spaces."""
+    directory = shutil.copytree(tiny_llama_dir, tmp_path_factory.mktemp("uncased") / "model")
+    path = directory / "tokenizer.json"
+    lower, drop = {"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": "\u200b"}}
+    normalizer = {"type": "Sequence", "normalizers": [lower, {**drop, "content": ""}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normalizer}))
+    return directory
 
 
 def _save(config, tokenizer, directory: Path) -> Path:

@@ -45,6 +45,12 @@ class TokenTable:
         """The ids [length] of one text."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def head(self, count: int) -> "TokenTable":
+        """Its first `count` texts."""
+        return TokenTable(
+            self.ids[: self.offsets[count]], self.offsets[: count + 1], self.truncated
+        )
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each text, [n] int64."""

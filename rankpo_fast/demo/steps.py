@@ -137,7 +137,7 @@ class Demo:
         from rankpo_fast.data.rows import read_contrastive, write_jsonl
         from rankpo_fast.retrieval.mining import mine_hard_negatives
 
-        rows = mine_hard_negatives(
+        mined = mine_hard_negatives(
             self.load(RANDOM),
             read_contrastive(self._data(RANDOM)),
             [talent.text for talent in self.world["train"].talents],
@@ -148,7 +148,7 @@ class Demo:
             max_tokens=MAX_TOKENS,
             progress=True,
         )
-        write_jsonl(self._data(STAGE1), map(asdict, rows))
+        write_jsonl(self._data(STAGE1), map(asdict, mined.rows))
         self._contrastive(RANDOM, STAGE1, self.scale.mined_steps, self.scale.mined_rate)
 
     def judge_candidates(self) -> None:

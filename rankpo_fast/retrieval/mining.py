@@ -1,17 +1,79 @@
-"""Hard negatives: passages that rank high for a query but are none of its positives."""
+"""Hard negatives: passages that rank high for a query but are none of its positives.
+
+What is the same text is decided by token ids, as the encoder gets them. C candidates of each of U
+queries that differ; s is the cosine of query and passage, in fp32.
+"""
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rankpo_fast.data.rows import ContrastiveRow
+from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.search import search
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which candidates are too close to a query; s+ is its lowest positive's cosine.
+
+    As in sentence-transformers' mine_hard_negatives, and right for an s+ below 0 too. The share p
+    of the positive's score in NV-Retriever is a relative margin of 1 - p.
+    """
+
+    max_score: float | None = None  # drops s > max_score
+    absolute_margin: float | None = None  # drops s > s+ - margin
+    relative_margin: float | None = None  # drops s > s+ - margin * |s+|
+
+    @property
+    def compare(self) -> bool:
+        """Whether the positives' scores are needed."""
+        return self.absolute_margin is not None or self.relative_margin is not None
+
+    def ceilings(self, positive_scores: np.ndarray) -> dict[str, np.ndarray]:
+        """For each rule that is on, the highest score [U] it lets pass."""
+        ceilings = {}
+        if self.max_score is not None:
+            ceilings["max_score"] = np.full_like(positive_scores, self.max_score)
+        if self.absolute_margin is not None:
+            ceilings["absolute_margin"] = positive_scores - self.absolute_margin
+        if self.relative_margin is not None:
+            slack = self.relative_margin * np.abs(positive_scores)
+            ceilings["relative_margin"] = positive_scores - slack
+        return ceilings
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Rows with mined negatives, and how they came about."""
+
+    rows: list[ContrastiveRow]
+    passages: int  # distinct ones searched
+    queries: int  # distinct ones
+    candidates: int  # of all these queries
+    dropped: dict[str, int]  # candidates by the first rule that left them out: "positives", ...
+
+    def summary(self) -> str:
+        """What was searched and what was left out of it."""
+        names = {"positives": "are positives of their query or the query itself"}
+        rules = [
+            f"{count:,} {names.get(rule, f'for --{rule}')}" for rule, count in self.dropped.items()
+        ]
+        return (
+            f"{self.candidates:,} candidates of {self.queries:,} queries among {self.passages:,} "
+            f"distinct passages; left out: {', '.join(rules)}"
+        )
 
 
 def mine_hard_negatives(
@@ -22,22 +84,25 @@ def mine_hard_negatives(
     search_range: tuple[int, int] = (0, 100),
     num_negatives: int = 10,
     method: str = "sample",
+    limits: Limits = NO_LIMITS,
     seed: int = 42,
     keep: bool = False,
     max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
-) -> list[ContrastiveRow]:
+) -> Mined:
     """The rows with mined negatives, at most `num_negatives` each, from the distinct corpus texts.
 
     Candidates of a row are the passages at ranks search_range[0] to search_range[1] - 1 for its
-    query, less every text that is a positive of this query in any row, or the query itself. Where
-    fewer are left than asked, the row gets those, and a warning counts such rows.
+    query, less those that are a positive of this query in any row, or the query itself, and those
+    that `limits` drop. Texts with equal token ids are the same text. Where fewer are left than
+    asked, the row gets those, and a warning counts such rows.
 
     Args:
         method: "topk" takes the best ranked candidates, "sample" draws them without repeats.
+        limits: on the candidates' scores. Positives that the corpus lacks are encoded for it.
         seed: of "sample"; a row's draw depends on it and on the place of the row alone.
-        keep: put the mined ones behind the negatives the row has, without repeats.
+        keep: put the mined ones, none of which repeats them, behind the negatives the row has.
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
 
@@ -45,49 +110,133 @@ def mine_hard_negatives(
         InputError: a text alone has more than max_tokens tokens, or no row has a candidate.
     """
     assert method in ("topk", "sample"), method
-    known: dict[str, set[str]] = {}  # query -> its positives, and itself
-    for row in rows:
-        known.setdefault(row.query, {row.query}).update(row.positives)
-    passages = list(dict.fromkeys(corpus))
     first, last = search_range
+    texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
 
-    queries = encoder.tokenize_queries(list(known), cache_dir)
-    corpus_table = encoder.tokenize_passages(passages, cache_dir)
-    labels = ("encoding queries", "encoding passages") if progress else (None, None)
-    _, found = search(
-        encode_texts(
-            encoder, queries, max_tokens=max_tokens, progress=labels[0], texts=list(known)
-        ).to(encoder.device),
-        encode_texts(
-            encoder, corpus_table, max_tokens=max_tokens, progress=labels[1], texts=passages
-        ),
-        last,
-    )
-    ranking = dict(zip(known, found[:, first:].tolist(), strict=True))
+    def encode(table: TokenTable, kind: str, ids: dict[str, int]) -> Tensor:
+        label = f"encoding {kind}" if progress else None
+        names = _first_of_each(ids)
+        return encode_texts(encoder, table, max_tokens=max_tokens, progress=label, texts=names)
 
-    mined, counts = [], []
+    queries = encode(texts.queries, "queries", texts.query_of)
+    count = texts.with_positives if limits.compare else len(texts.corpus)
+    passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    searched = passages[: len(texts.corpus)]
+    scores, found = search(queries.to(encoder.device), searched, last)
+    scores, found = scores[:, first:].numpy(force=True), found[:, first:].numpy(force=True)
+    lowest = np.full(len(queries), np.inf, np.float32)  # score of a positive
+    if limits.compare:
+        for query, ids in enumerate(texts.positives):
+            lowest[query] = (passages[list(ids)] @ queries[query]).min().item()
+    left, dropped = _left(scores, found, texts, limits.ceilings(lowest))
+
+    mined, counts, positive_negatives = [], [], 0
     for number, row in enumerate(rows):
-        candidates = [passages[i] for i in ranking[row.query]]
-        candidates = [text for text in candidates if text not in known[row.query]]
-        count = min(num_negatives, len(candidates))
+        query = texts.query_of[row.query]
+        kept: dict[int, str] = {}
+        for text in row.negatives if keep else ():
+            if texts.passage_of[text] in texts.known[query]:
+                positive_negatives += 1
+            else:
+                kept.setdefault(texts.passage_of[text], text)
+        candidates = [id for id in found[query][left[query]].tolist() if id not in kept]
         if method == "sample":
             random = np.random.default_rng([seed, number])
             candidates = [candidates[i] for i in random.permutation(len(candidates))]
-        negatives = (*(row.negatives if keep else ()), *candidates[:count])
-        mined.append(replace(row, negatives=tuple(dict.fromkeys(negatives))))
-        counts.append(count)
-    _check_counts(counts, num_negatives, f"ranks {first} to {last - 1} of {len(passages)} passages")
-    return mined
+        new = [texts.corpus[id] for id in candidates[:num_negatives]]
+        mined.append(replace(row, negatives=(*kept.values(), *new)))
+        counts.append(len(new))
+    if positive_negatives:
+        warnings.warn(
+            f"{positive_negatives:,} negatives of the rows are positives of their query, or the "
+            f"query itself: left out",
+            stacklevel=2,
+        )
+    where = f"ranks {first} to {last - 1} of {len(texts.corpus)} passages"
+    _check_counts(counts, num_negatives, where)
+    return Mined(mined, len(texts.corpus), len(queries), found.size, dropped)
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """The texts of a mining run; ids count what is distinct as tokens."""
+
+    queries: TokenTable  # [U]
+    passages: TokenTable  # the corpus, then other positives, then other texts of the rows
+    with_positives: int  # passages up to the last positive
+    corpus: list[str]  # the first text of each id
+    query_of: dict[str, int]
+    passage_of: dict[str, int]
+    positives: list[set[int]]  # [U] of each query in any row
+    known: list[set[int]]  # [U] these and the query itself
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Encoder,
+        rows: Sequence[ContrastiveRow],
+        corpus: Sequence[str],
+        keep: bool,
+        cache_dir: str | Path | None,
+    ) -> "_Texts":
+        of_corpus = dict.fromkeys(corpus)
+        of_positives = dict.fromkeys(text for row in rows for text in row.positives)
+        of_queries = dict.fromkeys(row.query for row in rows)
+        of_rows = {**of_positives, **of_queries}
+        if keep:
+            of_rows |= dict.fromkeys(text for row in rows for text in row.negatives)
+        others = [text for text in of_rows if text not in of_corpus]
+
+        queries, [query_ids] = joined(encoder.tokenize_queries(list(of_queries), cache_dir))
+        passages, ids = joined(
+            encoder.tokenize_passages(list(of_corpus), cache_dir),
+            encoder.tokenize_passages(others, cache_dir),
+        )
+        query_of = dict(zip(of_queries, query_ids.tolist(), strict=True))
+        passage_of = dict(zip([*of_corpus, *others], torch.cat(ids).tolist(), strict=True))
+        corpus_texts = _first_of_each({text: passage_of[text] for text in of_corpus})
+        positives: list[set[int]] = [set() for _ in range(len(queries))]
+        for row in rows:
+            positives[query_of[row.query]].update(passage_of[text] for text in row.positives)
+        known = [set(ids) for ids in positives]
+        for text, query in query_of.items():
+            known[query].add(passage_of[text])
+        last = max(passage_of[text] for text in (*of_positives, *of_corpus))
+        return cls(
+            queries, passages, last + 1, corpus_texts, query_of, passage_of, positives, known,
+        )  # fmt: skip
+
+
+def _first_of_each(ids: dict[str, int]) -> list[str]:
+    """The first text of each id."""
+    texts: dict[int, str] = {}
+    for text, id in ids.items():
+        texts.setdefault(id, text)
+    return [texts[id] for id in range(len(texts))]
+
+
+def _left(
+    scores: np.ndarray, found: np.ndarray, texts: _Texts, ceilings: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which candidates [U, C] pass all rules, and how many each rule is the first to drop."""
+    pairs = zip(found, texts.known, strict=True)
+    drops = {"positives": np.array([np.isin(ids, list(known)) for ids, known in pairs])}
+    drops |= {rule: scores > ceiling[:, None] for rule, ceiling in ceilings.items()}
+    left, dropped = np.ones(found.shape, bool), {}
+    for rule, drop in drops.items():
+        dropped[rule] = int((left & drop).sum())
+        left &= ~drop
+    return left, dropped
 
 
 def _check_counts(counts: Sequence[int], num_negatives: int, searched: str) -> None:
     """Say how many rows are short of negatives; where all are without, refuse."""
     if not any(counts):
-        raise InputError(f"no row got a negative: {searched} hold none that is not a positive")
+        raise InputError(f"no row got a negative: {searched} hold none that may be one")
     short = sum(count < num_negatives for count in counts)
     if short:
         warnings.warn(
             f"{short} of {len(counts)} rows got fewer than {num_negatives} negatives: {searched} "
-            f"hold no more that are not positives",
+            f"hold no more that may be one",
             stacklevel=3,
         )

@@ -1,5 +1,7 @@
 """Mined negatives rank high, are never known positives, and depend on the seed alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from rankpo_fast.data.rows import ContrastiveRow
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval.encode import encode_texts
-from rankpo_fast.retrieval.mining import mine_hard_negatives
+from rankpo_fast.retrieval.mining import Limits, mine_hard_negatives
 
 CORPUS = [f"{title} in {place}" for title in ("nurse", "teacher", "cook") for place in "ABCDE"]
 QUERY = "wanted: nurse"
@@ -27,7 +29,16 @@ def ranked(encoder):
     return [CORPUS[i] for i in (passages @ query[0]).argsort(descending=True).tolist()]
 
 
+@pytest.fixture(scope="module")
+def uncased(uncased_llama_dir):
+    return load_encoder(EncoderConfig(str(uncased_llama_dir)), device=torch.device("cpu"))
+
+
 def mine(encoder, rows, corpus=CORPUS, **settings):
+    return mine_all(encoder, rows, corpus, **settings).rows
+
+
+def mine_all(encoder, rows, corpus=CORPUS, **settings):
     return mine_hard_negatives(encoder, rows, corpus, max_tokens=64, **settings)
 
 
@@ -42,7 +53,7 @@ def test_topk_takes_the_best_of_the_range_that_no_row_of_the_query_calls_positiv
 def test_keep_puts_the_mined_behind_the_old_without_repeats(encoder, ranked):
     row = ContrastiveRow(QUERY, (ranked[0],), ("old", ranked[2]))
     [mined] = mine(encoder, [row], num_negatives=2, method="topk", keep=True)
-    assert mined.negatives == ("old", ranked[2], ranked[1])
+    assert mined.negatives == ("old", ranked[2], ranked[1], ranked[3])
 
 
 def test_the_query_itself_and_repeated_texts_are_no_second_negative(encoder, ranked):
@@ -79,3 +90,97 @@ def test_no_negative_for_any_row_is_refused(encoder, ranked, positives, search_r
     row = ContrastiveRow(QUERY, tuple(ranked[:positives]), ())
     with pytest.raises(InputError, match="no row got a negative"):
         mine(encoder, [row], search_range=search_range)
+
+
+# --- what is the same text ---
+
+TWINS = ["Nurse in A", "nurse in a", "NURSE IN A\u200b"]  # for the uncased tokenizer
+
+
+def test_twins_of_a_positive_the_query_or_each_other_are_no_negatives(uncased):
+    corpus = [*TWINS, "Wanted: NURSE", "cook in B", "Cook in B", "pilot in C"]
+    row = ContrastiveRow(QUERY, (TWINS[0],), ())
+    mined = mine_all(uncased, [row], corpus, num_negatives=2, method="topk")
+    assert sorted(mined.rows[0].negatives) == ["cook in B", "pilot in C"]
+    assert (mined.passages, mined.candidates, mined.dropped) == (4, 4, {"positives": 2})
+
+
+def test_queries_that_differ_in_case_share_their_positives(uncased):
+    rows = [ContrastiveRow(QUERY, ("nurse in A",), ()), ContrastiveRow(QUERY.upper(), ("b",), ())]
+    mined = mine(uncased, rows, ["Nurse in A", "B", "pilot in C"], num_negatives=1, method="topk")
+    assert [row.negatives for row in mined] == [("pilot in C",)] * 2
+
+
+def test_kept_negatives_that_are_positives_go_and_their_twins_are_not_mined_again(uncased):
+    row = ContrastiveRow(QUERY, (TWINS[0],), (TWINS[1], "Cook in B"))
+    with pytest.warns(UserWarning, match="1 negatives of the rows are positives"):
+        [mined] = mine(
+            uncased, [row], ["cook in B", "pilot in C"], num_negatives=1, method="topk", keep=True
+        )
+    assert mined.negatives == ("Cook in B", "pilot in C")
+
+
+def test_the_loss_of_mined_rows_can_fall_below_that_of_twins(uncased):
+    """A twin scores as its positive whatever the weights: no loss is below log 2 with one."""
+    row = ContrastiveRow(QUERY, (TWINS[0],), ())
+    [mined] = mine(uncased, [row], [*TWINS, "cook in B"], num_negatives=1, method="topk")
+    table = uncased.tokenize_passages([mined.positives[0], *mined.negatives, TWINS[1]])
+    positive, negative, twin = encode_texts(uncased, table)
+    [query] = encode_texts(uncased, uncased.tokenize_queries([QUERY]))
+    floors = [math.log1p(math.exp(20 * (x - positive) @ query)) for x in (twin, negative)]
+    assert floors[0] == pytest.approx(math.log(2)) and abs(floors[1] - math.log(2)) > 1e-3
+
+
+# --- limits ---
+
+
+@pytest.fixture(scope="module")
+def scores(encoder):
+    """Cosine of QUERY and each text of the corpus."""
+    tables = encoder.tokenize_queries([QUERY]), encoder.tokenize_passages(CORPUS)
+    query, passages = (encode_texts(encoder, table, max_tokens=64) for table in tables)
+    return dict(zip(CORPUS, (passages @ query[0]).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive-scores", "negative-scores"])
+@pytest.mark.parametrize("rule", ["max_score", "absolute_margin", "relative_margin"])
+def test_limit_drops_what_lies_above_it(rule, sign, encoder, ranked, scores, monkeypatch):
+    """Checked text by text. Of two positives the lower one counts, though the corpus lacks it."""
+    lower, corpus = ranked[8], [text for text in CORPUS if text != ranked[8]]
+    if sign < 0:  # every vector of a passage is turned round
+
+        def turned(encoder, table, **settings):
+            vectors = encode_texts(encoder, table, **settings)
+            return vectors if len(table) == 1 else -vectors
+
+        monkeypatch.setattr("rankpo_fast.retrieval.mining.encode_texts", turned)
+    score = {text: sign * scores[text] for text in CORPUS}
+    low = min(score[ranked[2]], score[lower])
+    middle = sorted(score.values())[5]
+    value = {
+        "max_score": middle,
+        "absolute_margin": max(low - middle, 0.0),
+        "relative_margin": max(low - middle, 0.0) / abs(low),
+    }[rule]
+    ceiling = middle if rule == "max_score" else min(low, middle)
+    row = ContrastiveRow(QUERY, (ranked[2], lower), ())
+    mined = mine_all(
+        encoder, [row], corpus, num_negatives=99, method="topk", limits=Limits(**{rule: value})
+    )
+    candidates = [text for text in corpus if text != ranked[2]]
+    near = {text for text in candidates if abs(score[text] - ceiling) < 1e-6}  # rounding decides
+    expected = {text for text in candidates if score[text] <= ceiling}
+    assert set(mined.rows[0].negatives) ^ expected <= near
+    assert mined.dropped["positives"] == 1
+    assert mined.dropped[rule] == len(candidates) - len(mined.rows[0].negatives) > 0
+
+
+def test_each_rule_counts_what_it_is_the_first_to_drop(encoder, ranked, scores):
+    row = ContrastiveRow(QUERY, (ranked[0],), ())
+    limits = Limits(scores[ranked[3]] + 1e-5, relative_margin=0.0, absolute_margin=0.0)
+    mined = mine_all(encoder, [row], num_negatives=12, method="topk", limits=limits)
+    assert mined.dropped == {
+        "positives": 1, "max_score": 2, "absolute_margin": 0, "relative_margin": 0
+    }  # fmt: skip
+    assert mined.rows[0].negatives == tuple(ranked[3:])
+    assert "1 are positives" in mined.summary() and "2 for --max_score" in mined.summary()
