@@ -391,7 +391,9 @@ class EvaluationConfig:
         "Held-out preference rows (as for stage 2), for the alignment.", None
     )
     cutoffs: list[int] = _flag("Ranks at which to measure.", [1, 5, 10, 20, 100])
-    legacy_metrics: bool = _flag("The original code's; they read as high or higher.", False)
+    legacy_metrics: bool = _flag(
+        "The original code's, without grades; they read as high or higher.", False
+    )
 
     def __post_init__(self) -> None:
         _check_names(self, "query_data", "corpus_data", "split", "preference_data")

@@ -160,6 +160,9 @@ def test_foreign_output_directory_is_refused(command, capsys, tmp_path):
         (["encode", "--input", "r.jsonl", "--output", "x.npy"], "x.npy is a directory"),
         (["evaluate", "--preference_data", "r.jsonl", "--output", "r.jsonl"], "is also read"),
         (["evaluate", "--query_data", ".", "--output", "corpus.jsonl"], "is also read"),
+        (["evaluate", "--query_data", ".", "--output_run", "corpus.jsonl"], "is also read"),
+        (["evaluate", "--query_data", ".", "--output", "x", "--output_run", "x"], "two names"),
+        (["evaluate", "--preference_data", "r", "--split", "dev"], "--split needs --query_data"),
         (
             ["evaluate", "--preference_data", "r", "--cache_dir", "file"],
             "--cache_dir file is a file",
@@ -273,6 +276,9 @@ def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path, capsys):
     assert main([*map(str, argv)]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["recall@2"] == 1
+    taken_of = figures.pop("retrieval") | figures.pop("preferences")
+    assert taken_of == {"queries": 1, "documents": 2, "empty_documents": 0, "own_documents": 0,
+                        "relevant_pairs": 1, "pairs": 1, "ties": 0}  # fmt: skip
     assert figures.keys() == {"alignment"} | {
         f"{m}@{k}" for m in ("ndcg", "mrr", "recall") for k in (1, 2)
     }

@@ -149,14 +149,8 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
     unanswerable = [query for query in texts if not relevant[query]]
     place = dict(zip(corpus, range(len(corpus)), strict=True))
     own = [None if keep_same_id else place.get(query) for query in measured]
-    own_relevant = sum(query in corpus and query in relevant[query] for query in measured)
     _warn_of_skipped(splits[split], absent_queries, absent_documents, unanswerable)
-    if any(row is not None for row in own):
-        _warn(
-            f"{directory}: {sum(row is not None for row in own):,} queries have a document of "
-            f"their own id, which is left out of their ranking as in BEIR's evaluation; "
-            f"{own_relevant:,} of these are judged relevant; --keep_same_id ranks them"
-        )
+    _warn_of_own(directory, [] if keep_same_id else [q for q in measured if q in corpus], relevant)
     for document in absent_documents:
         place[document] = len(place)  # a row past the corpus
     return RetrievalSet(
@@ -290,6 +284,17 @@ def _warn_of_skipped(
     ]:
         if keys:
             _warn(f"{qrels}: {len(keys):,} {what} (the first: {shown(keys[0])})")
+
+
+def _warn_of_own(directory: Path, queries: list[str], relevant: dict[str, dict[str, int]]) -> None:
+    """Of queries with a document of their own id: some sets number both from 0."""
+    judged = sum(query in relevant[query] for query in queries)
+    if queries:
+        _warn(
+            f"{directory}: {len(queries):,} queries have a document of their own id, which is left "
+            f"out of their ranking as in BEIR's evaluation; {judged:,} of these are judged "
+            f"relevant; --keep_same_id ranks them"
+        )
 
 
 def _why_nothing_is_left(

@@ -29,7 +29,7 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     The encoder is left with `kernel`, packing. No random number is drawn from torch's generators.
 
     Raises:
-        InputError: packed texts get other states, or see each other.
+        InputError: states are not finite, or packed texts get other ones, or see each other.
         Unpackable: the backbone asks for something that packed texts cannot have.
     """
     training, bf16 = encoder.training, encoder.bf16
@@ -44,6 +44,12 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     finally:
         encoder.bf16 = bf16
         encoder.train(training)
+    if not alone.isfinite().all():
+        weights = ", ".join(broken_weights(encoder)) or "none, so they overflow on their way"
+        raise InputError(
+            f"--model_name_or_path: the states of {type(encoder.backbone).__name__} are not "
+            f"finite; weights that are not: {weights}"
+        )
     rounding = ROUNDING[bf16 and kernel.capability is not None]
     unlike = _errors(packed, alone, batch)
     leaks = _errors(beside_other, packed, batch)
@@ -58,6 +64,12 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
                 f"attention (relative error {error.max():.1e}, rounding makes less than "
                 f"{bound:.0e}); --packing false avoids it"
             )
+
+
+def broken_weights(encoder: Encoder) -> list[str]:
+    """The names of the backbone's tensors that hold NaN or inf."""
+    tensors = encoder.backbone.state_dict().items()
+    return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 def _samples(encoder: Encoder) -> tuple[MicroBatch, MicroBatch]:

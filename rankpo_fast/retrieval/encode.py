@@ -10,6 +10,7 @@ from torch import Tensor
 from rankpo_fast.data.packing import pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import NotFiniteVectors
+from rankpo_fast.model.check import broken_weights
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.progress import progress as shown
 from rankpo_fast.train.ranks import ALONE, Ranks, deal
@@ -99,11 +100,9 @@ def _check(
     reports = ranks.objects((bad, zeros))
     bad = sorted(text for of_rank, _ in reports for text in of_rank)
     if bad:
-        weights = [
-            name for name, tensor in encoder.backbone.state_dict().items()
-            if not tensor.isfinite().all()
-        ]  # fmt: skip
-        raise NotFiniteVectors(len(bad), total, [texts[i] for i in bad[:3] if texts], weights)
+        raise NotFiniteVectors(
+            len(bad), total, [texts[i] for i in bad if texts], broken_weights(encoder)
+        )
     if zeros := sum(of_rank for _, of_rank in reports):
         warnings.warn(
             f"{zeros:,} of {total:,} texts have a vector of zeros: its cosine with all is 0",

@@ -8,10 +8,8 @@ import pytest
 from rankpo_fast.data.rows import (
     ContrastiveRow,
     PreferenceRow,
-    RetrievalSet,
     read_contrastive,
     read_preferences,
-    read_retrieval,
     read_texts,
     write_jsonl,
 )
@@ -19,7 +17,6 @@ from rankpo_fast.errors import InputError
 
 CONTRASTIVE = {"query": "a job", "positives": ["fits"], "negatives": ["does not", "nor this"]}
 PREFERENCE = {"query": "a job", "passage1": "one", "passage2": "two", "preferred": "A"}
-EVALUATION = {"query": {"text": "a job"}, "positives": {"index": [0]}}
 
 
 def jsonl(path, *rows):
@@ -101,85 +98,6 @@ def test_confidence_weighs_only_when_asked(tmp_path):
 def test_texts_are_read_plain_or_nested(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", {"query": "one"}, {"query": {"text": "two"}})
     assert read_texts(path, "query") == ["one", "two"]
-
-
-def test_retrieval_positives_are_corpus_rows(tmp_path):
-    corpus = jsonl(tmp_path / "corpus.jsonl", *({"text": f"passage {i}"} for i in range(3)))
-    row = EVALUATION | {"positives": {"index": [2, 0, 2], "text": ["unused"]}}
-    assert read_retrieval(jsonl(tmp_path / "queries.jsonl", row), corpus) == RetrievalSet(
-        ["a job"], ["passage 0", "passage 1", "passage 2"], [[2, 0]]
-    )
-
-
-@pytest.fixture
-def beir(tmp_path):
-    jsonl(
-        tmp_path / "corpus.jsonl",
-        {"_id": "d1", "title": "Title", "text": "body"},
-        {"_id": "d2", "title": "", "text": "no title"},
-        {"_id": "d3", "title": None, "text": "null title"},
-    )
-    jsonl(
-        tmp_path / "queries.jsonl",
-        {"_id": "q1", "text": "first"},
-        {"_id": "q2", "text": "of another split"},
-        {"_id": "q3", "text": "third"},
-    )
-    (tmp_path / "qrels").mkdir()
-    (tmp_path / "qrels" / "train.tsv").write_text("q2\td1\t1\n")
-    (tmp_path / "qrels" / "test.tsv").write_text(
-        "query-id\tcorpus-id\tscore\nq3\td2\t2\nq1\td1\t1\nq3\td1\t0\nq3\td3\t1\n"
-    )
-    return tmp_path
-
-
-def test_beir_directory_is_read_from_its_test_split(beir):
-    assert read_retrieval(beir) == RetrievalSet(
-        ["third", "first"], ["Title body", "no title", "null title"], [[1, 2], [0]]
-    )
-
-
-def test_beir_without_a_test_split_uses_what_there_is(beir):
-    (beir / "qrels" / "test.tsv").unlink()
-    assert read_retrieval(beir).queries == ["of another split"]
-    (beir / "qrels" / "train.tsv").unlink()
-    assert "qrels: no .tsv file" in fault_of(read_retrieval, beir)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        pytest.param("q1\td9\t1", 'id "d9" is not in corpus.jsonl', id="unknown-passage"),
-        pytest.param("q9\td1\t1", 'id "q9" is not in queries.jsonl', id="unknown-query"),
-        pytest.param("q1 d1 1", "tabs between", id="spaces"),
-        pytest.param("q1\td1\tyes", "integer score", id="no-score"),
-    ],
-)
-def test_beir_fault_names_the_qrels_line(beir, line, message):
-    qrels = beir / "qrels" / "test.tsv"
-    qrels.write_text(f"query-id\tcorpus-id\tscore\nq1\td1\t1\n{line}\n")
-    fault = fault_of(read_retrieval, beir)
-    assert fault.startswith(f"{qrels}:3: ") and message in fault
-
-
-@pytest.mark.parametrize("header", ["Query_ID\tDoc_ID\tScore", "qid\tpid\trelevance"])
-def test_beir_header_is_skipped_by_its_names(beir, header):
-    (beir / "qrels" / "test.tsv").write_text(f"{header}\nq1\td1\t1\n")
-    assert read_retrieval(beir).queries == ["first"]
-
-
-@pytest.mark.parametrize("line", ["q1\td1\tx", "query-id\td1\t1.5", "query-id corpus-id score"])
-def test_beir_first_line_that_is_no_header_is_not_passed_over(beir, line):
-    qrels = beir / "qrels" / "test.tsv"
-    qrels.write_text(f"{line}\nq1\td1\t1\n")
-    assert fault_of(read_retrieval, beir).startswith(f"{qrels}:1: ")
-
-
-def test_beir_without_positives_or_with_an_id_twice_is_refused(beir):
-    (beir / "qrels" / "test.tsv").write_text("q1\td1\t0\n")
-    assert "no positives" in fault_of(read_retrieval, beir)
-    jsonl(beir / "queries.jsonl", {"_id": "q", "text": "a"}, {"_id": "q", "text": "b"})
-    assert f"{beir / 'queries.jsonl'}:2: " in fault_of(read_retrieval, beir)
 
 
 # --- what is refused ---
@@ -265,26 +183,6 @@ def test_bad_preference_row_is_named(tmp_path, row, message):
     assert fault.startswith(f"{path}:2: ") and message in fault
 
 
-BAD_EVALUATION = [
-    pytest.param(without(EVALUATION, "positives"), 'missing key "positives"', id="no-positives"),
-    pytest.param(EVALUATION | {"positives": {}}, '"positives.index"', id="no-index"),
-    pytest.param(EVALUATION | {"positives": [0]}, "an object, got a list", id="list"),
-    pytest.param(EVALUATION | {"positives": {"index": []}}, "no positives", id="empty"),
-    pytest.param(EVALUATION | {"positives": {"index": [2]}}, "rows 0 to 1", id="past-the-end"),
-    pytest.param(EVALUATION | {"positives": {"index": [0, -1]}}, "[1]", id="negative"),
-    pytest.param(EVALUATION | {"positives": {"index": [0.0]}}, "an integer, got", id="float"),
-    pytest.param(EVALUATION | {"positives": {"index": [True]}}, "got a boolean", id="boolean"),
-]
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_EVALUATION)
-def test_bad_evaluation_row_is_named(tmp_path, row, message):
-    corpus = jsonl(tmp_path / "corpus.jsonl", {"text": "one"}, {"text": "two"})
-    queries = jsonl(tmp_path / "queries.jsonl", EVALUATION, row)
-    fault = fault_of(read_retrieval, queries, corpus)
-    assert fault.startswith(f"{queries}:2: ") and message in fault
-
-
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"], ids=["0", "blank", "bom"])
 def test_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"
@@ -299,12 +197,6 @@ def test_missing_file_directory_and_no_file_are_refused(tmp_path):
     assert f"{tmp_path}: cannot be read: Is a directory" in fault_of(read_preferences, [tmp_path])
     assert "'a\\x00b': cannot be read: embedded null" in fault_of(read_texts, "a\0b", "text")
     assert "no data file" in fault_of(read_contrastive, [])
-
-
-def test_corpus_goes_with_a_query_file_and_not_with_a_beir_directory(tmp_path, beir):
-    queries = jsonl(tmp_path / "q.jsonl", EVALUATION)
-    assert "needs --corpus_data" in fault_of(read_retrieval, queries)
-    assert "leave --corpus_data out" in fault_of(read_retrieval, beir, queries)
 
 
 # --- writing ---

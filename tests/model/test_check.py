@@ -78,10 +78,18 @@ def test_a_fault_shows_in_bf16_too(fault):
 
 
 def test_nan_is_no_agreement():
+    def nan(right, query, key, value, asked):
+        return right(query, key, value, asked) * float("nan")
+
+    with pytest.raises(InputError, match="relative error nan"):
+        check_packing(make_encoder("llama"), faulty(nan))
+
+
+def test_states_that_are_not_finite_are_told_from_packing_that_differs():
     encoder = make_encoder("llama")
     with torch.no_grad():
         encoder.backbone.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match="relative error nan"):
+    with pytest.raises(InputError, match="not finite; weights that are not: norm.weight$"):
         check_packing(encoder, BY_TEXT)
 
 

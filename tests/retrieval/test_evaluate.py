@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.data.retrieval import RetrievalSet
@@ -37,7 +38,7 @@ def test_figures_are_those_of_the_cosines(encoder):
                scores[0, 2] - scores[0, 3], scores[0, 3] - scores[0, 0]]  # fmt: skip
     metrics = evaluate(
         encoder,
-        retrieval=RetrievalSet(QUERIES, CORPUS, [[best[0]], [(best[1] + 1) % 4]]),
+        retrieval=RetrievalSet(QUERIES, CORPUS, [{best[0]: 1}, {(best[1] + 1) % 4: 1}]),
         preferences=preferences,
         cutoffs=[1, 20],
         max_tokens=64,
@@ -53,7 +54,7 @@ def test_figures_are_those_of_the_cosines(encoder):
 def test_only_what_is_given_is_measured(encoder):
     pair = [PreferenceRow(QUERIES[0], CORPUS[0], CORPUS[1], 1.0)]
     assert set(evaluate(encoder, preferences=pair, max_tokens=64)) == {"alignment"}
-    retrieval = RetrievalSet(QUERIES, CORPUS, [[0], [1]])
+    retrieval = RetrievalSet(QUERIES, CORPUS, [{0: 1}, {1: 1}])
     only = evaluate(encoder, retrieval=retrieval, cutoffs=[5], max_tokens=64)
     assert set(only) == {"ndcg@5", "mrr@5", "recall@5"}
 
@@ -68,11 +69,98 @@ def test_each_distinct_text_is_encoded_once(encoder, monkeypatch):
     monkeypatch.setattr(module, "encode_texts", counting)
     evaluate(
         encoder,
-        retrieval=RetrievalSet([*QUERIES, QUERIES[0]], [*CORPUS, CORPUS[0]], [[0], [1], [4]]),
+        retrieval=RetrievalSet(
+            [*QUERIES, QUERIES[0]], [*CORPUS, CORPUS[0]], [{0: 1}, {1: 1}, {4: 1}]
+        ),
         preferences=[PreferenceRow(QUERIES[1], CORPUS[2], "a new one", 1.0)] * 2,
         max_tokens=64,
     )
     assert encoded == [2, 5]
+
+
+def test_a_benchmark_has_the_figures_of_sentence_transformers_and_of_pytrec_eval(encoder, tmp_path):
+    """Binary by the one, graded by the other, from the vectors of the one."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import evaluation
+
+    trades, places = ["nurse", "cook", "pilot"], ["Lyon", "Oslo", "Rome", "Bonn"]
+    corpus = {f"d{t}{p}": f"{trade} in {place}" for t, trade in enumerate(trades)
+              for p, place in enumerate(places)}  # fmt: skip
+    queries = {f"q{t}{p}": f"wanted in {place}: {trade}" for t, trade in enumerate(trades)
+               for p, place in enumerate(places)}  # fmt: skip
+    qrels = {
+        query: {document: (query[1] == document[1]) + (query[2] == document[2])
+                for document in corpus} for query in queries
+    }  # fmt: skip
+    grades = [
+        {row: grade for row, grade in enumerate(qrels[query].values()) if grade} for query in qrels
+    ]
+    retrieval = RetrievalSet(list(queries.values()), list(corpus.values()), grades)
+    ours = evaluate(encoder, retrieval=retrieval, cutoffs=[3, 5], max_tokens=64)
+
+    encoder.save(tmp_path)
+    model = st.SentenceTransformer(str(tmp_path), device="cpu")
+    relevant = {query: {d for d, grade in of.items() if grade} for query, of in qrels.items()}
+    at = {name: [3, 5] for name in ("mrr_at_k", "precision_recall_at_k", "map_at_k")}
+    theirs = evaluation.InformationRetrievalEvaluator(
+        queries, corpus, relevant, accuracy_at_k=[5], ndcg_at_k=[3], write_csv=False, **at
+    )(model)
+    for cutoff in (3, 5):
+        assert ours[f"mrr@{cutoff}"] == pytest.approx(theirs[f"cosine_mrr@{cutoff}"])
+        assert ours[f"recall@{cutoff}"] == pytest.approx(theirs[f"cosine_recall@{cutoff}"])
+    scores = model.encode_query([*queries.values()]) @ model.encode_document([*corpus.values()]).T
+    run = {
+        query: dict(zip(corpus, map(float, row), strict=True))
+        for query, row in zip(queries, scores, strict=True)
+    }
+    names = {"ndcg_cut_3", "ndcg_cut_5"}
+    by_query = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate(run).values()
+    for cutoff in (3, 5):
+        expected = sum(row[f"ndcg_cut_{cutoff}"] for row in by_query) / len(by_query)
+        assert ours[f"ndcg@{cutoff}"] == pytest.approx(expected)
+
+
+def test_vectors_are_held_once(encoder, monkeypatch):
+    """What is made after encoding is small beside the vectors of the corpus."""
+    count, dim = 20_000, encoder.dim
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                made.append(out.numel())
+            return out
+
+    def quick(encoder, table, **settings):
+        vectors = torch.nn.functional.normalize(torch.randn(len(table), dim), dim=1)
+        made.clear()
+        return vectors
+
+    monkeypatch.setattr(module, "encode_texts", quick)
+    corpus = [f"{i}" for i in range(count)]
+    pairs = [PreferenceRow(QUERIES[0], corpus[i], corpus[-1 - i], 1.0) for i in range(count // 2)]
+    retrieval = RetrievalSet(QUERIES, corpus, [{0: 1}, {1: 1}])
+    with Sizes():
+        evaluate(encoder, retrieval=retrieval, preferences=pairs)
+    assert made and max(made) < count * dim / 4
+
+
+def test_ties_are_counted_beside_the_alignment(encoder):
+    pairs = [PreferenceRow(QUERIES[0], chosen, "x", 1.0) for chosen in ("x", CORPUS[0])]
+    measured = module.measure(encoder, None, pairs, [1])
+    assert measured.ties == 1 and measured.figures["alignment"] <= 0.5
+
+
+def test_documents_with_one_text_and_without_any_are_all_ranked(encoder):
+    """The empty one last, the twins in a row, and no text that is empty is encoded."""
+    retrieval = RetrievalSet(QUERIES[:1], ["", CORPUS[0], CORPUS[1], CORPUS[0]], [{0: 1, 3: 1}])
+    measured = module.measure(encoder, retrieval, [], [2, 4])
+    [ranking] = measured.rankings
+    assert ranking.documents in ([1, 3, 2, 0], [2, 1, 3, 0])
+    assert measured.figures["recall@4"] == 1
+    assert module.evaluation_texts(retrieval, [])[1] == [CORPUS[0], CORPUS[1]]
 
 
 def test_encoding_leaves_no_graph_and_the_mode_as_it_was(tiny_bert_dir):
