@@ -3,7 +3,6 @@
 A cache saves time and decides nothing: where it cannot be read or written the run goes on without.
 """
 
-import functools
 import hashlib
 import os
 import warnings
@@ -81,13 +80,17 @@ def _read(path: Path, key: str) -> Tensors | None:
     return None
 
 
-@functools.cache
-def _say_once(directory: str, reason: str) -> None:
-    warnings.warn(
-        f"--cache_dir {directory} cannot be used ({reason}): nothing is kept for the next run; "
-        f"give another directory, or --no_cache",
-        stacklevel=3,
-    )
+_said: set[str] = set()  # directories, in this process
+
+
+def _say_once(directory: str, why: str) -> None:
+    if directory not in _said:
+        _said.add(directory)
+        warnings.warn(
+            f"--cache_dir {directory} cannot be used ({why}): nothing is kept for the next run; "
+            f"give another directory, or --no_cache",
+            stacklevel=3,
+        )
 
 
 def _content_hash(key: str, tensors: Tensors) -> str:

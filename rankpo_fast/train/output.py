@@ -69,7 +69,10 @@ def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def finished(path: Path) -> bool:
-    return read_record(path) is not None and (path / LAST_FILE).exists()
+    """Whether the whole model is there: one that lost a file is made anew from its checkpoint."""
+    record = read_record(path)
+    files = [] if record is None else [LAST_FILE, *record.get("model_files", [])]
+    return bool(files) and all((path / file).exists() for file in files)
 
 
 def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
@@ -93,6 +96,7 @@ def save_model(path: Path, encoder: Encoder) -> None:
         files.append(Path(LAST_FILE))
         record = {**read_record(path), "model_files": [name.as_posix() for name in files]}
         _write_record(path, record)
+        (path / LAST_FILE).unlink(missing_ok=True)  # of a model that had lost another file
         for folder in folders:
             (path / folder).mkdir(parents=True, exist_ok=True)
         for file in files:

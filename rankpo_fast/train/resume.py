@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
 TRAINED_ON = ("train_data", "replay_data")
 CONTENT = "content of "
 # Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
-NAMES, ARITHMETIC = "read", "arithmetic"
+NAME, ARITHMETIC = "name of ", "arithmetic"
 
 
 def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
     """
     settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
     settings[ARITHMETIC] = _arithmetic(ranks.device)
-    settings[NAMES] = {}
     for flag, name in inputs(*configs):
-        settings[NAMES].setdefault(flag, []).append(name)
+        settings.setdefault(f"{NAME}{flag}", []).append(name)
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
@@ -105,8 +104,8 @@ def settings_before(training: TrainingConfig) -> dict[str, Any]:
 
 def check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """InputError that names every setting which differs, and of a model the files."""
-    names = [name for name in dict.fromkeys([*was, *now]) if name not in (NAMES, ARITHMETIC)]
-    changed = [_change(name, was.get(name), now.get(name)) for name in names]
+    names = [name for name in dict.fromkeys([*was, *now]) if not name.startswith(NAME)]
+    changed = [_change(n, was.get(n), now.get(n)) for n in names if n != ARITHMETIC]
     changed = [f"  {change}" for change in changed if change is not None]
     if f"--{MODELS[0]}" in was:
         changed = ["  an earlier version wrote it, which recorded names of models, not contents: "

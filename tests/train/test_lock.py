@@ -30,7 +30,7 @@ def without_locks(monkeypatch):
 
 
 def quick(monkeypatch):
-    for name, seconds in {"BEAT": 0.05, "PATIENCE": 1.0, "SETTLING": 0.1}.items():
+    for name, seconds in {"BEAT": 0.05, "PATIENCE": 1.0, "SETTLING": 0.3}.items():
         monkeypatch.setattr(lock, name, seconds)
 
 
@@ -124,18 +124,27 @@ def test_an_old_lock_of_another_host_is_taken_at_once(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
-def test_of_two_at_once_without_locks_one_wins(tmp_path, without_locks):
-    barrier, over = threading.Barrier(2), threading.Event()
+def test_of_two_at_once_without_locks_one_wins(tmp_path, without_locks, monkeypatch):
+    """Both have found the directory free before either has written the file."""
+    barrier, met, over = threading.Barrier(2), threading.Event(), threading.Event()
+    is_at = lock._is_at
+
+    def is_at_together(*args):
+        if not met.is_set():
+            late = barrier.wait(5) == 0
+            met.set()
+            time.sleep(0.05 * late)
+        return is_at(*args)
 
     def run(_):
-        barrier.wait()
         try:
             with held(tmp_path / "out", "--output_dir"):
-                return over.wait(3)
+                return over.wait(5)
         except InputError:
             over.set()
             return None
 
+    monkeypatch.setattr(lock, "_is_at", is_at_together)
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(run, range(2)), key=str) == [None, True]
 

@@ -231,6 +231,14 @@ def test_finished_run_is_left_as_it_is(tiny_llama_dir, run_stage, capsys):
     assert "finished" in said and "no complete checkpoint" not in said
 
 
+def test_a_finished_model_that_lost_a_file_is_made_anew(tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out", save_steps=6)
+    before = (output / "model.safetensors").read_bytes()
+    (output / "model.safetensors").unlink()
+    run_stage("contrastive", tiny_llama_dir, "out", save_steps=6, resume="newest")
+    assert (output / "model.safetensors").read_bytes() == before
+
+
 def test_only_the_newest_checkpoints_are_kept(tiny_llama_dir, run_stage):
     output = run_stage(
         "contrastive", tiny_llama_dir, "out", save_steps=1, save_total_limit=2, max_steps=4
