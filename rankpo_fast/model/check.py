@@ -12,6 +12,7 @@ from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import SHORT, Kernel
+from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
 
 # Largest relative error of a text's states that is put down to rounding. Two ways to sum in fp32
@@ -29,7 +30,8 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     The encoder is left with `kernel`, packing. No random number is drawn from torch's generators.
 
     Raises:
-        InputError: packed texts get other states, or see each other.
+        InputError: packed texts get other states, or see each other; or no text gets numbers that
+            are finite, packed or not.
         Unpackable: the backbone asks for something that packed texts cannot have.
     """
     training, bf16 = encoder.training, encoder.bf16
@@ -39,6 +41,7 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     try:
         encoder.use_kernel(None)
         alone = encoder.states(batch)
+        _check_finite(encoder, alone)
         encoder.use_kernel(kernel)
         packed, beside_other = encoder.states(batch), encoder.states(other)
     finally:
@@ -58,6 +61,19 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
                 f"attention (relative error {error.max():.1e}, rounding makes less than "
                 f"{bound:.0e}); --packing false avoids it"
             )
+
+
+def _check_finite(encoder: Encoder, states: Tensor) -> None:
+    """InputError unless the states are finite; it names the weights that are not."""
+    if states.isfinite().all():
+        return
+    weights = encoder.backbone.state_dict()
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    cause = "every weight is finite, so numbers overflow on their way"
+    if bad:
+        cause = f"{len(bad)} of {len(weights)} tensors hold NaN or infinity: {', '.join(bad[:3])}"
+    raise InputError(f"{MODEL_FLAG} {encoder.backbone.name_or_path}: what the model computes is "
+                     f"not finite: {cause}")  # fmt: skip
 
 
 def _samples(encoder: Encoder) -> tuple[MicroBatch, MicroBatch]:

@@ -112,7 +112,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if training is not None:
         _prepare_training(backbone, training)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
-    encoder.save_dtype = _save_dtype(training, folder)
+    encoder.save_dtype, encoder.origin = _save_dtype(training, folder), own_folder
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
     if kernels:

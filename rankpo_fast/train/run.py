@@ -19,6 +19,7 @@ from rankpo_fast.config import (
     ReplayConfig,
     TrainingConfig,
 )
+from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.rows import PreferenceRow, RetrievalSet, read_preferences, read_retrieval
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
@@ -39,7 +40,7 @@ from rankpo_kernels import native
 FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing",
     "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "profile_steps", "cache_dir", "device",
+    "save_total_limit", "save_dtype", "report_to", "profile_steps", "cache_dir", "device",
 }  # fmt: skip
 MET_FOR = ("save_steps", "eval_steps")  # of these, what ranks must share all the same
 TRAINED_ON = ("train_data", "replay_data")  # files that may move, but not change
@@ -63,6 +64,7 @@ class Run:
     preferences: list[PreferenceRow] | None
     settings: dict[str, Any]  # what a resumed run must share
     checkpoint: Checkpoint | None
+    inputs: list[tuple[str, str]]  # flag and value of each path, or name of a model, that is read
 
     @classmethod
     def prepare(
@@ -92,7 +94,7 @@ class Run:
         checkpoint = _find_checkpoint(training, settings, ranks)
         return cls(
             stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
-            checkpoint,
+            checkpoint, inputs,
         )  # fmt: skip
 
     @property
@@ -208,10 +210,15 @@ class Run:
         self.ranks.meet()
         return figures
 
-    def save_model(self, encoder: Encoder) -> None:
+    def save_model(self, encoder: Encoder, card: str) -> None:
         if self.ranks.first:
-            output.save_model(self.path, encoder)
+            output.save_model(self.path, encoder, card)
         self.ranks.meet()
+
+    def write_card(self, card: str) -> None:
+        if self.ranks.first:
+            with whole_file(self.path / output.CARD) as temporary:
+                temporary.write_text(card, encoding="utf-8")
 
 
 def read_evaluation_data(
