@@ -27,14 +27,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask makes it: safetensors lets only us read
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)
+        temporary.chmod(mode)  # as the umask wants it: see open_to_umask
         flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush_to_disk(path.parent)  # the rename itself must reach the disk too
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the safetensors files in `folder` the mode that the umask gives new files: the library
+    lets nobody but their owner read them."""
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def flush_to_disk(path: Path) -> None:

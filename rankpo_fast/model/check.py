@@ -12,6 +12,7 @@ from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import SHORT, Kernel
+from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
 
 # Largest relative error of a text's states that is put down to rounding. Two ways to sum in fp32
@@ -29,7 +30,8 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     The encoder is left with `kernel`, packing. No random number is drawn from torch's generators.
 
     Raises:
-        InputError: states are not finite, or packed texts get other ones, or see each other.
+        InputError: packed texts get other states, or see each other; or no text gets numbers that
+            are finite, packed or not.
         Unpackable: the backbone asks for something that packed texts cannot have.
     """
     training, bf16 = encoder.training, encoder.bf16
@@ -39,17 +41,12 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     try:
         encoder.use_kernel(None)
         alone = encoder.states(batch)
+        _check_finite(encoder, alone)
         encoder.use_kernel(kernel)
         packed, beside_other = encoder.states(batch), encoder.states(other)
     finally:
         encoder.bf16 = bf16
         encoder.train(training)
-    if not alone.isfinite().all():
-        weights = ", ".join(broken_weights(encoder)) or "none, so they overflow on their way"
-        raise InputError(
-            f"--model_name_or_path: the states of {type(encoder.backbone).__name__} are not "
-            f"finite; weights that are not: {weights}"
-        )
     rounding = ROUNDING[bf16 and kernel.capability is not None]
     unlike = _errors(packed, alone, batch)
     leaks = _errors(beside_other, packed, batch)
@@ -70,6 +67,18 @@ def broken_weights(encoder: Encoder) -> list[str]:
     """The names of the backbone's tensors that hold NaN or inf."""
     tensors = encoder.backbone.state_dict().items()
     return [name for name, tensor in tensors if not tensor.isfinite().all()]
+
+
+def _check_finite(encoder: Encoder, states: Tensor) -> None:
+    """InputError unless the states are finite; it names the weights that are not."""
+    if states.isfinite().all():
+        return
+    cause = "every weight is finite, so numbers overflow on their way"
+    if bad := broken_weights(encoder):
+        total = len(encoder.backbone.state_dict())
+        cause = f"{len(bad)} of {total} tensors hold NaN or infinity: {', '.join(bad[:3])}"
+    raise InputError(f"{MODEL_FLAG} {encoder.backbone.name_or_path}: what the model computes is "
+                     f"not finite: {cause}")  # fmt: skip
 
 
 def _samples(encoder: Encoder) -> tuple[MicroBatch, MicroBatch]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rankpo_fast.data.files import open_to_umask
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import (
     MicroBatch,
@@ -41,6 +42,7 @@ class Encoder(nn.Module):
         attention: what computes its attention, by the name that --attn_implementation has for it.
         save_dtype: of the floating-point weights that `save` writes.
         layers: the backbone's, to be checkpointed or compiled.
+        origin: the directory it was loaded from; None for one that was made otherwise.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Encoder(nn.Module):
         self.bf16 = bf16
         self.save_dtype = torch.float32
         self.layers = Layers(backbone)
+        self.origin: Path | None = None
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)
@@ -205,9 +208,7 @@ def save_backbone(backbone: "PreTrainedModel", directory: Path, dtype: torch.dty
     config = copy.deepcopy(backbone.config)
     config.dtype = dtype
     config.save_pretrained(directory)
-    mode = (directory / "config.json").stat().st_mode  # as the umask makes it
-    for path in directory.glob("*.safetensors"):  # which safetensors keeps from all others
-        path.chmod(mode)
+    open_to_umask(directory)
 
 
 def first_position(backbone: nn.Module) -> int:

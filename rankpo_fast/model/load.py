@@ -111,7 +111,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
             parameter.requires_grad_(False)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
-    encoder.save_dtype = _save_dtype(training, folder)
+    encoder.save_dtype, encoder.origin = _save_dtype(training, folder), own_folder
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
         if training.gradient_checkpointing is True:  # auto is decided where texts are known

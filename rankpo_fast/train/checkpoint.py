@@ -22,7 +22,7 @@ from safetensors.torch import load
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import flush_to_disk, load_tensors, save_tensors
+from rankpo_fast.data.files import flush_to_disk, load_tensors, open_to_umask, save_tensors
 from rankpo_fast.errors import InputError
 from rankpo_fast.train.ranks import ALONE, Ranks
 
@@ -78,6 +78,7 @@ def save(
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
         _write_json(temporary / MANIFEST, {name: _sha256(temporary / name) for name in FILES})
+        open_to_umask(temporary)
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
         shutil.rmtree(target, ignore_errors=True)  # a broken one of the same step

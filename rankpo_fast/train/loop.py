@@ -25,6 +25,7 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.card import model_card
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
 from rankpo_fast.train.profile import Profile
@@ -152,11 +153,15 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
                 )
                 raise SystemExit(EXIT_CODES[stop])
         log.settle()
-        run.save_model(encoder)  # before the evaluation, whose failure then costs no training
+        run.save_model(
+            encoder, model_card(run, encoder, about)
+        )  # before the evaluation, whose failure then costs no training
         log.say(f"model saved in {run.path}")
         stop, _ = signals.agreed(ranks)
         if run.evaluation.asked and stop is None:
-            log.evaluation(plan.total_steps, run.evaluate(encoder))
+            figures = run.evaluate(encoder)
+            log.evaluation(plan.total_steps, figures)
+            run.write_card(model_card(run, encoder, about, figures))
             stop, _ = signals.agreed(ranks)
         if stop is not None:
             log.say(f"stopped by {stop.name}; the model is saved")

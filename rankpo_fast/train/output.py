@@ -25,6 +25,7 @@ from rankpo_fast.train.lock import LOCK, held
 from rankpo_fast.train.ranks import Ranks
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
+CARD = "README.md"  # one of the model's files
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
 WRITTEN_WHILE_TRAINING = (
     "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", "mlflow", MODEL_ON_ITS_WAY,
@@ -83,13 +84,14 @@ def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     _write_record(path, {"program": PROGRAM, **record, "model_files": []})
 
 
-def save_model(path: Path, encoder: Encoder) -> None:
+def save_model(path: Path, encoder: Encoder, card: str) -> None:
     """Save beside the place, then move file by file. After an OSError no half model is there."""
     temporary = path / MODEL_ON_ITS_WAY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_errors(temporary):
             encoder.save(temporary)
+        (temporary / CARD).write_text(card, encoding="utf-8")
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]

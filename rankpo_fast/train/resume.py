@@ -25,9 +25,9 @@ from rankpo_kernels import native
 
 # What a run that goes on may change: none of it changes a bit of the weights.
 FREE_TO_CHANGE = {
-    "activation_memory_gb", "gradient_checkpointing",
-    "output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps",
-    "save_minutes", "save_total_limit", "report_to", "project", "run_name", "profile_steps",
+    "activation_memory_gb", "gradient_checkpointing", "output_dir", "resume",
+    "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_minutes",
+    "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
     "cache_dir", "no_cache", "device",
 }  # fmt: skip
 TRAINED_ON = ("train_data", "replay_data")

@@ -19,6 +19,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 from rankpo_fast.data.cache import check_cache
+from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
 from rankpo_fast.data.rows import PreferenceRow, read_preferences
 from rankpo_fast.data.tokens import TokenTable, joined
@@ -61,6 +62,7 @@ class Run:
     settings: dict[str, Any]  # what a resumed run must share; complete when the output opens
     checkpoint: Checkpoint | None
     precision: Precision
+    inputs: list[tuple[str, str]]  # flag and value of each path, or name of a model, that is read
 
     @classmethod
     def prepare(
@@ -87,7 +89,8 @@ class Run:
         path, cache = Path(training.output_dir), compute.cache_path
         configs = (model, data, *replay, loss, training, compute)
         resume, overwrite = training.resume is not None, training.overwrite_output_dir
-        output.check(path, inputs(*configs, evaluation), resume=resume, overwrite=overwrite)
+        read = list(inputs(*configs, evaluation))
+        output.check(path, read, resume=resume, overwrite=overwrite)
         check_cache(compute)
         if cache is not None and lies_in(cache, path):
             raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
@@ -95,7 +98,7 @@ class Run:
         checkpoint = find_checkpoint(training, settings, ranks)
         return cls(
             stage, model, training, evaluation, compute, ranks, retrieval, preferences, settings,
-            checkpoint, precision,
+            checkpoint, precision, read,
         )  # fmt: skip
 
     @property
@@ -225,10 +228,15 @@ class Run:
         self.ranks.meet()
         return figures
 
-    def save_model(self, encoder: Encoder) -> None:
+    def save_model(self, encoder: Encoder, card: str) -> None:
         if self.ranks.first:
-            output.save_model(self.path, encoder)
+            output.save_model(self.path, encoder, card)
         self.ranks.meet()
+
+    def write_card(self, card: str) -> None:
+        if self.ranks.first:
+            with whole_file(self.path / output.CARD) as temporary:
+                temporary.write_text(card, encoding="utf-8")
 
 
 def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks) -> Precision:

@@ -78,18 +78,25 @@ def test_a_fault_shows_in_bf16_too(fault):
 
 
 def test_nan_is_no_agreement():
-    def nan(right, query, key, value, asked):
-        return right(query, key, value, asked) * float("nan")
+    def nothing(right, query, key, value, asked):
+        return torch.full_like(query, torch.nan)
 
     with pytest.raises(InputError, match="relative error nan"):
-        check_packing(make_encoder("llama"), faulty(nan))
+        check_packing(make_encoder("llama"), faulty(nothing))
 
 
-def test_states_that_are_not_finite_are_told_from_packing_that_differs():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_packing_is_not_blamed(value):
     encoder = make_encoder("llama")
     with torch.no_grad():
-        encoder.backbone.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match="not finite; weights that are not: norm.weight$"):
+        encoder.backbone.norm.weight[0] = value
+    with pytest.raises(InputError, match=r"not finite: 1 of \d+ tensors .*: norm\.weight$"):
+        check_packing(encoder, BY_TEXT)
+    with torch.no_grad():
+        encoder.backbone.norm.weight[0] = 3e38
+        encoder.backbone.norm.weight[1:] = 3e38
+        encoder.backbone.embed_tokens.weight[:] *= 1e30
+    with pytest.raises(InputError, match="not finite: every weight is finite, so numbers overflow"):
         check_packing(encoder, BY_TEXT)
 
 

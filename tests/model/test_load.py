@@ -1,5 +1,6 @@
 """What model directory, flags and seed decide; and what cannot be loaded, said by flag."""
 
+import dataclasses
 import json
 import shutil
 
@@ -136,6 +137,16 @@ def test_the_padding_row_of_a_position_table_is_no_position(llama_copy):
     encoder = load(llama_copy, from_scratch=True)
     assert encoder.settings.max_query_length == 65
     encoder.embed(encoder.tokenize_queries(["word " * 100]), max_tokens=65)
+
+
+@pytest.mark.parametrize("name", ["query_prefix", "passage_prefix"])
+def test_backslash_n_in_a_prefix_is_a_newline_and_said_once(name):
+    """As shells leave it in single quotes, and YAML in none."""
+    with pytest.warns(UserWarning, match=f"--{name}: backslash and n in it .* newline") as warned:
+        config = EncoderConfig("m", **{name: "Instruct: find\\nQuery: "})
+        again = dataclasses.replace(config, pooling="mean")
+    assert getattr(again, name) == "Instruct: find\nQuery: "
+    assert len(warned) == 1
 
 
 # --- weights and tokens ---

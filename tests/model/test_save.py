@@ -1,6 +1,7 @@
 """A saved directory gives the same vectors here, in transformers and in sentence-transformers."""
 
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
@@ -107,6 +109,145 @@ def test_a_tokenizer_that_pads_left_is_saved_to_pad_right(tiny_bert_dir, tmp_pat
     encoder.save(tmp_path / "saved")
     model = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert_equal([model.encode(TEXTS)] * 2, vectors(encoder))
+
+
+def test_settings_of_an_earlier_version_are_read(saved, tmp_path):
+    encoder, directory = saved
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "rankpo_fast.json"
+    earlier = json.loads(path.read_text())
+    del earlier["lower_case"], earlier["append_eos"]
+    path.write_text(json.dumps(earlier))
+    assert load_encoder(EncoderConfig(str(tmp_path)), device=CPU).settings == encoder.settings
+
+
+def test_files_have_the_mode_that_the_umask_gives(tiny_bert_dir, tmp_path):
+    encoder = load_encoder(EncoderConfig(str(tiny_bert_dir)), device=CPU)
+    before = os.umask(0o027)
+    try:
+        encoder.save(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
+# --- the dtype of the weights ---
+
+
+def as_bf16(directory, target):
+    """A copy whose weights are stored in bf16, as most published models are."""
+    from transformers import AutoModel
+
+    shutil.copytree(directory, target)
+    AutoModel.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("auto", "bfloat16"), ("float32", "float32"), ("float16", "float16")],
+)
+def test_weights_are_saved_as_they_came_or_as_asked(tiny_llama_dir, tmp_path, asked, expected):
+    base = as_bf16(tiny_llama_dir, tmp_path / "base")
+    encoder = load_encoder(ModelConfig(str(base), save_dtype=asked, bf16=False), device=CPU)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    encoder.save(tmp_path / "saved")
+    weights = load_file(tmp_path / "saved/model.safetensors")
+    assert {str(w.dtype) for w in weights.values()} == {f"torch.{expected}"}
+    assert json.loads((tmp_path / "saved/config.json").read_text())["dtype"] == expected
+    before = {name: p for name, p in encoder.backbone.state_dict().items()}
+    assert all(
+        torch.equal(w.float(), before[name].to(w.dtype).float()) for name, w in weights.items()
+    )
+    again = load_encoder(EncoderConfig(str(tmp_path / "saved")), device=CPU)
+    for ours, theirs in zip(vectors(again), vectors(encoder), strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=1e-2 if expected == "float16" else 1e-6
+        )
+
+
+def test_what_float16_cannot_hold_is_saved_in_float32(tiny_bert_dir, tmp_path):
+    config = ModelConfig(str(tiny_bert_dir), save_dtype="float16", bf16=False)
+    encoder = load_encoder(config, device=CPU)
+    with torch.no_grad():
+        encoder.backbone.pooler.dense.weight[0, 0] = 1e6
+    with pytest.warns(UserWarning, match="float16 cannot hold the weights: saved in float32"):
+        encoder.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+# --- the end of a text ---
+
+
+def bare_tokenizer(directory, target, **config):
+    """A copy whose tokenizer begins texts with <s> and ends them with nothing."""
+    shutil.copytree(directory, target)
+    path = target / "tokenizer.json"
+    content = json.loads(path.read_text())
+    ends = content["post_processor"]
+    for kind in ("single", "pair"):
+        ends[kind] = [
+            part for part in ends[kind] if part.get("SpecialToken", {}).get("id") != "</s>"
+        ]
+    path.write_text(json.dumps(content))
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("flag", "says", "appends"),
+    [
+        pytest.param(None, {}, False, id="nobody-asks"),
+        pytest.param(True, {}, True, id="the-flag"),
+        pytest.param(None, {"add_eos_token": True}, True, id="the-directory"),
+        pytest.param(False, {"add_eos_token": True}, False, id="the-flag-wins"),
+    ],
+)
+def test_texts_end_with_eos_where_flag_or_directory_say_so(
+    tiny_llama_dir, tmp_path, flag, says, appends
+):
+    library = pytest.importorskip("sentence_transformers")
+    base = bare_tokenizer(tiny_llama_dir, tmp_path / "base", **says)
+    config = EncoderConfig(str(base), append_eos=flag, max_query_length=8, max_passage_length=8)
+    encoder = load_encoder(config, device=CPU)
+    table = encoder.tokenize_queries(TEXTS)
+    assert table.truncated > 0 and max(table.lengths) == 8
+    eos = encoder.tokenizer.eos_token_id
+    assert [ids[-1].item() == eos for ids in map(table.__getitem__, range(len(table)))] == [
+        appends
+    ] * len(table)
+    encoder.save(tmp_path / "saved")
+    again = load_encoder(EncoderConfig(str(tmp_path / "saved")), device=CPU)
+    assert torch.equal(again.tokenize_queries(TEXTS).ids, table.ids)
+    model = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    theirs = [ids[mask.bool()] for ids, mask in zip(*map(model.preprocess(TEXTS).get, (
+        "input_ids", "attention_mask")), strict=True)]  # fmt: skip
+    assert torch.equal(torch.cat(theirs).int(), table.ids)
+    assert_equal([model.encode(TEXTS)], vectors(again)[:1])
+
+
+def test_eos_is_appended_once_and_not_after_another_end(tiny_llama_dir, tiny_bert_dir, tmp_path):
+    plain = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=CPU)
+    asked = load_encoder(EncoderConfig(str(tiny_llama_dir), append_eos=True), device=CPU)
+    ids = [encoder.tokenize_queries(TEXTS).ids for encoder in (plain, asked)]
+    assert torch.equal(*ids)
+    shutil.copytree(tiny_bert_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<pad>"}))
+    with pytest.warns(UserWarning, match="--append_eos: nothing is appended.* with </s>"):
+        load_encoder(EncoderConfig(str(tmp_path), append_eos=True), device=CPU)
+
+
+def test_eos_needs_a_token_for_it(tiny_llama_dir, tmp_path):
+    base = bare_tokenizer(tiny_llama_dir, tmp_path / "base", eos_token=None)
+    with pytest.raises(InputError, match="--append_eos true: .* no EOS token"):
+        load_encoder(EncoderConfig(str(base), append_eos=True), device=CPU)
+
+
+# --- damage ---
 
 
 @pytest.mark.parametrize(
