@@ -5,9 +5,6 @@ of SigLIP's bias, on one device.
 """
 
 import functools
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -36,21 +33,7 @@ THEIRS = "open_clip"
 LOSSES = {"ClipLoss": (1 / 0.07,), "SigLipLoss": (10.0, -10.0)}  # the scale and bias of the start
 
 
-@functools.cache
-def theirs() -> ModuleType:
-    """open_clip.loss without its package, which imports torchvision and timm."""
-    package = find_spec("open_clip")
-    if package is None:
-        raise ModuleNotFoundError(name="open_clip")
-    spec = spec_from_file_location(
-        "loss_of_open_clip", Path(package.submodule_search_locations[0], "loss.py")
-    )
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULES = {OURS: lambda: ours, THEIRS: theirs}
+MODULES = {OURS: lambda: ours, THEIRS: ours.loss_file}
 
 
 def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state) -> list[Tensor]:

@@ -1,34 +1,96 @@
 """open_clip's losses by the fused kernels, which never store the matrix of scores.
 
 In a loop of one's own these classes take the places of open_clip's: same arguments, same results.
-open_clip_train keeps its line `loss = create_loss(args)`, given this module's `create_loss`; to be
-started with its flags, by python or torchrun:
+Within a training task of open_clip 4: `task.loss = fused(task.loss)`. open_clip_train keeps its
+lines, given this module's functions; to be started with its flags, by python or torchrun:
 
     import sys
     from open_clip_train import main
-    from rankpo_fast.integrations.open_clip import create_loss
-    main.create_loss = create_loss
+    from rankpo_fast.integrations.open_clip import create_loss, create_task
+    main.create_task = create_task  # up to 3.3, and of legacy_main: main.create_loss = create_loss
     main.main(sys.argv[1:])
 
-torch.jit.trace, vmap and second derivatives do not go through the ops. Nothing of open_clip is
-imported here. Tried with open_clip_torch 3.3.0 and torch 2.13.
+get_logits, get_ground_truth and _loss are open_clip's own. Where a subclass overrides one of them
+the whole loss is, with a warning: it stores the scores. torch.jit.trace, vmap and second
+derivatives do not go through the ops. open_clip is imported where one of its own is called. Tried
+with open_clip_torch 3.3.0 and 4.2.0.dev0 (June 2026), and torch 2.13.
 B pairs of a rank, D dims; images are the queries, texts the passages.
 """
 
+import functools
+import inspect
+import sys
 from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankpo_fast.integrations.overrides import overridden, warn_unfused
 from rankpo_fast.ops.in_batch import siglip_loss
 from rankpo_fast.ops.info_nce import info_nce_loss
 
 BOTH_WAYS = ("query_to_passage", "passage_to_query")
+METHODS = ("get_ground_truth", "get_logits", "_loss", "_chunked_loss")  # that a subclass may change
 
 
-class ClipLoss(nn.Module):
+@functools.cache
+def loss_file() -> ModuleType:
+    """open_clip/loss.py without its package, which imports torchvision and timm."""
+    package = find_spec("open_clip")
+    if package is None:
+        raise ModuleNotFoundError("open_clip is not installed", name="open_clip")
+    path = Path(package.submodule_search_locations[0], "loss.py")
+    spec = spec_from_file_location("loss_of_open_clip", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _their_class(name: str) -> type[nn.Module]:
+    """open_clip's, also where its module was given ours in its place."""
+    kind = getattr(sys.modules.get("open_clip.loss"), name, None)
+    ours = kind is None or issubclass(kind, _Loss)
+    return getattr(loss_file(), name) if ours else kind
+
+
+def _own_code(name: str) -> Callable:
+    """A method of open_clip's class, for subclasses that call or override it."""
+
+    def method(self, *args: Any, **kwargs: Any) -> Any:
+        of_theirs = self.theirs()
+        return getattr(type(of_theirs), name)(of_theirs, *args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+class _Loss(nn.Module):
+    """What the losses share: open_clip's loss of the same settings, for what is not fused."""
+
+    name: str  # of the class, ours and open_clip's, whose methods are replaced
+
+    def theirs(self) -> nn.Module:
+        """open_clip's loss with the settings that this one has now, and the methods that were
+        overridden."""
+        kind = _their_class(self.name)
+        settings = inspect.signature(kind).parameters
+        loss = kind(**{name: getattr(self, name) for name in settings})
+        for name in self.changes():
+            setattr(loss, name, getattr(self, name))
+        return loss
+
+    def changes(self) -> list[str]:
+        return overridden(globals()[self.name], self, METHODS)
+
+
+class ClipLoss(_Loss):
     """Each image against all texts and each text against all images (CLIP, Radford et al. 2021).
 
     Args:
@@ -40,10 +102,14 @@ class ClipLoss(nn.Module):
             1 / world_size of them (the scale all of its own); with it, a feature gets gradients
             from its own row alone, none for having been a candidate of others or of its partner,
             and scores are computed once for either direction.
-        cache_labels, rank: without effect: there are no labels to cache, and the group knows.
-        world_size: of torch.distributed, whose default group is used; with 1 nobody is talked to.
-        use_horovod: not supported.
+        cache_labels: without effect: there are no labels to cache.
+        rank, world_size: of torch.distributed, whose default group is used; with a world_size of 1
+            nobody is talked to.
+        use_horovod: not supported. (open_clip has had no such argument since 3.3.)
     """
+
+    name = "ClipLoss"
+    get_logits, get_ground_truth = _own_code("get_logits"), _own_code("get_ground_truth")
 
     def __init__(
         self,
@@ -55,10 +121,16 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        _refuse_horovod(use_horovod)
+        if use_horovod:
+            raise ValueError(
+                "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
+            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
         self.world_size = world_size
+        self.use_horovod = use_horovod
 
     def forward(
         self,
@@ -79,11 +151,15 @@ class ClipLoss(nn.Module):
                 content.
 
         Raises:
-            ValueError: unequal numbers of images and texts; a world_size unlike that of
+            ValueError: unequal numbers of images and texts; a rank or world_size unlike that of
                 torch.distributed; what `info_nce_loss` refuses.
         """
+        if changed := self.changes():
+            warn_unfused(self, changed, "open_clip")
+            given = image_features, text_features, logit_scale, logit_bias, output_dict
+            return self.theirs()(*given)
         _check_pairs(image_features, text_features)
-        group = _group(self.world_size)
+        group = _group(self.rank, self.world_size)
         options = {"scale": logit_scale, "normalize": False, "process_group": group}
         features = image_features, text_features
         own_rows_alone = group is not None and not self.gather_with_grad
@@ -107,7 +183,7 @@ class CoCaLoss(ClipLoss):
     """`ClipLoss` and the cross entropy of captions (CoCa, Yu et al. 2022), each with its weight.
 
     Args:
-        pad_id: the token that is no target.
+        pad_id: the token that is no target of `caption_loss`, the module that the captions go to.
         local_loss, ..., use_horovod: those of `ClipLoss`.
     """
 
@@ -126,7 +202,7 @@ class CoCaLoss(ClipLoss):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.caption_loss_weight = caption_loss_weight
         self.clip_loss_weight = clip_loss_weight
-        self.pad_id = pad_id
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
     def forward(
         self,
@@ -143,14 +219,13 @@ class CoCaLoss(ClipLoss):
         if self.clip_loss_weight:
             contrastive = super().forward(image_features, text_features, logit_scale)
             contrastive = self.clip_loss_weight * contrastive
-        targets = logits.flatten(0, 1), labels.flatten()
-        caption = self.caption_loss_weight * F.cross_entropy(*targets, ignore_index=self.pad_id)
+        caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}
         return contrastive, caption
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_Loss):
     """The sigmoid loss of every pair of an image and a text (Zhai et al. 2023, SigLIP), summed over
     texts and averaged over images: a rank's own, against the texts of all.
 
@@ -158,7 +233,12 @@ class SigLipLoss(nn.Module):
         cache_labels, rank, world_size: as in `ClipLoss`.
         dist_impl: "bidir", "shift", "reduce" or "gather" (None: "bidir"), ways of open_clip's to
             bring texts to images. They give the same numbers, and here are all one gather.
+        chunk_size: without effect: the scores are never stored. (New in open_clip 4.)
     """
+
+    name = "SigLipLoss"
+    get_logits, get_ground_truth = _own_code("get_logits"), _own_code("get_ground_truth")
+    _loss, _chunked_loss = _own_code("_loss"), _own_code("_chunked_loss")
 
     def __init__(
         self,
@@ -166,11 +246,16 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
     ):
         super().__init__()
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
         self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
 
     def forward(
         self,
@@ -182,6 +267,10 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """As `ClipLoss.forward`, but that logit_bias counts, and receives a gradient as a tensor of
         one number; None is 0."""
+        if changed := self.changes():
+            warn_unfused(self, changed, "open_clip")
+            given = image_features, text_features, logit_scale, logit_bias, output_dict
+            return self.theirs()(*given)
         _check_pairs(image_features, text_features)
         loss = siglip_loss(
             image_features,
@@ -189,36 +278,53 @@ class SigLipLoss(nn.Module):
             scale=logit_scale,
             bias=0.0 if logit_bias is None else logit_bias,
             normalize=False,
-            process_group=_group(self.world_size),
+            process_group=_group(self.rank, self.world_size),
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def fused(loss: nn.Module) -> nn.Module:
+    """Our loss in the place of open_clip's ClipLoss, SigLipLoss or CoCaLoss, with its settings.
+
+    Raises:
+        ValueError: a loss of another class: distillation, which compares matrices of scores; one's
+            own, for which ours is to be subclassed.
+    """
+    if isinstance(loss, _Loss):
+        return loss
+    for kind in (ClipLoss, SigLipLoss, CoCaLoss):
+        if type(loss) is _their_class(kind.__name__):
+            names = inspect.signature(kind).parameters
+            settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
+            ours = kind(**settings)
+            if isinstance(ours, CoCaLoss):
+                ours.caption_loss = loss.caption_loss
+            return ours
+    raise ValueError(
+        f"{type(loss).__name__} is none of the losses that are fused, ClipLoss, SigLipLoss and "
+        "CoCaLoss (distillation compares matrices of scores, which are never held here): use "
+        "open_clip's own create_loss or create_task"
+    )
 
 
 def create_loss(args: Namespace) -> nn.Module:
     """The loss that the flags of open_clip_train ask for.
 
     Raises:
-        ValueError: distillation, which compares matrices of scores; what the losses refuse.
+        ValueError: what `fused` and the losses refuse.
     """
-    if args.distill:
-        raise ValueError(
-            "distillation compares matrices of scores, which these losses never hold: use "
-            "open_clip.loss.DistillClipLoss"
-        )
-    _refuse_horovod(args.horovod)
-    ranks = {"rank": args.rank, "world_size": args.world_size}
-    clip = ranks | {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
-    if "coca" in args.model.lower():
-        weights = args.coca_caption_loss_weight, args.coca_contrastive_loss_weight
-        return CoCaLoss(*weights, **clip)
-    return SigLipLoss(**ranks, dist_impl=args.loss_dist_impl) if args.siglip else ClipLoss(**clip)
+    return fused(import_module("open_clip.factory").create_loss(args))
 
 
-def _refuse_horovod(asked: bool) -> None:
-    if asked:
-        raise ValueError(
-            "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
-        )
+def create_task(args: Namespace, model: nn.Module, *more: Any, **others: Any) -> nn.Module:
+    """open_clip 4's training task for these flags, with the loss fused.
+
+    Raises:
+        ValueError: what `fused` and the losses refuse.
+    """
+    task = import_module("open_clip.factory").create_task(args, model, *more, **others)
+    task.loss = fused(getattr(task, "loss", None))
+    return task
 
 
 def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
@@ -230,12 +336,14 @@ def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
-def _group(world_size: int) -> dist.ProcessGroup | None:
+def _group(rank: int, world_size: int) -> dist.ProcessGroup | None:
     if world_size == 1:
         return None
     size = dist.get_world_size() if dist.is_initialized() else 0
     if size != world_size:
         raise ValueError(f"world_size is {world_size}, but torch.distributed has {size} ranks")
+    if rank != dist.get_rank():
+        raise ValueError(f"rank is {rank}, but {dist.get_rank()} in torch.distributed")
     return dist.group.WORLD
 
 

@@ -20,12 +20,12 @@ from clip_cases import (
 )
 from gates import draw, error, gates
 
-from bench.cases.open_clip import theirs
+from rankpo_fast.integrations.open_clip import loss_file as theirs
 from bench.processes import answered, processes
 from rankpo_fast.integrations import open_clip as ours
 
 LOSSES = ["ClipLoss", "SigLipLoss"]
-needs_theirs = pytest.mark.skipif(theirs() is None, reason="open_clip_torch is not installed")
+needs_theirs = pytest.mark.skipif(not find_spec("open_clip"), reason="open_clip_torch is not installed")
 WHOSE = ["definition", pytest.param("open_clip", marks=needs_theirs)]
 
 

@@ -8,7 +8,7 @@ flattened; B texts a column, D dims; documents of a batch lie column by column, 
 What differs, for all losses:
 
 * They are of fp32 where the embeddings are of bf16 or fp16; theirs are of the embeddings' dtype.
-* Labels, which theirs do not look at, are an error if they tell one row from another.
+* Labels, which theirs do not look at, are an error where they tell rows apart.
 * Across ranks the negatives of MultipleNegativesRankingLoss come through the process group, not
   through `all_gather_with_grad` of their module: who replaces that replaces nothing.
 * A method or module of theirs that is overridden, in a subclass or on an object, is called; where

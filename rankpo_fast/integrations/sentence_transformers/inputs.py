@@ -19,17 +19,19 @@ def check_labels(loss: nn.Module, labels: Tensor | None) -> None:
     """Raise ValueError if labels tell one row from another, which the loss would not look at.
 
     Equal ones say nothing: the zeros that `smart_batching_collate` makes where nobody set any, or
-    the label=1 that examples carry for "these belong together". For labels on a card the host
-    waits.
+    the label=1 that examples carry for "these belong together". Nor do the rows' own numbers, the
+    targets of the loss. For labels on a card the host waits.
     """
     if labels is None or not labels.numel():
         return
-    low, high = torch.stack(labels.detach().float().aminmax()).tolist()
-    if low != high:  # or NaN
+    labels = labels.detach().flatten()
+    numbers = torch.arange(len(labels), device=labels.device)
+    if not ((labels == labels[0]).all() | (labels == numbers).all()):
         raise ValueError(
-            f"{type(loss).__name__} takes no labels, and those of a batch are {low:g} to {high:g}: "
-            "remove the dataset's label column (columns are query, positive, negatives), or take a "
-            "loss that learns from labels"
+            f"{type(loss).__name__} takes no labels, and those of a batch differ: "
+            f"{', '.join(f'{x:g}' for x in labels[:4].tolist())}, ... Remove the dataset's label "
+            "column (columns are query, positive, negatives), or take a loss that learns from "
+            "labels"
         )
 
 
