@@ -30,6 +30,7 @@ from rankpo_fast.model.encoder import Encoder, first_position
 from rankpo_fast.model.liger import use_liger
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.settings import EncoderSettings, backbone_folder, read_settings
+from rankpo_fast.threads import fit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,8 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             model cannot be used with; the message names the flag. Also where packing changes what
             the model computes, which a few texts find out.
     """
+    if device.type == "cpu":
+        fit_threads()
     config = dataclasses.replace(config, bf16=Precision.of(config.bf16, device).bf16)
     training = config if isinstance(config, ModelConfig) else None
     from_scratch = training is not None and training.from_scratch

@@ -53,7 +53,11 @@ def train_contrastive(
                 return run.path
             encoder = run.load_encoder()
             texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
-        about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
+        about = {
+            "rows": describe_rows(batches),
+            "loss": f"InfoNCE, temperature {loss.temperature}",
+            "negatives": describe_negatives(batches, training.gradient_accumulation_steps),
+        }
         train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
 
@@ -87,6 +91,17 @@ def describe_rows(batches: ContrastiveData) -> str:
     short = f"{batches.short_rows:,} of them have fewer than {batches.num_negatives} negatives"
     used = f", {short}: all of theirs are used" if batches.short_rows else ""
     return f"{batches.num_rows:,} rows{used}"
+
+
+def describe_negatives(batches: ContrastiveData, accumulated: int) -> str:
+    """Of a query; and that accumulation adds none, where there is any."""
+    text = f"all passages of a query's batch of {batches.batch_size:,} rows"
+    if accumulated > 1:
+        text += (
+            f"; --gradient_accumulation_steps {accumulated} adds none, a larger "
+            f"--per_device_train_batch_size does, in the same memory"
+        )
+    return text
 
 
 @dataclass(frozen=True, eq=False)

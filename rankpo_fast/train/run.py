@@ -27,6 +27,7 @@ from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.paths import check_writable, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
+from rankpo_fast.threads import describe_threads
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
@@ -154,7 +155,9 @@ class Run:
         memory.max_tokens = -shortage
         return memory
 
-    def _checkpoint_layers(self, encoder: Encoder, table: TokenTable, tokens: int | None) -> str | None:
+    def _checkpoint_layers(
+        self, encoder: Encoder, table: TokenTable, tokens: int | None
+    ) -> str | None:
         """The encoder's layers, where any rank has to; says why."""
         reasons = [r for r in self.ranks.objects(why_checkpointed(encoder, table, tokens)) if r]
         if reasons:
@@ -344,4 +347,4 @@ def _backend(device: torch.device) -> str:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({describe_threads()})"
