@@ -379,6 +379,7 @@ def _training(task: Task, settings: dict[str, Any]) -> TrainingConfig:
         max_steps=task.steps,
         per_device_train_batch_size=task.batch,
         gradient_accumulation_steps=1,
+        save_minutes=0,
         learning_rate=task.learning_rate,
         warmup_ratio=WARMUP,
         seed=task.seed,

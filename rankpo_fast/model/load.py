@@ -50,6 +50,7 @@ from rankpo_fast.model.tokenizer import (
     tokenizer_flag,
     vocabulary_size,
 )
+from rankpo_fast.threads import fit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +71,8 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             model cannot be used with; the message names the flag. Also where packing changes what
             the model computes, which a few texts find out.
     """
+    if device.type == "cpu":
+        fit_threads()
     config = dataclasses.replace(config, bf16=Precision.of(config.bf16, device).bf16)
     training = config if isinstance(config, ModelConfig) else None
     from_scratch = training is not None and training.from_scratch

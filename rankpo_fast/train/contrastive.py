@@ -58,7 +58,11 @@ def train_contrastive(
                 return run.path
             encoder = run.load_encoder()
             batches, texts = tokenized(batches, encoder, compute)
-        about = {"rows": describe_rows(batches), "loss": f"InfoNCE, temperature {loss.temperature}"}
+        about = {
+            "rows": describe_rows(batches),
+            "loss": f"InfoNCE, temperature {loss.temperature}",
+            "negatives": describe_negatives(batches, training.gradient_accumulation_steps),
+        }
         train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
     return run.path
 
@@ -119,6 +123,17 @@ def describe_rows(batches: ContrastiveData) -> str:
         short = f"{batches.short_rows:,} of them have fewer than {batches.num_negatives} negatives"
         said.append(f"{short}: all of theirs are used")
     return ", ".join(said) + describe_shares(batches.shares)
+
+
+def describe_negatives(batches: ContrastiveData, accumulated: int) -> str:
+    """Of a query; and that accumulation adds none, where there is any."""
+    text = f"all passages of a query's batch of {batches.batch_size:,} rows"
+    if accumulated > 1:
+        text += (
+            f"; --gradient_accumulation_steps {accumulated} adds none, a larger "
+            f"--per_device_train_batch_size does, in the same memory"
+        )
+    return text
 
 
 @dataclass(frozen=True, eq=False)

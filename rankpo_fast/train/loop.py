@@ -25,6 +25,7 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.allocator import freed_memory_kept
 from rankpo_fast.train.card import model_card
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import adamw, learning_rate
@@ -72,8 +73,11 @@ class Plan:
         next one."""
         return math.floor(self.epochs(steps)) > math.floor(self.epochs(steps - 1))
 
-    def summary(self) -> str:
+    def summary(self, batch_size: int) -> str:
+        """For the user, who asked for batches of that size."""
         rows = f"{self.batches_per_step} x {self.rows_per_batch} rows"
+        if self.rows_per_batch < batch_size:
+            rows += f" (all there are, of {batch_size:,} that a batch may have)"
         return f"{self.total_steps:,} of {rows}, {self.epochs(self.total_steps):.4g} epochs"
 
 
@@ -96,7 +100,8 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     profiled = Profile(run.path / output.PROFILE, profile_steps, left)
     texts = {f"{each.prefix}texts": each.stage.texts.summary() for each in objectives}
     schedule = SaveSchedule(config)
-    plans = {"steps": plan.summary(), "checkpoints": schedule.summary()}
+    asked = config.per_device_train_batch_size * ranks.size
+    plans = {"steps": plan.summary(asked), "checkpoints": schedule.summary()}
     run.introduce(encoder, {**about, **texts, **plans})
     run.compare_ranks()
     _seed(config.seed + ranks.rank)  # so that dropout differs
@@ -113,6 +118,7 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
         return pack_step(objectives, plan.batches(step), encoder, max_tokens, ranks)
 
     with (
+        freed_memory_kept(encoder.device),
         Ahead(make, steps, memory) as works,
         MetricsLog(
             run.path, config, run.settings, first_step, plan.total_steps, silent=not ranks.first

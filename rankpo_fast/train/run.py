@@ -29,6 +29,7 @@ from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.paths import inputs, lies_in
 from rankpo_fast.retrieval.evaluate import evaluate, evaluation_texts
+from rankpo_fast.threads import describe_threads
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
@@ -272,4 +273,4 @@ def read_evaluation_data(
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({describe_threads()})"

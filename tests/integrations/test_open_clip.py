@@ -25,7 +25,9 @@ from bench.processes import answered, processes
 from rankpo_fast.integrations import open_clip as ours
 
 LOSSES = ["ClipLoss", "SigLipLoss"]
-needs_theirs = pytest.mark.skipif(not find_spec("open_clip"), reason="open_clip_torch is not installed")
+needs_theirs = pytest.mark.skipif(
+    not find_spec("open_clip"), reason="open_clip_torch is not installed"
+)
 WHOSE = ["definition", pytest.param("open_clip", marks=needs_theirs)]
 
 

@@ -1,0 +1,67 @@
+"""How many threads compute on the CPU: no more than the process may use, and said where fewer do.
+
+torch counts the machine's cores, also in a container that may use two of them; torchrun gives each
+of several processes one thread, whatever there is.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+
+def fit_threads(root: Path = Path("/")) -> None:
+    """Lower torch's number of threads to what the process may use."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus(root)))
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that the process may run on, and its control groups (a container's) pay for; >= 1."""
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cpus = len(os.sched_getaffinity(0))
+    return max(1, min([cpus, *map(math.ceil, _quotas(root))]))
+
+
+def describe_threads() -> str:
+    """For the user; with what would make the processes of torchrun use all CPUs, where they do
+    not."""
+    threads, cpus = torch.get_num_threads(), usable_cpus()
+    text = f"{threads} thread{'s' if threads > 1 else ''}"
+    each = cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
+    if each > threads and "OMP_NUM_THREADS" in os.environ:
+        text += f" of {cpus} CPUs, as OMP_NUM_THREADS says; {each} may be faster"
+    return text
+
+
+def _quotas(root: Path) -> list[float]:
+    """CPUs of each group with a limit that the process is in, directly or not; versions 1, 2."""
+    quotas = []
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        top = root / "sys/fs/cgroup"
+        if "cpu" in controllers.split(","):
+            top /= "cpu"
+        elif controllers:
+            continue
+        group = top / path.lstrip("/")
+        # Inside a container the path may be the host's, and only the top is there.
+        for level in [group, *group.parents][: len(group.parts) - len(top.parts) + 1]:
+            quota, period = _quota(level)
+            if quota > 0:
+                quotas.append(quota / period)
+    return quotas
+
+
+def _quota(group: Path) -> tuple[int, int]:
+    """Microseconds of CPU in each period; 0 or less: no limit."""
+    if (group / "cpu.max").exists():
+        quota, period = (group / "cpu.max").read_text().split()
+        return (0 if quota == "max" else int(quota)), int(period)
+    names = [group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"]
+    if not all(name.exists() for name in names):
+        return 0, 1
+    quota, period = (int(name.read_text()) for name in names)
+    return quota, period
