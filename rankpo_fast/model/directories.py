@@ -60,26 +60,32 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("model.safetensors*"))
 
 
-def check_weights(folder: Path, flag: str) -> None:
-    """Raise InputError unless the weights are safetensors, complete, and inside the folder.
+def check_weights(folder: Path, flag: str) -> list[Path]:
+    """The files of the weights; InputError unless they are safetensors, complete, and inside the
+    folder.
 
     transformers opens whatever path an index names, `../` included.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
-        return
+        return [folder / "model.safetensors"]
     if not index.is_file():
         raise InputError(
             f"{flag} {folder}: neither model.safetensors nor {index.name} there "
             f"(other formats can run code and are not read)"
         )
     with blaming(f"{flag} {index}"):
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    for shard in sorted(shards):
+        content = json.loads(index.read_bytes())
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{flag} {index}: weight_map must name the file of each tensor")
+    shards = sorted(set(files.values()))
+    for shard in shards:
         if Path(shard).name != shard:
             raise InputError(f"{flag} {index}: the shard {shard!r} lies outside the directory")
         if not (folder / shard).is_file():
             raise InputError(f"{flag} {index}: the shard {shard!r} is missing")
+    return [folder / shard for shard in shards]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -87,13 +93,10 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def weights_dtype(folder: Path) -> torch.dtype:
-    """That of most weights on disk, fp32 where it is none of fp32, bf16 and fp16.
-
-    The folder has passed `check_weights`.
-    """
+def weights_dtype(files: list[Path]) -> torch.dtype:
+    """That of most weights in `files`, fp32 where it is none of fp32, bf16 and fp16."""
     counts = dict.fromkeys(DTYPES, 0)
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)

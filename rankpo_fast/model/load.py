@@ -6,8 +6,9 @@ see only those before them. That is the skeleton.
 """
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,8 +84,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         folder = adapter.base_folder
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
-    if not from_scratch:
-        check_weights(folder, MODEL_FLAG)
+    weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
     backbone_config = _load_config(folder)
     if training is not None and training.disable_dropout:
         _drop_nothing(backbone_config)
@@ -114,7 +114,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
             parameter.requires_grad_(False)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
-    encoder.save_dtype, encoder.origin = _save_dtype(training, folder), own_folder
+    encoder.save_dtype, encoder.origin = _save_dtype(training, weights), own_folder
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
         if training.gradient_checkpointing is True:  # auto is decided where texts are known
@@ -201,7 +201,18 @@ def _load_backbone(folder: Path, config: "PreTrainedConfig", attention: str) -> 
     if unfit:
         raise InputError(f"{MODEL_FLAG} {folder}: {len(unfit)} tensors that config.json asks for "
                          f"are not there in that shape: {unfit[0]} ...")  # fmt: skip
+    _check_surplus(folder, backbone, report["unexpected_keys"])
     return backbone
+
+
+def _check_surplus(folder: Path, backbone: "PreTrainedModel", names: Iterable[str]) -> None:
+    """InputError if the weights have more layers than the model; heads of other tasks are free."""
+    kinds = {re.sub(r"\d+", "#", name) for name in backbone.state_dict()}
+    head = f"{backbone.base_model_prefix}."
+    more = [n for n in sorted(names) if re.sub(r"\d+", "#", n.removeprefix(head)) in kinds]
+    if more:
+        raise InputError(f"{MODEL_FLAG} {folder}: {len(more)} tensors have no place in the "
+                         f"model of config.json, which has fewer layers: {more[0]} ...")  # fmt: skip
 
 
 def _merge(adapter: Adapter, backbone: "PreTrainedModel") -> "PreTrainedModel":
@@ -212,13 +223,11 @@ def _merge(adapter: Adapter, backbone: "PreTrainedModel") -> "PreTrainedModel":
     return backbone
 
 
-def _save_dtype(training: ModelConfig | None, folder: Path) -> torch.dtype:
-    """As asked for, else that of the weights in `folder`."""
+def _save_dtype(training: ModelConfig | None, weights: list[Path]) -> torch.dtype:
+    """As asked for, else that of the weights, fp32 where there are none."""
     if training is not None and training.save_dtype != "auto":
         return getattr(torch, training.save_dtype)
-    if training is not None and training.from_scratch:
-        return torch.float32
-    return weights_dtype(folder)
+    return weights_dtype(weights)
 
 
 def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

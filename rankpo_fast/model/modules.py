@@ -210,7 +210,7 @@ def _check_keys(path: Path, config: dict[str, Any], kind: str) -> list[str]:
             continue
         try:
             harmless = HARMLESS[kind][key](value)
-        except (AttributeError, TypeError):  # of another type than that key has
+        except (AttributeError, KeyError, TypeError):  # not of that key's kind
             harmless = False
         if not harmless:
             unlike.append(f"{path}: {key} {value!r}")

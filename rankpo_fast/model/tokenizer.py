@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import MODEL_FLAG, blaming, find_directory
-from rankpo_fast.model.modules import backbone_folder
+from rankpo_fast.model.modules import backbone_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -108,9 +108,10 @@ def lower_cased(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
 
 
 def says_append_eos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether tokenizer_config.json wants an EOS; transformers 5 does not look where there is a
-    tokenizer.json."""
-    return tokenizer.init_kwargs.get("add_eos_token") is True
+    """Whether tokenizer_config.json wants an EOS. transformers 4 obeyed; 5 leaves all to
+    tokenizer.json, which may know nothing of it."""
+    config = read_json(Path(tokenizer.name_or_path) / "tokenizer_config.json")
+    return config.get("add_eos_token") is True
 
 
 def append_eos(tokenizer: "PreTrainedTokenizerBase") -> None:

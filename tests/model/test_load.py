@@ -342,6 +342,22 @@ def test_weights_that_lack_a_tensor_are_refused_rather_than_drawn(llama_copy):
     refused(llama_copy, "layers.1.mlp.up_proj.weight")
 
 
+def test_layers_that_config_leaves_out_are_refused_and_heads_are_not(llama_copy):
+    path = llama_copy / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": torch.zeros(320, 32)}, path, {"format": "pt"})
+    load(llama_copy)
+    config = json.loads((llama_copy / "config.json").read_text())
+    write_json(llama_copy / "config.json", config | {"num_hidden_layers": 1})
+    refused(llama_copy, "fewer layers", "layers.1.")
+
+
+@pytest.mark.parametrize("content", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_that_names_no_files_is_refused(llama_copy, content):
+    (llama_copy / "model.safetensors").unlink()
+    write_json(llama_copy / "model.safetensors.index.json", content)
+    refused(llama_copy, "index.json: weight_map must name")
+
+
 def test_truncated_weights_are_refused(llama_copy):
     path = llama_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
