@@ -380,19 +380,19 @@ class EvaluationConfig:
 
     query_data: str | None = _flag("JSONL of queries, or a BEIR directory.", None)
     corpus_data: str | None = _flag("JSONL that --query_data refers to by row number.", None)
-    split: str | None = _flag(
-        "Which qrels/SPLIT.tsv of a BEIR directory. [test, else dev, else the first; it is said]",
-        None,
-    )
-    keep_same_id: bool = _flag(
-        "Rank a BEIR document for the query of the same id too, which BEIR leaves out.", False
-    )
     preference_data: list[str] | None = _flag(
         "Held-out preference rows (as for stage 2), for the alignment.", None
     )
     cutoffs: list[int] = _flag("Ranks at which to measure.", [1, 5, 10, 20, 100])
     legacy_metrics: bool = _flag(
         "The original code's, without grades; they read as high or higher.", False
+    )
+    split: str | None = _flag(
+        "Which qrels/SPLIT.tsv of a BEIR directory. [test, else dev, else the first; it is said]",
+        None,
+    )
+    keep_same_id: bool = _flag(
+        "Rank a BEIR document for the query of the same id too, which BEIR leaves out.", False
     )
 
     def __post_init__(self) -> None:

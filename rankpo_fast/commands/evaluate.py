@@ -115,7 +115,7 @@ def _table(
 def _taken_of(counts: dict[str, Any]) -> dict[str, str]:
     lines = {}
     if "split" in counts:
-        lines["split"] = f"{counts['split']}, of {', '.join(sorted(counts['splits']))}"
+        lines["split"] = f"{counts['split']}, of {', '.join(counts['splits'])}"
     lines["queries"] = f"{counts['queries']:,}" + _details(counts, {
         "absent_queries": "more are absent and skipped",
         "queries_without_relevant": "more have no relevant document and are skipped",

@@ -164,7 +164,7 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
         query_ids=measured,
         document_ids=list(corpus),
         split=split,
-        splits=tuple(splits),
+        splits=tuple(sorted(splits)),
         tally={
             "judged_pairs": sum(len(qrels[query]) for query in measured),
             "absent_queries": len(absent_queries),

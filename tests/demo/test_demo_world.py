@@ -75,8 +75,8 @@ def test_retrieval_rows_follow_the_rules(world, tmp_path):
     read = read_retrieval(tmp_path / "queries.jsonl", tmp_path / "corpus.jsonl")
     assert read.corpus == [talent.text for talent in split.talents]
     jobs = {job.text: job for job in split.jobs}
-    for query, positives in zip(read.queries, read.positives, strict=True):
-        assert positives == [i for i, t in enumerate(split.talents) if fits(jobs[query], t)]
+    for query, grades in zip(read.queries, read.grades, strict=True):
+        assert list(grades) == [i for i, t in enumerate(split.talents) if fits(jobs[query], t)]
 
 
 def test_texts_say_what_the_rules_look_at(world):
