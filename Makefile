@@ -12,13 +12,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint aot mutants bench gpu clean
+.PHONY: demo test test-isa lint aot mutants bench gpu clean
 
 demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
 	$(BIN)/rankpo-fast demo --output_dir outputs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
+	$(BIN)/python tests/instruction_sets.py -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import functools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gates import error
+from gates import pass_the_gates
 from torch import nn
 
 from rankpo_fast.integrations.open_clip import loss_file as theirs
@@ -72,9 +72,14 @@ def descend(loss, model, *batch):
     return value.detach(), {name: x.grad for name, x in model.named_parameters()}
 
 
+def exact(loss):
+    """Features as they come in fp32, the loss of them in fp64."""
+    return lambda **features: loss(**{name: x.double() for name, x in features.items()})
+
+
 def compare(name, whose, sizes, **options):
-    """(loss, *gradients as DDP leaves them), twice: ours, and theirs in the same group or those of
-    the definition in one process with all pairs."""
+    """(loss, *gradients as DDP leaves them), twice: ours, and theirs in fp64 in the same group or
+    those of the definition in one process with all pairs."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dtype = torch.float32 if whose == "open_clip" else torch.float64
     counts = SIZES[sizes][:size]
@@ -84,7 +89,8 @@ def compare(name, whose, sizes, **options):
 
     def of_ranks(module):
         model = nn.parallel.DistributedDataParallel(Towers().to(dtype))
-        return descend(getattr(module, name)(**options), model.train(), *own)
+        loss = getattr(module, name)(**options)
+        return descend(loss if module is ours else exact(loss), model.train(), *own)
 
     loss, grads = of_ranks(ours)
     grads = {name.removeprefix("module."): x for name, x in grads.items()}
@@ -111,25 +117,27 @@ def compare(name, whose, sizes, **options):
 
 
 def compare_dist_impls():
-    """Of their four ways of bringing texts to images, the largest difference to the first."""
+    """Of their four ways of bringing texts to images, errors beside the first in fp64."""
     rank, size = dist.get_rank(), dist.get_world_size()
     own = [x.chunk(size)[rank] for x in inputs(4 * size)]
     results = []
     for way in ("bidir", "shift", "reduce", "gather"):
         loss = theirs().SigLipLoss(rank=rank, world_size=size, dist_impl=way)
-        value, grads = descend(loss, nn.parallel.DistributedDataParallel(Towers()), *own)
-        results.append([value, *grads.values()])
-    return [error(a, b) for each in results[1:] for a, b in zip(each, results[0], strict=True)]
+        for of in (exact(loss), loss):
+            value, grads = descend(of, nn.parallel.DistributedDataParallel(Towers()), *own)
+            results.append([value, *grads.values()])
+    return [pass_the_gates(each, results[0], logits=10) for each in results[1::2]]
 
 
 def compare_compiled():
-    """Errors of a compiled loss and its gradients, in the form with most around the ops."""
+    """A compiled loss and its gradients, in the form with most around the ops, beside fp64."""
     options = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
     results = []
-    for wrap in (torch.compile(backend="aot_eager"), lambda x: x):
+    for wrap in (torch.compile(backend="aot_eager"), exact):
         value, grads = descend(wrap(ours.ClipLoss(**options)), Towers(), *inputs(4))
+        del grads["logit_bias"]  # which falls out
         results.append([value, *grads.values()])
-    return [error(a, b) for a, b in zip(*results, strict=True)]
+    return pass_the_gates(*results, logits=10)
 
 
 def refuse():

@@ -67,7 +67,8 @@ class Collator:
 
 def vectors(model, features, pooling="last"):
     """Text by text."""
-    states, rows = model(**features).last_hidden_state.float(), []
+    states, rows = model(**features).last_hidden_state, []
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     for text, mask in zip(states, features["attention_mask"], strict=True):
         text = text[mask.bool()]
         rows.append({"last": text[-1], "cls": text[0], "mean": text.mean(0)}[pooling])

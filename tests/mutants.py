@@ -56,6 +56,7 @@ RANKS_RING = of("tests/ops/test_ranks.py", "a_ring_gives and 2-")
 PAIR_OPTIONS = of("tests/ops/test_in_batch.py", "each_option and triton")
 PAIR_OPTIONS_CPU = of("tests/ops/test_in_batch.py", "each_option and not triton")
 PAIR_MEMORY = of("tests/kernels/test_gpu_pointwise.py", "outside")
+LONG_ROWS = of("tests/kernels/test_native.py", "long_rows")
 PAIR_LOSS = of("tests/ops/test_rankpo.py", "gates or upstream or extreme or nan")
 GROUPS = of("tests/ops/test_rankpo_group.py", "gates or padding or two_passages")
 RANKED = of("tests/kernels/test_gpu_pairs.py", "gates or norms or nan or padding or outside")
@@ -486,6 +487,15 @@ MUTANTS = [
         "pull_R.abs() *",
         "pull_R *",
         ops("are_odd"),
+    ),
+    # kernels/native/row_math.h, norms.py
+    Mutant(
+        "native-norms-in-one-running-sum", "kernels/native/row_math.h",
+        "kBlock = 256", "kBlock = 1 << 20", LONG_ROWS,
+    ),
+    Mutant(
+        "norms-in-one-running-sum", KERNELS + "norms.py",
+        ".square_().sum(1).sqrt_()", ".norm(dim=1)", LONG_ROWS,
     ),
     # kernels/native/rows.cpp
     Mutant(

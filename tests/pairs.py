@@ -1,7 +1,7 @@
 """Problems for the losses that are sums over pairs: small, ragged, by name; and their answers."""
 
 import torch
-from gates import draw
+from gates import draw, longest_product
 from problems import lists
 
 from rankpo_fast import in_batch_rankpo_loss, siglip_loss
@@ -61,6 +61,14 @@ def problem(name, dtype=torch.float64, M=M, N=N, D=D, converged=False, seed=0):
     if "excluded" in tensors:
         options["excluded"] = lists([min(i % 5, N) for i in range(M)], N, generator)
     return loss, q, p, options
+
+
+def largest_logit(loss, q, p, options) -> float:
+    """Of any x of a pair, bias included."""
+    similarity = 1.0 if options.get("normalize", True) else longest_product(q, p)
+    if loss == "siglip":
+        return SCALE * similarity + abs(BIAS)
+    return options.get("beta", 2.0) / options["temperature"] * similarity
 
 
 def relations_of(options) -> Relations:

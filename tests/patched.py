@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from gates import error
+from gates import error, in_fp64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from rankpo_fast.integrations import flag_embedding, tevatron
@@ -60,6 +60,16 @@ def loss_and_gradients(model: nn.Module, texts: tuple, **more) -> tuple[Tensor, 
     loss = model(*texts, **more).loss
     loss.backward()
     return loss.detach(), gradient(model)
+
+
+def exact_loss_and_gradients(model: nn.Module, texts: tuple, **more) -> tuple[Tensor, Tensor]:
+    """The same, all that follows the backbone in fp64."""
+    with in_fp64(*backbones(model)):
+        return loss_and_gradients(model, texts, **more)
+
+
+def backbones(model: nn.Module) -> set[nn.Module]:
+    return {x for x in model.modules() if isinstance(x, PreTrainedModel)}
 
 
 def run_example(name: str, world, monkeypatch) -> None:
@@ -208,19 +218,20 @@ ACROSS = {bi_encoder: {"negatives_cross_device": True}}
 
 
 def reference(model: nn.Module, texts: tuple, temperature: float) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of one process with these rows, as the formula has them."""
+    """Loss and gradient of one process with these rows, as the formula has them, in fp64."""
     model.zero_grad()
-    if hasattr(model, "encode"):
-        q, p = (model.encode(side) for side in texts)
-    else:
-        q, p = model(query=texts[0]).q_reps, model(passage=texts[1]).p_reps
+    with in_fp64(*backbones(model)):
+        if hasattr(model, "encode"):
+            q, p = (model.encode(side) for side in texts)
+        else:
+            q, p = model(query=texts[0]).q_reps, model(passage=texts[1]).p_reps
     loss = F.cross_entropy(q @ p.T / temperature, torch.arange(len(q)) * (len(p) // len(q)))
     loss.backward()
     return loss.detach(), gradient(model)
 
 
 def across_ranks(build, group: int, temperature: float, M: int = 3) -> dict[str, float]:
-    """Theirs and ours under DDP, each with its own rows, beside one process with all."""
+    """Ours, and theirs in fp64, under DDP, each with its own rows, beside one process with all."""
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = batch(M * size, group)
     own = tuple({k: x.chunk(size)[rank] for k, x in side.items()} for side in whole)
@@ -228,7 +239,7 @@ def across_ranks(build, group: int, temperature: float, M: int = 3) -> dict[str,
     model = build(dropout=0.0, **ACROSS.get(build, {}), **sizes)
     one_loss, one = reference(model, whole, temperature)
     wrapped = DistributedDataParallel(model)
-    their_loss, theirs = loss_and_gradients(wrapped, own)
+    their_loss, theirs = exact_loss_and_gradients(wrapped, own)
     with ADAPTERS[build].apply_to(type(model)):
         our_loss, ours = loss_and_gradients(wrapped, own)
     return {
@@ -251,7 +262,8 @@ def cached_across_ranks(temperature: float, M: int = 4, group: int = 2) -> dict[
     one_loss, one = reference(model, whole, temperature)
     wrapped = DistributedDataParallel(model)
     more = {"no_sync_except_last": True}
-    their_loss, theirs = cached_step(wrapped, own, DistributedContrastiveLoss(group), **more)
+    with in_fp64(*backbones(model)):
+        their_loss, theirs = cached_step(wrapped, own, DistributedContrastiveLoss(group), **more)
     loss_fn = tevatron.GradCacheLoss(temperature, dist.group.WORLD)
     our_loss, ours = cached_step(wrapped, own, loss_fn, **more)
     return {

@@ -5,7 +5,7 @@ import functools
 import pairs
 import torch
 import torch.distributed as dist
-from gates import draw, error
+from gates import draw, error, gates
 from problems import GRID, problem
 from torch import nn
 
@@ -19,6 +19,8 @@ from rankpo_fast import (
     siglip_loss,
 )
 from rankpo_kernels.objective import Relations
+
+SCALE = 7.0  # of InfoNCE's cosines
 
 # (M, N) of each rank, a world takes them from the front
 SIZES = {
@@ -62,6 +64,17 @@ def joined(cases: list[tuple]) -> tuple:
     return q, p, own, Relations(**whole)
 
 
+def in_fp64(case: tuple) -> tuple:
+    """The same rows, of which one process computes the truth."""
+    *rows, relations = case
+    guides = {
+        name: x.double()
+        for name in ("guide_queries", "guide_passages")
+        if (x := getattr(relations, name)) is not None
+    }
+    return *(x if x is None else x.double() for x in rows), relations._replace(**guides)
+
+
 def public(relations: Relations, settings: dict) -> dict:
     """The options of `info_nce_loss` for what launchers take."""
     r, options = relations, dict(settings)
@@ -88,7 +101,7 @@ def losses(case, weights, upstream, **options):
     """(loss, gradients of q, p, scale and own negatives) by autograd."""
     q, p, own, relations = case
     leaves = [q.clone().requires_grad_(), p.clone().requires_grad_()]
-    leaves.append(torch.tensor(7.0, dtype=torch.float64, requires_grad=True))
+    leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
     if own is not None:
         leaves.append(own.clone().requires_grad_())
         options["own_negatives"] = leaves[-1]
@@ -120,6 +133,13 @@ def pair_options(name, relations: Relations) -> dict:
     return options | {"labels": r.labels_M} | ids
 
 
+def pair_gates(name, sizes: str, size: int, dtype) -> tuple[float, float]:
+    """(loss, gradient) bounds of what `pair_problems` gives."""
+    q, p, _, relations = joined(pair_problems(name, sizes, size, dtype))
+    options = pair_options(name, relations)
+    return gates(dtype, 1 / pairs.largest_logit(pairs.GRID[name][0], q, p, options))
+
+
 def pair_losses(name, case, weights, upstream, **options):
     """(loss, gradients of q, p and of SigLIP's scale and bias) by autograd."""
     q, p, _, relations = case
@@ -149,7 +169,7 @@ def compare_pairs(name, sizes, dtype, reduction, **more):
 
 def against_one(losses, cases, reduction, group, autocast=False, **more):
     """Relative errors of a rank's (loss, gradients of q, p, numbers, own) against its part of one
-    process's; loss and numbers are compared as DDP takes them, over the ranks."""
+    process's in fp64; loss and numbers are compared as DDP takes them, over the ranks."""
     size, rank, none = group.size(), group.rank(), reduction == "none"
     ends = [
         torch.tensor([0, *(0 if x is None else len(x) for x in of_ranks)]).cumsum(0).tolist()
@@ -160,7 +180,7 @@ def against_one(losses, cases, reduction, group, autocast=False, **more):
     weights, upstream = (torch.rand(ends[0][-1], generator=generator) for _ in range(2))
     if not none:
         upstream = torch.tensor(0.7)
-    want = losses(joined(cases), weights, upstream, reduction=reduction)
+    want = losses(in_fp64(joined(cases)), weights, upstream, reduction=reduction)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = losses(
             cases[rank], weights[own_M], upstream[own_M] if none else upstream,
@@ -190,8 +210,8 @@ def compare_without_autograd(name, exchange):
     want = losses(case, None, torch.tensor(1.0), **options)
     q, p, own, relations = case
     options |= {} if own is None else {"own_negatives": own}
-    loss, *grads, stats = info_nce_loss_and_grads(q, p, scale=7.0, **options)[:5]
-    grads += [] if own is None else [info_nce_loss_and_grads(q, p, scale=7.0, **options)[5]]
+    loss, *grads, stats = info_nce_loss_and_grads(q, p, scale=SCALE, **options)[:5]
+    grads += [] if own is None else [info_nce_loss_and_grads(q, p, scale=SCALE, **options)[5]]
     D = settings.get("dims", q.shape[1:])[-1]
     positive = nn.functional.cosine_similarity(q[:, :D], p[relations.labels_M, :D]).mean()
     if len(q):

@@ -4,8 +4,7 @@ B texts a column, D dims.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import gates
 import torch
@@ -89,19 +88,6 @@ def result(loss: nn.Module, features: list[dict], *of: nn.Module | nn.Parameter,
     return value.detach(), torch.cat([x.grad.flatten() for x in parameters if x.grad is not None])
 
 
-@contextmanager
-def in_fp64(*models: nn.Module) -> Iterator[None]:
-    """Embeddings as they come in fp32, in fp64 from there on."""
-
-    def widen(module, args, output):
-        return output | {"sentence_embedding": output["sentence_embedding"].double()}
-
-    hooks = [model.register_forward_hook(widen) for model in models]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
 def largest_logit(loss: nn.Module, features: list[dict]) -> float:
     """Of theirs: nothing is more similar than the longest embedding to itself."""
     model = loss.model
@@ -122,7 +108,7 @@ def compared(make: Callable, ours, theirs, features: list[dict], *of, **how) -> 
     """
     got, loss = result(make(ours), features, *of, **how), make(theirs)
     models = [loss.model] + [x.guide for x in loss.modules() if hasattr(x, "guide")]
-    with in_fp64(*set(models)):
+    with gates.in_fp64(*set(models)):
         exact = result(loss, features, *of, **how)
     return got, exact, largest_logit(loss, features)
 
@@ -189,25 +175,27 @@ def of_rank(columns: int, B: int) -> list[dict[str, Tensor]]:
     return [{key: x[start : start + B] for key, x in column.items()} for column in whole]
 
 
-def gathered_error(name: str, tokenizer) -> float:
-    """Of loss and averaged gradients beside theirs."""
+def gathered(name: str, tokenizer) -> list[float]:
+    """Errors of loss and averaged gradients within the gates, beside theirs."""
     from sentence_transformers.sentence_transformer import losses as theirs
 
     from rankpo_fast.integrations import sentence_transformers as ours
 
     kind, options, dims = RANKS[name]
     model, guide = Rows(16, tokenizer), Rows(6, tokenizer, seed=5)
-    both = []
-    for library in (theirs, ours):
+
+    def make(library):
         arguments = [guide] * ("GIST" in kind)
         loss = getattr(library, kind)(model, *arguments, gather_across_devices=True, **options)
         loss = library.MatryoshkaLoss(model, loss, dims) if dims else loss
-        both.append(result(in_ddp(loss, model), of_rank(3, 5), model))
-    return error(both[1], both[0])
+        return in_ddp(loss, model)
+
+    return gates.pass_the_gates(*compared(make, ours, theirs, of_rank(3, 5), model))
 
 
-def masked_error(kind: str, tokenizer) -> float:
-    """Of averaged gradients beside one process with all rows, of which ranks have unequal many."""
+def masked(kind: str, tokenizer) -> list[float]:
+    """Errors within the gates beside one process with all rows, of which ranks have unequal
+    many."""
     from rankpo_fast.integrations import sentence_transformers as ours
 
     model = Rows(16, tokenizer)
@@ -221,10 +209,12 @@ def masked_error(kind: str, tokenizer) -> float:
         getattr(ours, kind)(model, gather_across_devices=gather, **options)
         for gather in (False, True)
     )
-    true = result(one, whole, model)
+    with gates.in_fp64(model):
+        true = result(one, whole, model)
     loss, gradient = result(in_ddp(two, model), part, model)
     dist.all_reduce(loss)
-    return error((loss / dist.get_world_size(), gradient), true)
+    both = loss / dist.get_world_size(), gradient
+    return gates.pass_the_gates(both, true, logits=largest_logit(one, whole))
 
 
 def learnt_scales(kind: str, tokenizer, gather: bool, alone: bool = False) -> list[float]:

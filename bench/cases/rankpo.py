@@ -27,7 +27,8 @@ SHAPES = {
         "full": [(65536, 1024), (8192, 2048), (1024, 384), (65536, 1024, "float32")],
     },
 }
-GATE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+# Against fp64, where logits lie within beta / temperature = 20: as in loss.py.
+GATE = {torch.float32: 2 * (2e-6 + 8 * 2**-24 * 20), torch.bfloat16: 8e-3, torch.float16: 2e-3}
 FOR_ERRORS = 256  # pairs
 FLOOR, FRESH = "copy", "copy, fresh memory"
 

@@ -16,7 +16,10 @@ M, N, D = 64, 128, 48  # tiles of others; N: two passages a query, and chunks, a
 ON_THE_CPU = [name for name in PEERS if name.startswith(("torch", "sentence"))]
 ON_THE_CPU.append("cut-cross-entropy, torch_compile")
 # Of loss and gradients; in bf16 most keep logits in it.
-DTYPE, TOLERANCE = (torch.bfloat16, 0.05) if torch.cuda.is_available() else (torch.float32, 1e-5)
+ON_A_CARD = torch.bfloat16, 0.05
+DTYPE, TOLERANCE = (
+    ON_A_CARD if torch.cuda.is_available() else (torch.float32, loss.GATE[torch.float32])
+)
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,11 @@ from clip_cases import (
     compare_compiled,
     compare_dist_impls,
     descend,
+    exact,
     inputs,
     refuse,
 )
-from gates import draw, error, gates
+from gates import draw, error, gates, pass_the_gates
 
 from rankpo_fast.integrations.open_clip import loss_file as theirs
 from bench.processes import answered, processes
@@ -60,18 +61,20 @@ def features(B, D, dtype):
 )
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_gradients_are_the_same(equal, name, B, D, scale, whose):
-    dtype = torch.float64 if whose == "definition" else torch.float32
-    got, want = (results(loss, *features(B, D, dtype), scale) for loss in losses(name, whose))
+    """With theirs ours in fp32, with the definition both in fp64."""
+    dtype, (mine, their) = torch.float32, losses(name, whose)
+    given = features(B, D, dtype if whose == "open_clip" else torch.float64)
+    got, want = results(mine, *given, scale), results(their, *[x.double() for x in given], scale)
     if name == "ClipLoss":  # of a number that falls out
         assert got.pop() == 0 and (want[-1] is None or abs(want[-1]) < 1e-6)
         want.pop()
-    agree(equal, whose, f"{name}, scale {scale:g}", got, want)
+    agree(equal, whose, f"{name}, scale {scale:g}", got, want, scale)
 
 
-def agree(equal, whose, option, got, want):
-    """With theirs in fp32, with the definition in fp64."""
+def agree(equal, whose, option, got, want, scale):
+    """Of fp32 with theirs in fp64, of fp64 with the definition."""
     if whose == "open_clip":
-        equal("open_clip", option, got, want)
+        equal("open_clip", option, got, want, scale)
     else:
         assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
 
@@ -105,8 +108,10 @@ def test_they_are_called_as_theirs(name, weights):
 @needs_theirs
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_bias_may_be_a_number(name):
-    got, want = (x(*features(5, 8, torch.float32), 10.0, -3.0) for x in losses(name, "open_clip"))
-    assert error(got, want) < 1e-5
+    mine, their = losses(name, "open_clip")
+    given = features(5, 8, torch.float32)
+    got, want = mine(*given, 10.0, -3.0), their(*[x.double() for x in given], 10.0, -3.0)
+    pass_the_gates([got], [want], logits=13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,8 +149,7 @@ def test_it_compiles_without_a_graph_break(name):
     loss = getattr(ours, name)()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaves = *features(5, 8, torch.float32), 10.0
-    for a, b in zip(results(compiled, *leaves), results(loss, *leaves), strict=True):
-        assert error(a, b) < 1e-6
+    assert all(map(torch.equal, results(compiled, *leaves), results(loss, *leaves)))
 
 
 @pytest.mark.parametrize("whose", WHOSE)
@@ -168,14 +172,18 @@ def test_accumulation_with_cached_features(name, whose):
             value.backward()
         return value.detach(), {k: x.grad for k, x in model.named_parameters()}
 
-    (loss, grads), (value, want) = (accumulated(x) for x in losses(name, whose))
-    whole = descend(losses(name, whose)[0], Towers(), *inputs(12))[1]
-    assert error(loss, value) < 1e-5
+    mine, their = losses(name, whose)
+    (loss, grads), (value, want) = accumulated(mine), accumulated(exact(their))
+    whole = descend(exact(their), Towers(), *inputs(12))[1]
+    of_loss, of_gradient = gates(torch.float32, 1 / 10)
+    assert error(loss, value) < of_loss
     for key, gradient in want.items():
         if key.startswith("logit"):  # gets one from every pass, ours as theirs
-            assert gradient is None or abs(grads[key] - gradient) < 1e-5 * max(1, abs(gradient))
+            most = 0 if gradient is None else of_gradient * max(1, abs(gradient))
+            assert gradient is None or abs(grads[key] - gradient) < most
         else:
-            assert error(grads[key], gradient) < 1e-5 and error(grads[key], whole[key]) < 1e-5
+            assert error(grads[key], gradient) < of_gradient
+            assert error(grads[key], whole[key]) < of_gradient
 
 
 def curve(loss, model, batches):
@@ -221,13 +229,14 @@ def test_captions_of_coca(weight):
     logits = torch.randn(9, 5, 11, generator=draws, requires_grad=True)
     tokens = torch.randint(0, 11, (9, 5), generator=draws)
     arguments = *features(9, 8, torch.float32), logits, tokens, torch.tensor(10.0)
-    got, want = (
-        x.CoCaLoss(0.5, weight, pad_id=0)(*arguments, output_dict=True) for x in (ours, theirs())
-    )
+    got = ours.CoCaLoss(0.5, weight, pad_id=0)(*arguments, output_dict=True)
+    in_fp64 = [x if x is tokens else x.double() for x in arguments]
+    want = theirs().CoCaLoss(0.5, weight, pad_id=0)(*in_fp64, output_dict=True)
     assert got.keys() == want.keys()
-    assert all(abs(got[key] - want[key]) < 1e-5 for key in want)
+    of_loss, of_gradient = gates(torch.float32, 1 / 10)
+    assert all(error(got[key], want[key]) < of_loss for key in want)
     grads = [torch.autograd.grad(x["caption_loss"], logits)[0] for x in (got, want)]
-    assert error(*grads) < 1e-5
+    assert error(*grads) < of_gradient
 
 
 def flags(**others):
@@ -315,22 +324,22 @@ OPTIONS = [
 def test_ranks_get_the_same_losses_and_gradients(equal, ranks, name, options, whose):
     said = ", ".join(f"{key}={value}" for key, value in options.items())
     for got, want in answered(ranks(compare, name, whose, "even", **options)):
-        agree(equal, whose, f"{name}, 3 ranks, {said}", got, want)
+        agree(equal, whose, f"{name}, 3 ranks, {said}", got, want, 10)
 
 
 @pytest.mark.parametrize("name, options", OPTIONS)
 def test_a_last_batch_may_be_uneven_on_the_ranks(equal, ranks, name, options):
     for got, want in answered(ranks(compare, name, "definition", "uneven", **options)):
-        agree(equal, "definition", name, got, want)
+        agree(equal, "definition", name, got, want, 10)
 
 
 @needs_theirs
 def test_their_ways_of_bringing_texts_are_equal(ranks):
-    assert all(max(errors) < 1e-5 for errors in answered(ranks(compare_dist_impls)))
+    answered(ranks(compare_dist_impls))
 
 
 def test_ranks_compile(ranks):
-    assert all(max(errors) < 1e-6 for errors in answered(ranks(compare_compiled)))
+    answered(ranks(compare_compiled))
 
 
 def test_a_world_of_another_size_is_refused(ranks):

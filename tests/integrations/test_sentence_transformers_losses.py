@@ -5,20 +5,9 @@ import itertools
 import pytest
 import torch
 from gates import error as off
-from gates import gates, pass_the_gates
+from gates import gates, in_fp64, pass_the_gates
 from problems import NoMatrix
-from st_cases import (
-    Rows,
-    bert,
-    compared,
-    error,
-    flatten,
-    in_fp64,
-    largest_logit,
-    result,
-    rows_of,
-    texts,
-)
+from st_cases import Rows, bert, compared, error, flatten, largest_logit, result, rows_of, texts
 from torch import nn
 
 from rankpo_fast.ops import batch

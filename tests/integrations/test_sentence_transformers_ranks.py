@@ -17,12 +17,12 @@ RANKING = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("name", st_cases.RANKS)
 def test_gathered_losses_are_theirs(two_ranks, name, tiny_tokenizer):
-    assert all(x < 1e-5 for x in two_ranks(st_cases.gathered_error, name, tiny_tokenizer))
+    two_ranks(st_cases.gathered, name, tiny_tokenizer)
 
 
 @RANKING
 def test_duplicates_of_other_ranks_are_masked(two_ranks, kind, tiny_tokenizer):
-    assert all(x < 1e-5 for x in two_ranks(st_cases.masked_error, kind, tiny_tokenizer))
+    two_ranks(st_cases.masked, kind, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["own", "gathered"])

@@ -28,7 +28,7 @@ def test_library_is_built_and_uses_the_machine():
     name = native.library().rankpo_instruction_set().decode()
     assert name in ("baseline", "avx2", "avx512")
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if "avx512bw" in flags:
+    if "avx512bw" in flags and "RANKPO_INSTRUCTION_SET" not in os.environ:
         assert name == "avx512"
 
 
