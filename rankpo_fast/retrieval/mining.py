@@ -107,7 +107,7 @@ def mine_hard_negatives(
             the device.
 
     Raises:
-        InputError: a text alone has more than max_tokens tokens, or no row has a candidate.
+        InputError: a text alone has more than max_tokens tokens, or no row has a negative then.
     """
     assert method in ("topk", "sample"), method
     first, last = search_range
@@ -153,6 +153,8 @@ def mine_hard_negatives(
             stacklevel=2,
         )
     where = f"ranks {first} to {last - 1} of {len(texts.corpus)} passages"
+    if not any(row.negatives for row in mined):
+        raise InputError(f"no row got a negative: {where} hold none that may be one")
     _check_counts(counts, num_negatives, where)
     return Mined(mined, len(texts.corpus), len(queries), found.size, dropped)
 
@@ -230,9 +232,7 @@ def _left(
 
 
 def _check_counts(counts: Sequence[int], num_negatives: int, searched: str) -> None:
-    """Say how many rows are short of negatives; where all are without, refuse."""
-    if not any(counts):
-        raise InputError(f"no row got a negative: {searched} hold none that may be one")
+    """Say how many rows are short of new negatives."""
     short = sum(count < num_negatives for count in counts)
     if short:
         warnings.warn(

@@ -8,6 +8,8 @@ import torch
 
 from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData, PreferenceData
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
+from rankpo_fast.data.shares import Share, describe_shares, read_shares
+from rankpo_fast.errors import InputError
 
 
 def contrastive_rows(count=10, positives=3, negatives=6):
@@ -206,6 +208,121 @@ def test_no_negatives_asked_gives_none():
     data = contrastive(contrastive_rows(), num_negatives=0)
     assert data.short_rows == 0
     assert len(data.batch(0, 0).passage_texts) == 4
+
+
+# --- texts of equal token ids ---
+
+
+def numbered(*lists):
+    """For each list of texts the numbers of their ids, where case makes no difference."""
+    numbers = {}
+    return [
+        torch.tensor([numbers.setdefault(t.lower(), len(numbers)) for t in texts])
+        for texts in lists
+    ]
+
+
+def merged(data):
+    queries, passages = numbered(data.query_texts, data.passage_texts)
+    own = numbered(data.passage_texts, data.query_texts)[1]  # as passages they are numbered alike
+    return data.merged(queries, numbered(data.passage_texts)[0], own)
+
+
+def test_queries_of_equal_ids_share_their_known_positives():
+    rows = [
+        ContrastiveRow("Q", ("A",), ("x", "b", "a")),  # b and a are twins of positives
+        ContrastiveRow("q", ("B",), ("X", "x")),
+        ContrastiveRow("other", ("c",), ()),
+    ]
+    before = contrastive(rows, batch_size=3, num_negatives=5)
+    data = merged(before)
+    assert (before.known_negatives, data.known_negatives) == (0, 2)
+    for epoch in range(5):
+        batch = data.batch(epoch, 0)
+        assert {data.passage_texts[i] for i in batch.passage_texts} == {"A", "b", "c", "x"}
+        for query, positive, _, excluded in texts_of(data, batch):
+            assert excluded == (set() if query == "other" else {"A", "b"} - {positive})
+    assert len(before.batch(0, 0).passage_texts) > 4  # which merging leaves as it was
+
+
+def test_a_query_is_no_negative_of_itself_under_any_spelling():
+    rows = [ContrastiveRow("q", ("p",), ("Q", "n")), ContrastiveRow("r", ("Q",), ())]
+    data = merged(contrastive(rows, batch_size=2))
+    assert data.known_negatives == 1
+    for query, _, others, excluded in texts_of(data, data.batch(0, 0)):
+        assert others == ({"Q", "n"} if query == "q" else {"p", "n"})
+        assert excluded == ({"Q"} if query == "q" else set())
+
+
+def test_a_query_may_be_its_own_positive():
+    data = merged(contrastive([ContrastiveRow("q", ("Q",), ("n",))]))
+    [(_, positive, others, excluded)] = texts_of(data, data.batch(0, 0))
+    assert (positive, others, excluded) == ("Q", {"n"}, set())
+
+
+def test_queries_cut_to_the_same_ids_spare_both_their_texts():
+    """Past the limit of queries they differ, and so they do as passages, which have another."""
+    rows = [ContrastiveRow("q 1", ("p",), ("q 2", "n")), ContrastiveRow("q 2", ("p",), ("q 1",))]
+    data = contrastive(rows, batch_size=2)
+    passages = numbered(data.passage_texts)[0]
+    own = numbered(data.passage_texts, data.query_texts)[1]
+    data = data.merged(torch.tensor([0, 0]), passages, own)
+    assert {text for *_, others, _ in texts_of(data, data.batch(0, 0)) for text in others} == {"n"}
+
+
+def test_merging_distinct_texts_changes_nothing():
+    data = contrastive(contrastive_rows())
+    assert merged(data) is data
+
+
+def test_rows_left_without_negatives_are_counted_again():
+    data = contrastive([ContrastiveRow("q", ("p",), ("P",))])
+    assert (data.bare_rows, merged(data).bare_rows) == (0, 1)
+
+
+def test_pairs_of_twins_are_in_no_batch_and_others_keep_number_and_margin():
+    rows = [PreferenceRow(f"q{i}", f"c{i}", f"C{i}" if i % 2 else f"r{i}", 1.0) for i in range(8)]
+    data = PreferenceData(rows, batch_size=2, seed=0).with_reference(torch.arange(8))
+    data = data.merged(*numbered(data.query_texts, data.passage_texts))
+    assert (data.equal_pairs, data.batches_per_epoch) == (4, 2)
+    batches = epoch_of(data)
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == [0, 2, 4, 6]
+    assert all(torch.equal(batch.reference_margins, batch.rows.float()) for batch in batches)
+    twins = PreferenceData(rows[1:2], batch_size=2, seed=0)
+    with pytest.raises(InputError, match="the two passages of every pair have the same tokens"):
+        twins.merged(*numbered(twins.query_texts, twins.passage_texts))
+
+
+# --- weights of files ---
+
+
+def test_rows_come_as_often_as_their_files_weigh():
+    shares = [Share("a", 4, 2.0), Share("b", 4, 0.5), Share("c", 4, 1.25)]
+    data = PreferenceData(preference_rows(12), batch_size=5, seed=0, shares=shares)
+    assert data.batches_per_epoch == 3  # of 8 + 2 + 5 rows
+    drawn = set()
+    for epoch in range(20):
+        rows = [row for batch in epoch_of(data, epoch) for row in batch.rows.tolist()]
+        counts = [rows.count(row) for row in range(12)]
+        assert counts[:4] == [2] * 4 and sorted(counts[4:8]) == [0, 0, 1, 1]
+        assert sorted(counts[8:]) == [1, 1, 1, 2]
+        drawn |= {row for row in range(4, 8) if counts[row]}
+        again = PreferenceData(preference_rows(12), batch_size=5, seed=0, shares=shares)
+        assert fields(again.batch(epoch, 1)) == fields(data.batch(epoch, 1))
+    assert drawn == {4, 5, 6, 7}
+
+
+def test_weight_1_is_no_weight():
+    shares = [Share("a", 4), Share("b", 6)]
+    data = ContrastiveData(contrastive_rows(), batch_size=4, num_negatives=2, seed=0, shares=shares)
+    assert fields(data.batch(1, 1)) == fields(contrastive(contrastive_rows()).batch(1, 1))
+
+
+def test_shares_of_files_are_said():
+    rows, shares = read_shares(lambda path: [path] * 3, ["a", "b"], [1.0, 0.1])
+    assert rows == ["a", "a", "a", "b", "b", "b"]
+    assert describe_shares(shares) == "; an epoch has 3 of a (3 x 1) + 1 of b (3 x 0.1)"
+    assert describe_shares(read_shares(lambda path: [path], ["a", "b"], None)[1]) == ""
 
 
 # --- preferences ---

@@ -19,7 +19,7 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.train.contrastive import ContrastiveStage
+from rankpo_fast.train.contrastive import ContrastiveStage, tokenized
 from rankpo_fast.train.rankpo import RankPOStage
 from rankpo_fast.train.reference import reference_similarities
 from rankpo_fast.train.texts import Texts
@@ -107,6 +107,56 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     torch.testing.assert_close((d_queries, d_passages), gradients, rtol=1e-3, atol=1e-5)
     right = (scores.argmax(dim=1) == batch.labels).float().mean()
     torch.testing.assert_close(metrics["accuracy"], right)
+
+
+def test_a_step_tells_texts_by_what_the_encoder_sees(uncased_llama_dir, tmp_path):
+    """Twins of the only passage leave nothing to tell it from: the loss is 0, not log 3."""
+    rows = [
+        ContrastiveRow("a nurse", ("Nurse",), ("nurse", "A Nurse")),
+        ContrastiveRow("A NURSE", ("NURSE",), ("a nurse",)),
+    ]
+    model = EncoderConfig(str(uncased_llama_dir), query_prefix="query: ")
+    encoder = load_encoder(model, device=torch.device("cpu"))
+    data = ContrastiveData(rows, batch_size=2, num_negatives=2, seed=0)
+    data, texts = tokenized(data, encoder, compute(tmp_path))
+    assert data.known_negatives == 3 and "1 queries and" in texts.summary()
+    batch = data.batch(0, 0)
+    vectors = [x.detach() for x in embed(encoder, texts, batch)]
+    stage = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05))
+    assert stage.loss(*vectors, batch).loss == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "query: "])
+@pytest.mark.parametrize("limits", [(10, 14), (14, 10), (14, 14)])
+def test_queries_are_compared_with_passages_as_passages(prefix, limits, tiny_llama_dir, tmp_path):
+    """Against tokenising every query as a passage."""
+    model = EncoderConfig(str(tiny_llama_dir), query_prefix=prefix, max_query_length=limits[0],
+                          max_passage_length=limits[1])  # fmt: skip
+    encoder = load_encoder(model, device=torch.device("cpu"))
+    texts = ["a cook", "software developer in Berlin", "software developer in Lyon", "nurse"]
+    table = Texts.tokenize(encoder, texts, texts[1:], compute(tmp_path))
+    rows = table.queries_as_passages(encoder, texts, compute(tmp_path)).tolist()
+    known = {tuple(table.table[i].tolist()): i for i in range(len(table.table))}
+    wanted = encoder.tokenize_passages(texts)
+    for i, row in enumerate(rows):
+        found = known.get(tuple(wanted[i].tolist()))
+        assert row == found if found is not None else row >= len(table.table)
+
+
+def test_pairs_of_equal_tokens_are_left_out_and_said(tiny_llama_dir, run_stage, tmp_path, capsys):
+    pairs = [("one", "two"), ("a very long text of one", "a very long text of two")]
+    rows = [{"prompt": "q", "chosen": a, "rejected": b} for a, b in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"train_data": [str(tmp_path / "rows.jsonl")], "max_steps": 1, "max_passage_length": 8}
+    with pytest.warns(UserWarning, match="1 of 2 pairs are left out"):
+        run_stage("rankpo", tiny_llama_dir, "out", **flags)
+    assert "1 pairs" in capsys.readouterr().err
+
+
+def test_weighted_files_are_said(tiny_llama_dir, run_stage, contrastive_file, capsys):
+    flags = {"train_data": [contrastive_file] * 2, "train_data_weights": [1, 0.5], "max_steps": 1}
+    run_stage("contrastive", tiny_llama_dir, "out", **flags)
+    assert "(24 x 0.5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
