@@ -211,8 +211,8 @@ def _check_surplus(folder: Path, backbone: "PreTrainedModel", names: Iterable[st
     head = f"{backbone.base_model_prefix}."
     more = [n for n in sorted(names) if re.sub(r"\d+", "#", n.removeprefix(head)) in kinds]
     if more:
-        raise InputError(f"{MODEL_FLAG} {folder}: {len(more)} tensors have no place in the "
-                         f"model of config.json, which has fewer layers: {more[0]} ...")  # fmt: skip
+        raise InputError(f"{MODEL_FLAG} {folder}: {len(more)} tensors have no place in "
+                         f"config.json, which has fewer layers: {more[0]} ...")  # fmt: skip
 
 
 def _merge(adapter: Adapter, backbone: "PreTrainedModel") -> "PreTrainedModel":
