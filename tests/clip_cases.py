@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from gates import pass_the_gates
 from torch import nn
 
-from rankpo_fast.integrations.open_clip import loss_file as theirs
 from rankpo_fast.integrations import open_clip as ours
+from rankpo_fast.integrations.open_clip import loss_file as theirs
 
 SIZES = {"even": [4, 4, 4], "uneven": [5, 3, 0]}  # pairs of each rank, from the front
 

@@ -11,12 +11,18 @@ transformers 5.23. With 5.24 `import FlagEmbedding` fails, since one of its rera
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankpo_fast.integrations import require
-from rankpo_fast.integrations.patches import in_batch_loss, refuse_other_losses, replaced
+from rankpo_fast.integrations.patches import (
+    gathers_otherwise,
+    in_batch_loss,
+    refuse_other_losses,
+    replaced,
+)
 
 
 def apply_to(model: type[nn.Module]) -> ExitStack:
@@ -26,7 +32,8 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
     of every prefix of MRL, and of M3 without unified_finetuning. Scores come back as None, since
     its `forward` reads no others than those of unified M3. What needs scores runs FlagEmbedding's
     own code: teacher scores with either kd_loss_type; unified M3, whose ensemble adds up the scores
-    of dense, sparse and ColBERT vectors; no_in_batch_neg_flag.
+    of dense, sparse and ColBERT vectors; no_in_batch_neg_flag; and, with a warning, a model with a
+    `_dist_gather_tensor` of its own.
 
     With negatives_cross_device each rank scores its own queries alone. As with FlagEmbedding, every
     rank has the loss over the queries of all W ranks, and DDP ends with 1 / W of its gradient.
@@ -42,13 +49,18 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
 
     Raises:
         ImportError: FlagEmbedding is not installed, or older than 1.4.1.
-        ValueError: the class has no such methods, or has been given these before; in training, if
+        ValueError: the class has no such methods, its own, or has been given these before; in training, if
             it scores by something else than dot products, or passages do not divide by queries.
     """
     require("FlagEmbedding", "1.4.1", "1.4.1 and 1.4.2")
     in_batch, cross_device = "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"
 
     def fused(theirs: Callable) -> Callable:
+        if theirs.__module__.partition(".")[0] != "FlagEmbedding":
+            raise ValueError(
+                f"{model.__name__}.{theirs.__name__} is not FlagEmbedding's, and would be lost: call "
+                "rankpo_fast.info_nce_loss in it"
+            )
         across_devices = theirs.__name__ == cross_device
 
         def compute_loss(
@@ -61,7 +73,11 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
         ) -> tuple[Tensor | None, Tensor]:
             if teacher_targets is not None or getattr(self, "unified_finetuning", False):
                 return theirs(self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
-            score = compute_score_func or self.compute_score
+            if across_devices and gathers_otherwise(self, theirs, "_dist_gather_tensor"):
+                return theirs(self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
+            score = self.compute_score
+            if compute_score_func is not None:  # which theirs gives the further arguments
+                score = partial(compute_score_func, **kwargs)
             refuse_other_losses(self, score, self.compute_loss, self.temperature)
             group = dist.group.WORLD if across_devices else None
             return None, in_batch_loss(q_reps, p_reps, self.temperature, group)

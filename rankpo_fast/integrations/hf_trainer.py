@@ -12,8 +12,7 @@ rank first at its head. B queries with G passages each, S texts of L tokens, D d
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Subset
 
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH
 from rankpo_fast.integrations import require
+from rankpo_fast.integrations.hf_models import at_rest, beneath, drop_nothing
+from rankpo_fast.integrations.hf_rows import (
+    RankPODataCollatorWithPadding,
+    WithReference,
+    each,
+    tokenized,
+)
 from rankpo_fast.losses import InfoNCELoss
 from rankpo_fast.model.pooling import pool_padded
 from rankpo_fast.ops.batch import Batch
@@ -85,6 +90,11 @@ class EmbeddingTrainer(Trainer):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         if trainer.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is given, but the loss is this trainer's own")
+        if args is not None and args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor is of the Trainer's cross entropy: here label_smoothing of "
+                "InfoNCELoss or RankPOArguments"
+            )
         if isinstance(trainer.get("train_dataset"), dict):
             raise ValueError("train_dataset is a dict: only eval_dataset may be several")
         if tokenizer is not None:
@@ -109,7 +119,7 @@ class EmbeddingTrainer(Trainer):
     def _adapt(self, model: nn.Module) -> None:
         """A pooler of BERT's kind gets no gradient, for which DDP waits where it does not look for
         such parameters, as with gradient checkpointing."""
-        model = _beneath(model)
+        model = beneath(model)
         of_transformers = type(model).__module__.startswith("transformers.")
         pooler = getattr(model, "pooler", None) if of_transformers else None
         if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
@@ -196,7 +206,7 @@ class ContrastiveTrainer(EmbeddingTrainer):
 
     Further keys of a batch are arguments of `info_nce_loss`, such as passage_ids and weights. A
     model that takes query and passage and returns its own `.loss`, as the original's
-    ModelForTraining, is trained by that; then neither pooling nor `loss` have a say.
+    ModelForTraining, is trained by that, without `loss` and pooling.
 
     Args:
         loss: default `InfoNCELoss(process_group=dist.group.WORLD)` where there are several ranks;
@@ -224,8 +234,13 @@ class ContrastiveTrainer(EmbeddingTrainer):
         super().__init__(model, args, **more)
         ranks = dist.group.WORLD if self.args.world_size > 1 else None
         self.loss = InfoNCELoss(process_group=ranks) if loss is None else loss
-        taken = inspect.signature(_beneath(self.model).forward).parameters
+        taken = inspect.signature(beneath(self.model).forward).parameters
         self._model_has_loss = {"query", "passage"} <= taken.keys()
+        if self._model_has_loss and (loss is not None or self.pooling != "last"):
+            raise ValueError(
+                f"{type(beneath(self.model)).__name__} takes query and passage, and returns its "
+                "own loss: leave loss and pooling out"
+            )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
@@ -248,12 +263,6 @@ class ContrastiveTrainer(EmbeddingTrainer):
             queries, passages, temperature=temperature, **options, **more
         )
         return loss, dq, dp, stats._asdict()
-
-
-def _beneath(model: nn.Module) -> nn.Module:
-    """Torch.compile and adapters."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # --- stage 2 ---
@@ -279,25 +288,14 @@ class RankPOArguments(TrainingArguments):
     dataset_num_proc: int | None = None  # processes that tokenise
 
 
-@dataclass
-class RankPODataCollatorWithPadding:
-    """Rows of token ids -> query [B, L] and passage [2 B, L], chosen before rejected, padded on the
-    right."""
-
-    pad_token_id: int = 0
-
-    def __call__(self, rows: list[dict[str, dict]]) -> dict[str, dict[str, Tensor]]:
-        return {
-            "query": self._padded([row["query"] for row in rows]),
-            "passage": self._padded([row[k] for row in rows for k in ("chosen", "rejected")]),
-        }
-
-    def _padded(self, texts: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        fill = {"input_ids": self.pad_token_id, "attention_mask": 0}
-        return {
-            key: pad_sequence([torch.tensor(text[key]) for text in texts], True, value)
-            for key, value in fill.items()
-        }
+OF_THE_ORIGINAL = {  # its methods that a subclass may have changed: where that is done here
+    "single_forward": "embed, before the vectors are normalised",
+    "concatenated_forward": "embed, or loss_and_grads",
+    "get_batch_loss_metrics": "loss_and_grads",
+    "rankpo_loss": "loss_and_grads",
+    "store_metrics": "log",
+    "tokenize_row": "nothing, and give rows of texts",
+}
 
 
 class RankPOTrainer(EmbeddingTrainer):
@@ -319,7 +317,8 @@ class RankPOTrainer(EmbeddingTrainer):
         pooling: "last" as in the original, or as in `EmbeddingTrainer`.
 
     Raises:
-        ValueError: naming the row that is no pair, or the argument that is missing.
+        ValueError: naming the row that is no pair, the argument that is missing, or a method of the
+            original's that a subclass overrides in vain.
     """
 
     def __init__(
@@ -339,6 +338,11 @@ class RankPOTrainer(EmbeddingTrainer):
         compute_metrics: Callable | None = None,
         pooling: str = "last",
     ):  # fmt: skip
+        for name in [name for name in OF_THE_ORIGINAL if hasattr(self, name)]:
+            raise ValueError(
+                f"{type(self).__name__}.{name} is never called here: "
+                f"override {OF_THE_ORIGINAL[name]}"
+            )
         if missing := [name for name in RankPOArguments.__annotations__ if not hasattr(args, name)]:
             raise ValueError(f"args must be RankPOArguments, or have their {', '.join(missing)}")
         if tokenizer is None:
@@ -358,20 +362,20 @@ class RankPOTrainer(EmbeddingTrainer):
             if tokenizer.pad_token_id is None:
                 raise ValueError("tokenizer.pad_token is None: set it, to its eos_token for one")
             data_collator = RankPODataCollatorWithPadding(tokenizer.pad_token_id)
-        tokenized = partial(_tokenized, tokenizer, args)
+        of_tokens = partial(tokenized, tokenizer, args)
         super().__init__(
             model, args, pooling=pooling, tokenizer=tokenizer, data_collator=data_collator,
-            train_dataset=_each(tokenized, train_dataset),
-            eval_dataset=_each(tokenized, eval_dataset), model_init=model_init,
+            train_dataset=each(of_tokens, train_dataset),
+            eval_dataset=each(of_tokens, eval_dataset), model_init=model_init,
             callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
         if ref_model is not None:
             referenced = partial(self._referenced, ref_model)
-            with _at_rest(ref_model, self.args.device):
-                self.train_dataset = _each(referenced, self.train_dataset)
-                self.eval_dataset = _each(referenced, self.eval_dataset)
-            self.data_collator = _WithReference(data_collator)
+            with at_rest(ref_model, self.args.device):
+                self.train_dataset = each(referenced, self.train_dataset)
+                self.eval_dataset = each(referenced, self.eval_dataset)
+            self.data_collator = WithReference(data_collator)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -381,7 +385,7 @@ class RankPOTrainer(EmbeddingTrainer):
     def _adapt(self, model: nn.Module) -> None:
         super()._adapt(model)
         if self.args.disable_dropout:
-            _drop_nothing(model)
+            drop_nothing(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return super().get_eval_dataloader(self._of_tokens(eval_dataset))
@@ -395,7 +399,7 @@ class RankPOTrainer(EmbeddingTrainer):
             return rows
         if not self.args.reference_free:
             raise ValueError("rows have no reference: give them as eval_dataset to RankPOTrainer")
-        return _tokenized(self.processing_class, self.args, rows)
+        return tokenized(self.processing_class, self.args, rows)
 
     @torch.no_grad()
     def _referenced(self, model: nn.Module, rows: "Dataset") -> "Dataset":
@@ -432,77 +436,3 @@ class RankPOTrainer(EmbeddingTrainer):
         if rankpo:
             metrics["rankpo_loss"] = (loss - sft * sft_loss) / rankpo
         return loss, dq, torch.stack([dc, dr], 1).flatten(0, 1), metrics
-
-
-@dataclass
-class _WithReference:
-    """A collator that knows no such column, and the column."""
-
-    collate: Callable
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        reference_B2 = torch.tensor([row["reference"] for row in rows], dtype=torch.float32)
-        # as integers: under DeepSpeed the Trainer rounds a batch's floats to the model's dtype
-        return {**self.collate(rows), "reference": reference_B2.view(torch.int32)}
-
-
-@contextmanager
-def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """In eval mode on the device; afterwards as and where it was."""
-    home, training = next(model.parameters()).device, {m: m.training for m in model.modules()}
-    model.to(device).eval()
-    try:
-        yield
-    finally:
-        model.to(home)
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _drop_nothing(model: nn.Module) -> None:
-    """Neither nn.Dropout nor attention, which has a float `attention_dropout`, as in Llama."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or isinstance(module, nn.Dropout)):
-                setattr(module, name, 0.0)
-
-
-def _each(change: Callable, datasets: Any) -> Any:
-    """Of one dataset, of a dict of them, or of None."""
-    if isinstance(datasets, dict):
-        return {name: change(rows) for name, rows in datasets.items()}
-    return None if datasets is None else change(datasets)
-
-
-def _tokenized(tokenizer: Any, args: RankPOArguments, rows: Any) -> "Dataset":
-    """Rows {"query", "chosen", "rejected"} of token ids and masks."""
-    require("datasets", "2.20", tried="4.4.1 and 5.2.0")
-    from datasets import Dataset
-
-    if not isinstance(rows, Dataset):
-        rows = Dataset.from_list(list(rows))
-    limits = (args.max_query_length, *[args.max_passage_length] * 2)
-    with args.main_process_first(desc="tokenising"):
-        return rows.map(
-            _tokens,
-            with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "limits": limits},
-            remove_columns=rows.column_names,
-            num_proc=args.dataset_num_proc,
-            desc="Tokenizing",
-        )
-
-
-def _tokens(row: dict, number: int, tokenizer: Any, limits: tuple[int, ...]) -> dict[str, dict]:
-    for key in ("query", "passage1", "passage2"):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f"row {number}: {key!r} must be a text, got {row.get(key)!r}")
-    preferred, passages = row.get("preferred"), ("passage1", "passage2")
-    if preferred not in ("A", "B"):
-        raise ValueError(f"row {number}: 'preferred' must be 'A' or 'B', got {preferred!r}")
-    keys = ("query", *(passages if preferred == "A" else passages[::-1]))
-    names = ("query", "chosen", "rejected")
-    return {
-        name: dict(tokenizer(row[key], max_length=limit, truncation=True))
-        for name, key, limit in zip(names, keys, limits, strict=True)
-    }

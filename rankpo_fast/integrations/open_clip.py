@@ -37,6 +37,10 @@ from rankpo_fast.ops.in_batch import siglip_loss
 from rankpo_fast.ops.info_nce import info_nce_loss
 
 BOTH_WAYS = ("query_to_passage", "passage_to_query")
+NOT_FUSED = (
+    "those are ClipLoss, SigLipLoss and CoCaLoss; DistillClipLoss compares matrices of scores, "
+    "which are never held here. Take open_clip's own"
+)
 METHODS = ("get_ground_truth", "get_logits", "_loss", "_chunked_loss")  # that a subclass may change
 
 
@@ -87,7 +91,8 @@ class _Loss(nn.Module):
         return loss
 
     def changes(self) -> list[str]:
-        return overridden(globals()[self.name], self, METHODS)
+        """The methods that are no longer those of the class of this name."""
+        raise NotImplementedError
 
 
 class ClipLoss(_Loss):
@@ -121,16 +126,16 @@ class ClipLoss(_Loss):
         use_horovod: bool = False,
     ):
         super().__init__()
-        if use_horovod:
-            raise ValueError(
-                "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
-            )
+        _refuse_horovod(use_horovod)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+
+    def changes(self) -> list[str]:
+        return overridden(ClipLoss, self, METHODS)
 
     def forward(
         self,
@@ -257,6 +262,9 @@ class SigLipLoss(_Loss):
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
 
+    def changes(self) -> list[str]:
+        return overridden(SigLipLoss, self, METHODS)
+
     def forward(
         self,
         image_features: Tensor,
@@ -300,20 +308,32 @@ def fused(loss: nn.Module) -> nn.Module:
             if isinstance(ours, CoCaLoss):
                 ours.caption_loss = loss.caption_loss
             return ours
-    raise ValueError(
-        f"{type(loss).__name__} is none of the losses that are fused, ClipLoss, SigLipLoss and "
-        "CoCaLoss (distillation compares matrices of scores, which are never held here): use "
-        "open_clip's own create_loss or create_task"
-    )
+    raise ValueError(f"{type(loss).__name__} is none of the losses that are fused: {NOT_FUSED}")
 
 
 def create_loss(args: Namespace) -> nn.Module:
-    """The loss that the flags of open_clip_train ask for.
+    """The loss that the flags of open_clip_train ask for, of either version.
 
     Raises:
-        ValueError: what `fused` and the losses refuse.
+        ValueError: distillation, GenLIP and GenLAP, whose losses are others; what the losses
+            refuse.
     """
-    return fused(import_module("open_clip.factory").create_loss(args))
+    model = args.model.lower()
+    if args.distill or "genlip" in model or "genlap" in model:
+        raise ValueError(
+            f"{'distillation' if args.distill else args.model} has none of the losses that are "
+            f"fused: {NOT_FUSED}"
+        )
+    ranks = {"rank": args.rank, "world_size": args.world_size}
+    clip = ranks | {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
+    clip["use_horovod"] = getattr(args, "horovod", False)
+    if "coca" in model:
+        weights = args.coca_caption_loss_weight, args.coca_contrastive_loss_weight
+        return CoCaLoss(*weights, **clip)
+    if args.siglip:
+        _refuse_horovod(clip["use_horovod"])
+        return SigLipLoss(**ranks, dist_impl=args.loss_dist_impl)
+    return ClipLoss(**clip)
 
 
 def create_task(args: Namespace, model: nn.Module, *more: Any, **others: Any) -> nn.Module:
@@ -325,6 +345,13 @@ def create_task(args: Namespace, model: nn.Module, *more: Any, **others: Any) ->
     task = import_module("open_clip.factory").create_task(args, model, *more, **others)
     task.loss = fused(getattr(task, "loss", None))
     return task
+
+
+def _refuse_horovod(asked: bool) -> None:
+    if asked:
+        raise ValueError(
+            "use_horovod: the ranks' losses go through torch.distributed: start with torchrun"
+        )
 
 
 def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:

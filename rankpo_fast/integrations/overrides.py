@@ -11,11 +11,12 @@ from typing import Any
 
 def overridden(owner: type, instance: Any, names: Iterable[str]) -> list[str]:
     """Those of `names` whose method on the instance is another than the one of class `owner`."""
+    kind = type(instance)
     return [
         name
         for name in names
         if hasattr(owner, name)
-        and getattr(getattr(instance, name), "__func__", None) is not getattr(owner, name)
+        and (name in instance.__dict__ or getattr(kind, name) is not getattr(owner, name))
     ]
 
 

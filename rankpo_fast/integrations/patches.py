@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from rankpo_fast.integrations.overrides import warn_unfused
 from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.ranks import several
 
@@ -50,22 +51,37 @@ def replaced(
 
 
 def in_batch_loss(
-    queries: Tensor, passages: Tensor, temperature: float, group: ProcessGroup | None
+    queries: Tensor,
+    passages: Tensor,
+    temperature: float,
+    group: ProcessGroup | None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The loss above, the same on every rank, without the M x N scores. Its gradient is that of the
     rank's own rows alone, so that the mean over ranks, which DDP takes, is 1 / W of that of one
     process with all rows.
 
-    queries [M, D], passages [N, D] of this rank, in groups of N // M, positive first.
+    queries [M, D], passages [N, D] of this rank, in groups of N // M, positive first, unless labels
+    [M] say which passage is.
     """
     own = info_nce_loss(
-        queries, passages, temperature=temperature, normalize=False, process_group=group
+        queries, passages, labels, temperature=temperature, normalize=False, process_group=group
     )
     if not several(group):
         return own
     total = own.detach().clone()
     dist.all_reduce(total, group=group)
     return (own - own.detach() + total) / group.size()
+
+
+def gathers_otherwise(model: nn.Module, theirs: Callable, gather: str) -> bool:
+    """Whether the method that brings the rows of all ranks, which a fused loss does not call, was
+    written elsewhere than the method `theirs`, which does."""
+    method = getattr(model, gather, None)
+    otherwise = method is not None and method.__module__ != theirs.__module__
+    if otherwise:
+        warn_unfused(model, [gather], theirs.__module__.partition(".")[0])
+    return otherwise
 
 
 @torch.no_grad()
@@ -83,8 +99,9 @@ def refuse_other_losses(
         (similarity, (q, p), scores),
         (loss, (scores, labels), F.cross_entropy(scores, labels)),
     ]:
+        name = getattr(method, "__name__", type(method).__name__)
         refusal = ValueError(
-            f"{type(model).__name__}.{method.__name__} is not that of dot products / temperature "
+            f"{type(model).__name__}.{name} is not that of dot products / temperature "
             "and mean cross entropy, which is what is fused: close the patch, or call "
             "rankpo_fast.info_nce_loss in a subclass"
         )

@@ -12,11 +12,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from rankpo_fast.integrations.patches import in_batch_loss, refuse_other_losses, replaced
+from rankpo_fast.integrations.patches import (
+    gathers_otherwise,
+    in_batch_loss,
+    refuse_other_losses,
+    replaced,
+)
+from rankpo_fast.ops.ranks import several
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,37 @@ class GradCacheLoss:
     temperature: float
     process_group: ProcessGroup | None = None
 
-    def __call__(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """queries [M, D], passages [N, D], in groups of N // M per query, positive first."""
-        ranks = 1 if self.process_group is None else self.process_group.size()
-        return ranks * in_batch_loss(queries, passages, self.temperature, self.process_group)
+    def __call__(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        target: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss; the arguments are those of luyug's, as its README calls the cache:
+        `gc(queries, passages, reduction="mean")`.
+
+        Args:
+            queries, passages: [M, D] and [N, D].
+            target: [M] int64, the passage that is each query's positive; in one process alone.
+                None: passages come in groups of N // M per query, positive first.
+            reduction: "mean" or "sum" over the queries.
+        """
+        group = self.process_group
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if target is not None and several(group):
+            raise ValueError(
+                "target names passages of one process, and there are several: leave it out, with "
+                "passages in groups, the positive first"
+            )
+        loss = in_batch_loss(queries, passages, self.temperature, group, target)
+        if reduction == "sum":
+            count = torch.tensor(len(queries), device=queries.device)
+            if several(group):
+                dist.all_reduce(count, group=group)
+            loss = loss * count
+        return loss if group is None else group.size() * loss
 
 
 def apply_to(model: type[nn.Module]) -> ExitStack:
@@ -48,7 +82,8 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
     later): W times the loss over the queries of all W ranks, so that DDP ends with the gradient of
     one process with all rows. The output in training has no scores, which Tevatron's distillation
     trainer alone reads, and the representations of the rank's own rows. Encoding one side and
-    evaluation run Tevatron's own code.
+    evaluation run Tevatron's own code, and so does, with a warning, a model with a
+    `dist_gather_tensor` of its own.
 
     Args:
         model: a class, with those subclasses that do not override its `forward`. To be called
@@ -71,7 +106,11 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
         def forward(self, query: dict | None = None, passage: dict | None = None):
             if not (self.training and query and passage):
                 return theirs(self, query, passage)
-            if hasattr(self, "compute_similarity"):
+            if gathers_otherwise(self, theirs, "dist_gather_tensor"):
+                return theirs(self, query, passage)
+            if not hasattr(self, "compute_similarity"):  # of 0.1.0
+                refuse_other_losses(self, _dot_products, self.cross_entropy, 1.0)
+            else:
                 refuse_other_losses(self, self.compute_similarity, self.compute_loss, 1.0)
             output = theirs(self, query=query)
             q_reps, p_reps = output.q_reps, theirs(self, passage=passage).p_reps
@@ -83,3 +122,7 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
         return forward
 
     return replaced(model, {"forward": fused})
+
+
+def _dot_products(queries: Tensor, passages: Tensor) -> Tensor:
+    return queries @ passages.T
