@@ -1,0 +1,68 @@
+"""bf16 or fp32: what --bf16 auto comes to on a device, and why.
+
+A card says whether it computes bf16. A CPU without AMX, AVX-512 BF16 or their like emulates it, up
+to hundreds of times as slow as fp32, and tells nobody: there one small product is timed.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from time import perf_counter
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+# Rows, dims in and out of the product: below a millisecond where it is native.
+SHAPE = 256, 384, 384
+REPEATS, PATIENCE = 6, 0.1  # times at most, and seconds after which no further one begins
+
+
+def bf16_speed(device: torch.device) -> float:
+    """Seconds of a product in bf16 over those in fp32 on `device`; below 1, bf16 is faster."""
+    return half_speed(torch.bfloat16, device.type)
+
+
+@cache  # so that a process says the same each time
+def half_speed(dtype: torch.dtype, device: str) -> float:
+    """Seconds of a product in `dtype` over those in fp32, casts included as autocast makes them."""
+    return _seconds(dtype, device) / _seconds(torch.float32, device)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What an encoder computes in, and why that was chosen where nobody said."""
+
+    bf16: bool
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, bf16: bool | Literal["auto"], device: torch.device) -> "Precision":
+        """As asked for, else the faster one on `device`."""
+        if bf16 != "auto":
+            return cls(bf16)
+        if device.type == "cuda":
+            able = torch.cuda.is_bf16_supported(including_emulation=False)
+            return cls(able, None if able else "this card has no bf16")
+        ratio = bf16_speed(device)
+        return cls(ratio < 1, f"bf16 products took {ratio:.3g} times fp32's time here")
+
+    def __str__(self) -> str:
+        name = "bf16" if self.bf16 else "fp32"
+        return name if self.reason is None else f"{name} ({self.reason})"
+
+
+def _seconds(dtype: torch.dtype, device: str) -> float:
+    """The shortest time of the product: of some 0.1 s of them, or of two."""
+    rows, dims, outs = SHAPE
+    states = torch.ones(rows, dims, device=device)
+    weights = torch.ones(outs, dims, device=device)
+    times: list[float] = []
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        F.linear(states[:1, :1], weights[:1, :1])  # libraries set themselves up
+        while len(times) < 2 or (len(times) < REPEATS and sum(times) < PATIENCE):
+            began = perf_counter()
+            F.linear(states, weights)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(perf_counter() - began)
+    return min(times)
