@@ -44,7 +44,7 @@ ROUNDS = 3  # of fewer a row, nothing can be told from noise
 MEMORY_MIB = 16.0
 ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
 WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
-NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
+NOT_COMPARED = {"date", "rates", "left out", "emulated", "level"}  # of what is said of a machine
 
 
 @dataclass(frozen=True)
