@@ -79,7 +79,7 @@ def run(flags: list[str]) -> int:
 def _run_parser() -> _Parser:
     parser = _parser("run")
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_true", help="few, small shapes: 75 s on two cores")
+    much.add_argument("--quick", action="store_true", help="few, small shapes: 90 s on two cores")
     much.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("--list", action="store_true", help="say what can be asked")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
@@ -88,6 +88,8 @@ def _run_parser() -> _Parser:
         "--shapes", nargs="+", metavar="SHAPE",
         help="of the cases that have such: 4096x4096x1024, or 4096x4096x1024:float16",
     )  # fmt: skip
+    parser.add_argument("--model", metavar="DIRECTORY", help="to train, in case pretrained")
+    parser.add_argument("--texts", metavar="FILE", help="rows of stage 1 for it, as JSONL")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=_positive, help="timed runs of each contender")
     parser.add_argument(
@@ -138,6 +140,7 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> list[tuple]:
         if name not in QUESTIONS:
             raise InputError(f"--cases: unknown case {name!r}{closest(name, list(QUESTIONS))}")
     questions = [q for q in QUESTIONS.values() if not args.cases or q.name in args.cases]
+    questions = [_of_users_model(args, question) for question in questions]
     of = {question.name: question.contenders(device) for question in questions}
     names = {name for known in of.values() for name in known}
     for name in args.contenders or []:
@@ -157,6 +160,21 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> list[tuple]:
     return found
 
 
+def _of_users_model(args: argparse.Namespace, question):
+    """The question about a model that --model names, with its shape; others as they are."""
+    from .training import pretrained
+
+    if question.name != pretrained.NAME:
+        return question
+    if args.model and args.texts:
+        return pretrained.question(Path(args.model), Path(args.texts))
+    if args.model or args.texts or args.cases:
+        raise InputError(
+            f"--cases {pretrained.NAME} needs --model DIRECTORY, and --texts ROWS.jsonl of stage 1"
+        )
+    return question
+
+
 def _shapes(question, asked: list[str] | None, device: str, level: str) -> list:
     from .cases.loss import LossQuestion
 
@@ -172,20 +190,20 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
 
     from . import machine, results
     from .measure import noting
-    from .peers import COMPILED
     from .questions import OURS, Result, Row, Settings, described
     from .report import failures, rates_in_words, write_report
-    from .tables import table
+    from .tables import table, times
 
     started = time.monotonic()
     _make(args.output_dir)
     about = machine.about(device)
     rates = machine.measure_rates(device)
     about |= {"level": level, "rates": dataclasses.asdict(rates)} | dict(args.note)
-    without, left_out = frozenset(), []
-    if level == "quick" and device == "cpu" and not args.contenders:
-        without = COMPILED & {name for q, _ in asked for name in q.contenders(device)}
-        left_out = [f"{name} (compiles for seconds)" for name in sorted(without)]
+    slow = machine.emulated(device)
+    if slow:
+        words = [f"{name} ({times(x)} times the time of float32)" for name, x in slow.items()]
+        about["emulated"] = ", ".join(words)
+    asked, without, left_out = _what_time_allows(args, device, level, asked, slow)
     said = {key: value for key, value in about.items() if key != "rates"}
     said["measured here"] = rates_in_words(about["rates"])
     print("\n".join(f"{key:22}{value}" for key, value in said.items()) + "\n")
@@ -229,6 +247,32 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
         print(f"FAILED {name}")
     print(f"{path}\n{page}\n{time.monotonic() - started:.0f} s")
     return 1 if red else 0
+
+
+def _what_time_allows(
+    args: argparse.Namespace, device: str, level: str, asked: list[tuple], slow: dict[str, float]
+) -> tuple[list[tuple], frozenset[str], list[str]]:
+    """(question, shape) that are measured, contenders that are not, and words on what is left out:
+    all that nobody named and that compiles for seconds, or is emulated, in one of the dtypes `slow`
+    for minutes."""
+    from .peers import COMPILED
+    from .questions import described
+    from .training.steps import IN_BF16
+
+    without: set[str] = set()
+    left_out = []
+    names = {name for q, _ in asked for name in q.contenders(device)}
+    if level == "quick" and device == "cpu" and not args.contenders:
+        without |= COMPILED & names
+        left_out += [f"{name} (compiles for seconds)" for name in sorted(without)]
+    if "bfloat16" in slow and level != "quick" and not args.contenders:
+        without |= IN_BF16 & names
+        left_out += [f"{name} (emulated here)" for name in sorted(IN_BF16 & names)]
+    if not args.shapes:
+        emulated = [pair for pair in asked if pair[1].get("dtype") in slow]
+        asked = [pair for pair in asked if pair not in emulated]
+        left_out += [f"{q.name} {described(shape)} (emulated here)" for q, shape in emulated]
+    return asked, frozenset(without), left_out
 
 
 def _make(directory: Path) -> None:

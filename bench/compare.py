@@ -47,7 +47,7 @@ MEMORY_MIB = 16.0
 SETS = "instruction set"  # of a machine
 ERROR = 2.0  # times as large: rounding in another order moves an error, a lost digit does more
 WORSE, BETTER, UNCLEAR = "worse", "better", "unclear"
-NOT_COMPARED = {"date", "rates", "left out", "level"}  # of what is said of a machine
+NOT_COMPARED = {"date", "rates", "left out", "emulated", "level"}  # of what is said of a machine
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rankpo_fast.model.precision import half_speed
 from rankpo_kernels import native
 
 from .card import limits
@@ -27,7 +28,11 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float
 COPY_BYTES = {"cpu": 8, "cuda": 20}  # times the last cache
 RUNS = 5
 CPUINFO, TOPOLOGY = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu")
-BUDGET_S = 0.5  # a rate takes no more runs then: bf16 has no instructions on many a CPU
+BUDGET_S = 0.5  # a rate takes no more runs then
+# A dtype this many times as slow as fp32 has no instructions on a CPU: widening to fp32 and back
+# takes less. Without even that, a product took 55 times as long on AVX2.
+EMULATED = 4.0
+HALVES = ("bfloat16", "float16")
 
 
 def about(device: str) -> dict[str, Any]:
@@ -57,11 +62,21 @@ def about(device: str) -> dict[str, Any]:
     }
 
 
+def emulated(device: str) -> dict[str, float]:
+    """The dtypes in which a CPU's products are emulated: how many times fp32's time a small one
+    takes. A large one, or a case, would take minutes and say no more."""
+    if device != "cpu":
+        return {}
+    speeds = {name: half_speed(getattr(torch, name), device) for name in HALVES}
+    return {name: speed for name, speed in speeds.items() if speed >= EMULATED}
+
+
 def measure_rates(device: str) -> Rates:
-    """Medians of a large product by dtype, and of a copy much larger than the caches."""
+    """Medians of a large product by dtype, none that is emulated, and of a copy much larger than
+    the caches."""
     size = GEMM_SIZE[device]
     gemm = {}
-    for name in DTYPES[device]:
+    for name in [name for name in DTYPES[device] if name not in emulated(device)]:
         a, b = torch.randn(2, size, size, device=device).to(getattr(torch, name))
         out = torch.empty_like(a)
         seconds = _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)

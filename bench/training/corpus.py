@@ -102,15 +102,22 @@ class Batches:
     about: dict[str, Any]
 
 
-def batches(rows: Sequence[dict], model: Path, batch: int, negatives: int, seed: int) -> Batches:
+def batches(
+    rows: Sequence[dict],
+    model: Path,
+    batch: int,
+    negatives: int,
+    seed: int,
+    max_length: int = MAX_LENGTH,
+) -> Batches:
     """`about` says lengths in tokens; which share of them is padding where queries are padded to
     the longest query and passages to the longest passage; which share of texts came before."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     queries = [row["query"] for row in rows]
     passages = [[*row["positives"], *row["negatives"][:negatives]] for row in rows]
     flat = [text for texts in passages for text in texts]
-    query_lengths = tokenize(queries, tokenizer, MAX_LENGTH).lengths.numpy()  # [rows]
-    passage_lengths = tokenize(flat, tokenizer, MAX_LENGTH).lengths.numpy().reshape(len(rows), -1)
+    query_lengths = tokenize(queries, tokenizer, max_length).lengths.numpy()  # [rows]
+    passage_lengths = tokenize(flat, tokenizer, max_length).lengths.numpy().reshape(len(rows), -1)
     random = np.random.default_rng(seed)
     drawn = [random.permutation(len(rows))[:batch] for _ in range(20)]
     padded = [b.size * (query_lengths[b].max() + passage_lengths[b].max() * (1 + negatives))

@@ -243,6 +243,7 @@ LEVERS: Mapping[str, dict[str, Any]] = {
     "+ torch.compile": {"torch_compile": True},
 }
 SLOW = ["+ torch.compile", "+ bf16"]  # on a CPU, to start or altogether: they come last there
+IN_BF16 = {"+ bf16"}  # which nobody waits for on a CPU that emulates it
 
 
 def ladder(shape: Shape, settings: Settings) -> Entrants:

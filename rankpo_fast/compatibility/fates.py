@@ -59,9 +59,8 @@ RULES: dict[str, Rule] = {
     "inference_batch_size": unneeded(_BY_TOKENS),
     "output_dir": rules.evaluate_output,
     "overwrite_output_dir": unneeded("the file of --output is replaced"),
-    "wandb_project": unneeded("nothing is sent there from here"),
-    "project": unneeded("nothing is sent there from here"),
-    "run_name": unneeded("nothing is sent there from here"),
+    "wandb_project": rules.wandb_project,
+    "run_name": rules.run_name,
     "label_smoothing_factor": refused("the loss of stage 1 has no label smoothing"),
     # transformers: how long, how fast
     "warmup_steps": rules.warmup_steps,
@@ -202,6 +201,7 @@ VALUES: dict[str, Rule] = {
     "eval_steps": rules.steps,
     "save_steps": rules.steps,
     "method": rules.method,
+    "run_name": rules.run_name,
     "lr_scheduler_type": renamed("lr_scheduler_type", {
         "constant_with_warmup": "constant", "linear_with_warmup": "linear",
         "cosine_with_warmup": "cosine", "warmuplinear": "linear", "warmupcosine": "cosine",

@@ -52,7 +52,7 @@ ALIASES = {
     "save_total_limit": "keep_checkpoints max_checkpoints",
     "overwrite_output_dir": "overwrite force",
     "report_to": "reporter report_with log_with",
-    "project": "wandb_project project_name",
+    "project": "project_name",
     "run_name": "wandb_name wandb_run_name experiment_name exp_name",
     "seed": "random_seed",
     "query_data": "queries query_file",

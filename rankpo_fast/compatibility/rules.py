@@ -25,6 +25,11 @@ class Line:
     known: frozenset[str]  # our flags that the command has
     given: dict[str, list[str]]  # of these the ones it is given, with their values
 
+    @property
+    def sends(self) -> bool:
+        """Whether metrics go to a logger."""
+        return self.given.get("report_to", ["none"]) != ["none"]
+
     def first(self, name: str, default: str) -> str:
         return (self.given.get(name) or [default])[0]
 
@@ -94,15 +99,30 @@ def warmup_steps(values: list[str], line: Line) -> Reading:
 
 
 def save_strategy(values: list[str], line: Line) -> Reading:
-    word = truth(values)
-    if word == "steps":
+    word, by_time = truth(values), "save_minutes" in line.known
+    if word == "steps":  # transformers: every 500
         steps = {} if "save_steps" in line.given else {"save_steps": ["500"]}
         return Reading(steps, "--save_steps says when")
     if word == "epoch":
-        return Reading({}, "checkpoints come by --save_steps, and the model at the end")
+        when = "at the end of an epoch and by time" if by_time else "by --save_steps"
+        return Reading({}, f"not needed: checkpoints come {when}, the model at the end")
     if word == "false" and "save_steps" not in line.given:
-        return Reading({}, "no --save_steps: checkpoints only when stopped")
+        off = {"save_minutes": ["0"]} if by_time else {}
+        return Reading(off, "no --save_steps: checkpoints only when stopped")
     raise InputError("not taken: --save_steps says when checkpoints are written")
+
+
+def wandb_project(values: list[str], line: Line) -> Reading:
+    if line.sends and "project" in line.known:
+        return Reading({"project": values})
+    return Reading({}, "has no effect: metrics go to wandb with --report_to wandb")
+
+
+def run_name(values: list[str], line: Line) -> Reading | None:
+    """Beside `wandb_project` the authors' own; else it is ours."""
+    if line.sends or ("run_name" in line.known and "wandb_project" not in line.given):
+        return None
+    return Reading({}, "has no effect: metrics go to wandb with --report_to wandb")
 
 
 def eval_strategy(values: list[str], line: Line) -> Reading:

@@ -452,6 +452,17 @@ def test_what_time_does_not_allow_is_named(suite, minutes):
     assert "fine 2 float32, red 2 float32, fine 4" in run.machine["left out"]
 
 
+def test_what_is_emulated_is_left_out_with_a_word(suite, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(machine, "emulated", lambda device: {"float32": 55.0})
+    code, run = suite("--cases", "fine")
+    assert code == 0 and run.results == []
+    assert run.machine["emulated"] == "float32 (55 times the time of float32)"
+    left_out = "fine 2 float32 (emulated here); fine 4 float32 (emulated here)"
+    assert run.machine["left out"] == left_out
+    assert "emulated" in capsys.readouterr().out.split("left out")[0]
+    assert "(emulated here)" in (tmp_path / "deep/report.html").read_text()
+
+
 def test_quick_has_no_time_to_compile_unless_asked_to(suite):
     _, run = suite("--quick", "--cases", "fine")
     assert run.machine["left out"] == "torch.compile (compiles for seconds)"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import machine
+from rankpo_fast.model.precision import half_speed
 from rankpo_kernels import native
 
 
@@ -61,3 +62,16 @@ def test_a_rate_is_a_median_that_takes_no_more_time_than_there_is(monkeypatch, s
     )
     assert machine._median(lambda: None, "cpu") == seconds * (runs + 1) / 2
     assert len(taken) == runs
+
+
+def test_what_is_emulated_is_not_measured_in_large_products(monkeypatch):
+    speeds = {torch.bfloat16: 55.0, torch.float16: 1.1}
+    monkeypatch.setattr(machine, "half_speed", lambda dtype, device: speeds[dtype])
+    monkeypatch.setattr(machine, "GEMM_SIZE", {"cpu": 16})
+    assert machine.emulated("cpu") == {"bfloat16": 55.0} and machine.emulated("cuda") == {}
+    assert machine.measure_rates("cpu").gemm.keys() == {"float32"}
+
+
+def test_a_half_product_is_timed_once_a_process():
+    first = half_speed(torch.bfloat16, "cpu")
+    assert first > 0 and half_speed(torch.bfloat16, "cpu") == first
