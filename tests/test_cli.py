@@ -199,7 +199,7 @@ def test_command_line_wins_over_config_file(command, tmp_path):
         ([], "auto"), (["--bf16"], True), (["--bf16", "auto"], "auto"), (["--bf16=false"], False),
         (["--bf16", "true"], True), (["--no_bf16"], False), (["--no-bf16"], False),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )  # fmt: skip
 def test_a_flag_may_be_auto_true_or_false(words, value):
     [model] = parse("contrastive", "train", [ModelConfig], ["--model_name_or_path", "m", *words])
