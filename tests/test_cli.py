@@ -86,6 +86,8 @@ BAD_FLAGS = [
     ("contrastive", ["--temperature", "nan"], "--temperature must be finite, got nan"),
     ("contrastive", ["--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
     ("contrastive", ["--per_device_train_batch_size", 0], "must be >= 1, got 0"),
+    ("contrastive", ["--bf16", "maybe"], "--bf16: auto, true or false, not 'maybe'"),
+    ("contrastive", ["--save_minutes", -1], "--save_minutes must be >= 0, got -1.0"),
     ("contrastive", ["--num_negatives", -1], "--num_negatives must be >= 0, got -1"),
     ("contrastive", ["--max_query_length", 0], "--max_query_length must be >= 1, got 0"),
     ("contrastive", ["--warmup_ratio", 1.5], "--warmup_ratio must be in [0, 1), got 1.5"),
@@ -192,6 +194,27 @@ def test_command_line_wins_over_config_file(command, tmp_path):
     assert [line["step"] for line in written] == [1, 2]
     record = json.loads((tmp_path / "out/training.json").read_text())
     assert record["settings"]["--learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ([], "auto"), (["--bf16"], True), (["--bf16", "auto"], "auto"), (["--bf16=false"], False),
+        (["--bf16", "true"], True), (["--no_bf16"], False), (["--no-bf16"], False),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)  # fmt: skip
+def test_a_flag_may_be_auto_true_or_false(words, value):
+    [model] = parse("contrastive", "train", [ModelConfig], ["--model_name_or_path", "m", *words])
+    assert (model.bf16, model.gradient_checkpointing) == (value, "auto")
+
+
+@pytest.mark.parametrize("word, value", [("auto", "auto"), ("true", True), ("false", False)])
+def test_a_config_file_may_say_auto_true_or_false(word, value, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"model_name_or_path: m\ngradient_checkpointing: {word}\n")
+    [model] = parse("contrastive", "train", [ModelConfig], ["--config", str(path)])
+    assert (model.gradient_checkpointing, model.bf16) == (value, "auto")
 
 
 def test_false_in_a_config_file_unsets(tmp_path):

@@ -74,8 +74,11 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     """
     if device.type == "cpu":
         fit_threads()
-    config = dataclasses.replace(config, bf16=Precision.of(config.bf16, device).bf16)
     training = config if isinstance(config, ModelConfig) else None
+    precision = Precision.of(config.bf16, device)
+    if config.bf16 == "auto" and training is None:  # a training run says it at its start
+        warnings.warn(f"--bf16 auto: vectors are computed in {precision}", stacklevel=2)
+    config = dataclasses.replace(config, bf16=precision.bf16)
     from_scratch = training is not None and training.from_scratch
     directory = find_directory(config.model_name_or_path, MODEL_FLAG, weights=not from_scratch)
     own_folder = folder = backbone_folder(directory)

@@ -68,10 +68,10 @@ class Memory:
                 )
             else:
                 trial = _reckoned(encoder, table, meter, max_tokens, longest)
-                if trial.graph > meter.free():
-                    warnings.warn(_scarce(trial, meter.free()), stacklevel=2)
+                if trial.graph > (free := _free(meter)):
+                    warnings.warn(_scarce(trial, free), stacklevel=2)
             if room is None:
-                room = max(0.0, meter.free() - LOSS_WORKSPACE - (trial.peak - trial.graph))
+                room = max(0.0, _free(meter) - (trial.peak - trial.graph))
         return cls(trial.max_tokens, room, trial.graph / trial.tokens, longest)
 
     def summary(self) -> str:
@@ -129,13 +129,18 @@ def why_checkpointed(encoder: Encoder, table: TokenTable, max_tokens: int | None
             release(encoder.device)
             return None if fits else f"{tokens:,} tokens at once do not fit without"
         graph = _reckoned(encoder, table, meter, tokens, longest).graph
-    free = max(0.0, meter.free() - LOSS_WORKSPACE)
+    free = _free(meter)
     if graph <= free:
         return None
     return (
         f"{tokens:,} tokens at once would take {graph / 2**30:.3g} GiB without, of "
         f"{free / 2**30:.3g} GiB"
     )
+
+
+def _free(meter: Meter) -> float:
+    """Bytes for graphs: what the loss does not take."""
+    return max(0.0, meter.free() - LOSS_WORKSPACE)
 
 
 @contextmanager
@@ -197,7 +202,7 @@ def _reckoned(
     while True:
         tokens = min(budget, int(table.lengths.sum()))
         graph = int(tokens * per_token)
-        fits = graph <= meter.free() - LOSS_WORKSPACE
+        fits = graph <= _free(meter)
         if fits or max_tokens is not None or budget // 2 < max(longest, GOOD_TOKENS):
             return _Trial(budget, tokens, graph, graph)
         budget //= 2

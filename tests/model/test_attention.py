@@ -1,5 +1,6 @@
 """Packed texts have the states they have alone, in every family, by every kernel."""
 
+import math
 import sys
 import types
 
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, make_batch, make_encoder
 
-from rankpo_fast.config import ModelConfig
 from rankpo_fast.model import attention
 from rankpo_fast.model.attention import (
     KERNELS,
@@ -19,7 +19,7 @@ from rankpo_fast.model.attention import (
     packed_attention,
     why_not_packed,
 )
-from rankpo_fast.model.load import _prepare_training
+from rankpo_fast.model.dropout import DroppedAttention
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 BY_TEXT = BY_NAME["sdpa"]
@@ -65,7 +65,7 @@ def test_training_with_gradient_checkpointing_changes_nothing(family):
     encoder, batch = make_encoder(family), make_batch()
     expected = states_alone(encoder, batch)
     expected_gradients = gradients(encoder, expected)
-    _prepare_training(encoder.backbone, ModelConfig(family, gradient_checkpointing=True))
+    encoder.layers.checkpoint()
     encoder.use_kernel(BY_TEXT)
     states = encoder.train().states(batch)
     assert relative_error(states, expected) < 1e-5
@@ -123,6 +123,38 @@ def test_attention_drops_weights_in_training_and_only_then(length):
         assert torch.equal(encoder.states(batch), encoder.states(batch))
         encoder.train()
         assert not torch.allclose(encoder.states(batch), encoder.states(batch))
+
+
+def attention_by_hand(query, key, value, kept, share, seen):
+    scores = (0.3 * query @ key.transpose(2, 3)).masked_fill(~seen, -math.inf)
+    return (scores.softmax(dim=-1) * kept / share) @ value
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.9], ids=["few", "most"])
+def test_attention_with_dropout_is_that_of_the_weights_it_kept(dropout):
+    """What was kept is read off from values that tell the places apart."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64).unbind()
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()
+
+    def attend(query, key, value, seen=seen):
+        torch.manual_seed(1)  # the same places each time
+        return DroppedAttention.apply(query, key, value, seen, 0.3, dropout)
+
+    unit = torch.eye(7, dtype=torch.float64).expand(2, 3, 7, 7)
+    kept = attend(query, key, unit, seen=None) > 0
+    lost = round(dropout * 2**16) / 2**16
+    expected = attention_by_hand(query, key, value, kept, 1 - lost, seen)
+    torch.testing.assert_close(attend(query, key, value), expected, rtol=0, atol=1e-12)
+    inputs = [states.requires_grad_() for states in (query, key, value)]
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_attention_drops_the_share_that_is_asked_for():
+    """Of a million weights, within five standard deviations."""
+    query, value = torch.zeros(1, 4, 512, 8), torch.eye(512).expand(1, 4, 512, 512)
+    kept = DroppedAttention.apply(query, query, value, None, 1.0, 0.1) > 0
+    assert abs(kept.double().mean() - 0.9) < 5 * math.sqrt(0.09 / kept.numel())
 
 
 def test_dropped_weights_are_made_up_for():

@@ -83,6 +83,21 @@ def test_what_is_computed_twice_is_compiled_where_there_are_gradients_too(tiny_b
     assert len(graphs) > 0
 
 
+def test_compiled_layers_that_are_checkpointed_later_are_compiled_in_parts(tiny_bert_dir, graphs):
+    """As where --gradient_checkpointing auto finds that it must."""
+    flags = {"bf16": False, "torch_compile": True}
+    encoders = []
+    for now in (True, False):
+        config = ModelConfig(str(tiny_bert_dir), gradient_checkpointing=now, **flags)
+        encoders.append(load_encoder(config, device=CPU).train())
+    encoders[1].layers.checkpoint()
+    compiled = [
+        [name for name, m in e.named_modules() if m._compiled_call_impl is not None]
+        for e in encoders
+    ]
+    assert compiled[0] == compiled[1] and any("layer.0." in name for name in compiled[0])
+
+
 def test_measuring_memory_keeps_no_layer_from_being_compiled(tiny_llama_dir, graphs):
     flags = {"bf16": False, "torch_compile": True, "gradient_checkpointing": False}
     encoder = load_encoder(ModelConfig(str(tiny_llama_dir), **flags), device=CPU).train()

@@ -336,8 +336,24 @@ def test_what_is_going_to_happen_is_said(tiny_llama_dir, run_stage, capsys):
     run_stage("contrastive", tiny_llama_dir, "out", max_passage_length=12, num_negatives=40)
     said = capsys.readouterr().err
     for part in ("24 of them have fewer than 40 negatives", "24 were truncated", "6 of 2 x 4 rows",
-                 "InfoNCE, temperature 0.02", "cpu", "fp32"):  # fmt: skip
+                 "InfoNCE, temperature 0.02", "cpu", "fp32", "batch of 4 rows; --gradient_accumul",
+                 "_steps 2 adds none", "every 10 minutes and at the end of"):  # fmt: skip
         assert part in said, part
+
+
+def test_a_batch_that_holds_all_rows_is_said(tiny_llama_dir, run_stage, capsys):
+    flags = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 1}
+    for stage in ("contrastive", "rankpo"):
+        run_stage(stage, tiny_llama_dir, stage, **flags)
+        said = capsys.readouterr().err
+        assert "1 of 1 x 24 rows (all there are, of 32 that a batch may have)" in said
+        assert "accumulation" not in said
+
+
+def test_defaults_are_one_batch_of_all_queries_of_a_step():
+    defaults = config()
+    assert defaults.per_device_train_batch_size == 32
+    assert defaults.gradient_accumulation_steps == 1
 
 
 def test_text_that_fits_no_micro_batch_is_named_before_training(

@@ -3,19 +3,23 @@
 import json
 import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankpo_fast.config import EncoderConfig
+from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train import meters
-from rankpo_fast.train.memory import LOSS_WORKSPACE, Memory
+from rankpo_fast.train.memory import LOSS_WORKSPACE, Memory, why_checkpointed
 from rankpo_fast.train.meters import Card, host_free_bytes
+from rankpo_fast.train.run import Run
 from rankpo_fast.train.step import Ahead
+
+CPU = torch.device("cpu")
 
 
 class Limit:
@@ -222,6 +226,99 @@ def test_a_budget_that_does_not_fit_is_refused_with_one_that_does(weights, monke
 def test_without_a_flag_no_text_is_too_long(weights, monkeypatch):
     monkeypatch.setattr("rankpo_fast.data.packing.DEFAULT_BUDGET", {"cpu": 8})
     weights("out")
+
+
+# --- whether layers are checkpointed, where nobody says ---
+
+
+def test_on_a_card_layers_are_checkpointed_where_the_longest_texts_do_not_fit(
+    long_texts, monkeypatch
+):
+    encoder, table, longest = long_texts
+    Simulated(monkeypatch, free=10**9)
+    assert why_checkpointed(encoder, table, None) is None
+    Limit(monkeypatch, 4 * longest)
+    assert why_checkpointed(encoder, table, 4 * longest) is None
+    assert why_checkpointed(encoder, table, 5 * longest).startswith(f"{5 * longest:,} tokens at")
+    assert why_checkpointed(encoder, table, None).startswith("1,024 tokens at once do not fit")
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("words", [12, 120], ids=["short-texts", "longer-than-what-is-tried"])
+def test_what_the_host_would_take_is_reckoned_from_a_little(words, tiny_bert_dir, monkeypatch):
+    """With dropout, where attention keeps its weights: a token takes more in a longer text."""
+    encoder = load_encoder(ModelConfig(str(tiny_bert_dir), bf16=False), device=CPU).train()
+    table = encoder.tokenize_passages(["nurse " * (words - i) for i in range(3)])
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 10**6)
+    tokens = int(table.lengths.sum())
+    tried = Memory.measure(encoder, table, tokens, None)
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 60)
+    reckoned = Memory.measure(encoder, table, tokens, None)
+    assert reckoned.max_tokens == tried.max_tokens == tokens
+    assert reckoned.graph_bytes == pytest.approx(tried.graph_bytes, rel=0.1)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """host(bytes) may be taken, besides what the loss takes."""
+
+    def leave(size):
+        monkeypatch.setattr(meters.Host, "free", lambda self: size + LOSS_WORKSPACE)
+
+    return leave
+
+
+def test_on_the_host_a_smaller_micro_batch_goes_before_checkpointing(tiny_bert_dir, host):
+    encoder = load_encoder(ModelConfig(str(tiny_bert_dir), bf16=False), device=CPU).train()
+    table = encoder.tokenize_passages(["nurse " * 60] * 40)
+    host(1e12)
+    roomy = Memory.measure(encoder, table, None, None)
+    host(1500 * roomy.graph_bytes)
+    assert (
+        roomy.max_tokens == 4096 and Memory.measure(encoder, table, None, None).max_tokens == 1024
+    )
+    assert why_checkpointed(encoder, table, None) is None
+    assert "2,048 tokens at once would take" in why_checkpointed(encoder, table, 2048)
+    host(500 * roomy.graph_bytes)
+    assert "1,024 tokens at once would take" in why_checkpointed(encoder, table, None)
+    with pytest.warns(UserWarning, match="the system ends the run; --gradient_checkpointing true"):
+        Memory.measure(encoder, table, None, None)
+
+
+def test_a_run_checkpoints_where_it_must_and_says_so(weights, host, capsys):
+    flags = {"activation_memory_gb": 1.0}
+    expected, _ = weights("roomy", gradient_checkpointing="auto", **flags)
+    assert "checkpointed" not in capsys.readouterr().err
+    host(1e5)
+    got, _ = weights("tight", gradient_checkpointing="auto", **flags)
+    said = capsys.readouterr().err
+    assert "layers are checkpointed: 1,024 tokens at once would take" in said
+    assert same(got, expected)  # no bit depends on it
+
+
+def test_out_of_memory_layers_are_checkpointed_before_a_run_ends(weights, monkeypatch, capsys):
+    calls, forward = [], Encoder.forward
+
+    def fails_unless_checkpointed(encoder, batch):
+        calls.append(batch)
+        if len(calls) > 2 and not encoder.layers.checkpointed:
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        return forward(encoder, batch)
+
+    monkeypatch.setattr(Encoder, "forward", fails_unless_checkpointed)
+    got, output = weights("got", gradient_checkpointing="auto", max_tokens_per_micro_batch=BUDGET)
+    assert "layers checkpointed from now on" in capsys.readouterr().err
+    monkeypatch.undo()
+    [*_, state] = sorted((output / "checkpoints").glob("*/state.json"))
+    budget = json.loads(state.read_text())["max_tokens"]
+    assert same(got, weights("expected", max_tokens_per_micro_batch=budget)[0])
+
+
+def test_where_one_rank_has_to_checkpoint_all_do(long_texts):
+    encoder, table, _ = long_texts
+    ranks = SimpleNamespace(objects=lambda own: [own, "too large", None])
+    said = Run._checkpoint_layers(SimpleNamespace(ranks=ranks), encoder, table, None)
+    assert said == "too large" and encoder.layers.checkpointed
 
 
 # --- how much is free ---

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,9 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.precision import Precision
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.loop import _StopSignal
+from rankpo_fast.train.run import shared_precision
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,24 @@ def test_a_record_with_names_of_models_is_explained(tiny_llama_dir, run_stage, s
         run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
 
 
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(
+    stopped, tiny_llama_dir, run_stage, monkeypatch, capsys
+):
+    """Whatever the CPU is measured to be faster in the next time."""
+    stopped(bf16="auto")
+    assert "fp32 (bf16 products took" in capsys.readouterr().err
+    monkeypatch.setattr(Precision, "of", lambda *_: Precision(True, "measured otherwise"))
+    output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest", bf16="auto")
+    assert "fp32 (as the run that goes on had it)" in capsys.readouterr().err
+    assert json.loads((output / "training.json").read_text())["settings"]["--bf16"] is False
+
+
+def test_all_ranks_compute_in_what_the_first_one_chose():
+    others = SimpleNamespace(first=False, objects=lambda own: [Precision(True, "its card"), own])
+    chosen = shared_precision(ModelConfig("m"), TrainingConfig("out"), others)
+    assert chosen == Precision(True, "its card")
+
+
 def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsys, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as behind a &
     stop_after(3, signal.SIGINT)
@@ -239,12 +261,13 @@ def test_a_finished_model_that_lost_a_file_is_made_anew(tiny_llama_dir, run_stag
     assert (output / "model.safetensors").read_bytes() == before
 
 
-def test_only_the_newest_checkpoints_are_kept(tiny_llama_dir, run_stage):
+@pytest.mark.parametrize("keep", [2, 0], ids=["two", "all"])
+def test_only_the_newest_checkpoints_are_kept(keep, tiny_llama_dir, run_stage):
     output = run_stage(
-        "contrastive", tiny_llama_dir, "out", save_steps=1, save_total_limit=2, max_steps=4
+        "contrastive", tiny_llama_dir, "out", save_steps=1, save_total_limit=keep, max_steps=4
     )
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
-    assert names == ["step-00000003", "step-00000004"]
+    assert names == [f"step-0000000{step}" for step in range(1, 5)][-keep:]
 
 
 # --- the files themselves ---
@@ -415,7 +438,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(
         *(sys.executable, "-m", "rankpo_fast.cli", "contrastive"),
         *("--model_name_or_path", str(tiny_llama_dir), "--train_data", contrastive_file),
         *("--output_dir", str(output), "--cache_dir", str(tmp_path / "cache")),
-        *("--max_steps", "1000000", "--logging_steps", "1", "--no_bf16", "--device", "cpu"),
+        *("--max_steps", "1000000", "--logging_steps", "1", "--device", "cpu"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

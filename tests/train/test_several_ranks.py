@@ -176,7 +176,7 @@ def test_all_collectives_of_a_step_are_used_before_memory_is_measured(
 
 def arguments(flags, *more):
     """Those of `flags` on the command line."""
-    given = {"--no_bf16": None, "--device": "cpu", "--logging_steps": 1}
+    given = {"--device": "cpu", "--logging_steps": 1, "--per_device_train_batch_size": 8}
     given |= {f"--{name}": value for name, value in flags.items() if name != "stage"}
     words = [
         word
