@@ -49,8 +49,9 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
 
     Raises:
         ImportError: FlagEmbedding is not installed, or older than 1.4.1.
-        ValueError: the class has no such methods, its own, or has been given these before; in training, if
-            it scores by something else than dot products, or passages do not divide by queries.
+        ValueError: the class has no such methods, has its own, or has been given these before; in
+            training, if it scores by something else than dot products, or passages do not divide by
+            queries.
     """
     require("FlagEmbedding", "1.4.1", "1.4.1 and 1.4.2")
     in_batch, cross_device = "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"
@@ -58,8 +59,8 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
     def fused(theirs: Callable) -> Callable:
         if theirs.__module__.partition(".")[0] != "FlagEmbedding":
             raise ValueError(
-                f"{model.__name__}.{theirs.__name__} is not FlagEmbedding's, and would be lost: call "
-                "rankpo_fast.info_nce_loss in it"
+                f"{model.__name__}.{theirs.__name__} is not FlagEmbedding's and would be lost: "
+                "call rankpo_fast.info_nce_loss in it"
             )
         across_devices = theirs.__name__ == cross_device
 

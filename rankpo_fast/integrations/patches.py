@@ -65,8 +65,9 @@ def in_batch_loss(
     [M] say which passage is.
     """
     own = info_nce_loss(
-        queries, passages, labels, temperature=temperature, normalize=False, process_group=group
-    )
+        queries, passages, labels=labels, temperature=temperature, normalize=False,
+        process_group=group,
+    )  # fmt: skip
     if not several(group):
         return own
     total = own.detach().clone()
