@@ -115,6 +115,8 @@ BAD_FLAGS = [
     ("rankpo", ["--replay_batch_size", 4], "--replay_batch_size needs --replay_data"),
     ("rankpo", ["--replay_data", "x", "--replay_weight", 0], "--replay_weight must be > 0, got 0"),
     ("rankpo", ["--replay_data", "none.jsonl"], "none.jsonl"),
+    ("contrastive", ["--train_data_weights", "1", "2"], "one number for each of the 1 files"),
+    ("rankpo", ["--train_data_weights", "0"], "--train_data_weights must be finite numbers > 0"),
     ("rankpo", ["--replay_data", " "], "--replay_data must be a name, not empty"),
     ("contrastive", ["--replay_data", "x"], "unknown flag --replay_data"),
 ]  # fmt: skip
@@ -158,6 +160,14 @@ def test_foreign_output_directory_is_refused(command, capsys, tmp_path):
         (
             ["mine", "--train_data", "r", "--output_file", "m", "--search_range", "0-²"],
             "FIRST-LAST",
+        ),
+        (
+            ["mine", "--train_data", "r", "--output_file", "m", "--max_score", "1.5"],
+            "--max_score must be a cosine",
+        ),
+        (
+            ["mine", "--train_data", "r", "--output_file", "m", "--relative_margin", "-0.1"],
+            "--relative_margin must be >= 0",
         ),
         (["encode", "--input", "r.jsonl", "--output", "x.npy"], "x.npy is a directory"),
         (["evaluate", "--preference_data", "r.jsonl", "--output", "r.jsonl"], "is also read"),

@@ -228,7 +228,8 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
         with torch.random.fork_rng(devices=card), meter:
             vectors = encoder(batch)
             graph = meter.held()
-            vectors.backward(torch.zeros_like(vectors))
+            if meter.warns:  # else nobody would say what the backward takes, nor that it fails
+                vectors.backward(torch.zeros_like(vectors))
             return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak())
     except torch.OutOfMemoryError:
         return None

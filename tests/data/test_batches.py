@@ -239,9 +239,9 @@ def test_queries_of_equal_ids_share_their_known_positives():
     assert (before.known_negatives, data.known_negatives) == (0, 2)
     for epoch in range(5):
         batch = data.batch(epoch, 0)
-        assert {data.passage_texts[i] for i in batch.passage_texts} == {"A", "b", "c", "x"}
+        assert {data.passage_texts[i] for i in batch.passage_texts} == {"A", "B", "c", "x"}
         for query, positive, _, excluded in texts_of(data, batch):
-            assert excluded == (set() if query == "other" else {"A", "b"} - {positive})
+            assert excluded == (set() if query == "other" else {"A", "B"} - {positive})
     assert len(before.batch(0, 0).passage_texts) > 4  # which merging leaves as it was
 
 
