@@ -302,6 +302,7 @@ def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
     monkeypatch.setattr(machine, "seconds_of", lambda run, device: (run(), 0.5)[1])
     monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 16)
     monkeypatch.setattr(machine, "cache_bytes", lambda device: 1024)
+    monkeypatch.setattr(machine, "emulated", lambda device: {})  # a machine that has them all
     rates = machine.measure_rates("cpu")
     assert rates.gemm == {"float32": 2 * 16**3 / 0.5, "bfloat16": 2 * 16**3 / 0.5}
     assert rates.copy == 2 * 8 * 1024 / 0.5
@@ -456,7 +457,7 @@ def test_what_is_emulated_is_left_out_with_a_word(suite, monkeypatch, capsys, tm
     monkeypatch.setattr(machine, "emulated", lambda device: {"float32": 55.0})
     code, run = suite("--cases", "fine")
     assert code == 0 and run.results == []
-    assert run.machine["emulated"] == "float32 (55 times the time of float32)"
+    assert run.machine["emulated"] == "float32 (55.0 times the time of float32)"
     left_out = "fine 2 float32 (emulated here); fine 4 float32 (emulated here)"
     assert run.machine["left out"] == left_out
     assert "emulated" in capsys.readouterr().out.split("left out")[0]

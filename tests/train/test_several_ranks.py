@@ -216,7 +216,7 @@ def test_all_end_when_one_has_no_memory_for_the_longest_text(ran, flags, tiny_ll
     "words, said",
     [
         (["--temperature", "-1"], "--temperature must be > 0"),
-        (["--train_data", "nothing.jsonl"], "nothing.jsonl"),
+        (["--preference_data", "nothing.jsonl"], "nothing.jsonl"),
         (["--profile_steps", "5", "--max_steps", "3"], "--profile_steps 5 needs 4 steps before"),
     ],
     ids=["flag", "data", "steps"],
