@@ -12,13 +12,18 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-isa lint aot mutants bench gpu clean
+.PHONY: demo test test-all test-long test-isa lint aot mutants bench gpu clean
 
 demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
 	$(BIN)/rankpo-fast demo --output_dir outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
+
+test-all: test test-long test-isa  ## every test there is
+
+test-long: $(READY)  ## tests of compilers, of many processes and of long grids
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long
 
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
 	$(BIN)/python tests/instruction_sets.py -n $(JOBS) --dist worksteal

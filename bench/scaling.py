@@ -94,7 +94,6 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     },
     "M": {
         "cpu": {
-            "quick": Growth(512, 2048, {"N": 2048, "D": 64}),
             "default": Growth(512, 4096, {"N": 16384, "D": 64}),
             "full": Growth(1024, 32768, {"N": 32768, "D": 128}),
         },
@@ -105,7 +104,6 @@ GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
     },
     "N": {
         "cpu": {
-            "quick": Growth(2048, 8192, {"M": 512, "D": 64}),
             "default": Growth(4096, 16384, {"M": 4096, "D": 64}),
             "full": Growth(4096, 262144, {"M": 4096, "D": 128}),
         },

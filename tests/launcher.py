@@ -2,15 +2,17 @@
 
 import contextlib
 import tempfile
+from dataclasses import replace
 from unittest import mock
 
 import torch
 import triton
 from gates import error
-from problems import exact
+from problems import GRID, D, N, exact, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter, jit
 
+from rankpo_kernels.gpu.blocks import padded
 from rankpo_kernels.gpu.info_nce import info_nce
 from rankpo_kernels.gpu.tiles import Tiles
 from rankpo_kernels.objective import Relations, Result, Settings
@@ -21,6 +23,13 @@ ROOMY = Settings(normalize=True, workspace_bytes=1 << 20)
 ALL = (True,) * 4
 TIGHT = (1.5e-6, 5e-6, 4e-5)  # five times what was measured, in fp32
 LOW = {torch.bfloat16: (4e-6, 8e-3, 1e-4), torch.float16: (4e-6, 2e-3, 1e-4)}
+PIPELINES = {
+    "fp32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {}),
+    "bf16-stored": (torch.bfloat16, {"stored": True}),
+    "bf16-few-launches": (torch.bfloat16, {"few": True}),
+    "fp16": (torch.float16, {}),
+}
 
 
 def on_device(x):
@@ -41,6 +50,20 @@ def launch(
         tiles=tiles, stored=stored, few=few,
     )  # fmt: skip
     return Result(*(x if x is None else x.cpu() for x in result))
+
+
+def rows_fit(R: int, N: int, dtype: torch.dtype, tiles: Tiles = SMALL) -> int:
+    """The workspace of R rows of the plain form."""
+    return R * (12 * triton.cdiv(N, tiles.BLOCK_N) + padded(N) * dtype.itemsize)
+
+
+def named(name: str, dtype=torch.float32, rows: int = 16):
+    """A case of GRID, whose gradients have chunks of so many rows."""
+    names, options = GRID[name]
+    levels = len(options.get("dims", (D,)))
+    return *problem(*names, dtype=dtype), replace(
+        ROOMY, workspace_bytes=rows * levels * padded(N) * 4, **options
+    )
 
 
 def gradients(result: Result) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ PRODUCTS, BLOCKS = KERNELS + "gpu/products.py", KERNELS + "gpu/blocks.py"
 LAUNCHER = KERNELS + "gpu/info_nce.py"
 COMMON, BATCH = "rankpo_fast/ops/common.py", "rankpo_fast/ops/batch.py"
 NATIVE = "kernels/native/rows.cpp"
-ST = "rankpo_fast/integrations/sentence_transformers.py"
+ST = "rankpo_fast/integrations/sentence_transformers/"
 ACROSS, RING = "rankpo_fast/ops/ranks.py", KERNELS + "ring.py"
 PAIRS, PAIR_CHUNKS = KERNELS + "gpu/pointwise.py", KERNELS + "pointwise.py"
 PAIR_OPS, PAIR_NATIVE = "rankpo_fast/ops/in_batch.py", "kernels/native/pointwise.cpp"
@@ -35,7 +35,8 @@ GPU_PAIRS, NATIVE_PAIRS = KERNELS + "gpu/pairs.py", "kernels/native/pairs.cpp"
 
 
 def gpu(names: str) -> tuple[str, ...]:
-    return of("tests/kernels/test_gpu_info_nce.py", names)
+    both = (f"tests/kernels/test_gpu_info_nce{more}.py" for more in ("", "_edges"))
+    return (*both, "-k", names)
 
 
 def ops(names: str) -> tuple[str, ...]:
@@ -834,31 +835,31 @@ MUTANTS = [
         ops("as_similar_as"),
     ),
     Mutant(
-        "scale-has-its-gradient-too-soon", ST,
+        "scale-has-its-gradient-too-soon", ST + "ranking.py",
         "before, self.scale.grad = self.scale.grad, None",
         "before = self.scale.grad",
         of("tests/integrations/test_sentence_transformers_losses.py", "learnt"),
     ),
     Mutant(
-        "ranks-add-up-the-scale", ST,
+        "ranks-add-up-the-scale", ST + "ranking.py",
         "grad / dist.get_world_size()",
         "grad",
         of("tests/integrations/test_sentence_transformers_ranks.py", "learnt"),
     ),
     Mutant(
-        "cut-for-good", ST,
+        "cut-for-good", ST + "matryoshka.py",
         "            del self.loss.prefixes",
         "            pass",
         of("tests/integrations/test_sentence_transformers_losses.py", "two_matryoshkas"),
     ),
     Mutant(
-        "ids-of-padding", ST,
+        "ids-of-padding", ST + "duplicates.py",
         ") * mask).sum(1)",
         ")).sum(1)",
         of("tests/integrations/test_sentence_transformers.py", "one_id"),
     ),
     Mutant(
-        "the-guide-writes-into-the-model", ST,
+        "the-guide-writes-into-the-model", ST + "guided.py",
         "[dict(column) for column in features]",
         "features",
         of("tests/integrations/test_sentence_transformers_losses.py", "their_matryoshka"),

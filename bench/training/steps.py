@@ -362,7 +362,7 @@ QUESTIONS = [
     ),
     _question(
         "ladder", "What does each lever on memory do, on top of those before it?", ladder,
-        ([_shape(64, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([_shape(32, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
     ),
     _question(
         "gradient cache", "What does a batch cost with one graph, with kept ones, with none?",

@@ -29,6 +29,7 @@ def on_meta(*sizes: int):
     return q, p, torch.empty(len(q), dtype=torch.int64, device="meta")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [999, 16], ids=["one-chunk", "three-chunks"])
 @pytest.mark.parametrize("name", HOW)
 def test_kernels_and_products_are_those_that_run(interpreted, name, rows):

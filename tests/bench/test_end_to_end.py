@@ -73,6 +73,7 @@ def test_energy_is_that_of_all_stretches_and_none_of_a_device_that_does_not_tell
     assert end_to_end._energy([Card(joules=10.0), Card()], 4.0) == {}
 
 
+@pytest.mark.long
 def test_every_contender_reaches_a_target_that_an_untrained_model_has():
     pytest.importorskip("sentence_transformers")
     result = answer(SHAPE, SETTINGS)

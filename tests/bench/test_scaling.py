@@ -108,6 +108,7 @@ def crashing():
     os._exit(3)
 
 
+@pytest.mark.long
 def test_the_limit_of_memory_stops_an_allocation_there_and_nothing_here():
     got, note = answers_of_a_process(allocating, 50, 150, 300, 50, memory=200 * MIB)
     assert (got, note) == ([50, 150], "out of memory")

@@ -185,6 +185,7 @@ assert torch.cuda.is_available()
 """
 
 
+@pytest.mark.long
 def test_the_server_of_processes_does_not_touch_the_card():
     """One forked from it could not use the card then; torch is told here that there is one."""
     command = [sys.executable, "-c", UNTOUCHED, *apart.IMPORTED]
@@ -212,6 +213,7 @@ def test_a_step_takes_what_it_does_once_training_has_settled(task, monkeypatch):
 # --- rows ---
 
 
+@pytest.mark.long
 def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
     """And each rung's product is counted at the rate of its own dtype."""
 
@@ -235,6 +237,7 @@ def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
         assert row.ndcg is None and row.joules is None
 
 
+@pytest.mark.long
 def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
     pytest.importorskip("sentence_transformers")
     result = answer("learning", "?", steps._against, SHAPE, SETTINGS)
@@ -282,6 +285,7 @@ def test_without_a_floor_in_every_round_no_contender_has_a_ratio(first):
     assert rows[0].note == OUT_OF_MEMORY and rows[1].ratio is None and rows[1].seconds == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("early", [True, False], ids=["before-the-first-text", "in-training"])
 def test_memory_is_of_weights_gradients_and_optimizer_whenever_they_are_made(early):
     """Of 64 MiB each, and two moments: what stands before the first text counts as much."""

@@ -69,6 +69,7 @@ def test_replay_differs_from_rankpo_by_the_rows_that_stage_1_ended_with(demo):
     assert all("--replay_" in name for name in plain if plain[name] != replay[name])
 
 
+@pytest.mark.long
 def test_a_rerun_replaces_the_earlier_demo_and_finds_the_same(demo, capsys):
     first = json.loads((demo / "metrics.json").read_text())
     assert main(["demo", "--quick", "--output_dir", str(demo)]) == 0

@@ -264,6 +264,7 @@ def test_their_runner_trains_in_bf16_where_their_own_scores_are_rounded(
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.01)
 
 
+@pytest.mark.long
 def test_the_example_trains(world, monkeypatch, capsys):
     embedders("encoder_only.base")
     patched.run_example("flag_embedding", world, monkeypatch)

@@ -321,6 +321,7 @@ def answers(tmp_path_factory, tiny_tokenizer, tiny_bert_dir):
     return dict(zip(RUNS, zip(*[rank.answer for rank in ended], strict=True), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process_does(
     name, answers, tmp_path, tiny_tokenizer, tiny_bert_dir
@@ -371,6 +372,7 @@ def test_a_resumed_training_goes_on_as_if_uninterrupted(
     torch.testing.assert_close(*curves, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_a_compiled_model_has_the_same_curve(tmp_path, tiny_tokenizer, tiny_llama_dir):
     curves = []
     for more in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
@@ -549,6 +551,7 @@ class ModelForTraining(nn.Module):
         return SimpleNamespace(loss=Plain.loss(self.model, batch) if self.training else None)
 
 
+@pytest.mark.long
 def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny_llama_dir):
     curves, compiled = [], {"torch_compile": True, "torch_compile_backend": "eager"}
     for wrapped, more in ((False, {}), (True, {}), (True, compiled)):
@@ -744,6 +747,7 @@ def test_a_gradient_cache_by_hand_has_the_gradients_of_one_graph(tiny_tokenizer,
     close(torch.cat([x.grad.flatten() for x in llama.parameters()]), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["plain_loop", "grad_cache", "accelerate", "hf_trainer", "lightning"]
 )
@@ -760,6 +764,7 @@ def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
     assert all(of_stage[-1] < of_stage[0] for of_stage in stages)
 
 
+@pytest.mark.long
 def test_processes_of_accelerate_share_their_negatives(world, tmp_path):
     small = world._replace(triplets=world.triplets[:64])
     ranks = rank_runs.start(2, tmp_path / "said", hf_runs.accelerated, small).ended()

@@ -344,6 +344,7 @@ def test_their_ways_of_bringing_texts_are_equal(ranks):
     answered(ranks(compare_dist_impls))
 
 
+@pytest.mark.long
 def test_ranks_compile(ranks):
     answered(ranks(compare_compiled))
 

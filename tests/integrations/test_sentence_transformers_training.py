@@ -81,6 +81,7 @@ def curves(form, directory, tmp_path, **options):
         yield curve(trainer(tmp_path, model, loss, **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulation, form", [
     (1, "plain"), (2, "plain"), (2, "cached"), (2, "matryoshka"), (1, "guided"),
     (2, "guided-cached"),
@@ -122,6 +123,7 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tiny_bert_di
             torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["plain", "cached"])
 def test_autocast_curves_are_theirs_within_the_rounding_of_their_logits(
     form, tiny_bert_dir, tmp_path
@@ -211,6 +213,7 @@ def test_losses_by_dataset_are_evaluated_and_stand_on_the_card(tiny_bert_dir, tm
         assert said in card
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("example", [example_ranking, example_rankpo])
 def test_the_examples_learn(example, world, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "small_world", lambda: world)

@@ -234,12 +234,14 @@ def test_their_trainer_trains_the_same(build, tmp_path):
     assert sum(ours[-5:]) < sum(ours[:5])
 
 
+@pytest.mark.long
 def test_their_cached_trainer_trains_the_same(tmp_path):
     theirs = trained(small_dense_model, tmp_path, cached=True)
     ours = trained(small_dense_model, tmp_path, cached=True, loss_fn=GradCacheLoss(1.0))
     assert len(ours) == 20 and ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.long
 def test_the_example_trains(world, monkeypatch, capsys):
     pytest.importorskip("tevatron")
     patched.run_example("tevatron", world, monkeypatch)

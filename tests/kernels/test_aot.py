@@ -37,6 +37,7 @@ def aot(output: Path, *samples: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_good_kernels_pass_each_once(shipped, output):
     assert shipped.returncode == 0, shipped.stdout + shipped.stderr
     kernels = [row["kernel"] for row in json.loads(output.read_text())]

@@ -144,6 +144,7 @@ def test_low_temperatures_without_reference(kind, temperature):
     assert error(result.similarity_BK, sims) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("several", [False, True], ids=["in-registers", "read-again"])
 @pytest.mark.parametrize("size", [1e20, 1e-20, 1e30, 1e-30, 0.0], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,6 +230,7 @@ def test_no_address_lies_outside_and_no_program_races():
         list(forms())
 
 
+@pytest.mark.long
 @interpreted_alone
 def test_the_order_of_programs_changes_no_bit():
     usual = list(forms())

@@ -109,6 +109,7 @@ def by_torch(case):
     return [x for x in result if x is not None]
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
     sizes=st.tuples(st.integers(1, 19), st.integers(1, 37), st.integers(3, 33)),
@@ -143,6 +144,7 @@ def test_small_gradients_of_fp16_are_not_lost(loss):
     assert max(map(error, result[1:3], truth[1:3])) < 2e-3
 
 
+@pytest.mark.long
 @interpreted_alone
 @forms
 def test_no_address_lies_outside_and_no_program_races(form):
@@ -151,6 +153,7 @@ def test_no_address_lies_outside_and_no_program_races(form):
         launch(case)
 
 
+@pytest.mark.long
 @interpreted_alone
 @pytest.mark.parametrize("form", ["everything", "siglip-fp16"])
 def test_the_order_of_programs_changes_no_bit(form):
@@ -160,6 +163,7 @@ def test_the_order_of_programs_changes_no_bit(form):
             assert all(map(torch.equal, launch(case_of(*FORMS[form])), usual))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "needs", "kernels", "products"),
     [
@@ -180,6 +184,7 @@ def test_launches_of_one_chunk(dtype, needs, kernels, products):
         assert [op for op in work.ops if "mm" not in op and "copy" not in op] == []
 
 
+@pytest.mark.long
 @forms
 def test_the_host_does_not_wait(form):
     case = case_of(*FORMS[form])
@@ -187,6 +192,7 @@ def test_the_host_does_not_wait(form):
         launch(case)
 
 
+@pytest.mark.long
 @dtypes
 def test_score_matrix_is_never_stored(dtype):
     rows, queries, size = 16, 64, 128

@@ -32,6 +32,7 @@ def sanitized(tmp_path_factory) -> Path:
     return build / "sanitized"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SETS)
 def test_no_access_strays_and_nothing_is_undefined(name, sanitized):
     environment = {**os.environ, "RANKPO_INSTRUCTION_SET": name, "ASAN_OPTIONS": "detect_leaks=0"}

@@ -130,6 +130,7 @@ def attention_by_hand(query, key, value, kept, share, seen):
     return (scores.softmax(dim=-1) * kept / share) @ value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.1, 0.9], ids=["few", "most"])
 def test_attention_with_dropout_is_that_of_the_weights_it_kept(dropout):
     """What was kept is read off from values that tell the places apart."""

@@ -51,6 +51,7 @@ def trained(directory, graphs, **flags):
     return encoder, counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model, checkpointing",
     [
@@ -74,6 +75,7 @@ def test_compiled_layers_train_as_eager_ones_do(model, checkpointing, request, g
     assert load_encoder(ModelConfig(str(tmp_path)), device=CPU).state_dict().keys() == got.keys()
 
 
+@pytest.mark.long
 def test_what_is_computed_twice_is_compiled_where_there_are_gradients_too(tiny_bert_dir, graphs):
     """Else the pass with a graph, which is not, would draw other dropout than the one without."""
     flags = {"bf16": False, "torch_compile": True, "gradient_checkpointing": True}
@@ -98,6 +100,7 @@ def test_compiled_layers_that_are_checkpointed_later_are_compiled_in_parts(tiny_
     assert compiled[0] == compiled[1] and any("layer.0." in name for name in compiled[0])
 
 
+@pytest.mark.long
 def test_measuring_memory_keeps_no_layer_from_being_compiled(tiny_llama_dir, graphs):
     flags = {"bf16": False, "torch_compile": True, "gradient_checkpointing": False}
     encoder = load_encoder(ModelConfig(str(tiny_llama_dir), **flags), device=CPU).train()

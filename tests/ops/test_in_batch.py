@@ -484,6 +484,7 @@ def test_opcheck(name):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["everything", "siglip-everything"])
 @pytest.mark.parametrize("dynamic", [None, True])

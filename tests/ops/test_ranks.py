@@ -198,6 +198,7 @@ def test_the_filter_keeps_small_gradients_small(ranks):
         assert loss < OF_LOSS and max(dq, dp) < OF_GRADIENTS + 1e-7
 
 
+@pytest.mark.long
 def test_compiles_around_the_collectives(ranks):
     if ranks.size > 2:
         pytest.skip("seconds for each process")

@@ -48,6 +48,7 @@ def flags(files, tmp_path):
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command, left", [("evaluate", ["json", "trec"]), ("encode", ["npy"])])
 def test_ranks_leave_the_files_of_one_process(command, left, flags, tiny_llama_dir, tmp_path):
     assert main(flags(tiny_llama_dir, command, "one")) == 0
