@@ -323,8 +323,9 @@ class TrainingConfig:
     eval_steps: int | None = _flag("Steps between two evaluations. [only at the end]", None)
     save_steps: int | None = _flag("Steps between two checkpoints. [by time]", None)
     save_minutes: float | None = _flag(
-        "Minutes between two checkpoints, besides one at the end of an epoch; 0: only when "
-        "stopped. [10, or 0 where --save_steps is given]", None, metavar="MINUTES",
+        "Minutes between two checkpoints, besides one at the end of an epoch of a minute or "
+        "more; 0: only when stopped. [10, or 0 where --save_steps is given]", None,
+        metavar="MINUTES",
     )  # fmt: skip
     save_total_limit: int = _flag("Checkpoints kept, the newest; 0: all.", 2)
     resume: str | None = _flag(
@@ -368,8 +369,8 @@ class TrainingConfig:
         for name, takers in {"project": REPORTERS[1:], "run_name": REPORTERS}.items():
             if getattr(self, name) is not None and {"all", *takers}.isdisjoint(given):
                 raise InputError(f"--{name} needs --report_to, one of {', '.join(takers)}")
-        plain = self.run_name is None or Path(self.run_name).name == self.run_name
-        _require(self, "run_name", "a name without / in it", plain)
+        plain = self.run_name is None or Path("x", self.run_name).name == self.run_name != ".."
+        _require(self, "run_name", "the name of a folder, without / in it", plain)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ is ours. What is not taken as it stands is said.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import re
@@ -13,13 +14,20 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from rankpo_fast.compatibility.fates import reading
 from rankpo_fast.compatibility.names import alias, hint
 from rankpo_fast.compatibility.rules import Line
 from rankpo_fast.config import AutoOrBool
 from rankpo_fast.errors import InputError
+
+MERGE = "tag:yaml.org,2002:merge"
+YAML_WORDS = {
+    MERGE: "<<",
+    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
+    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     path = " ".join(given.pop("config").values) if "config" in given else None
     file, in_file = Source(f"--config {path}: ", "", "key"), {}
     if path is not None:
-        in_file = _given_in_file(Path(path), _kinds(classes), file)
+        in_file = _given_in_file(Path(path), _fields(classes), file)
     in_file = {setting: one for setting, one in in_file.items() if setting not in given}
     together = {one.name: one.values for one in (in_file | given).values()}
     line = Line(name, frozenset(options), together)
@@ -250,40 +258,81 @@ def _say(source: Source, text: str) -> None:
     warnings.warn(f"{source.where}{text}", stacklevel=3)
 
 
-def _kinds(classes: Sequence[type]) -> dict[str, Any]:
-    """The type of every setting."""
+def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field]:
+    """Every setting, with its type."""
     hints = {cls: get_type_hints(cls) for cls in classes}
-    return {f.name: hints[cls][f.name] for cls in classes for f in dataclasses.fields(cls)}
+    fields = {}
+    for cls in classes:
+        for field in map(copy.copy, dataclasses.fields(cls)):
+            field.type = hints[cls][field.name]
+            fields[field.name] = field
+    return fields
 
 
-def _given_in_file(path: Path, kinds: dict[str, Any], source: Source) -> dict[str, Given]:
-    """The file's settings; null, and false for what has a value: none."""
+def _given_in_file(
+    path: Path, fields: dict[str, dataclasses.Field], source: Source
+) -> dict[str, Given]:
+    """The file's settings. Null, and false for what has a value, is a setting that is not given:
+    an error where something else than None would come of that."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{source.where}{' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{source.where}expected lines of the form flag: value")
     keys = [(str(key), value) for key, value in content.items()]
-    named = _named(keys, {name: name for name in kinds}, source)
+    named = _named(keys, {name: name for name in fields}, source)
+    if "config" in named:
+        raise InputError(f"{source.where}a file cannot name another one by config")
     given = {}
     for setting, one in named.items():
         value = one.values
-        if setting not in kinds:
+        if setting not in fields:
             given[setting] = Given(one.spelling, one.name, [str(value)])
             continue
         if isinstance(value, dict):
             raise InputError(
                 f"{source.where}{one.spelling} holds keys itself; settings are not nested"
             )
-        if value is None or value == [] or (value is False and not _switches(kinds[setting])):
+        switch = fields[setting].type is bool or bool in get_args(fields[setting].type)
+        if value is None or value == [] or (value is False and not switch):
+            _unset(fields[setting], one, source)
             continue
         values = list(map(str, value if isinstance(value, list) else [value]))
         given[setting] = Given(one.spelling, one.name, [] if value is True else values)
     return given
 
 
-def _switches(kind: Any) -> bool:
-    return kind is bool or bool in get_args(kind)
+def _unset(field: dataclasses.Field, one: Given, source: Source) -> None:
+    listed = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if listed else field.default
+    if default not in (None, [], dataclasses.MISSING):  # of the last argparse says that it lacks
+        word = "null" if one.values is None else "false" if one.values is False else "[]"
+        default = " ".join(default) if listed else default
+        raise InputError(
+            f"{source.where}{one.spelling} cannot be {word}: give a value, or leave the key out "
+            f"for {default}"
+        )
+
+
+def _loader() -> type:
+    """Of YAML whose keys stand once, and where null, true and false alone are more than text:
+    argparse reads numbers, which YAML would take for times of day or octal."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict] = {}
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen = set()
+            for key in (key.value for key, _ in node.value if key.tag != MERGE):
+                if key in seen:
+                    raise yaml.YAMLError(f"{key} is given twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern in YAML_WORDS.items():
+        Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), None)
+    return Loader

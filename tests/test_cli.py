@@ -116,6 +116,7 @@ BAD_FLAGS = [
     ("rankpo", ["--replay_data", "x", "--replay_weight", 0], "--replay_weight must be > 0, got 0"),
     ("rankpo", ["--replay_data", "none.jsonl"], "none.jsonl"),
     ("rankpo", ["--train_data_weights", "0"], "--train_data_weights must be finite numbers > 0"),
+    ("rankpo", ["--train_data_weights", 1, 2], "one number for each of the 1 files of"),
     ("rankpo", ["--replay_data", " "], "--replay_data must be a name, not empty"),
     ("contrastive", ["--replay_data", "x"], "unknown flag --replay_data"),
 ]  # fmt: skip
@@ -233,9 +234,12 @@ def test_false_in_a_config_file_unsets(tmp_path):
     [training] = parse("contrastive", "train", [TrainingConfig], flags)
     assert (training.save_steps, training.max_steps) == (None, 3)
     assert training.overwrite_output_dir is False
-    path.write_text("model_name_or_path: m\nuse_liger_kernel: false\npacking: false\n")
+    path.write_text(
+        "model_name_or_path: no\nuse_liger_kernel: false\npacking: no\nmax_query_length: 010\n"
+    )
     [model] = parse("contrastive", "train", [ModelConfig], ["--config", str(path)])
     assert (model.use_liger_kernel, model.packing) == (False, False)
+    assert (model.model_name_or_path, model.max_query_length) == ("no", 10)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,13 @@ def test_false_in_a_config_file_unsets(tmp_path):
         ("temperature: {a: 1}\n", "not nested"),
         ("- 1\n", "flag: value"),
         ("a: [\n", "line 2"),
+        ("learning_rate: 1\nlearning_rate: 2\n", "learning_rate is given twice"),
+        ("learning_rate: null\n", "learning_rate cannot be null: give a value, or leave"),
+        ("max_grad_norm: false\n", "max_grad_norm cannot be false"),
+        ("warmup_ratio: off\n", "--warmup_ratio: invalid float value: 'off'"),
+        ("report_to: []\n", "report_to cannot be []: give a value, or leave the key out for none"),
+        ("save_minutes: 1:30\n", "--save_minutes: invalid float value: '1:30'"),
+        ("config: other.yaml\n", "a file cannot name another one by config"),
         (None, "no-such.yaml"),
     ],
 )
