@@ -54,7 +54,8 @@ def save(
     keep: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `directory/step-XXXXXXXX`, then drop all but the newest `keep`; raises OSError.
+    """Write `directory/step-XXXXXXXX`, then drop all before it but the newest `keep`, of which it
+    is one; raises OSError.
 
     All ranks must call it, the first one writes.
     """
@@ -63,7 +64,8 @@ def save(
     if not ranks.first:
         return target
     temporary = directory / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
+    for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         save_tensors(_weights(model), temporary / WEIGHTS)
@@ -86,8 +88,12 @@ def save(
         flush_to_disk(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _steps(directory)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+    # Later ones are of a run that went back: broken, or the same again when their step comes.
+    done = [old for old in _steps(directory) if old.name <= target.name]
+    whole = [old for old in done if (old / MANIFEST).exists()]
+    for old in done:
+        if keep and old not in whole[-keep:]:
+            shutil.rmtree(old)
     return target
 
 

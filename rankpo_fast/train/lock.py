@@ -34,14 +34,17 @@ def held(directory: Path, flag: str) -> Iterator[None]:
     """Hold `directory`, which is made if need be; what was made and is empty goes again.
 
     Raises:
-        InputError: another run holds it; the message names `flag`, host and process.
-        OSError: the file system refuses the file.
+        InputError: another run holds it, or the file system refuses the file; the message names
+            `flag`, and host and process or the reason.
     """
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     try:
-        file = _take(path, f"{flag} {directory}")
+        try:
+            file = _take(path, f"{flag} {directory}")
+        except OSError as error:
+            raise InputError(f"{flag} {directory}: {error.strerror}") from error
         done = threading.Event()
         thread = threading.Thread(target=_renew, args=(file, done), daemon=True)
         thread.start()
@@ -75,7 +78,7 @@ class _File:
 def _take(path: Path, what: str) -> _File:
     me = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
     while True:
-        file = _File(path)
+        file, locked = _File(path), None
         try:
             locked = _lock(file)
             other = None if locked is None else _holder(file)
@@ -92,7 +95,9 @@ def _take(path: Path, what: str) -> _File:
                     if (winner := _holder(file)) != me:
                         raise InputError(_refusal(what, winner))
                 return file
-        except BaseException:
+        except BaseException as error:
+            if locked and isinstance(error, OSError) and _is_at(file, path):
+                path.unlink()
             file.close()
             raise
         file.close()

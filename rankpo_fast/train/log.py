@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,7 +22,8 @@ from tqdm import tqdm
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.progress import BAR, duration, on_terminal
-from rankpo_fast.train.reporters import About, Reporters, chosen
+from rankpo_fast.train.output import METRICS
+from rankpo_fast.train.reporters import Reporters
 from rankpo_fast.train.step import StepResult
 
 
@@ -52,19 +52,18 @@ class MetricsLog:
         self,
         directory: Path,
         config: TrainingConfig,
-        settings: dict[str, Any],
+        reporters: Reporters,
         first_step: int,
         total_steps: int,
         *,
         silent: bool = False,
     ):
         self._silent = silent  # as ranks are that only read the numbers of their steps
-        self._path = Path(os.devnull) if silent else directory / "metrics.jsonl"
+        self._path = Path(os.devnull) if silent else directory / METRICS
         self._every, self._total_steps = config.logging_steps, total_steps
         self._first_step = first_step
         self._lines = not silent and not on_terminal()
-        about = About(directory, config.project or "rankpo-fast", config.run_name, settings)
-        self._reporters = Reporters([] if silent else chosen(config.report_to), about)
+        self._reporters = reporters
         self._stack = ExitStack()
         self._began: float | None = None  # of the first step, in seconds
         self._unread: deque[tuple[int, float, StepResult]] = deque()
@@ -80,7 +79,6 @@ class MetricsLog:
                 total=self._total_steps, initial=self._first_step, desc="training", unit="step",
                 dynamic_ncols=True, bar_format=BAR, disable=self._silent or self._lines,
             ))  # fmt: skip
-            stack.enter_context(self._reporters)
             self._stack = stack.pop_all()
         return self
 

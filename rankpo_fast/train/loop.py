@@ -111,17 +111,17 @@ def train(run: Run, encoder: Encoder, objectives: list[Objective], about: dict[s
     encoder.train()
     memory = run.measure_memory(encoder, [objective.stage.texts.table for objective in objectives])
     ranks.say(f"  memory: {memory.summary()}")
-    run.open_output()  # which may clear an earlier run, now that nothing speaks against this one
     steps = range(first_step, plan.total_steps)
 
     def make(step: int, max_tokens: int) -> list[Work]:
         return pack_step(objectives, plan.batches(step), encoder, max_tokens, ranks)
 
     with (
+        run.output_opened(first_step) as reporters,  # now that nothing else speaks against it
         freed_memory_kept(encoder.device),
         Ahead(make, steps, memory) as works,
         MetricsLog(
-            run.path, config, run.settings, first_step, plan.total_steps, silent=not ranks.first
+            run.path, config, reporters, first_step, plan.total_steps, silent=not ranks.first
         ) as log,
         profiled as profile,
         _StopSignal() as signals,

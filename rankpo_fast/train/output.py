@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,17 @@ from rankpo_fast.train.lock import LOCK, held
 from rankpo_fast.train.ranks import Ranks
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
+REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
 CARD = "README.md"  # one of the model's files
+METRICS = "metrics.jsonl"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
 WRITTEN_WHILE_TRAINING = (
-    "metrics.jsonl", CHECKPOINTS, PROFILE, "tensorboard", "wandb", "mlflow", MODEL_ON_ITS_WAY,
-)  # fmt: skip
+    METRICS,
+    CHECKPOINTS,
+    PROFILE,
+    MODEL_ON_ITS_WAY,
+    REPORTS_ASIDE,
+)
 
 
 def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
@@ -49,8 +55,10 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     there = [name for name in there if not name.startswith(LOCK)]
     if there and read_record(path) is None:
+        damaged = f", or a run whose {RECORD} is damaged" if RECORD in there else ""
         raise InputError(
-            f"--output_dir {path} holds something else ({', '.join(there[:5])}): choose another"
+            f"--output_dir {path} holds something else ({', '.join(there[:5])}){damaged}: choose "
+            f"another"
         )
     if there and not resume and not overwrite:
         state = "a finished" if finished(path) else "an unfinished (--resume continues it)"
@@ -76,12 +84,41 @@ def finished(path: Path) -> bool:
     return bool(files) and all((path / file).exists() for file in files)
 
 
+def evaluated(path: Path) -> bool:
+    """Whether the run's last word is of an evaluation."""
+    with suppress(OSError):
+        return '"eval/' in (path / METRICS).read_text(encoding="utf-8").rpartition('{"step"')[2]
+    return False
+
+
 def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     """Make the directory ours; `overwrite` deletes what an earlier run wrote, and only that."""
     if overwrite and read_record(path) is not None:
         _clear(path)
     path.mkdir(parents=True, exist_ok=True)
     _write_record(path, {"program": PROGRAM, **record, "model_files": []})
+
+
+@contextmanager
+def reports_aside(path: Path, *, overwrite: bool) -> Iterator[None]:
+    """Inside, reporters start. `overwrite` puts the folders that an earlier run's had aside, for
+    `start` to delete; after an exception they are back, and what was begun is gone."""
+    aside, there = path / REPORTS_ASIDE, {name for name in REPORTS if (path / name).exists()}
+    if overwrite and read_record(path) is not None:
+        aside.mkdir(exist_ok=True)
+        for name in there:
+            (path / name).rename(aside / name)
+    try:
+        yield
+    except BaseException:
+        for name in REPORTS:
+            if (aside / name).exists() or name not in there:
+                shutil.rmtree(path / name, ignore_errors=True)
+        if aside.exists():
+            for old in aside.iterdir():
+                old.rename(path / old.name)
+            aside.rmdir()
+        raise
 
 
 def save_model(path: Path, encoder: Encoder, card: str) -> None:
@@ -96,7 +133,8 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
         files.append(Path(LAST_FILE))
-        record = {**read_record(path), "model_files": [name.as_posix() for name in files]}
+        of_model = [name.as_posix() for name in [*folders, *files]]
+        record = {**read_record(path), "model_files": of_model}
         _write_record(path, record)
         (path / LAST_FILE).unlink(missing_ok=True)  # of a model that had lost another file
         for folder in folders:
@@ -115,10 +153,11 @@ def _clear(path: Path) -> None:
     for file in model_files:
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"{path / RECORD} names {file}, which lies outside the directory")
-    for file in reversed(model_files):
-        (path / file).unlink(missing_ok=True)
-        if file.parent != Path() and not any((path / file.parent).iterdir()):
-            (path / file.parent).rmdir()
+    for entry in (path / name for name in reversed(model_files)):
+        if not entry.is_dir():
+            entry.unlink(missing_ok=True)
+        elif not any(entry.iterdir()):
+            entry.rmdir()
     for name in WRITTEN_WHILE_TRAINING:
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
@@ -131,8 +170,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(record, dict) and record.get("program") == PROGRAM
-    return record if ours and isinstance(record.get("settings", {}), dict) else None
+    if not isinstance(record, dict) or record.get("program") != PROGRAM:
+        return None
+    files = record.get("model_files", [])
+    whole = isinstance(files, list) and all(isinstance(name, str) for name in files)
+    return record if whole and isinstance(record.get("settings", {}), dict) else None
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

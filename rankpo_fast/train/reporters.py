@@ -6,12 +6,13 @@ counted and said, and the run goes on, since metrics.jsonl has every line.
 
 import importlib.util
 import os
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rankpo_fast.errors import InputError
@@ -27,6 +28,7 @@ class About:
     project: str
     run_name: str | None  # None: that of the directory
     settings: Mapping[str, Any]
+    first_step: int = 0  # that it goes on from
 
     @property
     def name(self) -> str:
@@ -89,49 +91,59 @@ class Reporters:
 
 
 class _Sender:
-    """One reporter and its thread."""
+    """One reporter and its thread, which no process waits for at its end."""
 
     def __init__(self, name: str, about: About):
-        self._name, self._sent, self._lost = name, 0, 0
-        self._waiting: list[Future] = []
+        self._name, self._given, self._taken = name, 0, 0
+        self._failure: Exception | None = None
+        self._said = False
+        self._lines: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         try:
             self._reporter = REPORTERS[name](about)
         except Exception as error:  # each raises kinds of its own
             reason = " ".join(str(error).split())
             raise InputError(f"--report_to {name}: it does not start: {reason}") from error
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
-        self._look()
-        self._sent += 1
-        self._waiting.append(self._thread.submit(self._reporter.write, step, dict(line)))
+        self._say_failure()
+        self._given += 1
+        self._lines.put((step, dict(line)))
 
     def close(self, end: float) -> None:
-        self._waiting.append(self._thread.submit(self._reporter.close))
-        wait(self._waiting, max(0.0, end - time.monotonic()))
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._look()
-        late = len(self._waiting)
-        if self._lost or late:
+        """end: when to give up what is not sent, by time.monotonic()."""
+        self._lines.put(None)
+        self._thread.join(max(0.0, end - time.monotonic()))
+        self._say_failure()
+        if self._taken < self._given or self._thread.is_alive():
             warnings.warn(
-                f"{self._name} took {self._sent - self._lost - max(0, late - 1)} of {self._sent} "
-                f"lines; metrics.jsonl has all of them",
+                f"{self._name} took {self._taken} of {self._given} lines; metrics.jsonl has all "
+                f"of them",
                 stacklevel=4,
             )
 
-    def _look(self) -> None:
-        """Count what failed, and say the first of it."""
-        done = [future for future in self._waiting if future.done()]
-        self._waiting = [future for future in self._waiting if not future.done()]
-        for future in done:
-            error = None if future.cancelled() else future.exception()
-            if error is not None and not self._lost:
-                warnings.warn(
-                    f"--report_to {self._name} failed, and the run goes on: "
-                    f"{type(error).__name__}: {' '.join(str(error).split())}",
-                    stacklevel=4,
-                )
-            self._lost += error is not None or future.cancelled()
+    def _send(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._reporter.write(*line)
+                self._taken += 1
+            except Exception as error:
+                self._failure = self._failure or error
+        try:
+            self._reporter.close()
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _say_failure(self) -> None:
+        """Of several the first."""
+        if self._failure is not None and not self._said:
+            self._said = True
+            warnings.warn(
+                f"--report_to {self._name} failed, and the run goes on: "
+                f"{type(self._failure).__name__}: {' '.join(str(self._failure).split())}",
+                stacklevel=4,
+            )
 
 
 # --- the reporters ---
@@ -143,7 +155,10 @@ class TensorBoard:
     def __init__(self, about: About):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(about.directory / "tensorboard" / (about.run_name or "")))
+        self._writer = SummaryWriter(
+            str(about.directory / "tensorboard" / (about.run_name or "")),
+            purge_step=about.first_step + 1 if about.first_step else None,
+        )
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
         for name, value in line.items():

@@ -1,6 +1,8 @@
 """A run as a whole: what is settled before a model is loaded, and what is left on disk."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.ranks import Ranks
-from rankpo_fast.train.reporters import chosen
+from rankpo_fast.train.reporters import About, Reporters, chosen
 from rankpo_fast.train.resume import (
     check_same,
     find_checkpoint,
@@ -115,7 +117,9 @@ class Run:
         """Nothing is left to resume; says so."""
         done = self.training.resume is not None and output.finished(self.path)
         if done:
-            self.ranks.say(f"{self.path}: this run is finished, nothing to resume")
+            missing = self.evaluation.asked and not output.evaluated(self.path)
+            rest = "but for its evaluation, which `rankpo-fast evaluate` makes" if missing else ""
+            self.ranks.say(f"{self.path}: this run is finished, nothing to resume {rest}".rstrip())
         return done
 
     def load_encoder(self) -> Encoder:
@@ -178,6 +182,8 @@ class Run:
         }
         if reporters := chosen(self.training.report_to):
             lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
+            if self.checkpoint is not None and {*reporters} - {"tensorboard"}:
+                lines["reports"] += " (but for tensorboard as a new run there)"
         if self.checkpoint is not None:
             lines["resume"] = f"{self.checkpoint.path}, after step {self.checkpoint.step:,}"
         self.ranks.say(f"rankpo-fast {self.stage}")
@@ -198,11 +204,22 @@ class Run:
                 check_same(f"rank {rank} of {len(told)}", theirs, told[0])
         self.ranks.meet()
 
-    def open_output(self) -> None:
-        if self.ranks.first:
-            record = {"stage": self.stage, "settings": self.settings}
-            output.start(self.path, record, overwrite=self.training.overwrite_output_dir)
-        self.ranks.meet()
+    @contextmanager
+    def output_opened(self, first_step: int) -> Iterator[Reporters]:
+        """Reporters start, an earlier run is cleared where that was asked for, and the directory is
+        ours. InputError for a reporter that does not start: the directory is then as it was."""
+        config = self.training
+        project = config.project or output.PROGRAM
+        about = About(self.path, project, config.run_name, self.settings, first_step)
+        with ExitStack() as stack:
+            reporters = Reporters(chosen(config.report_to) if self.ranks.first else [], about)
+            if self.ranks.first:
+                with output.reports_aside(self.path, overwrite=config.overwrite_output_dir):
+                    stack.enter_context(reporters)
+                record = {"stage": self.stage, "settings": self.settings}
+                output.start(self.path, record, overwrite=config.overwrite_output_dir)
+            self.ranks.meet()
+            yield reporters
 
     def save_checkpoint(
         self, step: int, encoder: Encoder, optimizer: torch.optim.Optimizer, memory: Memory

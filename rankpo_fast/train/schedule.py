@@ -49,7 +49,8 @@ class SaveSchedule:
         if self._steps is not None:
             times.append(f"every {self._steps:,} steps")
         if self._seconds:
-            times.append(f"every {self._seconds / 60:g} minutes and at the end of an epoch")
+            epochs = "at the end of an epoch of a minute or more"
+            times.append(f"every {self._seconds / 60:g} minutes and {epochs}")
         times.append("when stopped")
         kept = f"the last {self._kept:,} kept" if self._kept else "all kept"
         return f"{', '.join(times)}; {kept}"

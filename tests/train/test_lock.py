@@ -149,6 +149,19 @@ def test_of_two_at_once_without_locks_one_wins(tmp_path, without_locks, monkeypa
         assert sorted(pool.map(run, range(2)), key=str) == [None, True]
 
 
+def test_a_disk_that_refuses_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "pwrite", full)
+    with (
+        pytest.raises(InputError, match="--output_dir .*out: No space left on device"),
+        lock.held(tmp_path / "out", "--output_dir"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_left_but_what_others_wrote(tmp_path):
     with held(tmp_path / "new" / "out", "--output_dir"):
         assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == [LOCK]

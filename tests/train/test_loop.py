@@ -21,6 +21,7 @@ from rankpo_fast.train.loop import Plan
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw, learning_rate, update
 from rankpo_fast.train.ranks import ALONE
+from rankpo_fast.train.reporters import Reporters
 from rankpo_fast.train.step import BatchLoss, Objective, Work, train_step
 
 
@@ -113,7 +114,7 @@ def toy_run(directory, loss, **flags):
     model, per_step = Toy(), settings.gradient_accumulation_steps
     optimizer, memory = adamw(model, settings), Memory(1, 0.0, 0.0)
     steps = iter([[works(per_step * s + i) for i in range(per_step)] for s in range(3)])
-    with MetricsLog(directory, settings, {}, 0, 3) as log:
+    with MetricsLog(directory, settings, Reporters([], None), 0, 3) as log:
         for step in range(3):
             log.step(step + 1, 0.0, train_step(model, steps, optimizer, 0.1, 1.0, memory, ALONE))
 
@@ -202,7 +203,8 @@ def test_finished_run_is_replaced_only_when_asked(tiny_llama_dir, run_stage):
     (output / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds a finished run"):
         run_stage("contrastive", "no/such-model", "out")
-    run_stage("rankpo", tiny_llama_dir, "out", overwrite_output_dir=True)
+    assert (output / "2_Normalize").is_dir()  # a module without files
+    run_stage("rankpo", tiny_llama_dir, "out", max_steps=1, overwrite_output_dir=True)
     assert (output / "notes.txt").read_text() == "mine"
     assert not (output / "checkpoints").exists()
     assert json.loads((output / "training.json").read_text())["stage"] == "rankpo"
@@ -228,6 +230,7 @@ def test_nothing_that_is_read_or_kept_lies_in_the_output_directory(
     assert inside.exists()
 
 
+@pytest.mark.long
 def test_earlier_run_is_replaced_only_when_memory_suffices(tiny_llama_dir, run_stage, monkeypatch):
     output = run_stage("contrastive", tiny_llama_dir, "out")
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
@@ -243,6 +246,16 @@ def test_record_without_model_files_is_tolerated(tiny_llama_dir, run_stage):
     del record["model_files"]
     (output / "training.json").write_text(json.dumps(record))
     run_stage("contrastive", tiny_llama_dir, "out", max_steps=1, overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"program": "rankpo-fa', b'{"program": "rankpo-fast", "model_files": [5]}']
+)
+def test_a_damaged_record_is_named(damage, tiny_llama_dir, run_stage):
+    output = run_stage("contrastive", tiny_llama_dir, "out", max_steps=1)
+    (output / "training.json").write_bytes(damage)
+    with pytest.raises(InputError, match="or a run whose training.json is damaged"):
+        run_stage("contrastive", tiny_llama_dir, "out", overwrite_output_dir=True)
 
 
 def test_crash_while_saving_leaves_no_half_model(tiny_llama_dir, run_stage, monkeypatch, tmp_path):

@@ -69,6 +69,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "begin, backward",
     [
@@ -100,6 +101,7 @@ def test_with_fewer_graphs_kept_a_step_is_the_same(weights, monkeypatch, capsys)
     assert same(got, weights("expected", max_tokens_per_micro_batch=BUDGET)[0])
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_budget_that_was_found(weights, monkeypatch):
     Limit(monkeypatch, LIMIT, begin=6)
     expected, output = weights("out", max_tokens_per_micro_batch=BUDGET)
@@ -123,6 +125,7 @@ def test_a_step_that_fails_holds_no_tensor(weights, monkeypatch):
     assert len(held) >= 2 and not any(x is not None for x in held)
 
 
+@pytest.mark.long
 def test_when_nothing_is_left_to_shrink_flags_are_named_and_no_weight_has_changed(
     weights, monkeypatch
 ):
@@ -296,6 +299,7 @@ def test_a_run_checkpoints_where_it_must_and_says_so(weights, host, capsys):
     assert same(got, expected)  # no bit depends on it
 
 
+@pytest.mark.long
 def test_out_of_memory_layers_are_checkpointed_before_a_run_ends(weights, monkeypatch, capsys):
     calls, forward = [], Encoder.forward
 

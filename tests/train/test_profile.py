@@ -76,6 +76,7 @@ def test_the_device_works_for_the_part_that_launched_it(tmp_path):
     }
 
 
+@pytest.mark.long
 def test_a_run_says_where_the_time_went_and_trains_the_same(
     tiny_llama_dir, run_stage, read_metrics, capsys
 ):

@@ -78,6 +78,7 @@ def test_one_that_hangs_delays_nothing_and_is_not_waited_for(installed, monkeypa
     ):
         for step in range(3):
             open_reporters.write(step, {"loss": 1.0})
+    assert all(one.daemon for one in threading.enumerate() if one is not threading.main_thread())
     over.set()
 
 
@@ -86,6 +87,43 @@ def test_one_that_does_not_start_is_refused_by_name(installed, tmp_path):
     with pytest.raises(InputError, match="--report_to trackio: .* no API key: log in first"):
         Reporters(["wandb", "trackio"], about).__enter__()
     assert Notes.closed  # which had been started
+
+
+@pytest.mark.parametrize("before", [None, ["tensorboard"]], ids=["fresh", "overwriting"])
+def test_where_one_does_not_start_all_is_as_it_was(
+    before, installed, tiny_llama_dir, run_stage, tmp_path
+):
+    if before is not None:
+        run_stage("contrastive", tiny_llama_dir, "out", max_steps=1, report_to=before)
+    files = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(InputError, match="trackio: it does not start"):
+        run_stage(
+            "contrastive", tiny_llama_dir, "out", report_to=["tensorboard", "trackio"],
+            overwrite_output_dir=before is not None,
+        )  # fmt: skip
+    assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")} == files
+    run_stage("contrastive", tiny_llama_dir, "out", max_steps=1, report_to=["tensorboard"],
+              overwrite_output_dir=before is not None)  # fmt: skip
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_run_that_goes_on_has_each_step_once(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        about = About(tmp_path, "p", None, {}, first_step=first)
+        with Reporters(["tensorboard"], about) as open_reporters:
+            for step in steps:
+                open_reporters.write(step, {"loss": float(first)})
+    read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in read.Scalars("loss")] == [
+        (1, 0),
+        (2, 0),
+        (3, 2),
+        (4, 2),
+    ]
 
 
 def test_what_is_not_installed_is_refused_by_name_before_the_model(installed, run_stage):
@@ -113,7 +151,8 @@ def test_a_folder_of_that_name_is_no_installed_reporter(tmp_path, monkeypatch):
         ({"project": "p"}, "--project needs --report_to, one of wandb, trackio, mlflow"),
         ({"report_to": "tensorboard", "project": "p"}, "--project needs"),
         ({"run_name": "r"}, "--run_name needs --report_to"),
-        ({"report_to": ["wandb"], "run_name": "../r"}, "--run_name must be a name without /"),
+        ({"report_to": ["wandb"], "run_name": "../r"}, "--run_name must be the name of a folder"),
+        ({"report_to": ["wandb"], "run_name": ".."}, "--run_name must be the name of a folder"),
     ],
 )
 def test_reporters_that_cannot_be_meant_are_refused(flags, named):

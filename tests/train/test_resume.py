@@ -402,6 +402,18 @@ def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints
     assert checkpoints.newest(directory).step == 2
 
 
+def test_later_ones_do_not_count_as_kept(two_checkpoints):
+    """Of a run that went back, since they are broken: what it saves then is the newest."""
+    directory, model, optimizer = two_checkpoints
+    for step in (7, 8):
+        (directory / f"step-0000000{step}").mkdir()
+        (directory / f"step-0000000{step}" / "manifest.json").touch()
+    checkpoints.save(directory, 3, model, optimizer, {}, 64, keep=2)
+    assert sorted(path.name[-1] for path in directory.iterdir()) == ["2", "3", "7", "8"]
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
+        assert checkpoints.newest(directory).step == 3
+
+
 def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch):
     directory, model, optimizer = two_checkpoints
 
@@ -417,7 +429,8 @@ def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch
 
 def test_what_a_killed_run_left_is_cleared(two_checkpoints):
     directory, model, optimizer = two_checkpoints
-    shutil.copytree(directory / "step-00000002", directory / ".step-00000003.tmp")
+    for step in (3, 5):
+        shutil.copytree(directory / "step-00000002", directory / f".step-0000000{step}.tmp")
     assert checkpoints.newest(directory).step == 2
     checkpoints.save(directory, 3, model, optimizer, {}, 64)
     assert not list(directory.glob(".*"))
@@ -429,6 +442,7 @@ def test_no_checkpoint_file_can_run_code(two_checkpoints):
     assert kinds == {".safetensors", ".json"}
 
 
+@pytest.mark.long
 def test_sigterm_finishes_the_step_saves_and_exits_143(
     tiny_llama_dir, contrastive_file, run_stage, tmp_path
 ):

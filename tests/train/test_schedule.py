@@ -64,7 +64,11 @@ def test_an_epoch_ends_within_a_step_of_several_batches():
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ({}, "every 10 minutes and at the end of an epoch, when stopped; the last 2 kept"),
+        (
+            {},
+            "every 10 minutes and at the end of an epoch of a minute or more, when stopped; "
+            "the last 2 kept",
+        ),
         ({"save_steps": 5, "save_total_limit": 0}, "every 5 steps, when stopped; all kept"),
         ({"save_minutes": 0}, "when stopped; the last 2 kept"),
     ],
@@ -87,6 +91,7 @@ def test_checkpoints_by_time_change_no_bit_of_training(tiny_bert_dir, run_stage,
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on_bit_by_bit(tiny_bert_dir, contrastive_file, tmp_path):
     """With dropout on; SIGKILL, which nothing can catch, after a checkpoint that time asked for."""
     command = [

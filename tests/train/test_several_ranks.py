@@ -117,6 +117,7 @@ def test_ranks_without_a_row_and_without_a_text_take_part(
         assert_same_steps(ours, gradients)
 
 
+@pytest.mark.long
 def test_all_stop_when_one_is_told_to_and_go_on_bit_by_bit(
     ran, answered, flags, tiny_bert_dir, tmp_path, preference_file, read_metrics, run_stage
 ):
@@ -143,6 +144,7 @@ def test_all_stop_when_one_is_told_to_and_go_on_bit_by_bit(
         assert one.get("eval/alignment") == other.get("eval/alignment")
 
 
+@pytest.mark.long
 def test_out_of_memory_on_one_all_do_the_step_again_and_resume_with_what_was_found(
     ran, answered, flags, tiny_bert_dir, tmp_path
 ):
@@ -203,6 +205,7 @@ def test_others_end_when_the_first_cannot_save(ran, flags, tiny_llama_dir):
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
 
 
+@pytest.mark.long
 def test_all_end_when_one_has_no_memory_for_the_longest_text(ran, flags, tiny_llama_dir):
     *others, last = ran(
         rank_runs.command_out_of_memory, *arguments(flags("contrastive", tiny_llama_dir, "out"))
@@ -247,6 +250,7 @@ def test_ranks_that_were_started_unlike_are_refused(ran, flags, tiny_llama_dir, 
     assert all(rank.code == 1 for rank in others)
 
 
+@pytest.mark.long
 def test_torchrun_hands_sigterm_to_all(flags, tiny_llama_dir, tmp_path):
     of = flags("contrastive", tiny_llama_dir, "out", max_steps=1000000)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
