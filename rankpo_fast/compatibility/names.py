@@ -15,11 +15,11 @@ ALIASES = {
     "pretrained_model_name_or_path embedder_name_or_path checkpoint_path",
     "tokenizer_name": "tokenizer tokenizer_path tokenizer_name_or_path",
     "train_data": "data train train_file train_files train_path train_data_path train_dataset "
-    "dataset dataset_path dataset_name data_path input input_file training_data",
-    "input": "input_file in data file texts input_path",
+    "train_dir dataset dataset_path data_path input input_file training_data",
+    "input": "input_file in data file texts input_path encode_in_path",
     "output_dir": "out output out_dir save_dir output_path save_path",
     "output": "out output_file output_path result_file results",
-    "output_file": "out output output_path",
+    "output_file": "out output output_path encoded_save_path",
     "per_device_train_batch_size": "bs batch_size batch train_batch_size per_device_batch_size "
     "per_gpu_train_batch_size",
     "gradient_accumulation_steps": "grad_accum grad_accum_steps gradient_accumulation accum "
@@ -34,13 +34,17 @@ ALIASES = {
     "temperature": "temp tau",
     "num_negatives": "negatives n_negatives num_neg num_hard_negatives hard_negatives "
     "negatives_per_query negative_number num_negatives_per_query",
-    "max_query_length": "query_max_len query_max_length max_query_len q_max_len query_length",
+    "max_query_length": "query_max_len query_max_length max_query_len q_max_len query_length "
+    "embedder_query_max_length",
     "max_passage_length": "passage_max_len passage_max_length max_passage_len p_max_len "
-    "passage_length max_doc_length max_document_length doc_max_length",
+    "embedder_passage_max_length passage_length max_doc_length max_document_length doc_max_length",
     "query_prefix": "query_instruction query_instruction_for_retrieval query_prompt",
     "passage_prefix": "passage_instruction passage_instruction_for_retrieval passage_prompt "
     "document_prefix doc_prefix corpus_prefix",
     "pooling": "pooler pooling_mode pooling_method sentence_pooling_method pooling_strategy",
+    "append_eos": "append_eos_token",
+    "bf16": "use_bf16",
+    "device": "devices",
     "special_tokens": "additional_special_tokens",
     "gradient_checkpointing": "grad_checkpointing activation_checkpointing grad_ckpt",
     "torch_compile": "compile",
@@ -61,7 +65,6 @@ ALIASES = {
     "search_range": "range_for_sampling ranks",
     "text_key": "text_field text_column column field content_key",
     "loss_type": "loss",
-    "label_smoothing": "label_smoothing_factor",
     "reference_model_name_or_path": "reference_model ref_model ref_model_name_or_path",
 }
 

@@ -59,11 +59,13 @@ def refused(instead: str) -> Rule:
 
 
 def renamed(flag: str, values: dict[str, str]) -> Rule:
-    """Other names of values of our `flag`."""
+    """Other names of values of our `flag`, and its own, in any case of the letters."""
 
     def rule(given: list[str], line: Line) -> Reading | None:
         [value] = given if len(given) == 1 else [""]
-        return None if value not in values else Reading({flag: [values[value]]})
+        word = value.lower()
+        ours = word if word in values.values() else values.get(word)
+        return None if ours in (None, value) else Reading({flag: [ours]})
 
     return rule
 
@@ -87,8 +89,10 @@ def _number(values: list[str]) -> float | None:
 
 def warmup_steps(values: list[str], line: Line) -> Reading:
     number = _number(values)
-    if number is not None and 0 <= number < 1:  # transformers: below 1 it is a share, 0 means unset
-        return Reading({"warmup_ratio": values} if number else {}, "0 leaves --warmup_ratio")
+    if number == 0 and "warmup_ratio" in line.given:  # transformers: 0 steps leave it to the ratio
+        return Reading({}, "0 leaves --warmup_ratio")
+    if number is not None and 0 <= number < 1:  # transformers: below 1 it is a share
+        return Reading({"warmup_ratio": values})
     steps = _number([line.first("max_steps", "")])
     if number is not None and steps and number < steps:
         ratio = number / steps
@@ -198,6 +202,40 @@ def group_size(values: list[str], line: Line) -> Reading:
         raise InputError("not taken: --num_negatives counts a query's negatives, without its one "
                          "positive")  # fmt: skip
     return Reading({"num_negatives": [str(int(number) - 1)]})
+
+
+def instruction_format(flag: str) -> Rule:
+    """FlagEmbedding's "Instruct: {}\\nQuery: {}", of what `flag` of ours gives and of the text."""
+
+    def rule(values: list[str], line: Line) -> Reading:
+        instruction = line.first(flag, "")
+        parts = " ".join(values).split("{}")
+        if not instruction or parts == ["", "", ""]:
+            return Reading({}, f"not needed: what --{flag} gives goes before texts as it is")
+        if len(parts) != 3 or parts[2]:
+            raise InputError(f"not taken: --{flag} goes before texts, and nothing behind them")
+        whole = (parts[0] + instruction + parts[1]).replace("\n", "\\n")
+        raise InputError(f"not taken: give the whole of it, --{flag} '{whole}'")
+
+    return rule
+
+
+def same_dataset(values: list[str], line: Line) -> Reading:
+    """FlagEmbedding's: each batch has rows of one file."""
+    if truth(values) in OFF.split():
+        return Reading({}, "it is off here")
+    files = line.given.get("train_data", [])
+    if len(files) > 1 or any(Path(file).is_dir() for file in files):
+        raise InputError("not taken: rows of all files share batches; run the files one by one to "
+                         "keep them apart")  # fmt: skip
+    return Reading({}, "not needed: there is one file")
+
+
+def dataset_name(values: list[str], line: Line) -> Reading:
+    """Tevatron's: a dataset, or beside `dataset_path` the kind of file."""
+    if "train_data" in line.given and truth(values) in ("json", "jsonl", "parquet"):
+        return Reading({}, "not needed: the kind of a file is known from it")
+    return Reading({"train_data": values})
 
 
 def scale(values: list[str], line: Line) -> Reading:

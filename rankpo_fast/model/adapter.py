@@ -42,7 +42,7 @@ class Adapter:
         Raises:
             InputError: the adapter is not for this backbone, or cannot be merged.
         """
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
         with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
             names = set(file.keys())
@@ -52,7 +52,12 @@ class Adapter:
             names = {PREFIX + name.removeprefix(PREFIX + place) for name in names}
             mapping = {f"^{re.escape(place)}": ""}
         try:
-            model = PeftModel.from_pretrained(backbone, str(self.folder), key_mapping=mapping)
+            config = PeftConfig.from_pretrained(str(self.folder))
+            # A task brings peft's wrapper for its head (CAUSAL_LM: generation): there is none here.
+            config.task_type = None
+            model = PeftModel.from_pretrained(
+                backbone, str(self.folder), config=config, key_mapping=mapping
+            )
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
             merged = None if unfit else model.merge_and_unload(safe_merge=True)
         except RuntimeError as error:  # which torch raises over other shapes

@@ -55,6 +55,29 @@ def check_config(folder: Path, flag: str) -> None:
         raise InputError(f"{flag} {folder}: no config.json there, so this is no model directory")
 
 
+def check_no_code(path: Path, kind: str, flag: str) -> None:
+    """InputError if the JSON file maps the class `kind` of transformers to code beside it.
+
+    That may compute anything, such as attention to both sides in a model whose type is a decoder's;
+    transformers, which is not to run it, would take its own class in silence.
+    """
+    if not path.is_file():
+        return
+    with blaming(f"{flag} {path}"):
+        content = json.loads(path.read_bytes())
+    classes = content.get("auto_map") if isinstance(content, dict) else None
+    if isinstance(classes, dict):
+        classes = classes.get(kind)
+    both = classes if isinstance(classes, list) else [classes]  # a slow and a fast tokenizer
+    names = [str(name) for name in both if name]
+    if names:
+        raise InputError(
+            f"{flag} {path}: auto_map names the model's own class {' or '.join(names)} "
+            f"for {kind}, and code of model directories is never run: take a copy without auto_map "
+            f"if transformers' class of that type computes the same, else another model"
+        )
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a whole model's weights are there, as safetensors."""
     return any(folder.glob("model.safetensors*"))

@@ -42,7 +42,8 @@ class Encoder(nn.Module):
         attention: what computes its attention, by the name that --attn_implementation has for it.
         save_dtype: of the floating-point weights that `save` writes.
         layers: the backbone's, to be checkpointed or compiled.
-        origin: the directory it was loaded from; None for one that was made otherwise.
+        origins: the directories it was loaded from, its own before that of an adapter's base; none
+            for one that was made otherwise.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Encoder(nn.Module):
         self.bf16 = bf16
         self.save_dtype = torch.float32
         self.layers = Layers(backbone)
-        self.origin: Path | None = None
+        self.origins: list[Path] = []
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)

@@ -31,6 +31,7 @@ from rankpo_fast.model.directories import (
     MODEL_FLAG,
     blaming,
     check_config,
+    check_no_code,
     check_weights,
     find_directory,
     has_tokenizer,
@@ -82,9 +83,11 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     from_scratch = training is not None and training.from_scratch
     directory = find_directory(config.model_name_or_path, MODEL_FLAG, weights=not from_scratch)
     own_folder = folder = backbone_folder(directory)
+    origins = [directory, folder]
     adapter = find_adapter(folder, MODEL_FLAG)
     if adapter is not None:
         folder = adapter.base_folder
+        origins += [adapter.base_directory, folder]
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
     weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
@@ -100,7 +103,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if settings.lower_case:
         tokenizer = lower_cased(tokenizer)
     if settings.append_eos:
-        append_eos(tokenizer)
+        append_eos(tokenizer, asked=config.append_eos is True)
 
     with _seeded(seed, device):
         if from_scratch:  # where it will be: a large one takes minutes, and the host may lack room
@@ -117,7 +120,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
             parameter.requires_grad_(False)
     encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
-    encoder.save_dtype, encoder.origin = _save_dtype(training, weights), own_folder
+    encoder.save_dtype, encoder.origins = _save_dtype(training, weights), origins
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
         if training.gradient_checkpointing is True:  # auto is decided where texts are known
@@ -148,6 +151,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _load_config(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
+    check_no_code(folder / "config.json", "AutoModel", MODEL_FLAG)
     with blaming(f"{MODEL_FLAG} {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
@@ -366,16 +370,16 @@ def _settings(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> EncoderSettings:
     """What the flags say, else the model directory, else the paper."""
+    flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settings = {"append_eos": says_append_eos(tokenizer)} | read_settings(
         directory,
         any_pooling=config.pooling != "auto",
-        any_default=None not in (config.query_prefix, config.passage_prefix),
+        given=[name for name, flag in flags.items() if flag is not None],
     )
-    flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if config.pooling == "auto":
         flags["pooling"] = None
         if "pooling" not in settings:
-            settings["pooling"] = _guess_pooling(config, skeleton)
+            settings["pooling"] = _guess_pooling(config, directory, skeleton)
     names = {field.name for field in dataclasses.fields(EncoderSettings)}
     settings |= {n: flag for n, flag in flags.items() if n in names and flag is not None}
     limit, short = _positions(skeleton), _positions_of_short_texts(skeleton)
@@ -391,11 +395,14 @@ def _settings(
     return EncoderSettings(**settings)
 
 
-def _guess_pooling(config: EncoderConfig, skeleton: "PreTrainedModel") -> str:
+def _guess_pooling(config: EncoderConfig, directory: Path, skeleton: "PreTrainedModel") -> str:
     causal = _is_causal(skeleton)
+    why = "no file there names the pooling"
+    if (directory / "1_Pooling/config.json").is_file():
+        why = "1_Pooling/config.json is not read, since no modules.json names it"
     guess, kind = ("last", "causal") if causal else ("mean", "bidirectional")
-    warnings.warn(f"{MODEL_FLAG} {config.model_name_or_path}: no file there names the pooling; "
-                  f"taken for this {kind} model: {guess} (--pooling says so for sure)",
+    warnings.warn(f"{MODEL_FLAG} {config.model_name_or_path}: {why}; taken for this {kind} "
+                  f"model: {guess} (--pooling says so for sure)",
                   stacklevel=4)  # fmt: skip
     return guess
 

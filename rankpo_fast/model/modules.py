@@ -12,6 +12,7 @@ Layouts of versions 2 to 6 are read. A Normalize may be missing: cosines are the
 import json
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ POOLINGS = [
 ]
 # A sum over sqrt(tokens) points where the mean points, and only directions are compared.
 SAME_DIRECTION = ("mean", "mean_sqrt_len_tokens", "pooling_mode_mean_sqrt_len_tokens")
-PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the first that is there, as in their library
+# The first that is there. Their version 6 goes by the same list, but with a document "" of its own.
+PASSAGE_PROMPTS = ("document", "passage", "corpus")
 
 # Of each file: keys that are read or change no vector, and what others must hold to change none.
 FREE_KEYS = {
@@ -57,6 +59,7 @@ HARMLESS = {
         "processing_kwargs": lambda value: not {"text", "common"} & value.keys(),
         "query_expansion": lambda value: False,
         "tokenizer_name_or_path": lambda value: False,
+        "backend": lambda value: value == "torch",
     },
     "pooling": {"include_prompt": lambda value: value is True},
     "normalize": {
@@ -109,21 +112,21 @@ def backbone_folder(directory: Path) -> Path:
 
 
 def read_pipeline(
-    directory: Path, *, any_pooling: bool, any_default: bool
+    directory: Path, *, any_pooling: bool, given: Collection[str]
 ) -> tuple[dict[str, Any], float, float]:
     """What the files say: fields of EncoderSettings, and the most tokens of a query and a passage.
 
     Args:
         any_pooling: the caller decides the pooling and takes the backbone alone; what else the
             files ask for is then left out, with a warning that names it.
-        any_default: the caller gives both prefixes, so a default prompt has no say.
+        given: fields that the caller sets, so that prompts have no say in them.
 
     Raises:
         InputError: a file cannot be read, or asks for what we do not do.
     """
     modules = read_modules(directory)
     unlike = _unlike_ours(directory, modules)
-    settings = _prompts(directory, any_default)
+    settings = _prompts(directory, given)
     folder = backbone_folder(directory)
     path, transformer = _transformer_config(folder)
     unlike += _check_keys(path, transformer, "transformer")
@@ -144,7 +147,7 @@ def read_pipeline(
                          f"last, mean or cls takes the backbone without it")  # fmt: skip
     if unlike:
         warnings.warn(f"--pooling: left out of the model: {'; '.join(unlike)}", stacklevel=2)
-    settings["lower_case"] = transformer.get("do_lower_case") is True
+    settings["lower_case"] = bool(transformer.get("do_lower_case"))
     limit = _length_limit(folder, transformer, bool(modules))
     lengths = (transformer.get(key) or limit for key in ("query_length", "document_length"))
     return settings, *lengths
@@ -200,7 +203,11 @@ def _unlike_ours(directory: Path, modules: list[Module]) -> list[str]:
 
 
 def _check_keys(path: Path, config: dict[str, Any], kind: str) -> list[str]:
-    """Keys that make other vectors than ours would be; of unknown ones a warning tells."""
+    """Keys that make other vectors than ours would be, and unknown ones, which may.
+
+    The library opens no Transformer and no Pooling with an unknown key, and elsewhere ignores it:
+    there a warning tells.
+    """
     unlike, unknown = [], []
     for key, value in config.items():
         if value in (None, {}) or key in FREE_KEYS[kind]:
@@ -214,7 +221,9 @@ def _check_keys(path: Path, config: dict[str, Any], kind: str) -> list[str]:
             harmless = False
         if not harmless:
             unlike.append(f"{path}: {key} {value!r}")
-    if unknown:
+    if unknown and kind in ("transformer", "pooling"):
+        unlike.append(f"{path}: {len(unknown)} unknown keys ({', '.join(unknown)})")
+    elif unknown:
         warnings.warn(f"{path}: not used, for want of knowing what they mean: {len(unknown)} keys "
                       f"({', '.join(unknown)})", stacklevel=4)  # fmt: skip
     return unlike
@@ -249,8 +258,8 @@ def _read_pooling(path: Path) -> tuple[str | None, list[str]]:
 # --- prompts and lengths ---
 
 
-def _prompts(directory: Path, any_default: bool) -> dict[str, Any]:
-    """The prefixes that `encode_query` and `encode_document` of the library put before texts."""
+def _prompts(directory: Path, given: Collection[str]) -> dict[str, Any]:
+    """The prefixes of queries and passages, from the prompts of these names."""
     path = directory / MODEL_FILE
     config = read_json(path)
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
@@ -263,7 +272,14 @@ def _prompts(directory: Path, any_default: bool) -> dict[str, Any]:
     passage = next((name for name in PASSAGE_PROMPTS if name in prompts), None)
     taken = {"query": "query_prefix", passage: "passage_prefix"}
     settings = {field: prompts.get(name) or "" for name, field in taken.items()}
-    if default and prompts[default] and not any(settings.values()) and not any_default:
+    if prompts.get(passage) and passage != "document" and "passage_prefix" not in given:
+        warnings.warn(
+            f"{path}: {prompts[passage]!r} is put before passages, being the prompt {passage!r}; "
+            f"sentence-transformers, which looks for 'document', puts nothing there, and so does "
+            f"--passage_prefix ''", stacklevel=4,
+        )  # fmt: skip
+    decided = {"query_prefix", "passage_prefix"} <= {*given}
+    if default and prompts[default] and not any(settings.values()) and not decided:
         raise InputError(
             f"{path}: the default prompt {default!r} ({prompts[default]!r}) is for neither queries "
             f"nor passages: say with --query_prefix and --passage_prefix what goes before them"
@@ -285,6 +301,9 @@ def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
         value = config.get(key)
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"{path}: {key} must be a number of tokens, got {value!r}")
+    lower = config.get("do_lower_case")
+    if lower is not None and type(lower) is not bool:
+        raise InputError(f"{path}: do_lower_case must be true or false, got {lower!r}")
     return path, config
 
 

@@ -17,14 +17,10 @@ SHAPE = 256, 384, 384
 REPEATS, PATIENCE = 6, 0.1  # times at most, and seconds after which no further one begins
 
 
-def bf16_speed(device: torch.device) -> float:
-    """Seconds of a product in bf16 over those in fp32 on `device`; below 1, bf16 is faster."""
-    return half_speed(torch.bfloat16, device.type)
-
-
 @cache  # so that a process says the same each time
 def half_speed(dtype: torch.dtype, device: str) -> float:
-    """Seconds of a product in `dtype` over those in fp32, casts included as autocast makes them."""
+    """Seconds of a product in `dtype` over those in fp32, casts included as autocast makes them.
+    Below 1, `dtype` is faster."""
     return _seconds(dtype, device) / _seconds(torch.float32, device)
 
 
@@ -43,7 +39,7 @@ class Precision:
         if device.type == "cuda":
             able = torch.cuda.is_bf16_supported(including_emulation=False)
             return cls(able, None if able else "this card has no bf16")
-        ratio = bf16_speed(device)
+        ratio = half_speed(torch.bfloat16, device.type)
         return cls(ratio < 1, f"bf16 products took {ratio:.3g} times fp32's time here")
 
     def __str__(self) -> str:

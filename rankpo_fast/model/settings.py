@@ -5,6 +5,7 @@ Theirs     the four files of sentence-transformers, which modules.py reads
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,14 @@ def has_settings(directory: Path) -> bool:
 
 
 def read_settings(
-    directory: Path, *, any_pooling: bool = False, any_default: bool = False
+    directory: Path, *, any_pooling: bool = False, given: Collection[str] = ()
 ) -> dict[str, Any]:
     """The fields of EncoderSettings as `directory` gives them, or else the paper.
 
     Our own file goes first. Pooling and EOS are left out where no file names them.
 
     Args:
-        any_pooling, any_default: see `read_pipeline`.
+        any_pooling, given: see `read_pipeline`.
 
     Raises:
         InputError: a file cannot be read, or asks for what we do not do.
@@ -55,7 +56,7 @@ def read_settings(
     if (directory / SETTINGS_FILE).is_file():
         return _read_ours(directory / SETTINGS_FILE)
     settings, query_length, passage_length = read_pipeline(
-        directory, any_pooling=any_pooling, any_default=any_default
+        directory, any_pooling=any_pooling, given=given
     )
     settings["max_query_length"] = min(query_length, PAPER_MAX_QUERY_LENGTH)
     settings["max_passage_length"] = min(passage_length, PAPER_MAX_PASSAGE_LENGTH)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.directories import MODEL_FLAG, blaming, find_directory
+from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_no_code, find_directory
 from rankpo_fast.model.modules import backbone_folder, read_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def load_tokenizer(
     flag = tokenizer_flag(config)
     if config.tokenizer_name is not None:
         folder = backbone_folder(find_directory(config.tokenizer_name, flag, weights=False))
+    check_no_code(folder / "tokenizer_config.json", "AutoTokenizer", flag)
     with blaming(f"{flag} {folder}: no tokenizer can be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Positions then start at 0 in every library and for every backbone that loads what we save.
@@ -109,14 +110,22 @@ def lower_cased(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
 
 def says_append_eos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether tokenizer_config.json wants an EOS. transformers 4 obeyed; 5 leaves all to
-    tokenizer.json, which may know nothing of it."""
-    config = read_json(Path(tokenizer.name_or_path) / "tokenizer_config.json")
+    tokenizer.json, which may know nothing of it.
+
+    A BOS that is wanted and not put there is warned of: texts were embedded without it since.
+    """
+    path = Path(tokenizer.name_or_path) / "tokenizer_config.json"
+    config, bos = read_json(path), tokenizer.bos_token_id
+    if config.get("add_bos_token") is True and tokenizer("a")["input_ids"][:1] != [bos]:
+        warnings.warn(f"{path}: add_bos_token is not obeyed by the tokenizer, here as in "
+                      f"transformers 5: texts begin without {tokenizer.bos_token}; tokenizer.json "
+                      f"would have to put it there", stacklevel=4)  # fmt: skip
     return config.get("add_eos_token") is True
 
 
-def append_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
+def append_eos(tokenizer: "PreTrainedTokenizerBase", *, asked: bool) -> None:
     """Let the tokenizer end every text with its EOS, cut ones too; a text that it ends with any
-    token of its own stays as it is."""
+    token of its own stays as it is. Said where the user has not `asked` for it."""
     from tokenizers.processors import Sequence, TemplateProcessing
 
     bare, ids = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
@@ -131,6 +140,10 @@ def append_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
         lacks = "no EOS token" if eos is None else "no tokenizer.json"
         raise InputError(f"--append_eos true: the tokenizer {tokenizer.name_or_path} has {lacks}; "
                          f"--tokenizer_name takes that of another model")  # fmt: skip
+    if not asked:
+        warnings.warn(f"{tokenizer.name_or_path}: texts end with {eos}, as files there ask for "
+                      f"(add_eos_token); transformers 5 and sentence-transformers leave it out, "
+                      f"and so does --append_eos false", stacklevel=3)  # fmt: skip
     backend = tokenizer.backend_tokenizer
     ending = TemplateProcessing(
         single=f"$A {eos}", pair=f"$A $B {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]

@@ -4,6 +4,7 @@ Its head is YAML that the Hugging Face hub reads. A licence stands there only wh
 one.
 """
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     base = run.model.model_name_or_path
-    license = {} if run.model.from_scratch else base_license(encoder.origin)
+    license = {} if run.model.from_scratch else base_license(encoder.origins)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -83,13 +84,17 @@ def model_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def base_license(directory: Path | None) -> dict[str, str]:
-    """License, its name and link, as the card in `directory` has them; {} where there is none."""
+def base_license(directories: Iterable[Path]) -> dict[str, str]:
+    """License, its name and link, of the first card in `directories` that has any; else {}."""
+    return next(filter(None, map(_license, directories)), {})
+
+
+def _license(directory: Path) -> dict[str, str]:
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
-    path = None if directory is None else directory / "README.md"
-    if path is None or not path.is_file():
+    path = directory / "README.md"
+    if not path.is_file():
         return {}
     try:
         head = metadata_load(path) or {}

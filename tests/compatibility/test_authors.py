@@ -8,9 +8,12 @@ import json
 import warnings
 
 import pytest
+import torch
 
 from rankpo_fast.cli import COMMANDS, main
+from rankpo_fast.config import EncoderConfig
 from rankpo_fast.flags import parse
+from rankpo_fast.model.load import load_encoder
 
 OURS = "ours"  # the setting of that name has that value
 NONE = "no effect"  # and it is said why; any other text: what it is said to be read as
@@ -191,6 +194,7 @@ def tiny(tmp_path, tiny_llama_dir):
 
 
 def rows(path, *contents) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in contents))
     return str(path)
 
@@ -219,10 +223,16 @@ def test_both_stages_mining_and_evaluation_run_with_the_scripts_flags(tiny, tmp_
 
 def test_every_checkpoint_is_evaluated(tiny, tmp_path, tiny_llama_dir, capsys):
     models = tmp_path / "models"
-    for name in (".", "checkpoint-3"):
-        (models / name).mkdir()
-        for file in tiny_llama_dir.iterdir():
-            (models / name / file.name).symlink_to(file)
+    encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
+    encoder.save(models)
+    classic = models / "checkpoint-3"  # whose weights lie in a module's folder
+    for file in tiny_llama_dir.iterdir():
+        (classic / "0_Transformer").mkdir(parents=True, exist_ok=True)
+        (classic / "0_Transformer" / file.name).symlink_to(file)
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]
+    (classic / "modules.json").write_text(json.dumps(modules))
+    for step in (1, 2):
+        rows(models / f"checkpoints/step-0000000{step}/manifest.json")
     query = {"query": {"text": QUERY}, "positives": {"text": [POSITIVE], "index": [0]}}
     data = {
         "query_data": rows(tmp_path / "raw.jsonl", query),
@@ -230,10 +240,11 @@ def test_every_checkpoint_is_evaluated(tiny, tmp_path, tiny_llama_dir, capsys):
         "model_name_or_path": str(models), "evaluate_all_checkpoints": "True",
     }  # fmt: skip
     assert main(tiny("evaluate", output_dir=str(tmp_path / "results"), **data)) == 0
+    assert "2 checkpoints of runs below" in capsys.readouterr().err
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("results/**/*.json")}
     assert written == {"results/models/main.json", "results/models/checkpoint-3.json"}
     one_file = ["--output", str(tmp_path / "x.json")]
     assert main([arg for arg in tiny("evaluate", **data)] + one_file) == 2
     assert "--output is one file for the 2 models" in capsys.readouterr().err
     assert main(tiny("evaluate", **data | {"model_name_or_path": str(tmp_path / "none")})) == 2
-    assert "no config.json" in capsys.readouterr().err
+    assert "no model in or below" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """The usual names of flags and commands are read as ours, or answered with ours; YAML as well."""
 
+import ast
 import dataclasses
 import re
 import warnings
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -50,11 +52,15 @@ READ = [
     ("--tokenizer t", "tokenizer_name", "t"),
     ("--query_max_len 32", "max_query_length", 32),
     ("--warmup 0.2", "warmup_ratio", 0.2),
-    ("--warmup_steps 0", "warmup_ratio", 0.1),
+    ("--warmup_steps 0", "warmup_ratio", 0.0),
+    ("--warmup_steps 0 --warmup_ratio 0.2", "warmup_ratio", 0.2),
     ("--max_steps -1", "max_steps", None),
     ("--resume_from_checkpoint True", "resume", "newest"),
     ("--no-cuda", "device", "cpu"),
     ("--sentence_pooling_method last_token", "pooling", "last"),
+    ("--pooling CLS", "pooling", "cls"),
+    ("--pooling Mean", "pooling", "mean"),
+    ("--append_eos_token true", "append_eos", True),
     ("--lr_scheduler_type constant_with_warmup", "lr_scheduler_type", "constant"),
     ("--dropout 0", "disable_dropout", True),
     ("--save_strategy steps", "save_steps", 500),
@@ -68,6 +74,37 @@ def test_other_names_and_values_are_read_as_ours_and_said(flags, setting, value)
     assert values[setting] == value
     name = flags.split()[0].split("=")[0]
     assert said == [] if name == "--query_prefix" else f"{name} " in said[0].replace(":", " ")
+
+
+@pytest.mark.parametrize(
+    "command, flag",
+    [
+        ("contrastive", "--cache_path c"),
+        ("contrastive", "--pad_to_multiple_of 8"),
+        ("contrastive", "--knowledge_distillation False"),
+        ("contrastive", "--kd_loss_type m3_kd_loss"),
+        ("contrastive", "--query_instruction_format {}{}"),
+        ("contrastive", "--same_dataset_within_batch True"),
+        ("contrastive", "--normalize"),
+        ("contrastive", "--lora_target_modules q_proj,v_proj"),
+        ("contrastive", "--dataset_name json"),
+        ("contrastive", "--label_smoothing_factor 0.0"),
+        ("mine", "--use_gpu_for_searching"),
+    ],
+)
+def test_flags_of_other_trainers_that_change_nothing_are_said_to(command, flag):
+    given = TRAIN if command == "contrastive" else {
+        "model_name_or_path": "m", "train_data": "d", "output_file": "o"
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    _, [said] = read(command, *arguments, *flag.split(maxsplit=1))
+    assert said.startswith(flag) and ("not needed" in said or "off here" in said)
+
+
+def test_batches_of_one_file_each_are_refused_for_several():
+    flags = ["--model_name_or_path=m", "--train_data", "a", "b", "--output_dir=o"]
+    with pytest.raises(InputError, match="rows of all files share batches"):
+        read("contrastive", *flags, "--same_dataset_within_batch", "True")
 
 
 def test_aliases_are_said_in_one_line():
@@ -99,6 +136,18 @@ ANSWERED = [
     ("contrastive", "--eval_strategy epoch", "--eval_steps"),
     ("contrastive", "--train_group_size x", "--num_negatives"),
     ("contrastive", "--dropout 0.2", "--disable_dropout"),
+    ("rankpo", "--label_smoothing_factor 0.1", "--label_smoothing of rankpo is the share of wrong"),
+    ("contrastive", "--label_smoothing_factor 0.1", "smooths labels of classes"),
+    ("contrastive", "--knowledge_distillation True", "scores of a teacher are not learned"),
+    ("contrastive", "--normalize False", "vectors always have length 1"),
+    ("contrastive", "--lora --lora_target_modules q_proj", "LoRA is not offered"),
+    ("contrastive", "--dataset_name other/data", "--dataset_name are one setting"),
+    (
+        "contrastive",
+        "--query_instruction A --query_instruction_format=<{}>{}",
+        "give the whole of it, --query_prefix '<A>'",
+    ),
+    ("contrastive", "--query_instruction A --query_instruction_format={}{}!", "nothing behind"),
     ("rankpo", "--gamma 1", "use --gamma_beta_ratio"),
     ("rankpo", "--train_group_size 8", "unknown flag --train_group_size"),
     ("contrastive", "--gamma 1", "unknown flag --gamma"),
@@ -178,3 +227,26 @@ def test_every_flag_of_transformers_training_arguments_has_a_fate():
     fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     known = fates.RULES.keys() | names._OURS.keys() | FLAGS["contrastive"]
     assert fields <= known | PENDING
+
+
+TRAINERS = {
+    "FlagEmbedding/abc/finetune/embedder/AbsArguments.py": "flagembedding",
+    "FlagEmbedding/finetune/embedder/decoder_only/base/arguments.py": "flagembedding",
+    "tevatron/arguments.py": "tevatron",
+}
+
+
+@pytest.mark.parametrize("file", TRAINERS)
+def test_every_flag_of_other_embedding_trainers_has_a_fate(file):
+    """Read from their source: importing it would import all they need."""
+    try:
+        path = distribution(TRAINERS[file]).locate_file(file)
+    except PackageNotFoundError:
+        pytest.skip(f"{TRAINERS[file]} is not installed")
+    fields = {
+        node.target.id
+        for cls in ast.parse(path.read_text()).body if isinstance(cls, ast.ClassDef)
+        for node in cls.body if isinstance(node, ast.AnnAssign)
+    }  # fmt: skip
+    hints = {name for others in names.HINTS for name in others.split()}
+    assert fields and fields - fates.RULES.keys() - names._OURS.keys() - ALL - hints == set()

@@ -28,18 +28,23 @@ def states(model):
         return model(input_ids=IDS).last_hidden_state
 
 
-@pytest.fixture(params=["backbone", "head"])
+@pytest.fixture(params=["backbone", "head", "head-of-a-task"])
 def written(request, tiny_llama_dir, tmp_path):
     """An adapter as peft writes it, of the backbone or of the model with a head around it, and the
     states [1, 5, D] that it gives."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    kind = AutoModel if request.param == "backbone" else AutoModelForCausalLM
+    task, kind = {
+        "backbone": (None, AutoModel),
+        "head": (None, AutoModelForCausalLM),
+        "head-of-a-task": ("CAUSAL_LM", AutoModelForCausalLM),
+    }[request.param]
     torch.manual_seed(1)
-    model = peft.get_peft_model(kind.from_pretrained(tiny_llama_dir), lora()).eval()
+    adapted = lora(task_type=task)
+    model = peft.get_peft_model(kind.from_pretrained(tiny_llama_dir), adapted).eval()
     model.save_pretrained(tmp_path / "adapter")
     inner = model.base_model.model
-    return tmp_path / "adapter", states(inner if request.param == "backbone" else inner.model)
+    return tmp_path / "adapter", states(inner if kind is AutoModel else inner.model)
 
 
 def load(directory, **settings):

@@ -376,6 +376,26 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(bert_copy
     refused(bert_copy, "--tokenizer_name", "321", "320", tokenizer_name=name)
 
 
+@pytest.mark.parametrize(
+    ("file", "kind", "written"),
+    [
+        ("config.json", "AutoModel", "own.Bidirectional"),
+        ("config.json", "AutoModel", "somebody/else--own.Bidirectional"),
+        ("tokenizer_config.json", "AutoTokenizer", [None, "own.FastTokenizer"]),
+    ],
+)
+def test_a_models_own_code_is_refused_by_its_class(llama_copy, file, kind, written):
+    """The type is known to transformers, which would compute something else in silence."""
+    path = llama_copy / file
+    content = json.loads(path.read_text())
+    write_json(path, content | {"auto_map": {"AutoModelForCausalLM": "own.Head"}})
+    load(llama_copy)  # a head, which no vector comes from
+    write_json(path, content | {"auto_map": {"AutoModelForCausalLM": "own.Head", kind: written}})
+    named = written if isinstance(written, str) else written[1]
+    refused(llama_copy, f"--model_name_or_path {path}", named, kind, "without auto_map")
+    refused(llama_copy, named, from_scratch=True)
+
+
 def test_an_encoder_decoder_is_refused(llama_copy):
     write_json(llama_copy / "config.json", {"model_type": "t5", "is_encoder_decoder": True})
     refused(llama_copy, "--model_name_or_path", "encoder-decoder")

@@ -240,17 +240,25 @@ def test_a_key_that_changes_vectors_is_refused_by_name(make, file, change):
     refused(directory, f"{file}: {next(iter(change))}")
 
 
-@pytest.mark.parametrize(
-    ("file", "change"),
-    [
-        ("sentence_bert_config.json", {"new": 1, "newer": {"a": 2}}),
-        ("1_Pooling/config.json", {"new": 1, "newer": {"a": 2}}),
-        (OPTIONS, {"new": 1, "newer": {"a": 2}}),
-    ],
-)
-def test_keys_of_the_future_are_warned_of_by_name_and_number(make, file, change):
+FUTURE = {"new": 1, "newer": {"a": 2}}
+
+
+@pytest.mark.parametrize("file", ["sentence_bert_config.json", "1_Pooling/config.json"])
+def test_keys_of_the_future_are_refused_as_the_library_does(make, file):
     directory = make()
-    edit(directory / file, **change)
+    edit(directory / file, **FUTURE)
+    with pytest.raises(TypeError):
+        theirs(directory)
+    refused(directory, f"{file}: 2 unknown keys (new, newer)", "--pooling")
+    with pytest.warns(UserWarning, match="left out of the model: .* unknown keys"):
+        load(directory, pooling="mean")
+
+
+@pytest.mark.parametrize("file", [OPTIONS, "2_Normalize/config.json"])
+def test_keys_of_the_future_that_the_library_ignores_are_warned_of(make, file):
+    directory = make(base_modules.Normalize())
+    edit(directory / file, **FUTURE)
+    theirs(directory)
     with pytest.warns(UserWarning, match=rf"{file}: .* 2 keys \(new, newer\)"):
         load(directory)
 
@@ -287,13 +295,33 @@ def test_prompts_of_other_tasks_are_counted(make):
         assert load(directory).settings.query_prefix == "Find: "
 
 
+@pytest.mark.parametrize("name", ["passage", "corpus"])
+def test_a_passage_prompt_that_the_library_overlooks_is_taken_and_said(make, recwarn, name):
+    directory = make()
+    edit(directory / OPTIONS, prompts={"query": "Find: ", name: "Text: "})
+    said = f"'Text: ' is put before passages, being the prompt '{name}'; .*--passage_prefix ''"
+    with pytest.warns(UserWarning, match=said):
+        assert load(directory).settings.passage_prefix == "Text: "
+    recwarn.clear()
+    torch.testing.assert_close(
+        ours(directory, passage_prefix=""), theirs(directory), rtol=0, atol=1e-5
+    )
+    assert not [w for w in recwarn if "before passages" in str(w.message)]
+
+
 def test_a_pooling_nobody_names_is_said_to_be_a_guess(tiny_llama_dir, make, recwarn):
     with pytest.warns(UserWarning, match="no file there names the pooling; .*last.*--pooling"):
         load(tiny_llama_dir)
     recwarn.clear()
     load(tiny_llama_dir, pooling="last")
-    load(make())
-    assert not [w for w in recwarn if "names the pooling" in str(w.message)]
+    directory = make(pooling="cls")
+    load(directory)
+    assert not [w for w in recwarn if "--pooling" in str(w.message)]
+    (directory / "modules.json").unlink()
+    said = "1_Pooling/config.json is not read, since no modules.json names it; .*mean"
+    with pytest.warns(UserWarning, match=said):
+        vectors = ours(directory)
+    torch.testing.assert_close(vectors, theirs(directory), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +332,8 @@ def test_a_pooling_nobody_names_is_said_to_be_a_guess(tiny_llama_dir, make, recw
         ("modules.json", '"x"'),
         ("sentence_bert_config.json", "{"),
         ("sentence_bert_config.json", '{"max_seq_length": "x"}'),
+        ("sentence_bert_config.json", '{"do_lower_case": 1}'),
+        ("sentence_bert_config.json", '{"do_lower_case": "true"}'),
         ("1_Pooling/config.json", "[]"),
         ("1_Pooling/config.json", b"\xff\xfe"),
         (OPTIONS, '{"prompts": ["a"]}'),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -212,7 +213,11 @@ def test_texts_end_with_eos_where_flag_or_directory_say_so(
     library = pytest.importorskip("sentence_transformers")
     base = bare_tokenizer(tiny_llama_dir, tmp_path / "base", **says)
     config = EncoderConfig(str(base), append_eos=flag, max_query_length=8, max_passage_length=8)
-    encoder = load_encoder(config, device=CPU)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        encoder = load_encoder(config, device=CPU)
+    untold = [w for w in said if "--append_eos false" in str(w.message)]
+    assert len(untold) == (appends and flag is None)
     table = encoder.tokenize_queries(TEXTS)
     assert table.truncated > 0 and max(table.lengths) == 8
     eos = encoder.tokenizer.eos_token_id
@@ -227,6 +232,16 @@ def test_texts_end_with_eos_where_flag_or_directory_say_so(
         "input_ids", "attention_mask")), strict=True)]  # fmt: skip
     assert torch.equal(torch.cat(theirs).int(), table.ids)
     assert_equal([model.encode(TEXTS)], vectors(again)[:1])
+
+
+def test_a_bos_that_the_tokenizer_does_not_put_is_named(tiny_llama_dir, tmp_path, recwarn):
+    base = bare_tokenizer(tiny_llama_dir, tmp_path / "base", add_bos_token=True)
+    load_encoder(EncoderConfig(str(base)), device=CPU)
+    assert not [w for w in recwarn if "add_bos_token" in str(w.message)]
+    path = base / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    with pytest.warns(UserWarning, match="add_bos_token is not obeyed .* begin without <s>"):
+        load_encoder(EncoderConfig(str(base)), device=CPU)
 
 
 def test_eos_is_appended_once_and_not_after_another_end(tiny_llama_dir, tiny_bert_dir, tmp_path):

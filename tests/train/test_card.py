@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from torch import nn
+from transformers import AutoModel
 
-from rankpo_fast.config import TrainingConfig
+from rankpo_fast.config import EncoderConfig, TrainingConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.card import base_license
 from rankpo_fast.train.optim import adamw
 
@@ -59,7 +62,28 @@ def test_the_card_has_base_licence_data_figures_and_versions(
 def test_a_licence_is_taken_from_the_card_of_the_base_and_not_invented(tmp_path, text, license):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert base_license(tmp_path) == license
+    assert base_license([tmp_path / "none", tmp_path]) == license
+
+
+@pytest.mark.parametrize("layout", ["classic", "adapter", "adapter-of-classic"])
+def test_the_licence_is_found_wherever_the_base_has_its_card(layout, tiny_llama_dir, tmp_path):
+    """At the root, above the folder of the weights; or with the base that an adapter names."""
+    root = tmp_path / "root"
+    folder = root / "0_Transformer" if "classic" in layout else root
+    shutil.copytree(tiny_llama_dir, folder)
+    if folder != root:
+        modules = [{"type": "sentence_transformers.models.Transformer", "path": folder.name}]
+        (root / "modules.json").write_text(json.dumps(modules))
+    (root / "README.md").write_text(HEAD.format("apache-2.0"))
+    if "adapter" in layout:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        model = peft.get_peft_model(AutoModel.from_pretrained(folder), lora)
+        model.peft_config["default"].base_model_name_or_path = str(root)
+        root = tmp_path / "adapter"
+        model.save_pretrained(root)  # with a card that names no licence
+    encoder = load_encoder(EncoderConfig(str(root)), device=torch.device("cpu"))
+    assert base_license(encoder.origins)["license"] == "apache-2.0"
 
 
 def test_a_model_with_nothing_to_train_is_refused():

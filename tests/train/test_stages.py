@@ -157,6 +157,8 @@ def test_weighted_files_are_said(tiny_llama_dir, run_stage, contrastive_file, ca
     flags = {"train_data": [contrastive_file] * 2, "train_data_weights": [1, 0.5], "max_steps": 1}
     run_stage("contrastive", tiny_llama_dir, "out", **flags)
     assert "(24 x 0.5)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="one number for each of the 2 files of --train_data"):
+        run_stage("contrastive", tiny_llama_dir, "other", **flags | {"train_data_weights": [1]})
 
 
 @pytest.mark.parametrize(
