@@ -8,7 +8,6 @@ On N cards: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value
 evaluate and to encode.
 """
 
-import dataclasses
 import os
 import sys
 import warnings
@@ -104,11 +103,12 @@ def _meant(name: str, known: list[str]) -> str:
 
 def _data_files(settings: Sequence[Any]) -> list[Path]:
     """The files of texts that a command was given, those of directories too."""
+    from rankpo_fast.data.retrieval import text_files
+
     values = [getattr(config, name, None) for config in settings for name in DATA]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     paths = [Path(name) for name in dict.fromkeys(names) if name is not None]
-    files = [path for path in paths if path.is_file()]
-    return [*files, *(file for path in paths for file in sorted(path.glob("*.jsonl*")))]
+    return [file for path in paths for file in (text_files(path) if path.is_dir() else [path])]
 
 
 def _fail(error: object, code: int) -> int:
@@ -170,45 +170,11 @@ def _encode(
 def _mine(
     model: configs.EncoderConfig, config: configs.MineConfig, compute: configs.ComputeConfig
 ) -> None:
-    from rankpo_fast.data.rows import read_contrastive, read_texts, write_jsonl
-    from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.retrieval.mining import Limits, mine_hard_negatives
-    from rankpo_fast.train.texts import check_lengths
+    from rankpo_fast.commands.mine import run_mining
 
-    device = compute.torch_device()
     _check_cache(compute)
     check_output("--output_file", config.output_file, model, config)
-    rows = read_contrastive(config.train_data)
-    if config.corpus_data is not None:
-        read = read_texts(config.corpus_data, "text", keep_empty=True)
-        corpus = [text for text in read if text]
-        if not corpus:
-            raise InputError(f"{config.corpus_data}: all its texts are empty")
-        if len(corpus) < len(read):
-            empty = f"{len(read) - len(corpus):,} empty texts are no negatives: left out"
-            warnings.warn(f"{config.corpus_data}: {empty}", stacklevel=2)
-    else:
-        corpus = [text for row in rows for text in (*row.positives, *row.negatives)]
-    encoder = load_encoder(model, device=device)
-    check_lengths(encoder)
-    mined = mine_hard_negatives(
-        encoder,
-        rows,
-        corpus,
-        search_range=config.ranks,
-        num_negatives=config.num_negatives,
-        method=config.method,
-        limits=Limits(config.max_score, config.absolute_margin, config.relative_margin),
-        seed=config.seed,
-        keep=config.combine,
-        max_tokens=compute.max_tokens_per_micro_batch,
-        cache_dir=compute.cache_path,
-        progress=True,
-    )
-    write_jsonl(config.output_file, map(dataclasses.asdict, mined.rows))
-    negatives = sum(len(row.negatives) for row in mined.rows)
-    print(mined.summary())
-    print(f"{len(mined.rows):,} rows with {negatives:,} negatives in {config.output_file}")
+    run_mining(model, config, compute)
 
 
 def _check_cache(compute: configs.ComputeConfig) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from rankpo_fast.errors import InputError
+from rankpo_fast.paths import same_file
 
 if TYPE_CHECKING:
     import torch
@@ -465,7 +466,8 @@ class EvaluateOutputConfig:
 
     def __post_init__(self) -> None:
         _check_names(self, "output", "output_run")
-        if self.output is not None and self.output == self.output_run:
+        both = self.output is not None and self.output_run is not None
+        if both and same_file(self.output, self.output_run):
             raise InputError(f"--output and --output_run are both {self.output}: give two names")
 
 

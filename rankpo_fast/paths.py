@@ -100,6 +100,8 @@ def same_file(path: str | Path, other: str | Path) -> bool:
         return os.path.samefile(path, other)
     except OSError:  # one of them is not there
         return Path(path).resolve() == Path(other).resolve()
+    except ValueError:  # a name that no file can have: with a NUL byte, say
+        return False
 
 
 def lies_in(path: str | Path, directory: str | Path) -> bool:

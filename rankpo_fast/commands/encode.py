@@ -1,8 +1,11 @@
 """`rankpo-fast encode`: the texts of a file as vectors, in a .npy file."""
 
 import dataclasses
+import warnings
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rankpo_fast.config import ComputeConfig, EncodeConfig, EncoderConfig
 from rankpo_fast.data.files import whole_file
@@ -17,7 +20,8 @@ def run_encoding(model: EncoderConfig, config: EncodeConfig, compute: ComputeCon
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
-            texts = read_texts(config.input, config.text_key)
+            read = read_texts(config.input, config.text_key)
+            texts = [text for text in read if text]
             if config.max_length is not None:
                 model = dataclasses.replace(
                     model, **{f"max_{config.role}_length": config.max_length}
@@ -32,10 +36,22 @@ def run_encoding(model: EncoderConfig, config: EncodeConfig, compute: ComputeCon
         )  # fmt: skip
         if ranks.first:
             with whole_file(config.output) as temporary, temporary.open("wb") as file:
-                np.save(file, vectors.numpy())
-            count, dims = vectors.shape
+                np.save(file, _in_rows(vectors, read).numpy())
             print(
-                f"{count:,} vectors of {dims} dims in {config.output}; {table.truncated:,} texts "
-                f"truncated"
+                f"{len(read):,} vectors of {encoder.dim} dims in {config.output}; "
+                f"{table.truncated:,} texts truncated"
             )
+            if empty := len(read) - len(texts):
+                warnings.warn(
+                    f"{config.input}: {empty:,} empty texts have a vector of zeros", stacklevel=2
+                )
         ranks.meet()
+
+
+def _in_rows(vectors: Tensor, texts: list[str]) -> Tensor:
+    """[rows, D] of the vectors of texts that are not empty; the others have zeros."""
+    if len(vectors) == len(texts):
+        return vectors
+    rows = vectors.new_zeros(len(texts), vectors.shape[1])
+    rows[torch.tensor([bool(text) for text in texts])] = vectors
+    return rows

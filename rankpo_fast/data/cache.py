@@ -16,6 +16,7 @@ from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.files import save_tensors, tensor_bytes, whole_file
 from rankpo_fast.paths import check_writable, reason
 
+FORMAT = 2  # of the files and their checksums: those of another are neither read nor written over
 Tensors = dict[str, Tensor]
 
 
@@ -33,7 +34,7 @@ def cached(
     """
     try:
         key = find_key()  # which may need room on the disk itself
-        path = Path(directory) / f"{kind}-{key[:32]}.safetensors"
+        path = Path(directory) / f"{kind}-v{FORMAT}-{key[:32]}.safetensors"
         tensors = _read(path, key)
     except OSError as error:
         _say_once(str(directory), reason(error))

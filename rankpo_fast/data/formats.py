@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankpo_fast.data.jsonl import shown, text, text_at, texts_at, value
+from rankpo_fast.data.jsonl import no_object, shown, text, text_at, texts_at, value
 from rankpo_fast.errors import InputError
 
 QUERIES = ("query", "anchor")
@@ -27,19 +27,21 @@ NUMBERED = re.compile(r"negative_[0-9]+")
 TEXT_OR_LIST = re.compile(r"positive|negative|negative_[0-9]+")
 PAIRS = ("passage1", "chosen")
 
+# What means something in one of the formats and is not used in any: key -> why.
 _PROMPT = "--query_prefix puts one before every query"
-_SCORES = "there is no distillation from scores"
+NO_DISTILLATION = "there is no distillation from scores"
 _LABELS = "a positive is one, whatever its score"
-UNUSED = {  # format, by the key that tells it -> a key with a meaning there -> why it is not used
-    "pos": {
-        "prompt": _PROMPT, "instruction": _PROMPT, "pos_scores": _SCORES, "neg_scores": _SCORES,
-        "type": "rows of all types are batched alike",
-    },
-    "positive": dict.fromkeys(("label", "labels", "score", "scores", "margin"), _LABELS),
-    "chosen": dict.fromkeys(
-        ("margin", "score_chosen", "score_rejected"), "all pairs count alike"
-    ),
+UNUSED = {
+    "prompt": _PROMPT, "instruction": _PROMPT, "type": "rows of all types are batched alike",
+    **dict.fromkeys(("pos_scores", "neg_scores", "teacher_scores"), NO_DISTILLATION),
+    **dict.fromkeys(("label", "labels", "score", "scores", "margin"), _LABELS),
+    "confidence_score": "it weighs pairs of stage 2, not rows of stage 1",
 }  # fmt: skip
+UNUSED_OF_PAIRS = {
+    "prompt": _PROMPT, "instruction": _PROMPT,
+    **dict.fromkeys(("margin", "score_chosen", "score_rejected"), "all pairs count alike"),
+}  # fmt: skip
+LIKE_NEGATIVES = re.compile(r"(hard_?)?neg(s|atives?)?(_?[0-9]+|_.*)?", re.IGNORECASE)
 ELSEWHERE = {  # what a row has instead of passages -> what would work
     "positive_document_ids": "put the texts of those documents under positive_passages",
     "set": "which of its texts are queries is not said: write query and positives",
@@ -67,8 +69,15 @@ class ContrastiveKeys:
         if len(lists) + bool(numbered) > 1:
             _refuse_both(*lists, *numbered, where=where)
         negatives = (*lists, *sorted(numbered, key=lambda key: int(key.rpartition("_")[2])))
-        unused = UNUSED.get(positives, {})
-        return cls(query, positives, negatives, {k: unused[k] for k in unused if k in row})
+        return cls(query, positives, negatives, _unused(row, negatives))
+
+
+def _unused(row: dict, negatives: tuple[str, ...]) -> dict[str, str]:
+    """Keys of the row that would mean something, and why they do not here."""
+    unused = {key: UNUSED[key] for key in row if key in UNUSED}
+    others = [k for k in row if LIKE_NEGATIVES.fullmatch(k) and k not in negatives]
+    names = " or ".join(map(shown, negatives or (*NEGATIVES, "negative_1")))
+    return dict.fromkeys(others, f"negatives are read from {names}") | unused
 
 
 def contrastive_texts(
@@ -83,7 +92,7 @@ def contrastive_texts(
     if not positives:
         raise InputError(f"{where}: no positives: the list is empty")
     if keys.positives == "positive":
-        _check_labels(row, where)
+        _check_labels(row, len(positives), where)
     # Ours come without negatives only in the nested shape, of rows that are still to be mined.
     if not keys.negatives and keys.positives == "positives" and not nested:
         value(row, ("negatives", "neg"), where, hint=", which may be an empty list")
@@ -97,11 +106,12 @@ def _texts(row: dict, key: str, where: str) -> tuple[str, ...]:
     return texts_at(row, key, where)
 
 
-def _check_labels(row: dict, where: str) -> None:
-    """Pairs labelled 0 are no pairs: their "positive" is a negative."""
+def _check_labels(row: dict, positives: int, where: str) -> None:
+    """Pairs labelled 0 are no pairs: their "positive" is a negative. Of a list of labels those of
+    the positives come first."""
     for key in ("label", "labels"):
         given = row.get(key)
-        if any(label == 0 for label in (given if isinstance(given, list) else [given])):
+        if any(label == 0 for label in (given[:positives] if isinstance(given, list) else [given])):
             raise InputError(
                 f'{where}: "{key}" is {shown(given)}, so "positive" is none: put it under '
                 f'"negative" of a row that has one, or leave "{key}" out if it means nothing'
@@ -110,6 +120,8 @@ def _check_labels(row: dict, where: str) -> None:
 
 def row_of_list(row: list, where: str) -> dict:
     """[anchor, positive] or [anchor, positive, negative] under those keys."""
+    if any(isinstance(item, dict) for item in row):
+        raise no_object(row, where)
     if len(row) not in (2, 3):
         raise InputError(
             f"{where}: a row must be an object, got a list: {shown(row)} (one of 2 or 3 texts "
@@ -137,6 +149,18 @@ def preference_texts(row: dict, where: str) -> tuple[str, str, str]:
             f'{where}: "preferred" must be a capital "A" or "B", got {shown(preferred)}{hint}'
         )
     return (query, first, second) if preferred == "A" else (query, second, first)
+
+
+def passage_scores(row: dict, keys: ContrastiveKeys) -> dict[str, list]:
+    """The scores that passages of a row have, by the name of their key."""
+    scores = {}
+    for key in (keys.positives, *keys.negatives):
+        if isinstance(row[key], list):
+            found = [
+                item["score"] for item in row[key] if isinstance(item, dict) and "score" in item
+            ]
+            scores[f"{key}[].score"] = [score for score in found if score is not None]
+    return scores
 
 
 class UnusedKeys:

@@ -4,6 +4,7 @@ import codecs
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,34 @@ def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield (where, object) for every line that is not blank; each must be one JSON object."""
     for where, row in values(path):
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a row must be an object, got {kind_of(row)}")
+            raise no_object(row, where)
         yield where, row
+
+
+def no_object(row: Any, where: str) -> InputError:
+    """Says what a row is instead."""
+    if isinstance(row, list) and any(isinstance(item, dict) for item in row):
+        return InputError(
+            f"{where}: a list of {len(row):,} rows: write one object a line (jq -c '.[]' does)"
+        )
+    return InputError(f"{where}: a row must be an object, got {kind_of(row)}")
 
 
 def find_texts(paths: Iterable[str | Path], texts: Collection[str]) -> dict[str, str]:
     """{text: where} of those that stand in a row, its title and text joined or any value in it.
 
     For messages about a text after all rows were read, so that rows need not carry their lines.
+    What cannot be read is passed over, since the message matters more than the place.
     """
     wanted, places = set(texts), {}
     for path in paths:
-        for where, row in values(path):
-            if not wanted:
-                return places
-            for text in wanted.intersection(_texts_in(row)):
-                places[text] = where
-                wanted.remove(text)
+        with suppress(InputError, OSError):
+            for where, row in values(path):
+                if not wanted:
+                    return places
+                for text in wanted.intersection(_texts_in(row)):
+                    places[text] = where
+                    wanted.remove(text)
     return places
 
 
@@ -89,8 +101,10 @@ def _texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts_in(item)
-        if isinstance(value, dict) and isinstance(value.get("title"), str) and "text" in value:
-            yield f"{value['title']} {value['text']}".strip()
+        if isinstance(value, dict):
+            title, body = value.get("title"), value.get("text")
+            if isinstance(title, str) and isinstance(body, str):
+                yield _with_title(title, body)
 
 
 def value(
@@ -157,13 +171,24 @@ def passage(name: str, value: Any, where: str) -> str:
 
 
 def titled_text(row: dict, where: str, parent: str = "") -> str:
-    """Title and text of a document, one space between, as BEIR joins them; may be empty.
+    """Title and text of a document; may be blank.
 
     The title may be absent or null, the text may not.
     """
-    title = expect(str, f"{parent}title", row.get("title") or "", where)
-    body = expect(str, *value(row, ("text",), where, parent), where)
-    return f"{title} {body}".strip()
+    title = row.get("title")
+    title = "" if title is None else expect(str, f"{parent}title", title, where)
+    return _with_title(title, expect(str, *value(row, ("text",), where, parent), where))
+
+
+def _with_title(title: str, body: str) -> str:
+    """As BEIR joins them; without a title nothing is changed, as spaces decide tokens."""
+    return f"{title} {body}".strip() if title.strip() else body
+
+
+def document_text(row: dict, where: str) -> str:
+    """Title and text of a row of a corpus; "" where that is nothing but whitespace."""
+    both = titled_text(row, where)
+    return text("text", both, where) if both.strip() else ""
 
 
 def kind_of(value: Any) -> str:

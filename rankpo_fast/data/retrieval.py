@@ -5,7 +5,8 @@
 or a BEIR directory:
     queries.jsonl   {"_id": str, "text": str}, those of every split
     corpus.jsonl    {"_id": str, "title": str, "text": str}
-    qrels/*.tsv     query-id, corpus-id, grade, a file a split; TREC's four columns will do too
+    qrels/*.tsv     query-id, corpus-id, grade, a file a split, or columns named so by a header;
+                    TREC's four, query-id, 0 or Q0, corpus-id, grade, will do too
 
 BEIR's conventions hold: a document with the query's own id is left out of its ranking, and a
 relevant document that is not in the corpus is missed by every ranking. What is skipped is counted.
@@ -16,10 +17,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rankpo_fast.data.jsonl import expect, lines, objects, shown, text, text_at, titled_text, value
+from rankpo_fast.data.jsonl import (
+    document_text,
+    expect,
+    lines,
+    objects,
+    shown,
+    text,
+    text_at,
+    value,
+)
 from rankpo_fast.errors import InputError
 
-QUERY_ID_HEADERS = ("query-id", "query", "qid")  # how the header of a qrels file may begin
+# How the header of a qrels file may name its columns, in any order; _ is as good as -.
+COLUMNS = {
+    "query-id": ("query-id", "query", "qid", "topic", "topic-id"),
+    "corpus-id": ("corpus-id", "doc-id", "docid", "document-id", "pid", "passage-id", "docno"),
+    "score": ("score", "relevance", "rel", "grade", "label"),
+}
+BEIR_COLUMNS, TREC_COLUMNS = (0, 1, 2), (0, 2, 3)
 COMPRESSED = ("", ".gz", ".zst")
 HIGHEST_GRADE = 1000  # pytrec_eval's memory grows with it
 
@@ -87,19 +103,13 @@ def read_retrieval(
     if split is not None or keep_same_id:
         flag = "--keep_same_id" if split is None else "--split"
         raise InputError(f"{flag} needs a BEIR directory, but --query_data {query_data} is none")
-    corpus = [_document(row, where) for where, row in objects(corpus_data)]
+    corpus = [document_text(row, where) for where, row in objects(corpus_data)]
     _check_corpus(corpus_data, corpus)
     queries, grades = [], []
     for where, row in objects(query_data):
         queries.append(text_at(row, "query", where))
         grades.append(dict.fromkeys(_corpus_rows(row, len(corpus), where), 1))
     return RetrievalSet(queries, corpus, grades)
-
-
-def _document(row: dict, where: str) -> str:
-    """Title and text; may be empty."""
-    both = titled_text(row, where)
-    return text("text", both, where) if both else ""
 
 
 def _corpus_rows(row: dict, corpus_size: int, where: str) -> list[int]:
@@ -131,9 +141,9 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
     splits = _splits(directory / "qrels")
     split = _chosen_split(directory / "qrels", list(splits), split)
     qrels = _read_qrels(splits[split])
-    texts = _read_queries(_file(directory, "queries.jsonl"), qrels)
-    corpus_file = _file(directory, "corpus.jsonl")
-    corpus = {key: _document(row, where) for key, where, row in _rows_with_ids(corpus_file)}
+    corpus_file, query_file = text_files(directory)
+    texts = _read_queries(query_file, qrels)
+    corpus = {key: document_text(row, where) for key, where, row in _rows_with_ids(corpus_file)}
     _check_corpus(corpus_file, list(corpus.values()))
 
     relevant = {
@@ -176,7 +186,8 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
 
 def _splits(directory: Path) -> dict[str, Path]:
     """The qrels file of each split, by name."""
-    files = [path for suffix in COMPRESSED for path in directory.glob(f"*.tsv{suffix}")]
+    # Not those that begin with a dot, which macOS leaves beside its files.
+    files = [path for suffix in COMPRESSED for path in directory.glob(f"[!.]*.tsv{suffix}")]
     if not files:
         raise InputError(f"{directory}: no .tsv file, but a BEIR directory has qrels/test.tsv")
     return {path.name.partition(".tsv")[0]: path for path in sorted(files, reverse=True)}
@@ -197,17 +208,12 @@ def _chosen_split(directory: Path, splits: list[str], split: str | None) -> str:
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """{query id: {document id: grade}}, in file order."""
     qrels: dict[str, dict[str, int]] = {}
-    changed = 0
+    changed, header = 0, None
     for number, (where, line) in enumerate(lines(path)):
-        judged = _judgement(line)
-        if judged is None:
-            if number == 0 and _is_qrels_header(line):
-                continue
-            raise InputError(
-                f"{where}: must be query-id, corpus-id and an integer score, with tabs between, "
-                f"or TREC's query-id, 0, corpus-id and score, got {shown(line)}"
-            )
-        query, document, grade = judged
+        if number == 0 and _is_header(line):
+            header = _columns(line, where)
+            continue
+        query, document, grade = _judgement(line, header, where)
         if grade > HIGHEST_GRADE:
             raise InputError(f"{where}: grades go up to {HIGHEST_GRADE:,}, got {grade}")
         changed += qrels.setdefault(query, {}).setdefault(document, grade) != grade
@@ -217,25 +223,60 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _judgement(line: str) -> tuple[str, str, int] | None:
-    """Query, document and grade of a line; None if it is none."""
+def _is_header(line: str) -> bool:
+    """Whether it names columns rather than holding data, which has a grade."""
+    names = _names(line)
+    return not {*names}.isdisjoint(COLUMNS["query-id"]) and not any(map(_is_number, names))
+
+
+def _columns(header: str, where: str) -> tuple[int, ...]:
+    """Where query, document and grade stand by the names of a header; three may have any names
+    that do not say another order."""
+    names = _names(header)
+    found = [
+        next((place for place, name in enumerate(names) if name in known), None)
+        for known in COLUMNS.values()
+    ]
+    if None not in found:
+        return tuple(found)
+    in_order = all(place in (None, usual) for usual, place in enumerate(found))
+    if len(names) == len(COLUMNS) and in_order:
+        return BEIR_COLUMNS
+    raise InputError(
+        f"{where}: a header must name query-id, corpus-id and score, got {shown(header)}"
+    )
+
+
+def _names(header: str) -> list[str]:
+    """Of columns, which tabs tell apart."""
+    return header.lower().replace("_", "-").split("\t") if "\t" in header else []
+
+
+def _judgement(line: str, columns: tuple[int, ...] | None, where: str) -> tuple[str, str, int]:
+    """Query, document and grade of a line, in the columns of a header if there is one."""
     fields = line.split("\t") if "\t" in line else line.split()
-    if len(fields) == 4 and (fields[1] == "Q0" or fields[1].isdigit()):
-        del fields[1]
-    elif len(fields) != 3 or "\t" not in line:
-        return None
+    wanted = "query-id, corpus-id and an integer score, with tabs between"
+    if columns is None:
+        wanted += ", or TREC's query-id, 0 or Q0, corpus-id and score"
+        if len(fields) == 4 and fields[1] in ("0", "Q0"):
+            columns = TREC_COLUMNS
+        elif len(fields) == 3 and "\t" in line:
+            columns = BEIR_COLUMNS
+    elif "\t" not in line or len(fields) <= max(columns):
+        columns = None
+    if columns is not None:
+        query, document, grade = (fields[column] for column in columns)
+        if _is_number(grade) and float(grade).is_integer():  # some write 1.0
+            return query, document, int(float(grade))
+    raise InputError(f"{where}: must be {wanted}, got {shown(line)}")
+
+
+def _is_number(field: str) -> bool:
     try:
-        grade = float(fields[2])  # some write 1.0
+        float(field)
     except ValueError:
-        return None
-    return (*fields[:2], int(grade)) if grade.is_integer() else None
-
-
-def _is_qrels_header(line: str) -> bool:
-    """Whether it names columns, as query-id, corpus-id and score, rather than holding data."""
-    fields = line.lower().split("\t")
-    names_query = fields[0].replace("_", "-") in QUERY_ID_HEADERS
-    return names_query and not any(character.isdigit() for character in fields[-1])
+        return False
+    return True
 
 
 def _read_queries(path: Path, wanted: dict[str, dict[str, int]]) -> dict[str, str]:
@@ -250,11 +291,16 @@ def _rows_with_ids(path: Path) -> Iterable[tuple[str, str, dict]]:
     for where, row in objects(path):
         name, key = value(row, ("_id",), where)
         if type(key) is not int:
-            expect(str, name, key, where)
+            text(name, key, where)
         if str(key) in known:
             raise InputError(f'{where}: "_id" {shown(key)} stands in an earlier line too')
         known.add(str(key))
         yield str(key), where, row
+
+
+def text_files(directory: Path) -> list[Path]:
+    """Those of a BEIR directory that texts are read from."""
+    return [_file(directory, name) for name in ("corpus.jsonl", "queries.jsonl")]
 
 
 def _file(directory: Path, name: str) -> Path:

@@ -10,28 +10,22 @@ may be there and are left alone. Blank lines and a byte order mark are skipped.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.formats import (
-    UNUSED,
+    NO_DISTILLATION,
+    UNUSED_OF_PAIRS,
     ContrastiveKeys,
     UnusedKeys,
     contrastive_texts,
+    passage_scores,
     preference_texts,
     row_of_list,
 )
-from rankpo_fast.data.jsonl import (
-    kind_of,
-    objects,
-    shown,
-    text,
-    text_at,
-    titled_text,
-    value,
-    values,
-)
+from rankpo_fast.data.jsonl import document_text, no_object, objects, shown, text_at, value, values
 from rankpo_fast.data.sources import place
 from rankpo_fast.errors import InputError
 
@@ -63,13 +57,15 @@ def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[Contrasti
         if isinstance(row, list):
             row = row_of_list(row, where)
         elif not isinstance(row, dict):
-            raise InputError(f"{where}: a row must be an object, got {kind_of(row)}")
+            raise no_object(row, where)
         names = tuple(row)
         keys = formats.get(names)
         if keys is None:
             keys = formats[names] = ContrastiveKeys.of(row, where)
         rows.append(ContrastiveRow(*contrastive_texts(row, keys, where)))
         unused.add(row, keys.unused)
+        scores = passage_scores(row, keys)
+        unused.add(scores, dict.fromkeys(scores, NO_DISTILLATION))
     unused.warn(_named(paths))
     return rows
 
@@ -81,17 +77,19 @@ def read_preferences(
 
     Args:
         use_confidence: whether a pair weighs `confidence_score` / 100, or 1, which is said of those
-            that have one; None: 1, and there is no choice.
+            that have one; None: 1, as in an evaluation, which is said too.
     """
     rows, unused = [], UnusedKeys()
-    unweighted = {"confidence_score": "--use_confidence weights pairs by it"}
+    meant = dict(UNUSED_OF_PAIRS)
+    if not use_confidence:
+        choice = "all pairs count alike in an evaluation"
+        meant["confidence_score"] = (
+            choice if use_confidence is None else "--use_confidence weights pairs by it"
+        )
     for where, row in _all(objects, paths):
         texts = preference_texts(row, where)
         rows.append(PreferenceRow(*texts, _confidence(row, where) if use_confidence else 1.0))
-        if "chosen" in row:
-            unused.add(row, UNUSED["chosen"])
-        if use_confidence is False:
-            unused.add(row, unweighted)
+        unused.add(row, meant if "query" in row else {k: meant[k] for k in meant if k != "prompt"})
     unused.warn(_named(paths))
     return rows
 
@@ -105,18 +103,16 @@ def _confidence(row: dict, where: str) -> float:
     return score / 100
 
 
-def read_texts(path: str | Path, key: str, *, keep_empty: bool = False) -> list[str]:
-    """Read the text under `key` of every row of one file; "text" with the row's title before it.
+def read_texts(path: str | Path, key: str) -> list[str]:
+    """Read the text under `key` of every row of one file.
 
-    Raises InputError, also for an empty text unless `keep_empty`.
+    Of "text" a row's title goes before it, and documents without either are "", not all of them.
+    Raises InputError.
     """
-    texts = []
-    for where, row in objects(path):
-        if key == "text" and (keep_empty or "title" in row):
-            found = titled_text(row, where)
-            texts.append(found if keep_empty and not found else text(key, found, where))
-        else:
-            texts.append(text_at(row, key, where))
+    read = document_text if key == "text" else partial(text_at, key=key)
+    texts = [read(row, where=where) for where, row in objects(path)]
+    if not any(texts):
+        raise InputError(f"{place(path)}: all its texts are empty")
     return texts
 
 

@@ -1,7 +1,7 @@
 """What a data path names -> its lines, or the rows of its table.
 
 rows.jsonl, .jsonl.gz, .jsonl.zst   known by their first bytes, whatever they are called
--                                   standard input, read once and kept
+-, or a pipe, as of <(...)          standard input, or what is no regular file: read once and kept
 rows.parquet                        read with the extra "data"
 owner/name[:config][:split]         a data set of the hub, likewise; its split is train unless named
 """
@@ -13,10 +13,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +26,9 @@ from rankpo_fast.errors import InputError
 
 STANDARD_INPUT = "-"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin, and no line of JSON
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 FILE_NAME = re.compile(r".*\.(jsonl?|gz|zst|parquet|csv|tsv|txt)", re.IGNORECASE)
+ZSTD_WINDOW = 31  # log2 of the bytes looked back on: the most there is, what zstd --long=31 writes
 ROWS_AT_ONCE = 1000  # of a table
 
 
@@ -38,7 +41,11 @@ def is_table(path: str | Path) -> bool:
     """Whether it holds columns rather than lines: a parquet file, or a data set of the hub."""
     name = str(path)
     hub = HUB_NAME.fullmatch(name) and not FILE_NAME.fullmatch(name) and not os.path.lexists(name)
-    return name.endswith(".parquet") or bool(hub)
+    return _is_parquet(path) or bool(hub)
+
+
+def _is_parquet(path: str | Path) -> bool:
+    return str(path).lower().endswith(".parquet")
 
 
 # --- lines ---
@@ -47,12 +54,10 @@ def is_table(path: str | Path) -> bool:
 def byte_lines(path: str | Path) -> Iterator[bytes]:
     """The lines of a file, unpacked. InputError if it cannot be read, or is damaged."""
     try:
-        name = _standard_input().name if str(path) == STANDARD_INPUT else path
+        name = _kept(str(path)).name if _is_stream(path) else path
         file = open(name, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a name that no file can have: with a NUL byte, say
-        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
+        raise InputError(f"{place(path)}: cannot be read: {error.strerror}") from None
     with file:
         unpacked, damage = _unpacked(file, place(path))
         try:
@@ -68,7 +73,8 @@ def _unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception
         return gzip.open(file), (EOFError, gzip.BadGzipFile, zlib.error)
     if first.startswith(ZSTD):
         zstd = _zstd(name)
-        return zstd.open(file), (EOFError, zstd.ZstdError)
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW}
+        return zstd.open(file, options=options), (EOFError, zstd.ZstdError)
     return file, ()
 
 
@@ -86,17 +92,28 @@ def _zstd(name: str) -> Any:
     return zstd
 
 
+def _is_stream(path: str | Path) -> bool:
+    """Whether reading it uses it up: standard input, a pipe, a device."""
+    if str(path) == STANDARD_INPUT:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a name that no file can have: with a NUL byte, say
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
 @functools.cache
-def _standard_input() -> "tempfile._TemporaryFileWrapper[bytes]":
-    """All of it in a file that goes with the process, since data is read more than once."""
+def _kept(path: str) -> "tempfile._TemporaryFileWrapper[bytes]":
+    """All of a stream in a file that goes with the process, since data is read more than once."""
+    name = f"{path} (standard input)" if path == STANDARD_INPUT else f"{path} (no regular file)"
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(
-            "- (standard input) cannot be read by several processes: give the name of a file"
-        )
-    if sys.stdin is None:
-        raise InputError("- (standard input) is closed: give the name of a file")
+        raise InputError(f"{name} cannot be read by several processes: give the name of a file")
+    if path == STANDARD_INPUT and sys.stdin is None:
+        raise InputError(f"{name} is closed: give the name of a file")
     kept = tempfile.NamedTemporaryFile()  # noqa: SIM115 - deleted when the process ends
-    shutil.copyfileobj(sys.stdin.buffer, kept)
+    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as stream:
+        shutil.copyfileobj(stream, kept)
     kept.flush()
     return kept
 
@@ -107,7 +124,7 @@ def _standard_input() -> "tempfile._TemporaryFileWrapper[bytes]":
 def table_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("path:row", row); rows count from 1, and a column without a value there is None."""
     number = 0
-    for columns in _parquet(path) if str(path).endswith(".parquet") else _hub(str(path)):
+    for columns in _parquet(path) if _is_parquet(path) else _hub(str(path)):
         for values in zip(*columns.values(), strict=True):
             number += 1
             yield f"{path}:row {number}", dict(zip(columns, values, strict=True))

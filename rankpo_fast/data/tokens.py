@@ -76,6 +76,14 @@ def joined(*tables: TokenTable) -> tuple[TokenTable, list[Tensor]]:
     return TokenTable(ids, offsets, sum(table.truncated for table in tables)), rows
 
 
+def first_of_each(rows: dict[str, int]) -> list[str]:
+    """Of texts and their rows in a joined table the first text of each row."""
+    texts: dict[int, str] = {}
+    for text, row in rows.items():
+        texts.setdefault(row, text)
+    return [texts[row] for row in range(len(texts))]
+
+
 def tokenize(
     texts: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",

@@ -41,7 +41,7 @@ def encode_texts(
 
     Raises:
         InputError: a text alone has more than max_tokens tokens.
-        NotFiniteVectors: a vector holds NaN or inf; on all ranks.
+        NotFiniteVectors: a vector, or its length, is NaN or inf; on all ranks.
     """
     shares = _shares(encoder.plan(table.lengths, max_tokens), table.lengths, ranks.size)
     text_ids = [_joined(share) for share in shares]
@@ -54,8 +54,8 @@ def encode_texts(
     with shown(progress, len(own), "text") as advance:
         for batch in shares[ranks.rank]:
             made = _encode(encoder, table, batch)
-            norms.append(made.norm(dim=1))
-            vectors[rows[place : place + len(batch)]] = made.cpu()
+            norms.append(made.norm(dim=1))  # before it is divided by: inf would leave zeros
+            vectors[rows[place : place + len(batch)]] = F.normalize(made, dim=1).cpu()
             place += len(batch)
             advance(len(batch))
     encoder.train(training)
@@ -71,9 +71,10 @@ def encode_texts(
 
 
 def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor) -> Tensor:
-    """Vectors [S, D] of a micro-batch; in two halves where memory does not suffice for it."""
+    """Vectors [S, D] of a micro-batch, not normalised; in two halves where memory does not suffice
+    for it."""
     try:
-        return F.normalize(encoder(pack(table, text_ids)), dim=1)
+        return encoder(pack(table, text_ids))
     except torch.OutOfMemoryError:
         if len(text_ids) == 1:
             raise

@@ -1,6 +1,7 @@
 """The two axes of RankPO: how well an encoder retrieves, and how well it ranks as preferred.
 
-Every distinct text has one vector, whatever number of documents and pairs it stands in.
+Every distinct text has one vector, whatever number of documents and pairs it stands in. What is
+the same text is decided by token ids, as the encoder gets them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rankpo_fast.data.retrieval import RetrievalSet
 from rankpo_fast.data.rows import PreferenceRow
-from rankpo_fast.data.tokens import TokenTable
+from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.metrics import alignment, retrieval_metrics
@@ -72,27 +73,32 @@ def measure(
     ranks: Ranks = ALONE,
 ) -> Measured:
     """`evaluate`, and what it saw."""
-    queries, passages = evaluation_texts(retrieval, preferences)
+    query_texts, passage_texts = evaluation_texts(retrieval, preferences)
+    queries = _Distinct.of(query_texts, encoder.tokenize_queries(query_texts, cache_dir))
+    passages = _Distinct.of(passage_texts, encoder.tokenize_passages(passage_texts, cache_dir))
 
-    def encode(table: TokenTable, texts: list[str], kind: str) -> Tensor:
+    def encode(distinct: _Distinct, kind: str) -> Tensor:
         label = f"encoding {kind}" if progress and ranks.first else None
         return encode_texts(
-            encoder, table, max_tokens=max_tokens, progress=label, texts=texts, ranks=ranks
-        )
+            encoder, distinct.table, max_tokens=max_tokens, progress=label, texts=distinct.texts,
+            ranks=ranks,
+        )  # fmt: skip
 
-    query_vectors = encode(encoder.tokenize_queries(queries, cache_dir), queries, "queries")
-    passage_vectors = encode(encoder.tokenize_passages(passages, cache_dir), passages, "passages")
+    query_vectors, passage_vectors = encode(queries, "queries"), encode(passages, "passages")
     if not ranks.first:
         return Measured()
-    query_rows, passage_rows = _row_of(queries), _row_of(passages)
     figures: dict[str, float] = {}
     rankings, ties = [], 0
     if retrieval is not None:
-        distinct = len(set(retrieval.corpus) - {""})  # which come first among the passages
+        text_of = [passages.row_of.get(text) for text in retrieval.corpus]
+        # The texts of the corpus come first among the passages.
+        searched = passage_vectors[
+            : 1 + max((row for row in text_of if row is not None), default=-1)
+        ]
         rankings = rank_documents(
-            query_vectors[_rows(query_rows, retrieval.queries)].to(encoder.device),
-            passage_vectors[:distinct],
-            [passage_rows.get(text) for text in retrieval.corpus],
+            query_vectors[queries.rows(retrieval.queries)].to(encoder.device),
+            searched,
+            text_of,
             retrieval.own,
             max(cutoffs),
         )
@@ -100,9 +106,9 @@ def measure(
         figures |= retrieval_metrics(documents, retrieval.grades, cutoffs, legacy=legacy)
     if preferences:
         rows = torch.stack([
-            _rows(query_rows, [row.query for row in preferences]),
-            _rows(passage_rows, [row.chosen for row in preferences]),
-            _rows(passage_rows, [row.rejected for row in preferences]),
+            queries.rows([row.query for row in preferences]),
+            passages.rows([row.chosen for row in preferences]),
+            passages.rows([row.rejected for row in preferences]),
         ])  # fmt: skip
         parts = rows.split(PAIRS_AT_ONCE, dim=1)
         margins = torch.cat([_margins(query_vectors, passage_vectors, *part) for part in parts])
@@ -115,9 +121,9 @@ def measure(
 def evaluation_texts(
     retrieval: RetrievalSet | None, preferences: Sequence[PreferenceRow]
 ) -> tuple[list[str], list[str]]:
-    """The distinct queries and passages that `evaluate` encodes, in order of appearance.
+    """The queries and passages that `evaluate` encodes, in order of appearance.
 
-    Empty documents are none of them.
+    They are distinct as strings; empty documents are none of them.
     """
     queries = [] if retrieval is None else list(retrieval.queries)
     passages = [] if retrieval is None else [text for text in retrieval.corpus if text]
@@ -135,10 +141,21 @@ def _margins(
     return (queries[query] * better).sum(dim=1)
 
 
-def _row_of(distinct: Sequence[str]) -> dict[str, int]:
-    return {text: number for number, text in enumerate(distinct)}
+@dataclass(frozen=True, eq=False)
+class _Distinct:
+    """n texts that differ as tokens."""
 
+    table: TokenTable  # [n]
+    texts: list[str]  # [n] the first of each
+    row_of: dict[str, int]  # text -> its row in the table
 
-def _rows(row_of: dict[str, int], texts: Sequence[str]) -> Tensor:
-    """The row [len(texts)] of each text among the distinct ones."""
-    return torch.tensor([row_of[text] for text in texts], dtype=torch.int64)
+    @classmethod
+    def of(cls, texts: Sequence[str], tokens: TokenTable) -> "_Distinct":
+        """Of texts that differ as strings, and their tokens."""
+        table, [rows] = joined(tokens)
+        row_of = dict(zip(texts, rows.tolist(), strict=True))
+        return cls(table, first_of_each(row_of), row_of)
+
+    def rows(self, texts: Sequence[str]) -> Tensor:
+        """The row [len(texts)] of each text."""
+        return torch.tensor([self.row_of[text] for text in texts], dtype=torch.int64)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.jsonl import shown
 from rankpo_fast.data.rows import ContrastiveRow
-from rankpo_fast.data.tokens import TokenTable, joined
+from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.retrieval.encode import encode_texts
@@ -96,7 +97,8 @@ def mine_hard_negatives(
     Candidates of a row are the passages at ranks search_range[0] to search_range[1] - 1 for its
     query, less those that are a positive of this query in any row, or the query itself, and those
     that `limits` drop. Texts with equal token ids are the same text. Where fewer are left than
-    asked, the row gets those, and a warning counts such rows.
+    asked, the row gets those, and a warning counts such rows. Another counts positives that are
+    none of the corpus texts.
 
     Args:
         method: "topk" takes the best ranked candidates, "sample" draws them without repeats.
@@ -112,10 +114,11 @@ def mine_hard_negatives(
     assert method in ("topk", "sample"), method
     first, last = search_range
     texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
+    _check_positives(texts, rows)
 
     def encode(table: TokenTable, kind: str, ids: dict[str, int]) -> Tensor:
         label = f"encoding {kind}" if progress else None
-        names = _first_of_each(ids)
+        names = first_of_each(ids)
         return encode_texts(encoder, table, max_tokens=max_tokens, progress=label, texts=names)
 
     queries = encode(texts.queries, "queries", texts.query_of)
@@ -196,7 +199,7 @@ class _Texts:
         )
         query_of = dict(zip(of_queries, query_ids.tolist(), strict=True))
         passage_of = dict(zip([*of_corpus, *others], torch.cat(ids).tolist(), strict=True))
-        corpus_texts = _first_of_each({text: passage_of[text] for text in of_corpus})
+        corpus_texts = first_of_each({text: passage_of[text] for text in of_corpus})
         positives: list[set[int]] = [set() for _ in range(len(queries))]
         for row in rows:
             positives[query_of[row.query]].update(passage_of[text] for text in row.positives)
@@ -207,14 +210,6 @@ class _Texts:
         return cls(
             queries, passages, last + 1, corpus_texts, query_of, passage_of, positives, known,
         )  # fmt: skip
-
-
-def _first_of_each(ids: dict[str, int]) -> list[str]:
-    """The first text of each id."""
-    texts: dict[int, str] = {}
-    for text, id in ids.items():
-        texts.setdefault(id, text)
-    return [texts[id] for id in range(len(texts))]
 
 
 def _left(
@@ -229,6 +224,19 @@ def _left(
         dropped[rule] = int((left & drop).sum())
         left &= ~drop
     return left, dropped
+
+
+def _check_positives(texts: _Texts, rows: Sequence[ContrastiveRow]) -> None:
+    """Say how many positives are not searched: what they mean may be, with a title, say."""
+    positives = dict.fromkeys(text for row in rows for text in row.positives)
+    absent = [text for text in positives if texts.passage_of[text] >= len(texts.corpus)]
+    if absent:
+        warnings.warn(
+            f"{len(absent):,} of {len(positives):,} positives are none of the passages searched "
+            f"(the first: {shown(absent[0])}): where one stands there in other words, with its "
+            f"title for instance, it may be mined as a negative of its own query",
+            stacklevel=3,
+        )
 
 
 def _check_counts(counts: Sequence[int], num_negatives: int, searched: str) -> None:

@@ -55,6 +55,19 @@ def test_damaged_file_is_made_anew_with_a_warning(damage, tmp_path):
     assert len(made) == 2
 
 
+def test_file_of_another_format_is_passed_over_in_silence(tmp_path, monkeypatch):
+    """As after an update, or of an older program that shares the directory."""
+    keep(tmp_path)
+    monkeypatch.setattr("rankpo_fast.data.cache.FORMAT", -1)
+    monkeypatch.setattr("rankpo_fast.data.cache._content_hash", lambda *_: "0" * 64)
+    made = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keep(tmp_path, made)
+        keep(tmp_path, made)
+    assert len(made) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_directory_that_cannot_be_made_is_done_without_and_said_once():
     """/proc takes no files, not even root's."""
     with pytest.warns(

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 
+from rankpo_fast.data.formats import UNUSED
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow, read_contrastive, read_preferences
 from rankpo_fast.errors import InputError
 
@@ -114,6 +115,16 @@ REFUSED = [
     pytest.param({"query_id": "1", "positive_document_ids": ["2"]}, "positive_passages", id="ids"),
     pytest.param({"set": ["a", "b"]}, "write query and positives", id="set"),
     pytest.param(["q"], "one of 2 or 3 texts would do", id="short-list"),
+    pytest.param(
+        [{"anchor": "q", "positive": "p"}, {"anchor": "r", "positive": "p"}],
+        "a list of 2 rows: write one object a line",
+        id="array-of-rows",
+    ),
+    pytest.param(
+        {"anchor": "q", "positive": "p", "negative": "n", "labels": [0, 1]},
+        '"labels" is [0, 1]',
+        id="negative-first",
+    ),
 ]
 
 
@@ -150,6 +161,16 @@ def test_unclear_pair_is_refused(jsonl, row, message):
     assert message in fault_of(read_preferences, jsonl(row))
 
 
+def test_labels_of_negatives_are_no_fault(jsonl):
+    row = {"anchor": "q", "positive": "p", "negative": "n", "labels": [1, 0]}
+    assert read_contrastive(jsonl(row)) == [ContrastiveRow("q", ("p",), ("n",))]
+
+
+def test_an_array_of_pairs_is_told_to_be_lines(jsonl):
+    row = {"query": "q", "chosen": "c", "rejected": "r"}
+    assert "write one object a line" in fault_of(read_preferences, jsonl([row, row, row]))
+
+
 @pytest.mark.parametrize(
     ("row", "key"),
     [
@@ -166,9 +187,32 @@ def test_meaning_that_is_not_used_is_said_once_with_its_count(jsonl, row, key):
     assert f'"{key}" of 2 rows is not used' in said and "rows.jsonl" in said
 
 
-def test_the_same_key_means_nothing_in_a_row_of_ours(jsonl):
-    row = {"query": "q", "positives": ["p"], "negatives": [], "type": "x", "prompt": "y"}
-    assert not said_of(read_contrastive, jsonl(row))
+@pytest.mark.parametrize("positives", ["positives", "pos", "positive", "positive_passages"])
+def test_a_meaning_is_said_however_the_positives_are_spelled(jsonl, positives):
+    value = {"positive": "p", "positive_passages": [{"text": "p"}]}.get(positives, ["p"])
+    keys = [*UNUSED, "hard_negatives", "negative1", "neg_hard"]
+    row = {"query": "q", positives: value, "neg": []}
+    said = said_of(read_contrastive, jsonl(row | dict.fromkeys(keys, 1)))
+    assert sorted(f'"{key}" of 1 rows' in " ".join(said) for key in keys) == [True] * len(said)
+    assert "--query_prefix" in next(message for message in said if '"prompt"' in message)
+    assert 'negatives are read from "neg"' in next(m for m in said if '"hard_negatives"' in m)
+
+
+def test_negatives_under_another_name_alone_are_said(jsonl):
+    [said] = said_of(read_contrastive, jsonl({"anchor": "q", "positive": "p", "negative1": "n"}))
+    assert '"negative1" of 1 rows is not used: negatives are read from "negatives" or' in said
+
+
+def test_keys_without_a_meaning_are_left_alone(jsonl):
+    row = {"query": "q", "positives": ["p"], "negatives": [], "_id": "7", "negotiable": "x"}
+    assert not said_of(read_contrastive, jsonl(row | {"source": "y", "prompt": None}))
+
+
+def test_scores_of_passages_are_said(jsonl):
+    passages = [{"docid": "1", "text": "n", "score": 0.5}, {"docid": "2", "text": "m"}]
+    row = {"query": "q", "positive_passages": [{"text": "p"}], "negative_passages": passages}
+    [said] = said_of(read_contrastive, jsonl(row, row))
+    assert '"negative_passages[].score" of 2 rows is not used: there is no dist' in said
 
 
 def test_margins_of_pairs_and_unasked_confidence_are_said(jsonl):
@@ -177,4 +221,11 @@ def test_margins_of_pairs_and_unasked_confidence_are_said(jsonl):
     path = jsonl(row | {"confidence_score": 80})
     assert "--use_confidence" in said_of(read_preferences, path, use_confidence=False)[0]
     assert not said_of(read_preferences, path, use_confidence=True)
-    assert not said_of(read_preferences, path)  # there is no such flag in an evaluation
+    [said] = said_of(read_preferences, path)
+    assert '"confidence_score" of 1 rows is not used: all pairs count alike in an eval' in said
+
+
+def test_an_instruction_beside_the_query_of_a_pair_is_said(jsonl):
+    row = {"query": "q", "passage1": "c", "passage2": "r", "preferred": "A", "prompt": "Find: "}
+    [said] = said_of(read_preferences, jsonl(row))
+    assert '"prompt" of 1 rows is not used: --query_prefix' in said

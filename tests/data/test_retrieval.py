@@ -39,7 +39,7 @@ def test_positives_are_corpus_rows(tmp_path):
     queries = jsonl(tmp_path / "queries.jsonl", row)
     read = read_retrieval(queries, jsonl(tmp_path / "corpus.jsonl", *rows))
     assert (read.queries, read.grades) == (["a job"], [{2: 1, 0: 1}])
-    assert read.corpus == ["plain", "Titled body", "two"]
+    assert read.corpus == ["plain", "Titled body", "two "]
     assert read.own is read.query_ids is read.document_ids is None
 
 
@@ -154,6 +154,13 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(beir):
         pytest.param(["q1 0 d1 1", "q3 Q0 d2 2"], "", id="trec"),
         pytest.param(["q1\t0\td1\t1", "q3\t0\td2\t2"], "", id="trec-with-tabs"),
         pytest.param(["q1\td1\t1", "q1\td2\t-1", "q3\td2\t2"], "", id="negative-is-not-relevant"),
+        pytest.param(
+            ["q1\td1\t1\t3", "q3\td2\t2\t0"], "query-id\tcorpus-id\tscore\trank", id="a-rank-too"
+        ),
+        pytest.param(
+            ["q1\t7\td1\t1", "q3\tQ0\td2\t2"], "qid\titer\tdocno\trel", id="trec-by-its-header"
+        ),
+        pytest.param(["1\td1\tq1", "2\td2\tq3"], "score\tdoc_id\tquery_id", id="other-order"),
     ],
 )
 def test_qrels_as_they_are_found_give_the_same_grades(beir, lines, header):
@@ -183,13 +190,33 @@ def test_a_pair_judged_twice_has_its_last_grade(beir):
         pytest.param("q1\td1\t0.5", "integer score", id="half-a-grade"),
         pytest.param("q1\td1\tnan", "integer score", id="nan"),
         pytest.param("q1\td1\t1e9", "up to 1,000", id="a-grade-that-takes-memory"),
-        pytest.param("q1\td1\td2\t1", "TREC's", id="four-columns-that-are-not-trecs"),
+        pytest.param("q1\td1\tx\t1", "integer score", id="four-columns-under-a-header-of-three"),
+        pytest.param("q1\td1", "tabs between", id="two-columns"),
     ],
 )
 def test_beir_fault_names_the_qrels_line(beir, line, message):
     path = qrels(beir, "q1\td1\t1", line)
     fault = fault_of(read_retrieval, beir)
     assert fault.startswith(f"{path}:3: ") and message in fault
+
+
+@pytest.mark.parametrize("lines", [["q1\t10\t1\t3"], ["q1\t0\td1\t1", "q1\td1\td2\t1"]])
+def test_four_columns_are_trecs_if_the_second_is_0_or_q0_in_every_line(beir, lines):
+    path = qrels(beir, *lines, header="")
+    fault = fault_of(read_retrieval, beir)
+    assert fault.startswith(f"{path}:{len(lines)}: ") and "TREC's query-id, 0 or Q0" in fault
+
+
+@pytest.mark.parametrize("header", ["query-id\tscore\tx", "query-id\tcorpus-id\tx\trank"])
+def test_header_that_leaves_a_column_unclear_is_refused(beir, header):
+    path = qrels(beir, "q1\td1\t1\t1", header=header)
+    fault = fault_of(read_retrieval, beir)
+    assert fault.startswith(f"{path}:1: a header must name") and "score" in fault
+
+
+def test_hidden_files_are_no_splits(beir):
+    (beir / "qrels" / "._test.tsv").write_bytes(b"\x00\x05\x16\x07")
+    assert read_retrieval(beir).splits == ("test",)
 
 
 @pytest.mark.parametrize("line", ["q1\td1\tx", "query-id\td1\t1.5", "query-id corpus-id score"])
@@ -242,6 +269,12 @@ def test_where_nothing_is_left_to_measure_it_is_refused(beir, lines, message):
 def test_an_id_that_stands_twice_is_refused(beir):
     jsonl(beir / "queries.jsonl", {"_id": 1, "text": "a"}, {"_id": "1", "text": "b"})
     assert f"{beir / 'queries.jsonl'}:2: " in fault_of(read_retrieval, beir)
+
+
+def test_an_id_that_no_file_can_hold_is_refused(beir):
+    jsonl(beir / "corpus.jsonl", {"_id": "d1", "text": "a"}, {"_id": "d\ud800", "text": "b"})
+    fault = fault_of(read_retrieval, beir)
+    assert fault.startswith(f'{beir / "corpus.jsonl"}:2: "_id" holds half a surrogate pair')
 
 
 def test_an_empty_document_is_kept_and_counted_and_an_empty_query_refused(beir):

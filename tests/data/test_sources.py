@@ -1,14 +1,18 @@
 """Compressed files, standard input, tables and hub names give the rows a plain file would."""
 
 import gzip
+import hashlib
 import io
 import json
+import os
 import sys
+import threading
 
 import pytest
 
 from rankpo_fast.data import sources
 from rankpo_fast.data.jsonl import find_texts, objects
+from rankpo_fast.data.retrieval import read_retrieval
 from rankpo_fast.data.rows import read_contrastive, read_texts
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
@@ -29,6 +33,12 @@ def compressed(kind, content=PLAIN):
     return gzip.compress(content) if kind == "gz" else zstd().compress(content)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """Of streams that went by the same names."""
+    sources._kept.cache_clear()
+
+
 @pytest.fixture
 def standard_input(monkeypatch):
     """A function that puts bytes there, to be read once."""
@@ -36,9 +46,7 @@ def standard_input(monkeypatch):
     def put(content):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
-    sources._standard_input.cache_clear()
-    yield put
-    sources._standard_input.cache_clear()
+    return put
 
 
 def fault_of(read, *args):
@@ -70,6 +78,14 @@ def test_fault_in_a_compressed_file_has_its_line(tmp_path):
     assert fault_of(read_contrastive, path).startswith(f"{path}:4: malformed JSON")
 
 
+def test_zst_of_a_large_window_is_read(tmp_path):
+    parameter = zstd().CompressionParameter
+    options = {parameter.window_log: 30, parameter.content_size_flag: 0}
+    packer = zstd().ZstdCompressor(options=options)
+    (tmp_path / "rows.zst").write_bytes(packer.compress(PLAIN) + packer.flush())
+    assert len(read_contrastive(tmp_path / "rows.zst")) == len(ROWS)
+
+
 def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     path = tmp_path / "rows.zst"
     path.write_bytes(compressed("zst"))
@@ -85,10 +101,39 @@ def test_standard_input_is_read_once_and_serves_every_reading(standard_input):
     assert find_texts(["-"], ["p1"]) == {"p1": "standard input:2"}
 
 
-def test_standard_input_of_several_processes_is_refused(standard_input, monkeypatch):
+@pytest.fixture
+def pipe(tmp_path):
+    """A FIFO into which PLAIN is written once."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=[PLAIN], daemon=True).start()
+    return path
+
+
+def test_a_pipe_is_read_once_and_serves_every_reading(pipe, tmp_path):
+    plain = tmp_path / "plain.jsonl"
+    plain.write_bytes(PLAIN)
+    assert read_contrastive(pipe) == read_contrastive(plain)
+    assert digest(pipe) == digest(plain)  # so that --resume knows other data
+    assert find_texts([pipe], ["p1"]) == {"p1": f"{pipe}:2"}
+
+
+def test_process_substitution_is_a_pipe(tmp_path):
+    source, target = os.pipe()
+    os.write(target, gzip.compress(PLAIN))
+    os.close(target)
+    assert len(read_contrastive(f"/dev/fd/{source}")) == len(ROWS)
+    assert digest(f"/dev/fd/{source}") == hashlib.sha256(PLAIN).hexdigest()
+    os.close(source)
+
+
+def test_streams_of_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    standard_input(PLAIN)
-    assert "give the name of a file" in fault_of(read_contrastive, "-")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for name, kind in (("-", "standard input"), (pipe, "no regular file")):
+        message = f"{name} ({kind}) cannot be read by several processes: give the name of a file"
+        assert fault_of(read_contrastive, name) == message
 
 
 # --- tables ---
@@ -114,6 +159,11 @@ def test_parquet_rows_are_those_of_a_file(parquet, monkeypatch):
     assert [row.query for row in read_contrastive([path])] == ["q0", "q1", "q2"]
     first = digest(path)
     assert digest(parquet(ROWS)) == first != digest(parquet(ROWS[:2]))
+
+
+def test_parquet_in_capitals_is_parquet(parquet):
+    path = parquet(ROWS)
+    assert len(read_contrastive(path.rename(path.with_suffix(".PARQUET")))) == len(ROWS)
 
 
 def test_null_in_a_table_is_named_by_row_and_column(parquet):
@@ -167,8 +217,9 @@ def test_table_without_datasets_says_what_to_install(tmp_path, monkeypatch):
         assert "rankpo-fast[data]" in fault_of(read_contrastive, name)
 
 
-def test_missing_file_with_a_directory_is_no_hub_name():
-    assert fault_of(read_contrastive, "data/rows.jsonl").startswith("data/rows.jsonl: cannot be")
+@pytest.mark.parametrize("name", ["data/rows.jsonl", "./rows", "../rows"])
+def test_missing_file_with_a_directory_is_no_hub_name(name):
+    assert fault_of(read_contrastive, name) == f"{name}: cannot be read: No such file or directory"
 
 
 # --- where a text stands ---
@@ -193,8 +244,40 @@ def test_title_is_joined_to_the_text_of_a_document_alone(tmp_path, key):
     assert read_texts(path, key) == ["Title body" if key == "text" else "body"]
 
 
-def test_empty_document_is_refused_unless_it_is_to_be_kept(tmp_path):
+DOCUMENTS = [
+    pytest.param({"text": "b "}, "b ", id="spaces-decide-tokens"),
+    pytest.param({"title": "", "text": "\nb"}, "\nb", id="empty-title"),
+    pytest.param({"title": " ", "text": " b"}, " b", id="blank-title"),
+    pytest.param({"title": None, "text": " b"}, " b", id="null-title"),
+    pytest.param({"title": "A", "text": "b\n"}, "A b", id="joined-as-in-beir"),
+    pytest.param({"title": "A ", "text": ""}, "A", id="title-only"),
+    pytest.param({"title": "", "text": " \t"}, "", id="nothing"),
+]
+
+
+@pytest.mark.parametrize("row, expected", DOCUMENTS)
+def test_every_reader_has_one_text_for_a_document(tmp_path, row, expected):
+    """`encode` and `mine --corpus_data`; `evaluate` with a corpus; a passage of a row; messages."""
+    path, queries = tmp_path / "rows.jsonl", tmp_path / "queries.jsonl"
+    path.write_text(json.dumps(row) + "\n" + '{"text": "other"}\n')
+    queries.write_text('{"query": "q", "positives": {"index": [1]}}\n')
+    assert read_texts(path, "text") == read_retrieval(queries, path).corpus == [expected, "other"]
+    queries.write_text(json.dumps({"query": "q", "positive_passages": [row]}) + "\n")
+    if expected:
+        assert read_contrastive(queries)[0].positives == (expected,)
+        assert find_texts([queries], [expected]) == {expected: f"{queries}:1"}
+    else:
+        assert "is blank" in fault_of(read_contrastive, queries)
+
+
+@pytest.mark.parametrize("title", [0, False, []])
+def test_title_that_is_no_text_is_named_by_line(tmp_path, title):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"title": "", "text": ""}\n{"title": null, "text": "b"}\n')
-    assert read_texts(path, "text", keep_empty=True) == ["", "b"]
-    assert fault_of(read_texts, path, "text").startswith(f'{path}:1: "text" is empty')
+    path.write_text(json.dumps({"title": title, "text": "b"}))
+    assert fault_of(read_texts, path, "text").startswith(f'{path}:1: "title" must be a string')
+
+
+def test_texts_that_are_all_empty_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ""}\n{"text": " "}\n')
+    assert fault_of(read_texts, path, "text") == f"{path}: all its texts are empty"

@@ -153,6 +153,29 @@ def test_ties_are_counted_beside_the_alignment(encoder):
     assert measured.ties == 1 and measured.figures["alignment"] <= 0.5
 
 
+def test_texts_that_are_equal_as_tokens_are_encoded_once_and_tie(uncased_llama_dir, monkeypatch):
+    """Whatever the micro-batches: rounding decides nothing between a text and its twin."""
+    encoder = load_encoder(EncoderConfig(str(uncased_llama_dir)), device=torch.device("cpu"))
+    encoded = []
+
+    def counting(encoder, table, **settings):
+        encoded.append((len(table), settings["texts"]))
+        return encode_texts(encoder, table, **settings)
+
+    monkeypatch.setattr(module, "encode_texts", counting)
+    twins = [text.upper() for text in CORPUS]
+    pairs = [PreferenceRow("Q", *pair, 1.0) for pair in zip(CORPUS, twins, strict=True)]
+    pairs += [PreferenceRow("q", *pair, 1.0) for pair in zip(twins, CORPUS, strict=True)]
+    corpus = [*twins[:3], "", *CORPUS[:3]]
+    retrieval = RetrievalSet(["q"], corpus, [{4: 1}])
+    measured = module.measure(encoder, retrieval, pairs, [7], max_tokens=16)
+    assert encoded == [(1, ["q"]), (4, [*twins[:3], CORPUS[3]])]
+    assert (measured.ties, measured.figures["alignment"]) == (8, 0)
+    [(documents, scores)] = measured.rankings
+    assert documents[1::2] == [document + 4 for document in documents[:6:2]]
+    assert documents[-1] == 3 and scores[0] == scores[1]
+
+
 def test_documents_with_one_text_and_without_any_are_all_ranked(encoder):
     """The empty one last, the twins in a row, and no text that is empty is encoded."""
     retrieval = RetrievalSet(QUERIES[:1], ["", CORPUS[0], CORPUS[1], CORPUS[0]], [{0: 1, 3: 1}])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rankpo_fast.cli import main
 from rankpo_fast.config import EncoderConfig
+from rankpo_fast.data.packing import pack
 from rankpo_fast.errors import NotFiniteVectors
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval.encode import encode_texts
@@ -53,7 +54,9 @@ def test_encode_names_file_line_and_text(said, tmp_path):
     assert not (tmp_path / "x.npy").exists()
 
 
-def test_evaluate_names_a_document_by_its_line(said, tmp_path):
+def test_evaluate_names_a_document_by_its_line_whatever_lies_beside_it(said, tmp_path):
+    (tmp_path / "a.jsonl").write_text("half a li")
+    (tmp_path / "corpus.jsonl.bak").write_bytes(b"\xff")
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("q\t1\t1\n")
     documents = ({"_id": i, "title": "on", "text": text} for i, text in enumerate(TEXTS))
@@ -76,6 +79,14 @@ def test_mine_and_reference_margins_name_a_text_of_a_row(said, tmp_path):
     assert f"{train}:2 " in message
 
 
+def test_a_place_that_cannot_be_read_any_more_does_not_replace_the_message(tmp_path):
+    path = rows(tmp_path / "texts.jsonl", {"text": "a"}, {"text": "b"})
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nhalf a li')
+    error = NotFiniteVectors(2, 3, ["a", "b"], [])
+    paths = [tmp_path / "gone.jsonl", tmp_path, tmp_path / "bad.jsonl", path]
+    assert f'{paths[2]}:1 "a", {path}:2 "b"' in str(error.located(paths))
+
+
 def test_many_texts_are_counted_and_weights_that_are_finite_are_not_blamed(tiny_llama_dir):
     encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
     encoder.backbone.norm.register_forward_hook(lambda *parts: parts[-1] * float("inf"))
@@ -85,6 +96,14 @@ def test_many_texts_are_counted_and_weights_that_are_finite_are_not_blamed(tiny_
     message = str(caught.value)
     assert message.startswith("5 of 5 texts") and '"text 2" and 2 more' in message
     assert message.endswith("weights are finite, but its states overflow")
+
+
+def test_finite_vectors_whose_length_overflows_are_no_zeros(tiny_llama_dir):
+    encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
+    encoder.backbone.norm.register_forward_hook(lambda *parts: parts[-1] * 1e25)
+    assert encoder(pack(encoder.tokenize_passages(["a"]), torch.tensor([0]))).isfinite().all()
+    with pytest.raises(NotFiniteVectors, match="2 of 2 texts .* its states overflow"):
+        encode_texts(encoder, encoder.tokenize_passages(["a", "b"]))
 
 
 def test_vectors_of_zeros_are_counted(tiny_llama_dir):

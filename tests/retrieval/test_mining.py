@@ -120,6 +120,13 @@ def test_kept_negatives_that_are_positives_go_and_their_twins_are_not_mined_agai
     assert mined.negatives == ("Cook in B", "pilot in C")
 
 
+def test_positives_that_are_not_searched_are_counted(uncased):
+    """As those of a corpus with titles, which is the way to mine a positive as a negative."""
+    rows = [ContrastiveRow(QUERY, (TWINS[0], "Nurse in B", "cook"), ())]
+    with pytest.warns(UserWarning, match='2 of 3 positives are none .* first: "Nurse in B"'):
+        mine(uncased, rows, [TWINS[1], "B nurse in B", "pilot in C"], num_negatives=1)
+
+
 def test_the_loss_of_mined_rows_can_fall_below_that_of_twins(uncased):
     """A twin scores as its positive whatever the weights: no loss is below log 2 with one."""
     row = ContrastiveRow(QUERY, (TWINS[0],), ())
