@@ -22,6 +22,7 @@ def demo(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_it_measures_every_model_on_both_axes(demo):
     metrics = json.loads((demo / "metrics.json").read_text())
     for name in MODELS:

@@ -227,6 +227,7 @@ def test_a_step_asks_the_device_for_no_number(tmp_path, tiny_tokenizer, llama, o
 # --- whole trainings ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (1, 3), (2, 1)])
 def test_curve_of_a_training_is_that_of_plain_torch(
     stage, accumulation, tmp_path, tiny_tokenizer, tiny_llama_dir, other

@@ -35,6 +35,7 @@ def test_a_learnt_scale_is_one_on_all_ranks(two_ranks, kind, gather, tiny_tokeni
         assert first == pytest.approx(of_one_process, rel=1e-5)
 
 
+@pytest.mark.long
 def test_their_trainer_trains_alike_on_two_ranks(two_ranks, tiny_bert_dir, tmp_path):
     kind = "CachedMultipleNegativesRankingLoss"
     answers = two_ranks(st_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path))

@@ -112,6 +112,7 @@ def test_options_in_low_precision(name, dtype):
     assert_equals_definition(named(name, dtype), LOW[dtype], stored=dtype == torch.bfloat16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [
@@ -144,6 +145,7 @@ def test_more_parts_of_a_row_than_are_loaded_at_once(name):
     assert_equals_definition((*case, settings), TIGHT, tiles=replace(SMALL, BLOCK_N=16))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("few", [False, True])
 def test_columns_have_more_pairs_than_are_listed_at_once(few):
     """300 queries whose labels are 3 passages."""
@@ -175,6 +177,7 @@ def test_the_scale_may_be_a_number_or_lie_on_the_device(monkeypatch):
     assert max(map(error, *map(gradients, results))) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("pipeline", "names"),
     [("fp32", ["ids"]), ("bf16-stored", ["ids"]), ("fp32", ["ids", "own", "positives"])],

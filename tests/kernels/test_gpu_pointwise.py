@@ -78,6 +78,7 @@ FORMS = {
 forms = pytest.mark.parametrize("form", FORMS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rows", "parts", "tiles", "sizes"),
     [

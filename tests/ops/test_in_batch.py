@@ -124,6 +124,7 @@ def test_each_option_is_that_of_the_definition(name, dtype, options):
         assert error(truth[0], plain[0]) > 1e-3, "the option does nothing here"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["everything", "everything-hinge", "siglip-everything"])
 def test_options_in_low_precision(name, dtype, options):

@@ -81,6 +81,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage, model, more", RUNS)
 def test_every_step_is_that_of_one_process_with_a_batch_as_large(
     stage, model, more, answered, flags, request, read_metrics, tmp_path
