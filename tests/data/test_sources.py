@@ -218,7 +218,9 @@ def test_table_without_datasets_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["data/rows.jsonl", "./rows", "../rows"])
-def test_missing_file_with_a_directory_is_no_hub_name(name):
+def test_missing_file_with_a_directory_is_no_hub_name(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert fault_of(read_contrastive, name) == f"{name}: cannot be read: No such file or directory"
 
 
