@@ -6,7 +6,6 @@ is ours. What is not taken as it stands is said.
 """
 
 import argparse
-import copy
 import dataclasses
 import difflib
 import re
@@ -14,7 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_args
 
 from rankpo_fast.compatibility.fates import reading
 from rankpo_fast.compatibility.names import alias, hint
@@ -68,7 +67,8 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     path = " ".join(given.pop("config").values) if "config" in given else None
     file, in_file = Source(f"--config {path}: ", "", "key"), {}
     if path is not None:
-        in_file = _given_in_file(Path(path), _fields(classes), file)
+        fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+        in_file = _given_in_file(Path(path), fields, file)
     in_file = {setting: one for setting, one in in_file.items() if setting not in given}
     together = {one.name: one.values for one in (in_file | given).values()}
     line = Line(name, frozenset(options), together)
@@ -256,17 +256,6 @@ def _refuse_both(first: Given, second: Given, source: Source) -> None:
 
 def _say(source: Source, text: str) -> None:
     warnings.warn(f"{source.where}{text}", stacklevel=3)
-
-
-def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field]:
-    """Every setting, with its type."""
-    hints = {cls: get_type_hints(cls) for cls in classes}
-    fields = {}
-    for cls in classes:
-        for field in map(copy.copy, dataclasses.fields(cls)):
-            field.type = hints[cls][field.name]
-            fields[field.name] = field
-    return fields
 
 
 def _given_in_file(

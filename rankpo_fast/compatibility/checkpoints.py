@@ -26,9 +26,11 @@ def command_lines(flags: list[str]) -> list[list[str]]:
         given[alias(name, {"model_name_or_path", "output"}) or name] = values
     if truth(given.pop(SWITCH, ["false"])) != "true":
         return [flags]
+    from rankpo_fast.train.checkpoint import MANIFEST, NAMES  # with what a training needs
+
     root = Path(" ".join(given.get("model_name_or_path", [])))
     models = _models(root)
-    resumable = list(root.rglob("step-" + "[0-9]" * 8 + "/manifest.json"))
+    resumable = list(root.rglob(f"{NAMES}/{MANIFEST}"))
     if resumable:
         warnings.warn(f"--{SWITCH}: {len(resumable)} checkpoints of runs below {root} left out: "
                       f"no models, but what --resume needs", stacklevel=2)  # fmt: skip

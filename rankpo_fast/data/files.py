@@ -3,6 +3,7 @@
 Tensors too: what safetensors raises over a full disk or a broken file becomes an OSError here.
 """
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex digits; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -155,10 +155,9 @@ def passage_scores(row: dict, keys: ContrastiveKeys) -> dict[str, list]:
     """The scores that passages of a row have, by the name of their key."""
     scores = {}
     for key in (keys.positives, *keys.negatives):
-        if isinstance(row[key], list):
-            found = [
-                item["score"] for item in row[key] if isinstance(item, dict) and "score" in item
-            ]
+        items = row[key] if isinstance(row[key], list) else ()
+        found = [item.get("score") for item in items if isinstance(item, dict)]
+        if found:
             scores[f"{key}[].score"] = [score for score in found if score is not None]
     return scores
 
@@ -172,10 +171,10 @@ class UnusedKeys:
 
     def add(self, row: dict, unused: dict[str, str]) -> None:
         """Count those of `unused` (key -> why) that say something in this row."""
-        for key, why in unused.items():
-            if row.get(key) not in (None, "", []):
+        for key, given in row.items():
+            if key in unused and given not in (None, "", []):
                 self._rows[key] += 1
-                self._why[key] = why
+                self._why[key] = unused[key]
 
     def warn(self, files: str) -> None:
         """One warning for each."""

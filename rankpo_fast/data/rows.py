@@ -64,8 +64,8 @@ def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[Contrasti
             keys = formats[names] = ContrastiveKeys.of(row, where)
         rows.append(ContrastiveRow(*contrastive_texts(row, keys, where)))
         unused.add(row, keys.unused)
-        scores = passage_scores(row, keys)
-        unused.add(scores, dict.fromkeys(scores, NO_DISTILLATION))
+        if scores := passage_scores(row, keys):
+            unused.add(scores, dict.fromkeys(scores, NO_DISTILLATION))
     unused.warn(_named(paths))
     return rows
 
@@ -86,10 +86,11 @@ def read_preferences(
         meant["confidence_score"] = (
             choice if use_confidence is None else "--use_confidence weights pairs by it"
         )
+    without_query = {key: why for key, why in meant.items() if key != "prompt"}
     for where, row in _all(objects, paths):
         texts = preference_texts(row, where)
         rows.append(PreferenceRow(*texts, _confidence(row, where) if use_confidence else 1.0))
-        unused.add(row, meant if "query" in row else {k: meant[k] for k in meant if k != "prompt"})
+        unused.add(row, meant if "query" in row else without_query)
     unused.warn(_named(paths))
     return rows
 

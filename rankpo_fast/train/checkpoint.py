@@ -6,7 +6,6 @@ written under another name, flushed to disk, and renamed. The learning rate and 
 rows follow from the step, so nothing of them need be kept.
 """
 
-import hashlib
 import json
 import random
 import shutil
@@ -22,7 +21,13 @@ from safetensors.torch import load
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import flush_to_disk, load_tensors, open_to_umask, save_tensors
+from rankpo_fast.data.files import (
+    flush_to_disk,
+    load_tensors,
+    open_to_umask,
+    save_tensors,
+    sha256_of,
+)
 from rankpo_fast.errors import InputError
 from rankpo_fast.train.ranks import ALONE, Ranks
 
@@ -31,6 +36,7 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "manifest.json",
 )  # fmt: skip
 FILES = (WEIGHTS, OPTIMIZER, RANDOM, STATE)
+NAMES = "step-" + "[0-9]" * 8  # of their folders
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def save(
         numbers = [of_rank for _, of_rank in states]
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
-        _write_json(temporary / MANIFEST, {name: _sha256(temporary / name) for name in FILES})
+        _write_json(temporary / MANIFEST, {name: sha256_of(temporary / name) for name in FILES})
         open_to_umask(temporary)
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
@@ -101,7 +107,7 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint at `path`; InputError says what is wrong with one that is not complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        changed = [name for name in FILES if _sha256(path / name) != manifest[name]]
+        changed = [name for name in FILES if sha256_of(path / name) != manifest[name]]
         state = json.loads((path / STATE).read_text())
         checkpoint = Checkpoint(
             path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
@@ -239,12 +245,7 @@ def _restore_random(
 
 def _steps(directory: Path) -> list[Path]:
     """Checkpoints by step, complete or not."""
-    return sorted(directory.glob("step-" + "[0-9]" * 8))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sorted(directory.glob(NAMES))
 
 
 def _write_json(path: Path, value: Any) -> None:

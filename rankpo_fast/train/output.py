@@ -29,13 +29,7 @@ REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
 CARD = "README.md"  # one of the model's files
 METRICS = "metrics.jsonl"
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
-WRITTEN_WHILE_TRAINING = (
-    METRICS,
-    CHECKPOINTS,
-    PROFILE,
-    MODEL_ON_ITS_WAY,
-    REPORTS_ASIDE,
-)
+WRITTEN_WHILE_TRAINING = (METRICS, CHECKPOINTS, PROFILE, MODEL_ON_ITS_WAY, REPORTS_ASIDE)
 
 
 def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
@@ -87,7 +81,8 @@ def finished(path: Path) -> bool:
 def evaluated(path: Path) -> bool:
     """Whether the run's last word is of an evaluation."""
     with suppress(OSError):
-        return '"eval/' in (path / METRICS).read_text(encoding="utf-8").rpartition('{"step"')[2]
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        return '"eval/' in (lines or [""])[-1]
     return False
 
 

@@ -3,7 +3,6 @@
 What was read is compared by content, not by name: data and models may move, or lie behind a link.
 """
 
-import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.files import sha256_of
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import find_directory
@@ -145,15 +145,10 @@ def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
     files = [file for file in model_files(directory) if weights or ".safetensors" not in file.name]
     try:
         with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
-            digests = pool.map(_digest, [directory / file for file in files])
+            digests = pool.map(sha256_of, [directory / file for file in files])
             return dict(zip([file.as_posix() for file in files], digests, strict=True))
     except OSError as error:
         raise InputError(f"{flag} {name}: cannot be read: {error}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _arithmetic(device: torch.device) -> str:

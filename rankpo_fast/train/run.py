@@ -117,9 +117,10 @@ class Run:
         """Nothing is left to resume; says so."""
         done = self.training.resume is not None and output.finished(self.path)
         if done:
-            missing = self.evaluation.asked and not output.evaluated(self.path)
-            rest = "but for its evaluation, which `rankpo-fast evaluate` makes" if missing else ""
-            self.ranks.say(f"{self.path}: this run is finished, nothing to resume {rest}".rstrip())
+            said = f"{self.path}: this run is finished, nothing to resume"
+            if self.evaluation.asked and not output.evaluated(self.path):
+                said += " but for its evaluation, which `rankpo-fast evaluate` makes"
+            self.ranks.say(said)
         return done
 
     def load_encoder(self) -> Encoder:

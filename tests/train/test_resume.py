@@ -253,6 +253,16 @@ def test_finished_run_is_left_as_it_is(tiny_llama_dir, run_stage, capsys):
     assert "finished" in said and "no complete checkpoint" not in said
 
 
+def test_an_evaluation_that_a_finished_run_lacks_is_said(
+    tiny_llama_dir, run_stage, preference_file, capsys
+):
+    asked = {"preference_data": [preference_file], "max_steps": 1}
+    for name, flags, lacks in (("without", {"max_steps": 1}, True), ("with", asked, False)):
+        run_stage("contrastive", tiny_llama_dir, name, **flags)
+        run_stage("contrastive", tiny_llama_dir, name, resume="newest", **asked)
+        assert ("nothing to resume but for its evaluation" in capsys.readouterr().err) == lacks
+
+
 def test_a_finished_model_that_lost_a_file_is_made_anew(tiny_llama_dir, run_stage):
     output = run_stage("contrastive", tiny_llama_dir, "out", save_steps=6)
     before = (output / "model.safetensors").read_bytes()
