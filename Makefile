@@ -26,17 +26,18 @@ test-long: $(READY)  ## tests of compilers, of many processes and of long grids
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long
 
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
-	$(BIN)/python tests/instruction_sets.py -n $(JOBS) --dist worksteal
+	$(BIN)/python tests/support/instruction_sets.py -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails on spills and the like
 	$(BIN)/python -m bench.aot
 
 mutants: $(READY)  ## breaks the code in known ways and looks whether the tests notice
-	$(BIN)/python tests/mutants.py
+	PYTHONPATH=tests $(BIN)/python -m mutants
 
 bench: $(READY)  ## speed, memory and error of losses and training beside their peers: build/bench/report.html
 	$(BIN)/rankpo-fast bench

@@ -48,6 +48,7 @@ setup(
         "rankpo_fast": "rankpo_fast",
         "rankpo_bench": "bench",
     },
+    package_data={"rankpo_kernels": ["py.typed"], "rankpo_fast": ["py.typed"]},
     ext_modules=[
         Extension(
             "rankpo_kernels.librankpo_native",

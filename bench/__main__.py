@@ -19,9 +19,13 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest
+
+if TYPE_CHECKING:
+    from .questions import Question, Shape
 
 CARD_SECONDS = 3.0  # rounds of a loss on a card stop then
 TRAINING_SHARE = 0.1  # of --minutes: rounds of a training stop then
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
@@ -160,7 +164,7 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> list[tuple]:
     return found
 
 
-def _of_users_model(args: argparse.Namespace, question):
+def _of_users_model(args: argparse.Namespace, question: "Question") -> "Question":
     """The question about a model that --model names, with its shape; others as they are."""
     from .training import pretrained
 
@@ -175,7 +179,9 @@ def _of_users_model(args: argparse.Namespace, question):
     return question
 
 
-def _shapes(question, asked: list[str] | None, device: str, level: str) -> list:
+def _shapes(
+    question: "Question", asked: list[str] | None, device: str, level: str
+) -> "list[Shape]":
     from .cases.loss import LossQuestion
 
     if asked is None:
@@ -214,7 +220,8 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     )  # fmt: skip
     now = datetime.now(UTC)
     path = args.output_dir / f"{now:%Y-%m-%d-%H%M%S}-{_slug(about['device'], device)}.json"
-    run = results.Run(about, [])
+    done: list[Result] = []
+    run = results.Run(about, done)
     results.write(path, run)
     torch.manual_seed(0)
     for number, (question, shape) in enumerate(asked):
@@ -231,7 +238,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
             rows = (Row(OURS, notes[OURS]),)
             result = Result(question.name, question.family, question.asks, shape, rows)
         print(f"{result.name}: {result.question}\n{table(result)}", flush=True)
-        run.results.append(result)
+        done.append(result)
         results.write(path, run)  # what is measured stays, whatever comes
         if (lost := machine.lost(device)) is not None:
             left_out.append(f"what comes after {result.name}, which lost the device: {lost}")
@@ -269,7 +276,7 @@ def _what_time_allows(
         without |= IN_BF16 & names
         left_out += [f"{name} (emulated here)" for name in sorted(IN_BF16 & names)]
     if not args.shapes:
-        emulated = [pair for pair in asked if pair[1].get("dtype") in slow]
+        emulated = [(q, shape) for q, shape in asked if shape.get("dtype") in slow]
         asked = [pair for pair in asked if pair not in emulated]
         left_out += [f"{q.name} {described(shape)} (emulated here)" for q, shape in emulated]
     return asked, frozenset(without), left_out

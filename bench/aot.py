@@ -1,8 +1,8 @@
 """What every Triton kernel takes on the cards it is shipped for, asked of the compiler without one.
 
 `python -m bench.aot [--arch 80 90 100] [--output build/aot.json]` compiles the launches that
-`rankpo_kernels.gpu.launches` lists, as their launchers specialise them, and runs nothing. It exits
-with 1 where a kernel does not compile or would be refused or slow on its card: see `faults`.
+`rankpo_kernels.triton.launches` lists, as their launchers specialise them, and runs nothing. It
+exits with 1 where a kernel does not compile or would be refused or slow on its card: see `faults`.
 What was compiled before, by the same Triton from the same source, is read from a file beside the
 output.
 """
@@ -18,9 +18,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,7 +47,7 @@ NARROW = re.compile(
 class Job:
     """One kernel to compile; `key` changes with its source, constants, options, Triton."""
 
-    source: object
+    source: Any  # of Triton, an ASTSource
     target: GPUTarget
     options: dict
     key: str
@@ -85,17 +86,17 @@ class Card:
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[Job]]:
     """Launches in here, on any tensors, become jobs for `arch`."""
-    jobs = []
+    jobs: list[Job] = []
     this_file = Path(__file__).read_text()
 
-    def record(source, target, options):
+    def record(source: Any, target: GPUTarget, options: dict) -> Job:
         backend = make_backend(target)
         parsed = backend.parse_options(options)
         key = get_cache_key(source, backend, parsed, get_cache_invalidating_env_vars())
         return Job(source, target, options, hashlib.sha256((key + this_file).encode()).hexdigest())
 
-    def launcher(kernel, grid):
-        def launch(*args, **kwargs):
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
             made = kernel.warmup(*args, grid=grid, **kwargs)
             jobs.extend(made if isinstance(made, list) else [made])  # a list where autotuned
 
@@ -165,7 +166,7 @@ def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, dict]:
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = list({job.key: job for job in jobs if job.key not in known}.values())
     if missing:
-        workers = min(len(missing), os.cpu_count())
+        workers = min(len(missing), os.cpu_count() or 1)
         # Forked, since the source of a kernel cannot be sent to another process.
         fork = multiprocessing.get_context("fork")
         with (
@@ -217,7 +218,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
     parser.add_argument("--output", type=Path, default=Path("build/aot.json"))
     parser.add_argument(
-        "--launches", default="rankpo_kernels.gpu.launches", help="module with `launches()`"
+        "--launches", default="rankpo_kernels.triton.launches", help="module with `launches()`"
     )
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -233,7 +234,8 @@ def main() -> int:
     cache = args.output.with_name(f"{args.output.stem}-cache.json")
     measured = compile_all([job for _, _, jobs in made for job in jobs], cache)
 
-    rows, broken = {}, []
+    rows: dict[str, dict[str, Any]] = {}
+    broken: list[str] = []
     for arch, launch, jobs in made:
         for job in jobs:
             row = {"kernel": job.kernel, "arch": arch, "dtype": launch.dtype, "tiles": job.tiles}

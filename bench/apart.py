@@ -8,7 +8,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,15 @@ def answers_of_a_process(
 
 def answers_here(answers: Answers, *arguments: Any) -> tuple[Sequence[Any], str]:
     """The same in this process."""
-    got, notes = [], {}
+    got: list[Any] = []
+    notes: dict[str, str] = {}
     with noting("", notes):
         for answer in answers(*arguments):
             got.append(answer)
     return got, notes.get("", "")
 
 
-def server() -> BaseContext:
+def server() -> ForkServerContext:
     """Whose processes are forked from one that has imported all they need."""
     os.environ.update(UNTOUCHED)
     context = multiprocessing.get_context("forkserver")

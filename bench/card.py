@@ -81,7 +81,8 @@ class Card:
 def watching(device: str, every: float = EVERY_S) -> Iterator[Card]:
     """Samples `device` (cpu, cuda, cuda:1) every so many seconds until the context ends, however it
     does. Whoever measures a GPU waits for it inside."""
-    card, notes = Card(), Counter()
+    card = Card()
+    notes: Counter[str] = Counter()
     with _sampler(device, notes) as sample:
         stop = threading.Event()
         seen = [(perf_counter(), sample())]  # its energy and time are the start; the rest is idle
@@ -158,7 +159,7 @@ def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
 def _handle(nvml: Any, device: torch.device, notes: Counter[str]) -> Any:
     """NVML counts all cards, torch those of CUDA_VISIBLE_DEVICES: they are matched by UUID, or else
     by place on the bus. Power and clocks of a MIG slice are those of its card."""
-    card = torch.cuda.get_device_properties(device)
+    card: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the bus
     bus = f"{card.pci_domain_id:08x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
     tries = [
         ("nvmlDeviceGetHandleByUUID", f"GPU-{card.uuid}"),
@@ -209,7 +210,8 @@ def _sampler(device: str, notes: Counter[str]) -> Iterator[Callable[[], Sample]]
 def _packages(notes: Counter[str]) -> Callable[[], Sample]:
     """Joules of a CPU's packages since the watch began; their counters wrap around."""
     zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if _is_package(zone)]
-    total, last = 0.0, {}
+    total = 0.0
+    last: dict[Path, int] = {}
     if not zones:
         notes["no energy counter"] += 1
 
@@ -241,7 +243,7 @@ def _fill(card: Card, seen: Sequence[tuple[float, Sample]], notes: Counter[str])
     (start, first), *during = seen
     card.samples = len(during)
 
-    def of(figure: str) -> list[float]:
+    def of(figure: str) -> list[Any]:
         return [x for _, sample in during if (x := sample.get(figure)) is not None]
 
     seconds = seen[-1][0] - start
@@ -267,9 +269,9 @@ def _energy(
 ) -> tuple[float | None, str | None]:
     """By the counter, unless it says what cannot be; then a sample's power stands for the time
     since the one before."""
-    counts = [sample.get("joules") for _, sample in seen]
+    counts = [sample["joules"] for _, sample in seen if sample.get("joules") is not None]
     powers = [(at, sample["watts"]) for at, sample in seen if sample.get("watts") is not None]
-    if None not in counts:
+    if len(counts) == len(seen):
         joules = counts[-1] - counts[0]
         if any(later < earlier for earlier, later in pairwise(counts)):
             notes["energy counter ran backwards"] += 1

@@ -31,7 +31,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankpo_fast.errors import InputError
 
@@ -82,6 +82,14 @@ class Comparison:
     def code(self) -> int:
         """The exit code: 1 if ours got worse."""
         return int(any(change.fails for change in self.changes))
+
+
+class _Key(NamedTuple):
+    """What a row is known by in both files."""
+
+    case: str
+    shape: str
+    contender: str
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,9 @@ def _aligned(changes: Sequence[Change]) -> Iterator[str]:
         yield f"  {name:{width}}  {change.respect:9}  {by:>6}  {change.says}".rstrip()
 
 
-def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
+def _sides(run: Run) -> dict[_Key, _Side]:
     return {
-        (result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
+        _Key(result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
             result, row, run.machine.get("device"), run.machine.get(SETS)
         )
         for result in run.results
@@ -161,11 +169,11 @@ def _sides(run: Run) -> dict[tuple[str, str, str], _Side]:
     }
 
 
-def _gone(was: Mapping[tuple, _Side], now: Mapping[tuple, _Side]) -> Iterator[Change]:
+def _gone(was: Mapping[_Key, _Side], now: Mapping[_Key, _Side]) -> Iterator[Change]:
     """Ours that are no more, of what was measured both times."""
-    measured = {key[:2] for key in now}
+    measured = {(key.case, key.shape) for key in now}
     for key, side in was.items():
-        if side.row.ours and key not in now and key[:2] in measured:
+        if side.row.ours and key not in now and (key.case, key.shape) in measured:
             name, contender = side.result.name, side.row.contender
             yield Change(name, contender, "note", WORSE, "no row any more", ours=True)
 
@@ -203,7 +211,7 @@ def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
         if _beyond(max(1 + threshold, least_quotient), quotient):
             sure = name == "memory" or was.sets == now.sets  # which rounds sums otherwise
             yield change(name, quotient > 1, f"{number(low)} -> {number(high)}", quotient, sure)
-    if None not in (a.ndcg, b.ndcg):
+    if a.ndcg is not None and b.ndcg is not None:
         quotient, says = _quotient(a.ndcg, b.ndcg), f"{a.ndcg:.3f} -> {b.ndcg:.3f}"
         sure = _disjoint(a.ndcg_low, a.ndcg_high, b.ndcg_low, b.ndcg_high)
         if _beyond(1 + threshold, quotient):
@@ -249,7 +257,8 @@ def _scaling(
     ):
         worst = max(found, key=lambda x: max(x, _quotient(x, 1.0)), default=1.0)
         if _beyond(1 + threshold, worst):
-            sizes = ", ".join(f"{size} {times(x)}" for size, x in zip(b.sizes, found, strict=False))
+            pairs = zip(b.sizes or (), found, strict=False)
+            sizes = ", ".join(f"{size} {times(x)}" for size, x in pairs)
             yield change(name, worst > 1, f"{b.axis}: {sizes}", worst, sure)
 
 
@@ -260,7 +269,8 @@ def _time(was: _Side, now: _Side, threshold: float) -> tuple[float, str, bool] |
         return None
     says = f"{duration(a.seconds)} -> {duration(b.seconds)}"
     floor = now.result.floor
-    if was.result.floor == floor != b.contender and None not in (floor, a.ratio, b.ratio):
+    alike = floor is not None and was.result.floor == floor != b.contender
+    if alike and a.ratio is not None and b.ratio is not None:
         says = f"{times(a.ratio)} -> {times(b.ratio)} of {floor} ({says})"
         if a.ratios is not None and b.ratios is not None:
             quotient = shift(a.ratios, b.ratios)
@@ -303,9 +313,12 @@ def _orders(m: int, n: int, pairs: int) -> int:
     return _orders(m - 1, n, pairs - n) + _orders(m, n - 1, pairs)  # whichever comes last
 
 
-def _disjoint(*ends: float | None) -> bool:
-    """Of two bands of percentiles: low, high, low, high. False where one has no width, and so says
-    nothing of noise."""
-    if None in ends or ends[0] == ends[1] or ends[2] == ends[3]:
+def _disjoint(
+    low: float | None, high: float | None, other_low: float | None, other_high: float | None
+) -> bool:
+    """Of two bands of percentiles. False where one has no width, and so says nothing of noise."""
+    if low is None or high is None or other_low is None or other_high is None:
         return False
-    return ends[1] < ends[2] or ends[3] < ends[0]
+    if low == high or other_low == other_high:
+        return False
+    return high < other_low or other_high < low

@@ -2,23 +2,25 @@
 each, by pytest-benchmark: --benchmark-save, --benchmark-compare, --benchmark-compare-fail."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from bench.cases.loss import LossQuestion
-from bench.measure import above_the_gate, noting
-from bench.questions import LEVELS, Row, described
+from bench.measure import Case, above_the_gate, noting
+from bench.questions import LEVELS, Row, Shape, described
 from bench.registry import QUESTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--level", choices=LEVELS, default="quick", help="of the bench's shapes")
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     level = metafunc.config.getoption("level")
     asked = [
         pytest.param((question, shape), name, id=f"{question.name} {described(shape)} {name}")
@@ -31,18 +33,18 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)  # the contenders of a case stand side by side
-def _case(name: str, shape: tuple):
+def _case(question: LossQuestion, shape: tuple) -> Case:
     torch.manual_seed(0)
-    return QUESTIONS[name].case(dict(shape), DEVICE)
+    return question.case(dict(shape), DEVICE)
 
 
 @pytest.fixture
-def run(asked, contender, benchmark):
+def run(asked: tuple[LossQuestion, Shape], contender: str, benchmark: Any) -> Callable[[], None]:
     """One forward and backward of the contender, awaited; red where its gate is."""
     question, shape = asked
     stopped: dict[str, str] = {}
     with noting(question.name, stopped):
-        case = _case(question.name, tuple(shape.items()))
+        case = _case(question, tuple(shape.items()))
     if not stopped:
         if (note := above_the_gate(case, contender)) is not None:
             pytest.fail(note)
@@ -54,7 +56,7 @@ def run(asked, contender, benchmark):
     benchmark.extra_info |= {"flops": case.flops, "bytes": case.bytes}
     benchmark.extra_info |= {"error": case.errors.get(contender)}
 
-    def awaited():
+    def awaited() -> None:
         case.contenders[contender]()
         if DEVICE == "cuda":
             torch.cuda.synchronize()

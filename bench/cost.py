@@ -11,9 +11,10 @@ row tiles. M queries, N passages, D dims.
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rankpo_kernels import chunked
-from rankpo_kernels.gpu.tiles import stores_scores
-from rankpo_kernels.objective import DIRECTIONS
+from rankpo_kernels.chunked import info_nce as chunked
+from rankpo_kernels.problem import DIRECTIONS
+from rankpo_kernels.triton.tiles import stores_scores
 
 from .aot import Card
 from .cases.info_nce import DIMS
@@ -42,8 +43,8 @@ class Rates:
 
     def seconds(self, meter: Meter) -> float:
         return sum(
-            max(flops / self.flops, size / self.bytes) + self.launch
-            for _, flops, size in meter.launches
+            max(each.flops / self.flops, each.bytes / self.bytes) + self.launch
+            for each in meter.launches
         )
 
 
@@ -53,13 +54,13 @@ CPU = Rates(flops=180e9, bytes=20e9, launch=5e-6)
 SIZES = [4096, 16384, 32768, 65536]
 
 
-def plain_torch(q: Tensor, p: Tensor, labels: Tensor):
+def plain_torch(q: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """bf16 logits, as autograd has it."""
-    leaves = [x.detach().requires_grad_() for x in (q, p)]
-    return torch.autograd.grad(cross_entropy(*leaves, labels, symmetric=False), leaves)
+    q, p = (x.detach().requires_grad_() for x in (q, p))
+    return torch.autograd.grad(cross_entropy(q, p, labels, symmetric=False), [q, p])
 
 
-def liger_like(q: Tensor, p: Tensor, labels: Tensor):
+def liger_like(q: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Chunks of about M D logits in bf16, a kernel that turns them into gradients, two products."""
     leaves = [x.detach().requires_grad_() for x in (q, p)]
     units = [F.normalize(x, dim=1) for x in leaves]
@@ -74,7 +75,7 @@ def liger_like(q: Tensor, p: Tensor, labels: Tensor):
     return torch.autograd.grad(units, leaves, [da, db])
 
 
-PIPELINES = {
+PIPELINES: dict[str, Callable[..., Any]] = {
     "exact": partial(launch, stored=False, few=False),
     "few launches": partial(launch, stored=False, few=True),
     "stored": partial(launch, stored=True),
@@ -114,7 +115,8 @@ def table(Ms: Sequence[int], Ns: Sequence[int] | None, Ds: Sequence[int]) -> str
         for M, N in zip(Ms, Ns or Ms, strict=True):
             for name in PIPELINES:
                 meter = count(name, M, N, D)
-                flops, size = (sum(part) for part in list(zip(*meter.launches, strict=True))[1:])
+                flops = sum(each.flops for each in meter.launches)
+                size = sum(each.bytes for each in meter.launches)
                 rates, itemsize = (CPU, 4) if name.endswith("CPU") else (H100, 2)
                 gradients = 0 if name == "forward" else itemsize * (M + N) * D
                 mnd = M * N * D

@@ -5,7 +5,9 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from rankpo_fast.model.precision import half_speed
-from rankpo_kernels import native
+from rankpo_kernels.chunked import native
 
 from .card import limits
 from .measure import cache_bytes, seconds_of
@@ -79,7 +81,7 @@ def measure_rates(device: str) -> Rates:
     for name in [name for name in DTYPES[device] if name not in emulated(device)]:
         a, b = torch.randn(2, size, size, device=device).to(getattr(torch, name))
         out = torch.empty_like(a)
-        seconds = _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        seconds = _median(partial(torch.mm, a, b, out=out), device)
         gemm[name] = 2 * size**3 / seconds
     source = torch.zeros(COPY_BYTES[device] * cache_bytes(device), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)  # pages that exist
@@ -96,7 +98,7 @@ def lost(device: str) -> str | None:
     return None
 
 
-def _median(run, device: str) -> float:
+def _median(run: Callable[[], Any], device: str) -> float:
     run()
     seconds: list[float] = []
     while not seconds or (len(seconds) < RUNS and sum(seconds) < BUDGET_S):
@@ -114,7 +116,14 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     if named := os.environ.get("COMMIT"):  # of a tree that came without .git
         return named
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    describe: list[str | Path] = [
+        "git",
+        "-C",
+        Path(__file__).parent,
+        "describe",
+        "--always",
+        "--dirty",
+    ]
     with contextlib.suppress(OSError):  # no git
         said = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
         return said.strip() or "unknown"

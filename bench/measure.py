@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     """A row of each contender that is asked for; ours are not timed above the gate, and what memory
     or an error stops is a row that says so. Where that is the floor, the others have no ratio."""
     names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
-    errors = {
+    errors: dict[str, dict[str, Any]] = {
         name: {
             "error": _known(case.errors.get(name)),
             "converged": _known(case.converged.get(name)),
@@ -85,8 +86,8 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
             peaks[name] = peak_bytes_of(run, case.device) - case.keep_bytes  # and a warm-up
             once = seconds_of(run, case.device)
             repeats[name] = max(1, min(MOST_RUNS, int(BUSY_S / once)))
-    hot = {name: [] for name in peaks}
-    cold = {name: [] for name in peaks}
+    hot: dict[str, list[float]] = {name: [] for name in peaks}
+    cold: dict[str, list[float]] = {name: [] for name in peaks}
     stop = time.perf_counter() + settings.limit_s
     for number in range(settings.rounds):
         for name in turned(list(peaks), number):
@@ -180,16 +181,16 @@ def _known(error: float | None) -> float | None:
     return None if error is None or math.isnan(error) else error
 
 
-def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict:
+def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict[str, Any]:
     """floor: its seconds of the same rounds, or none."""
-    found = spread(hot, "seconds", "low", "high")
+    found: dict[str, Any] = {**spread(hot, "seconds", "low", "high")}
     if floor:
         ratios = [seconds / of_floor for seconds, of_floor in zip(hot, floor, strict=True)]
         found |= spread(ratios, "ratio", "ratio_low", "ratio_high") | {"ratios": tuple(ratios)}
     return found | {"cold": statistics.median(cold) if cold else None}
 
 
-def _shares(case: Case, seconds: float, settings: Settings) -> dict:
+def _shares(case: Case, seconds: float, settings: Settings) -> dict[str, Any]:
     """Of what this machine reaches. Copies are told apart from products by having no flops."""
     gemm = settings.rates.gemm.get(str(case.dtype).removeprefix("torch."))
     return {
@@ -209,7 +210,7 @@ def cache_bytes(device: str) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in found), default=32 * 2**20)
 
 
-def evictor(case: Case) -> Callable[[], None] | None:
+def evictor(case: Case) -> Callable[[], object] | None:
     """Empties the caches; None where a run does so itself: what it reads and writes is larger."""
     size = cache_bytes(case.device)
     if case.bytes > 2 * size:
@@ -219,20 +220,20 @@ def evictor(case: Case) -> Callable[[], None] | None:
 
 
 def seconds_of(
-    run: Run, device: str, repeats: int = 1, before: Callable[[], None] = lambda: None
+    run: Run, device: str, repeats: int = 1, before: Callable[[], object] = lambda: None
 ) -> float:
     """Of one run, over `repeats` of them, after `before`; a card is still busy with that when runs
     are launched, so that it does not wait for the first."""
     if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         before()
-        start.record()
+        first.record()
         for _ in range(repeats):
             run()
-        stop.record()
+        last.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(stop) / repeats / 1e3
+        return first.elapsed_time(last) / repeats / 1e3
     before()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -4,6 +4,8 @@
 
 import contextlib
 import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 import triton
@@ -13,42 +15,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
-from rankpo_kernels import native
+from rankpo_kernels.chunked import native
 
 FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1}  # where a product has its left factor
 ONLY_ROWS_OVER = {"row_slopes"}  # all that a launch for rows that overflowed reads, as a rule
 
 
+class Launch(NamedTuple):
+    """Of a kernel or a torch op."""
+
+    name: str
+    flops: int
+    bytes: int
+
+
 class Meter(TorchDispatchMode):
     """Counts what would run on the card: names, flops and bytes of launches, the peak of memory."""
 
-    def __init__(self, *inputs: Tensor):
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.launches: list[tuple[str, int, int]] = []  # name, flops, bytes
+        self.launches: list[Launch] = []
         self.held = self.peak = 0
         self.storages = {x.untyped_storage()._cdata for x in inputs}
         self.patches = contextlib.ExitStack()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         patch = lambda *of: self.patches.enter_context(mock.patch.object(*of))  # noqa: E731
         patch(KernelInterface, "__getitem__", lambda kernel, grid: self._launcher(kernel))
         patch(native, "usable", lambda *tensors: True)
         for name in ("info_nce_rows", "inverse_norms", "tangent_"):
             patch(native, name, lambda *args, name=name: self._launched(name, 0, args))
-        return super().__enter__()
+        super().__enter__()
+        return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.patches.close()
 
-    def _launched(self, name: str, flops: int, taken, again: int = 0) -> None:
-        self.launches.append((name, flops, again + _bytes(taken)))
+    def _launched(self, name: str, flops: int, taken: Any, again: int = 0) -> None:
+        self.launches.append(Launch(name, flops, again + _bytes(taken)))
 
-    def _launcher(self, kernel):
-        def launch(*args, **kwargs):
+    def _launcher(self, kernel: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
             name, of = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             taken, flops, again = of, 0, 0
-            if name == "_pairs_kernel":  # writes one element a row
+            if name == "pairs_kernel":  # writes one element a row
                 taken = of | {"stored": of["stored"]._replace(exponentials=None)}
             elif name == "_finished_kernel":
                 sides = [side for side in (of["first"], of["second"]) if side.R]
@@ -63,7 +74,9 @@ class Meter(TorchDispatchMode):
 
         return launch
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         for x in _tensors(out):
             self._hold(x)
@@ -88,11 +101,11 @@ class Meter(TorchDispatchMode):
         self.held -= size
 
 
-def _tensors(tree) -> list[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     """Those that stand for memory; a real tensor is a number on the host."""
     leaves = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
     return [x for x in leaves if x.is_meta or isinstance(x, FakeTensor)]
 
 
-def _bytes(tree) -> int:
+def _bytes(tree: Any) -> int:
     return sum(x.nbytes for x in _tensors(tree))

@@ -9,13 +9,19 @@ card NeedsGPU and one that does not take these inputs Unfit, all before anything
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .measure import NeedsGPU, Unfit
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+    )
 
 SCALE = 50.0  # temperature 0.02
 HALVES = (torch.bfloat16, torch.float16)
@@ -128,15 +134,16 @@ def sentence_transformers(
         raise Unfit(f"{len(p)} passages for {len(q)} queries")
     from sentence_transformers.sentence_transformer import losses
 
-    options = {"scale": SCALE}
+    options: dict[str, Any] = {"scale": SCALE}
     if symmetric:
         both = ("query_to_doc", "doc_to_query")
         options |= {"directions": both, "partition_mode": "per_direction"}
     columns = [q, *p.reshape(len(q), -1, p.shape[1]).unbind(1)]
-    model = nn.Sequential(nn.Identity())  # the losses are given embeddings
+    # The losses are given embeddings, and no labels.
+    model, no_labels = cast("SentenceTransformer", nn.Sequential(nn.Identity())), cast(Tensor, None)
     if not cached:
-        loss = losses.MultipleNegativesRankingLoss(model, **options)
-        return loss.compute_loss_from_embeddings(columns, None)
+        plain = losses.MultipleNegativesRankingLoss(model, **options)
+        return plain.compute_loss_from_embeddings(columns, no_labels)
     loss = losses.CachedMultipleNegativesRankingLoss(model, **options)
     if not torch.is_grad_enabled():
         return loss.calculate_loss([[x] for x in columns])
@@ -147,7 +154,7 @@ class _AtOnce(torch.autograd.Function):
     """A loss whose gradients are there when it is: what its trainer does with hooks."""
 
     @staticmethod
-    def forward(ctx, loss: nn.Module, *columns: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: "CachedMultipleNegativesRankingLoss", *columns: Tensor) -> Tensor:
         leaves = [x.detach().requires_grad_() for x in columns]
         with torch.enable_grad():
             value = loss.calculate_loss([[x] for x in leaves], with_backward=True)
@@ -155,7 +162,7 @@ class _AtOnce(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(ctx, d_value: Tensor):
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(grad * d_value for grad in ctx.saved_tensors)
 
 

@@ -6,7 +6,6 @@ of room, its title counts and the tables have.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from textwrap import fill, shorten
 from typing import Any
@@ -20,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from rankpo_fast.demo.figure import DASHED, GREY, LOOK
 
+from .curves import Fall, Growth, growths
 from .questions import OUT_OF_MEMORY, Result, Row, described
 from .results import Run
 from .tables import mebibytes, number, times
@@ -35,29 +35,9 @@ MARK = 0.09  # the height of one, of its panel
 FLOORS = 5  # of time, where the axis of ratios ends
 LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
 MOST_ERROR = 1e9  # where what is not finite stands
-PLAIN = LOOK | {"text.parse_math": False}  # a note may hold any sign
+PLAIN = {**LOOK, "text.parse_math": False}  # a note may hold any sign
 
 Style = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a contender takes at growing sizes, and the first that it did not reach."""
-
-    contender: str
-    sizes: tuple[int, ...]
-    times: tuple[float, ...]
-    peaks: tuple[float, ...]  # MiB; NaN where unknown
-    fell: tuple[int, str] | None = None  # that size, and why
-
-
-@dataclass(frozen=True)
-class Growth:
-    """One case over one of its sizes."""
-
-    title: str
-    axis: str
-    curves: tuple[Curve, ...]
 
 
 def time_memory(run: Run) -> Figure | None:
@@ -170,68 +150,6 @@ def trend(trends: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def growths(run: Run) -> list[Growth]:
-    """Scalings, then losses at several batches: of a case at the widest range of them."""
-    scalings = [_scaling(result) for result in run.results if any(r.times for r in result.rows)]
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in run.results:
-        if result.family == "loss" and _batch(result) is not None:
-            groups.setdefault((result.case, _but_the_batch(result)), []).append(result)
-    widest: dict[str, list[Result]] = {}
-    for (case, _), group in groups.items():
-        widest[case] = max(widest.get(case, []), group, key=len)  # the first of equals
-    return scalings + [_over_batches(group) for group in widest.values() if len(group) > 1]
-
-
-def _scaling(result: Result) -> Growth:
-    rows = [row for row in result.rows if row.sizes]
-    curves = []
-    for row in rows:
-        reached, peaks = row.times or (), row.peaks or ()
-        fell = None
-        if len(reached) < len(row.sizes):
-            fell = row.sizes[len(reached)], row.falls_over or row.note
-        unknown = (math.nan,) * (len(reached) - len(peaks))
-        curves.append(Curve(row.contender, row.sizes[: len(reached)], tuple(reached),
-                            (*peaks[: len(reached)], *unknown), fell))  # fmt: skip
-    return Growth(result.name, rows[0].axis or "size", tuple(curves))
-
-
-def _over_batches(group: Sequence[Result]) -> Growth:
-    ordered = sorted(group, key=lambda result: _batch(result)[1])
-    rows: dict[str, list[tuple[int, Row]]] = {}
-    for result in ordered:
-        for row in _present(result):
-            rows.setdefault(row.contender, []).append((_batch(result)[1], row))
-    curves = []
-    for contender, given in rows.items():
-        timed = [(size, row) for size, row in given if row.seconds is not None]
-        peaks = (math.nan if row.peak_mib is None else row.peak_mib for _, row in timed)
-        fell = next(((size, row.note) for size, row in given if row.note), None)
-        seconds = (row.seconds for _, row in timed)
-        sizes = (size for size, _ in timed)
-        curves.append(Curve(contender, tuple(sizes), tuple(seconds), tuple(peaks), fell))
-    first = ordered[0]
-    return Growth(f"{first.case}, {_but_the_batch(first)}", _batch(first)[0], tuple(curves))
-
-
-def _batch(result: Result) -> tuple[str, int] | None:
-    """The first of a shape's sizes, by name."""
-    return next(((key, x) for key, x in result.shape.items() if isinstance(x, int)), None)
-
-
-def _but_the_batch(result: Result) -> str:
-    """N = 6 M, D = 384, float32: the passages go with the queries."""
-    axis, size = _batch(result)
-    texts = []
-    for key, x in result.shape.items():
-        if key == "N" and axis != "N":
-            texts.append(f"N = {f'{x / size:g} ' if x != size else ''}{axis}")
-        elif key != axis:
-            texts.append(f"{key} = {x}" if isinstance(x, int) else str(x))
-    return ", ".join(texts)
-
-
 def styles(results: Iterable[Result]) -> dict[str, Style]:
     """Of every contender, the same in all pictures of a run."""
     results = list(results)
@@ -270,7 +188,8 @@ def _present(result: Result) -> list[Row]:
 def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) -> None:
     """`field` of curves: times or peaks."""
     least, tick = (0, _seconds_tick) if field == "times" else (LEAST_MIB, _mib_tick)
-    drawn, fallen = [], []
+    drawn: list[float] = []
+    fallen: list[tuple[str, Fall]] = []
     for curve in growth.curves:
         pairs = zip(curve.sizes, getattr(curve, field), strict=True)
         points = [(x, max(y, least)) for x, y in pairs if not math.isnan(y)]
@@ -279,27 +198,30 @@ def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) ->
                       **style[curve.contender])  # fmt: skip
             drawn += [y for _, y in points]
         if curve.fell is not None:
-            fallen.append(curve)
+            fallen.append((curve.contender, curve.fell))
     axes.loglog()
-    sizes = sorted({x for curve in growth.curves for x in (*curve.sizes, *(curve.fell or ())[:1])})
+    reached = {x for curve in growth.curves for x in curve.sizes}
+    sizes = sorted(reached | {fell.size for _, fell in fallen})
     _ticks(axes.xaxis, sizes[:: math.ceil(len(sizes) / TICKS)], lambda x: f"{x:,.0f}")
     axes.set_xlabel(growth.axis)
     low, high = (min(drawn) / 1.5, max(drawn) * 1.5) if drawn else (1, 10)
     room = _mark_falls(axes, fallen, style) if fallen else 0
     axes.set_ylim(low, high * (high / low) ** (room / (1 - room)))
-    _ticks(axes.yaxis, _round_numbers(low, high), tick)
+    _ticks(axes.yaxis, round_numbers(low, high), tick)
 
 
-def _mark_falls(axes: Axes, fallen: Sequence[Curve], style: Mapping[str, Style]) -> float:
+def _mark_falls(
+    axes: Axes, fallen: Sequence[tuple[str, Fall]], style: Mapping[str, Style]
+) -> float:
     """At the top, one over the other where several fall at one size; the share that they need."""
-    across, stacks = axes.get_xaxis_transform(), Counter()
-    for curve in fallen:
-        size, _ = curve.fell
-        color = style[curve.contender]["color"]
+    across = axes.get_xaxis_transform()
+    stacks: Counter[int] = Counter()
+    for contender, (size, _) in fallen:
+        color = style[contender]["color"]
         axes.plot(size, 0.95 - MARK * stacks[size], marker="x", color=color, markersize=8,
                   markeredgewidth=2.2, transform=across, clip_on=False)  # fmt: skip
         stacks[size] += 1
-    full = all(OUT_OF_MEMORY in curve.fell[1] for curve in fallen)
+    full = all(OUT_OF_MEMORY in fell.why for _, fell in fallen)
     axes.annotate(
         OUT_OF_MEMORY if full else "not reached", (min(stacks), 0.95), (-9, 0), xycoords=across,
         textcoords="offset points", ha="right", va="center", fontsize=8, color=GREY,
@@ -313,7 +235,7 @@ def _ticks(axis: Axis, places: Sequence[float], write: Callable[[float], str]) -
     axis.set_major_formatter(FuncFormatter(lambda x, _: write(x)))
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
+def round_numbers(low: float, high: float) -> list[float]:
     """A few between two numbers of which one is twice the other or more."""
     first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
     decades = [10.0**k for k in range(first, last + 1)]
@@ -351,14 +273,14 @@ def _beside_the_floor(axes: Axes, result: Result) -> None:
                       fontsize=8.5, color=GREY)  # fmt: skip
             continue
         other_floor = result.is_floor(row)
-        wins = bool(ours) and row.cost < min(ours) and not (row.ours or other_floor)
+        wins = bool(ours) and row.ratio < min(ours) and not (row.ours or other_floor)
         color = OUR_COLOR if row.ours else GREY if other_floor else WINS if wins else PEER
         length = min(row.ratio, end)
         axes.barh(place, length, color=color, height=0.66)
-        if row.ratio <= end and row.ratio_low is not None:
-            axes.hlines(place, row.ratio_low, min(row.ratio_high, end), color="black", linewidth=1)
-            axes.vlines([row.ratio_low, min(row.ratio_high, end)], place - 0.17, place + 0.17,
-                        color="black", linewidth=1)  # fmt: skip
+        if row.ratio <= end and row.ratio_low is not None and row.ratio_high is not None:
+            low, high = row.ratio_low, min(row.ratio_high, end)
+            axes.hlines(place, low, high, color="black", linewidth=1)
+            axes.vlines([low, high], place - 0.17, place + 0.17, color="black", linewidth=1)
         says = f"{times(row.ratio)}" + " \N{RIGHTWARDS ARROW}" * (row.ratio > end)
         says += ", beats ours" * wins
         right = min(max(row.ratio_high or 0, row.ratio), end)
@@ -390,7 +312,8 @@ def _bar(
 
 
 def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
-    errors, seconds = [], []
+    errors: list[float] = []
+    seconds: list[float] = []
     for row in result.rows:
         found = _errors_of(row)
         if row.seconds is None or not found:
@@ -408,10 +331,10 @@ def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
     axes.loglog()
     low, high = min(seconds) / 1.4, max(seconds) * 1.4
     axes.set_xlim(low, high)
-    _ticks(axes.xaxis, _round_numbers(low, high), _seconds_tick)
+    _ticks(axes.xaxis, round_numbers(low, high), _seconds_tick)
     low, high = min(errors) / 12, max(errors) * 12  # so that what is as good as equal looks so
     axes.set_ylim(low, high)
-    _ticks(axes.yaxis, _round_numbers(low, high), lambda y: f"{y:.0e}")
+    _ticks(axes.yaxis, round_numbers(low, high), lambda y: f"{y:.0e}")
     _name(axes, result)
 
 
@@ -427,22 +350,22 @@ def _name(axes: Axes, result: Result) -> None:
 
 
 def _over_time(axes: Axes, result: Result) -> None:
-    rows = [row for row in result.rows if row.ratio is not None]
-    for place, row in enumerate(rows):
-        if row.ratio_low is not None:
+    rows = [(row, row.ratio) for row in result.rows if row.ratio is not None]
+    for place, (row, ratio) in enumerate(rows):
+        if row.ratio_low is not None and row.ratio_high is not None:
             axes.vlines(place, row.ratio_low, row.ratio_high, color=OUR_COLOR, linewidth=5,
                         alpha=0.25)  # fmt: skip
         memory = "" if row.peak_mib is None else f"\n{mebibytes(row.peak_mib)} MiB"
-        axes.annotate(f"{times(row.ratio)}{memory}", (place, row.ratio), (0, 7), ha="center",
+        axes.annotate(f"{times(ratio)}{memory}", (place, ratio), (0, 7), ha="center",
                       textcoords="offset points", fontsize=8.5)  # fmt: skip
-    axes.plot([row.ratio for row in rows], color=OUR_COLOR, marker="o", linewidth=1.6)
+    axes.plot([ratio for _, ratio in rows], color=OUR_COLOR, marker="o", linewidth=1.6)
     axes.axhline(1, **DASHED)
     axes.set_xlim(-0.3, len(rows) - 0.7)
-    axes.set_ylim(0, 1.35 * max(row.ratio_high or row.ratio for row in rows))
+    axes.set_ylim(0, 1.35 * max(row.ratio_high or ratio for row, ratio in rows))
     skipped = math.ceil(len(rows) / TICKS)
     axes.set_xticks(
         range(0, len(rows), skipped),
-        [row.contender.replace(" ", "\n", 1) for row in rows[::skipped]],
+        [row.contender.replace(" ", "\n", 1) for row, _ in rows[::skipped]],
         fontsize=8,
     )
     axes.set_title(f"{result.name}\n{fill(result.question, 50)}")
@@ -473,5 +396,5 @@ def _legend(figure: Figure, style: Mapping[str, Style], drawn: set[str]) -> None
     figure.legend(handles=lines, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
 
 
-def _left_out(kept: Sequence, all_of: Sequence) -> str:
+def _left_out(kept: Sequence[Any], all_of: Sequence[Any]) -> str:
     return f" ({len(kept)} of {len(all_of)} cases)" if len(kept) < len(all_of) else ""

@@ -8,8 +8,9 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ SECONDS = 120  # that any answer may take
 
 
 @contextlib.contextmanager
-def processes(
-    size: int, directory: Path, method: str = "spawn"
-) -> Iterator[Callable[..., list[Any]]]:
-    """A function that has all ranks call one, and returns what each answers, an exception too."""
-    context = torch.multiprocessing.get_context(method)
+def processes(size: int, directory: Path, method: str = "spawn") -> Iterator["Ranks"]:
+    """The ranks, at work until the context ends."""
+    # Any: typeshed knows the Process of each kind of context, not that of their base.
+    context: Any = torch.multiprocessing.get_context(method)
     pipes = [context.Pipe() for _ in range(size)]
     ranks = [
         context.Process(target=_serve, args=(rank, size, directory / "meet", there), daemon=True)
@@ -33,26 +33,35 @@ def processes(
     for rank in ranks:
         rank.start()
 
-    def ask(function, *arguments, **options):
-        for here, _ in pipes:
-            here.send((function, arguments, options))
-        answers, end = [], time.monotonic() + SECONDS
-        for rank, (here, _) in enumerate(pipes):
-            if not here.poll(max(0, end - time.monotonic())):
-                raise TimeoutError(f"rank {rank} of {size} gives no answer to {function.__name__}")
-            answers.append(here.recv())
-        return answers
-
-    ask.size = size
     try:
-        yield ask
+        yield Ranks([here for here, _ in pipes])
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
 
 
-def _serve(rank: int, size: int, meet: Path, pipe) -> None:
+class Ranks:
+    """Called with a function and its arguments they all call it; what each answers comes back, an
+    exception too."""
+
+    def __init__(self, pipes: Sequence[Connection]):
+        self.pipes, self.size = pipes, len(pipes)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments, options))
+        answers, end = [], time.monotonic() + SECONDS
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(0, end - time.monotonic())):
+                raise TimeoutError(
+                    f"rank {rank} of {self.size} gives no answer to {function.__name__}"
+                )
+            answers.append(pipe.recv())
+        return answers
+
+
+def _serve(rank: int, size: int, meet: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     patience = timedelta(seconds=SECONDS / 2)

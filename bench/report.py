@@ -5,6 +5,7 @@ What failed stands first, then what a reader wants to know in a minute, the pict
 
 import base64
 import io
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,23 +211,29 @@ def _beside_peers(family: str, results: Sequence[Result]) -> list[str]:
         if not ours or not peers:
             continue
         compared += 1
-        best, peer = (min(rows, key=lambda row: row.cost) for rows in (ours, peers))
-        if peer.cost < best.cost:
-            share = peer.cost / best.cost
+        best, peer = (min(rows, key=_cost) for rows in (ours, peers))
+        if _cost(peer) < _cost(best):
+            share = _cost(peer) / _cost(best)
             lost.setdefault(peer.contender, []).append((share, result.name))
-        memory = [min((row.peak_mib for row in rows if row.peak_mib is not None), default=None)
-                  for rows in (ours, peers)]  # fmt: skip
-        light += None not in memory and memory[0] < memory[1]
+        least, of_peers = (
+            min((row.peak_mib for row in rows if row.peak_mib is not None), default=None)
+            for rows in (ours, peers)
+        )
+        light += least is not None and of_peers is not None and least < of_peers
     if not compared:
         return []
     won = compared - sum(map(len, lost.values()))
     said = [f"{family.capitalize()} beside peers: ours is the fastest at {won} of {compared} "
             f"shapes, with the least memory at {light}."]  # fmt: skip
-    for peer, shapes in lost.items():
+    for name, shapes in lost.items():
         share, where = min(shapes)
-        said.append(f"{peer} is faster at {len(shapes)}: at best it takes {times(share)} of our "
+        said.append(f"{name} is faster at {len(shapes)}: at best it takes {times(share)} of our "
                     f"time ({where}).")  # fmt: skip
     return said
+
+
+def _cost(row: Row) -> float:
+    return math.inf if row.cost is None else row.cost
 
 
 def _counted(names: Counter) -> str:

@@ -58,7 +58,8 @@ def _row(row: dict) -> Row:
     for key, x in row.items():
         if isinstance(x, str) is not (key in TEXTS):
             raise TypeError(f"{key} {x!r}")
-    return Row(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()})
+    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}
+    return Row(**fields)
 
 
 def _filled(result: Result) -> dict:

@@ -50,7 +50,7 @@ class Growth:
 
     first: int
     last: int
-    fixed: dict[str, int]
+    fixed: Shape
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class LossAt:
     device: str
 
     def __call__(self, size: int) -> tuple[Run, int]:
-        at = self.shape | dict.fromkeys(self.axis.split("="), size)
+        at = {**self.shape, **dict.fromkeys(self.axis.split("="), size)}
         q, p, labels = loss.draw(at["M"], at["N"], at["D"], self.device, loss.dtype_of(at))
         value = functools.partial(CONTENDERS[self.contender], q, p, labels)
         return loss.forward_backward(value, [q, p]), q.nbytes + p.nbytes
@@ -219,7 +219,7 @@ def contenders(device: str) -> list[str]:
 def question(axis: str) -> Question:
     def shapes(device: str, level: str) -> list[Shape]:
         growth = GROWTHS[axis][device].get(level)
-        return [] if growth is None else [growth.fixed | {"dtype": loss.DTYPE[device]}]
+        return [] if growth is None else [{**growth.fixed, "dtype": loss.DTYPE[device]}]
 
     name = f"scaling over {axis}"
     asks = f"How do time and memory grow with {axis}, and where does each fall over?"
@@ -230,19 +230,19 @@ def question(axis: str) -> Question:
 
 # --- the training step ---
 
-STEP = {"negatives": 1, "steps": 3}
+STEP: Shape = {"negatives": 1, "steps": 3}
 BATCHES = {  # rows of a batch
     "cpu": {
-        "default": Growth(32, 256, STEP | {"backbone": TINY}),
-        "full": Growth(64, 1024, STEP | {"backbone": TINY}),
+        "default": Growth(32, 256, {**STEP, "backbone": TINY}),
+        "full": Growth(64, 1024, {**STEP, "backbone": TINY}),
     },
-    "cuda": {"full": Growth(64, 4096, STEP | {"backbone": "Qwen3-0.6B"})},
+    "cuda": {"full": Growth(64, 4096, {**STEP, "backbone": "Qwen3-0.6B"})},
 }
 LIMITS_OF_STEPS = {
     "cpu": {"default": Limits(5.0, 640), "full": Limits(20.0, 2048)},
     "cuda": {"full": Limits(10.0)},
 }
-TRAINERS = {
+TRAINERS: dict[str, Contender] = {
     "sentence-transformers": sentence_transformers,
     "sentence-transformers, cached by 32": functools.partial(sentence_transformers, cached=32),
     "one graph, autograd": one_graph,
@@ -256,7 +256,7 @@ ASKS = "How do time and memory of a training step grow, and where does each trai
 def answer_of_steps(shape: Shape, settings: Settings) -> Result:
     limits = LIMITS_OF_STEPS[settings.device][settings.level]
     sizes = BATCHES[settings.device][settings.level].sizes
-    shapes = [shape | {"batch": batch} for batch in sizes]
+    shapes = [{**shape, "batch": batch} for batch in sizes]
     tokens = [round(batches_of(at).tokens) for at in shapes]
     rows = []
     for name, trainer in TRAINERS.items():

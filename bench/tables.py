@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rankpo_fast.errors import InputError
 
@@ -55,7 +56,7 @@ def _spread(low: float | None, high: float | None, write: Callable[[float], str]
     return "" if low is None or high is None or low == high else f" ({write(low)}-{write(high)})"
 
 
-def _one(field: str, write: Callable[[float], str] = number) -> Callable[[Row], str]:
+def _one(field: str, write: Callable[[Any], str] = number) -> Callable[[Row], str]:
     return lambda row: "" if getattr(row, field) is None else write(getattr(row, field))
 
 
@@ -77,7 +78,7 @@ def _sizes(row: Row) -> str:
     return f"{row.axis} {row.sizes[0]} to {row.sizes[-1]}" if row.sizes else ""
 
 
-def _all(field: str, write: Callable[[float], str] = number) -> Callable[[Row], str]:
+def _all(field: str, write: Callable[[Any], str] = number) -> Callable[[Row], str]:
     return _one(field, lambda values: ", ".join(map(write, values)))
 
 

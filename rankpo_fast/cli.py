@@ -1,30 +1,88 @@
 """The command line: `rankpo-fast COMMAND --flag value ...`, or the flags in `--config FILE.yaml`.
 
-Exit codes: 0; 1 for a run that failed; 2 for what the user can put right (bad flags, bad data, with
-a message that names it); in training, 143 after SIGTERM and 130 after Ctrl-C, once the step is
-finished and saved.
+Flags are read here, what a command does stands in commands/. Exit codes: 0; 1 for a run that
+failed; 2 for what the user can put right (bad flags, bad data, with a message that names it); in
+training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved.
 
 On N cards: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
 evaluate and to encode.
 """
 
+import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from rankpo_fast import config as configs
+from rankpo_fast.commands import config as command_configs
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import InputError, NotFiniteVectors
 from rankpo_fast.flags import closest, parse
-from rankpo_fast.paths import DATA, check_output
+from rankpo_fast.paths import DATA
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode")  # the commands for torchrun
+ENTRY_POINTS = "rankpo_fast.commands"  # group in pyproject.toml: name = "module:main"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Its body is `run` of the module commands/NAME, imported late: --help is quick."""
+
+    summary: str
+    settings: list[type]
+
+
+TRAINING = [configs.TrainingConfig, configs.EvaluationConfig, configs.ComputeConfig]
+COMMANDS = {
+    "contrastive": Command(
+        "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
+        [
+            configs.ModelConfig,
+            configs.ContrastiveDataConfig,
+            configs.ContrastiveLossConfig,
+            *TRAINING,
+        ],
+    ),
+    "rankpo": Command(
+        "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
+        [
+            configs.ModelConfig,
+            configs.RankPODataConfig,
+            configs.RankPOLossConfig,
+            *TRAINING,
+            configs.ReplayConfig,
+        ],
+    ),
+    "evaluate": Command(
+        "measure an encoder: nDCG, MRR and recall, and its agreement with preferences",
+        [
+            configs.EncoderConfig,
+            configs.EvaluationConfig,
+            command_configs.EvaluateOutputConfig,
+            configs.ComputeConfig,
+        ],
+    ),
+    "mine": Command(
+        "find hard negatives for stage 1",
+        [configs.EncoderConfig, command_configs.MineConfig, configs.ComputeConfig],
+    ),
+    "encode": Command(
+        "turn the texts of a JSONL file into vectors",
+        [configs.EncoderConfig, command_configs.EncodeConfig, configs.ComputeConfig],
+    ),
+}
+# Those that read their flags themselves.
+PROGRAMS = {
+    "demo": "watch both stages train on a synthetic world, in minutes on a CPU",
+    "bench": "what losses and training cost here, beside their peers and the floor",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,19 +112,18 @@ def _run(argv: list[str]) -> int:
         print(f"rankpo-fast {__version__}")
         return 0
     name, *flags = argv
-    known = [*COMMANDS, "demo", "bench"]
+    known = [*COMMANDS, *PROGRAMS]
     if name not in known:
         name = _meant(name, known)
     if name not in IN_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"{name} runs in one process, but WORLD_SIZE is > 1: leave out torchrun")
-    if name == "demo":
-        from rankpo_fast.demo import run
+    if name in PROGRAMS:
+        return _program(name)(flags)
+    return _run_command(name, flags)
 
-        return run.main(flags) or 0
-    if name == "bench":  # a package of its own, which looks at this one
-        from rankpo_bench.__main__ import main as bench
 
-        return bench(flags)
+def _run_command(name: str, flags: list[str]) -> int:
+    """Parse the flags and run the body, for `evaluate` maybe several times."""
     command = COMMANDS[name]
     try:
         lines = command_lines(flags) if name == "evaluate" else [flags]
@@ -79,16 +136,31 @@ def _run(argv: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    for settings in runs:
+    body = importlib.import_module(f"rankpo_fast.commands.{name}")
+    for model, *settings in runs:
         if len(runs) > 1:
-            print(f"{settings[0].model_name_or_path}:")
+            print(f"{model.model_name_or_path}:")
         try:
-            command.run(*settings)
+            body.run(model, *settings)
         except NotFiniteVectors as error:  # which all ranks raise
             if _is_first_rank():
-                raise error.located(_data_files(settings)) from None
+                raise error.located(_data_files([model, *settings])) from None
             return BAD_INPUT
     return 0
+
+
+def _program(name: str) -> Callable[[list[str]], int]:
+    """What takes the flags; InputError where its package is not installed."""
+    if name == "demo":
+        from rankpo_fast.demo.run import main as demo
+
+        return demo
+    for program in entry_points(group=ENTRY_POINTS, name=name):
+        if importlib.util.find_spec(program.module.partition(".")[0]) is not None:
+            return program.load()
+    raise InputError(
+        f"{name} is not installed: `pip install --editable .` in a checkout of rankpo-fast does it"
+    )
 
 
 def _meant(name: str, known: list[str]) -> str:
@@ -125,124 +197,8 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-# --- the commands: heavy imports inside, so that --help is quick ---
-
-
-def _contrastive(*settings: Any) -> None:
-    from rankpo_fast.train.contrastive import train_contrastive
-
-    train_contrastive(*settings)
-
-
-def _rankpo(*settings: Any) -> None:
-    from rankpo_fast.train.rankpo import train_rankpo
-
-    train_rankpo(*settings)
-
-
-def _evaluate(
-    model: configs.EncoderConfig,
-    evaluation: configs.EvaluationConfig,
-    output: configs.EvaluateOutputConfig,
-    compute: configs.ComputeConfig,
-) -> None:
-    if not evaluation.asked:
-        raise InputError("nothing to measure: give --query_data, --preference_data, or both")
-    from rankpo_fast.commands.evaluate import run_evaluation
-
-    _check_cache(compute)
-    for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
-        if path is not None:
-            check_output(flag, path, model, evaluation)
-    run_evaluation(model, evaluation, output, compute)
-
-
-def _encode(
-    model: configs.EncoderConfig, config: configs.EncodeConfig, compute: configs.ComputeConfig
-) -> None:
-    from rankpo_fast.commands.encode import run_encoding
-
-    _check_cache(compute)
-    check_output("--output", config.output, model, config)
-    run_encoding(model, config, compute)
-
-
-def _mine(
-    model: configs.EncoderConfig, config: configs.MineConfig, compute: configs.ComputeConfig
-) -> None:
-    from rankpo_fast.commands.mine import run_mining
-
-    _check_cache(compute)
-    check_output("--output_file", config.output_file, model, config)
-    run_mining(model, config, compute)
-
-
-def _check_cache(compute: configs.ComputeConfig) -> None:
-    from rankpo_fast.data.cache import check_cache
-
-    check_cache(compute)
-
-
-@dataclass(frozen=True)
-class Command:
-    summary: str
-    settings: list[type]
-    run: Callable[..., None]
-
-
-_TRAINING = [configs.TrainingConfig, configs.EvaluationConfig, configs.ComputeConfig]
-COMMANDS = {
-    "contrastive": Command(
-        "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
-        [
-            configs.ModelConfig,
-            configs.ContrastiveDataConfig,
-            configs.ContrastiveLossConfig,
-            *_TRAINING,
-        ],
-        _contrastive,
-    ),
-    "rankpo": Command(
-        "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
-        [
-            configs.ModelConfig,
-            configs.RankPODataConfig,
-            configs.RankPOLossConfig,
-            *_TRAINING,
-            configs.ReplayConfig,
-        ],
-        _rankpo,
-    ),
-    "evaluate": Command(
-        "measure an encoder: nDCG, MRR and recall, and its agreement with preferences",
-        [
-            configs.EncoderConfig,
-            configs.EvaluationConfig,
-            configs.EvaluateOutputConfig,
-            configs.ComputeConfig,
-        ],
-        _evaluate,
-    ),
-    "mine": Command(
-        "find hard negatives for stage 1",
-        [configs.EncoderConfig, configs.MineConfig, configs.ComputeConfig],
-        _mine,
-    ),
-    "encode": Command(
-        "turn the texts of a JSONL file into vectors",
-        [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
-        _encode,
-    ),
-}
-
-
-# --- what is printed ---
-
-
 def _overview() -> str:
-    commands = {name: command.summary for name, command in COMMANDS.items()}
-    commands["demo"] = "watch both stages train on a synthetic world, in minutes on a CPU"
-    commands["bench"] = "what losses and training cost here, beside their peers and the floor"
+    commands = {name: command.summary for name, command in COMMANDS.items()} | PROGRAMS
     lines = [f"  {name:12} {summary}" for name, summary in commands.items()]
     return "\n".join(
         [

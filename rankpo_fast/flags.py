@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from rankpo_fast.compatibility.fates import reading
 from rankpo_fast.compatibility.names import alias, hint
 from rankpo_fast.compatibility.rules import Line
-from rankpo_fast.config import AutoOrBool
 from rankpo_fast.errors import InputError
+from rankpo_fast.fields import AutoOrBool
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 MERGE = "tag:yaml.org,2002:merge"
 YAML_WORDS = {
@@ -108,7 +111,7 @@ def closest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _parser(name: str, summary: str, classes: Sequence[type]) -> argparse.ArgumentParser:
+def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParser":
     from transformers import HfArgumentParser
 
     class Parser(_Parser, HfArgumentParser):
@@ -154,7 +157,7 @@ def _auto_or_bool(text: str) -> bool | str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"/--[a-z0-9-]+", "", message))  # one spelling of a flag is enough
 
 
@@ -173,7 +176,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         unset = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
-        return action.help if unset else super()._get_help_string(action)
+        return (action.help or "") if unset else super()._get_help_string(action) or ""
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -203,7 +206,7 @@ def _named(
         ours = name if name in options else alias(name, options.keys())
         if ours is not None and ours != name:
             read[name] = f"{spelling} as {source.sign}{ours}"
-        setting = options.get(ours, name)
+        setting = name if ours is None else options.get(ours, name)
         before = given.pop(setting, None)
         if before is not None and _name(before.spelling) != name:
             _refuse_both(before, Given(spelling, name, []), source)
@@ -295,11 +298,11 @@ def _given_in_file(
 
 
 def _unset(field: dataclasses.Field, one: Given, source: Source) -> None:
-    listed = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if listed else field.default
-    if default not in (None, [], dataclasses.MISSING):  # of the last argparse says that it lacks
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = " ".join(map(str, field.default_factory()))
+    if default not in (None, "", dataclasses.MISSING):  # of the last argparse says that it lacks
         word = "null" if one.values is None else "false" if one.values is False else "[]"
-        default = " ".join(default) if listed else default
         raise InputError(
             f"{source.where}{one.spelling} cannot be {word}: give a value, or leave the key out "
             f"for {default}"
@@ -312,9 +315,9 @@ def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar[dict] = {}
+        yaml_implicit_resolvers: dict[str, Any] = {}
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key in (key.value for key, _ in node.value if key.tag != MERGE):
                 if key in seen:

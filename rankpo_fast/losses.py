@@ -9,29 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.ops.batch import InfoNCEOptions
-from rankpo_fast.ops.common import Reduction
-from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss, split_margin
+from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss
 from rankpo_fast.ops.info_nce import info_nce_loss
-from rankpo_fast.ops.rankpo import LossType, MarginOptions, rankpo_loss
+from rankpo_fast.ops.options import (
+    CommonOptions,
+    InBatchRankPOOptions,
+    InfoNCELossOptions,
+    RankPOGroupOptions,
+    RankPOOptions,
+)
+from rankpo_fast.ops.rankpo import rankpo_loss
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
 
-def _check_names(loss: Callable, options: dict[str, Any]) -> None:
-    """What a loss shares with others does not make it take all that they take."""
-    if unknown := options.keys() - inspect.signature(loss).parameters.keys():
+def _named(record: type, loss: Callable, options: dict[str, Any]) -> None:
+    """Names what is wrong, and what belongs to other losses."""
+    if unknown := options.keys() - inspect.signature(record).parameters.keys():
         raise TypeError(f"{loss.__name__} has no option {', '.join(sorted(unknown))}")
+    record(**options)
 
 
 class InfoNCELoss(nn.Module):
     """`info_nce_loss` with its temperature; `learn_temperature` makes log(1 / temperature) a
     parameter, as CLIP does.
 
-    options: what does not change with the batch (`rankpo_fast.ops.batch.InfoNCEOptions`):
-    normalize, reduction, label_smoothing, directions, partition, false_negative_margin,
-    margin_type, matryoshka_dims, matryoshka_weights, hardness_mode, hardness_strength,
-    gradient_filter, workspace_bytes, backend, process_group, exchange.
-    Wrong ones raise ValueError here.
+    options: what does not change with the batch, the fields of
+    `rankpo_fast.ops.options.InfoNCELossOptions`. Wrong ones raise ValueError here.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class InfoNCELoss(nn.Module):
         self.log_scale = (
             nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         )
-        InfoNCEOptions(**options)  # names what is wrong
+        _named(InfoNCELossOptions, info_nce_loss, options)
         self.options = options
 
     def forward(
@@ -68,34 +71,13 @@ class InfoNCELoss(nn.Module):
 
 
 class RankPOLoss(nn.Module):
-    """`rankpo_loss` with its settings. Wrong ones raise ValueError here."""
+    """`rankpo_loss` with its settings, the fields of `rankpo_fast.ops.options.RankPOOptions`. Wrong
+    ones raise ValueError here."""
 
-    def __init__(
-        self,
-        *,
-        beta: float = 2.0,
-        temperature: float = 0.1,
-        gamma_beta_ratio: float = 0.0,
-        label_smoothing: float = 0.0,
-        loss_type: LossType = "sigmoid",
-        normalize: bool = True,
-        reduction: Reduction = "mean",
-        sft_weight: float = 0.0,
-        rankpo_weight: float = 1.0,
-    ):
+    def __init__(self, **options: Any):
         super().__init__()
-        self.options = {
-            "beta": beta,
-            "temperature": temperature,
-            "gamma_beta_ratio": gamma_beta_ratio,
-            "label_smoothing": label_smoothing,
-            "loss_type": loss_type,
-            "normalize": normalize,
-            "reduction": reduction,
-            "sft_weight": sft_weight,
-            "rankpo_weight": rankpo_weight,
-        }
-        rankpo_loss(*torch.zeros(3, 1, 1), **self.options)  # names what is wrong
+        _named(RankPOOptions, rankpo_loss, options)
+        self.options = options
 
     def forward(
         self,
@@ -112,13 +94,12 @@ class RankPOLoss(nn.Module):
 
 
 class RankPOGroupLoss(nn.Module):
-    """`rankpo_group_loss` with its settings: form, beta, temperature, gamma_beta_ratio,
-    label_smoothing, loss_type, normalize, reduction."""
+    """`rankpo_group_loss` with its settings, the fields of
+    `rankpo_fast.ops.options.RankPOGroupOptions`. Wrong ones raise ValueError here."""
 
     def __init__(self, **options: Any):
         super().__init__()
-        one = torch.zeros(1, 1)
-        rankpo_group_loss(one, one[:, None], one, **options)  # names what is wrong
+        _named(RankPOGroupOptions, rankpo_group_loss, options)
         self.options = options
 
     def forward(
@@ -139,15 +120,14 @@ class RankPOGroupLoss(nn.Module):
 class InBatchRankPOLoss(nn.Module):
     """`in_batch_rankpo_loss` with its settings.
 
-    options: what does not change with the batch: those of `RankPOLoss`, workspace_bytes, backend,
-    process_group. Wrong ones raise ValueError here, those of other losses TypeError.
+    options: what does not change with the batch, the fields of
+    `rankpo_fast.ops.options.InBatchRankPOOptions`. Wrong ones raise ValueError here, those of other
+    losses TypeError.
     """
 
     def __init__(self, **options: Any):
         super().__init__()
-        _check_names(in_batch_rankpo_loss, options)
-        margin, others = split_margin(options)
-        MarginOptions(**margin), InfoNCEOptions(**others)  # name what is wrong
+        _named(InBatchRankPOOptions, in_batch_rankpo_loss, options)
         self.options = options
 
     def forward(
@@ -175,8 +155,7 @@ class SigLIPLoss(nn.Module):
             raise ValueError(f"scale must be > 0 and finite, got {scale}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
-        _check_names(siglip_loss, options)
-        InfoNCEOptions(**options)  # names what is wrong
+        _named(CommonOptions, siglip_loss, options)
         self.options = options
 
     def forward(

@@ -44,7 +44,8 @@ class _Lines:
     def __init__(self, label: str, total: int, unit: str):
         self._label, self._total, self._unit = label, total, unit
         self._began = self._said = time.monotonic()
-        self._done = self._due = 0
+        self._done = 0
+        self._due = 0.0  # the share of the whole that the next line waits for
 
     def update(self, count: int) -> None:
         self._done += count

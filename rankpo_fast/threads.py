@@ -63,5 +63,5 @@ def _quota(group: Path) -> tuple[int, int]:
     names = [group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"]
     if not all(name.exists() for name in names):
         return 0, 1
-    quota, period = (int(name.read_text()) for name in names)
-    return quota, period
+    limit, span = (int(name.read_text()) for name in names)
+    return limit, span

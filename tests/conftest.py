@@ -42,7 +42,7 @@ def interpreted():
     if not triton.knobs.runtime.interpret:
         yield False
         return
-    from interpreter import exact_bf16
+    from support.interpreter import exact_bf16
 
     with exact_bf16():
         yield True

@@ -1,6 +1,7 @@
 """What a user gets wrong is named with file, line or flag: exit code 2, nothing half-written."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rankpo_fast.cli import main
 from rankpo_fast.config import PAPER_SPECIAL_TOKENS, ModelConfig, TrainingConfig
 from rankpo_fast.flags import parse
-from rankpo_fast.train.step import BatchLoss
+from rankpo_fast.train.task import LossOutput
 
 CONTRASTIVE_ROW = {"query": "a nurse", "positives": ["nurse"], "negatives": ["cook", "pilot"]}
 PREFERENCE_ROW = {"query": "a nurse", "passage1": "nurse", "passage2": "cook", "preferred": "A"}
@@ -285,6 +286,18 @@ def test_help_names_every_command_and_flag(capsys):
     assert "--gamma_beta_ratio" in capsys.readouterr().out
 
 
+def test_bench_is_found_by_its_entry_point_or_said_to_be_missing(capsys, monkeypatch):
+    started = []
+    program = SimpleNamespace(
+        module="rankpo_fast.cli", load=lambda: lambda flags: started.append(flags) or 0
+    )
+    monkeypatch.setattr("rankpo_fast.cli.entry_points", lambda **named: [program])
+    assert main(["bench", "--quick"]) == 0 and started == [["--quick"]]
+    for there in ([], [SimpleNamespace(module="no_such_package.main")]):
+        monkeypatch.setattr("rankpo_fast.cli.entry_points", lambda there=there, **named: there)
+        assert "bench is not installed: `pip install" in refused(["bench"], capsys)
+
+
 def test_dashes_do_as_well_as_underscores(command, capsys, tmp_path):
     argv = command("contrastive", lines(CONTRASTIVE_ROW))
     assert main([arg.replace("_", "-") if arg.startswith("--") else arg for arg in argv]) == 0
@@ -423,9 +436,9 @@ def test_a_positive_with_spaces_round_it_is_no_negative_from_a_corpus(trained, t
 
 
 def test_a_run_that_fails_says_so_without_a_traceback(command, capsys, monkeypatch):
-    def loss(stage, queries, passages, batch):
-        return BatchLoss(torch.tensor(float("nan")), queries, passages, {})
+    def loss(task, queries, passages, batch):
+        return LossOutput(torch.tensor(float("nan")), queries, passages, {})
 
-    monkeypatch.setattr("rankpo_fast.train.contrastive.ContrastiveStage.loss", loss)
+    monkeypatch.setattr("rankpo_fast.train.contrastive.ContrastiveTask.loss", loss)
     assert main(command("contrastive", lines(CONTRASTIVE_ROW))) == 1
     assert "error: step 1: loss nan" in capsys.readouterr().err

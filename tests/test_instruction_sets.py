@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from instruction_sets import CHOSEN, below
+
+from support.instruction_sets import CHOSEN, below
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_tests_do_not_run_in_another_set_than_was_asked_for():
         **os.environ, CHOSEN: "avx2", "RANKPO_INSTRUCTION_SET": "baseline",
         "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]),
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "instruction_sets", "--co", "test_paths.py"]
+    plugin = ["-p", "support.instruction_sets"]
+    command = [sys.executable, "-m", "pytest", *plugin, "--co", "test_paths.py"]
     done = subprocess.run(command, env=environment, cwd=tests, capture_output=True, text=True)
     assert done.returncode == 1 and "the tests would run in {'rows': 'baseline'" in done.stderr

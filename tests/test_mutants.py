@@ -1,6 +1,7 @@
 """Every mutant is of the code as it stands: one that has aged would break nothing."""
 
-from mutants import MUTANTS, ROOT, mutated
+from mutants import MUTANTS
+from mutants.runner import ROOT, mutated
 
 
 def test_none_has_aged():

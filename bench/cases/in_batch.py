@@ -39,7 +39,7 @@ SHAPES = {
 def plain(form: str, q: Tensor, p: Tensor, labels: Tensor, reference: tuple) -> Tensor:
     """What one would write without us."""
 
-    def scores(q, p):
+    def scores(q: Tensor, p: Tensor) -> Tensor:
         return F.normalize(q, dim=1) @ F.normalize(p, dim=1).T
 
     s = scores(q, p)
@@ -73,10 +73,11 @@ def contenders(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Run
     }
 
 
-def errors(form: str, D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
+def errors(form: str, D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
     """Against plain torch in fp64."""
     q, p, labels = draw(FOR_ERRORS, FOR_ERRORS, D, device, dtype, **state)
-    truth = contenders(form, *loss.exact([q, p]), labels)["torch"]()
+    exact_q, exact_p = loss.exact([q, p])
+    truth = contenders(form, exact_q, exact_p, labels)["torch"]()
     return loss.Errors(contenders(form, q, p, labels), lambda _: truth)
 
 

@@ -6,16 +6,16 @@ through: whoever keeps no scores makes them twice, 8MND.) M queries, N passages,
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rankpo_fast import info_nce_loss
-from rankpo_kernels.objective import DIRECTIONS
+from rankpo_kernels.problem import PQ, QP
 
 from ..measure import Case, Run
 from ..peers import PEERS, SCALE
@@ -26,7 +26,7 @@ from .loss import GATE, loss_question
 OWN = 8  # hard negatives of a query alone
 MOST = {"cpu": 1024, "cuda": 16384}  # rows over which errors are taken: fp64 is slow
 DIMS = [1024, 384, 2048, 4096]
-BOTH_WAYS = {"directions": DIRECTIONS[:2], "partition": "per_direction"}
+BOTH_WAYS = {"directions": (QP, PQ), "partition": "per_direction"}
 
 
 class Inputs(NamedTuple):
@@ -52,6 +52,7 @@ def similarities(x: Inputs, dims: int | None = None) -> Tensor:
 
 
 def own_negatives(x: Inputs) -> Tensor:
+    assert x.own is not None
     own = torch.einsum("md,mkd->mk", F.normalize(x.q, dim=1), F.normalize(x.own, dim=2))
     return F.cross_entropy(SCALE * torch.cat([similarities(x), own], dim=1), x.labels)
 
@@ -62,7 +63,8 @@ def matryoshka_dims(D: int) -> list[int]:
 
 def matryoshka(x: Inputs) -> Tensor:
     dims = matryoshka_dims(x.q.shape[1])
-    return sum(F.cross_entropy(SCALE * similarities(x, d), x.labels) for d in dims)
+    losses = (F.cross_entropy(SCALE * similarities(x, d), x.labels) for d in dims)
+    return cast(Tensor, sum(losses))
 
 
 def masks(x: Inputs) -> dict[str, Any]:
@@ -103,7 +105,9 @@ class Form:
     backward: bool = True
     own: bool = False
 
-    def draw(self, M: int, N: int, D: int, device: str, dtype: torch.dtype, **state) -> Inputs:
+    def draw(
+        self, M: int, N: int, D: int, device: str, dtype: torch.dtype, **state: bool
+    ) -> Inputs:
         q, p, labels = loss.draw(M, N, D, device, dtype, **state)
         if not self.own:
             return Inputs(q, p, labels)
@@ -116,19 +120,17 @@ class Form:
 
     def runs(self, x: Inputs) -> dict[str, Run]:
         """Everything that gives (loss, gradients), or the loss alone, by name."""
-        losses = {
+        plain = self.plain
+        losses: dict[str, Callable[[], Tensor]] = {
             OURS: lambda: info_nce_loss(
                 x.q, x.p, x.labels, own_negatives=x.own, scale=SCALE, **self.options(x)
             )
         }
-        if self.plain is not None:
-            losses["torch"] = lambda: self.plain(x)
+        if plain is not None:
+            losses["torch"] = functools.partial(plain, x)
         else:
-            of = functools.partial  # the loop's variable is another one by the time it runs
-            losses |= {
-                name: of(peer, x.q, x.p, x.labels, symmetric=self.symmetric)
-                for name, peer in PEERS.items()
-            }
+            for name, peer in PEERS.items():
+                losses[name] = functools.partial(peer, x.q, x.p, x.labels, symmetric=self.symmetric)
         if not self.backward:
             return {name: loss.forward(of) for name, of in losses.items()}
         return {name: loss.forward_backward(of, x.leaves) for name, of in losses.items()}
@@ -183,7 +185,7 @@ def case(form: Form, shape: Shape, device: str) -> Case:
     )  # fmt: skip
 
 
-CPU = {
+CPU: dict[str, Sequence[tuple]] = {
     "quick": [(1024, 1024, 384)],
     "default": [(2048, 2048, 384)],
     "full": [(2048, 2048, 384), (8192, 8192, 1024)],
@@ -197,7 +199,7 @@ CPU_PLAIN = CPU | {
 }  # fmt: skip
 LARGE = [(size, size, D) for size in (16384, 4096) for D in DIMS]
 DTYPES = [(16384, 16384, 1024, dtype) for dtype in ("float16", "float32")]
-CUDA = {
+CUDA: dict[str, Sequence[tuple]] = {
     "quick": [(4096, 4096, 1024)],
     "default": LARGE,
     "full": [*LARGE, *DTYPES, *((size, size, D) for size in (32768, 65536) for D in DIMS)],

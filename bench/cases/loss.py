@@ -72,7 +72,7 @@ def loss_question(
         try:
             asked = case(shape, settings.device)
         except ModuleNotFoundError as error:
-            if error.name.startswith("rankpo"):
+            if (error.name or "").startswith("rankpo"):
                 raise
             note = f"{error.name} {NOT_INSTALLED}"  # which ours adapts to
             return Result(name, "loss", asks, shape, (Row(name, note),))
@@ -80,7 +80,9 @@ def loss_question(
         with watching(settings.device) as card:
             rows = measure(asked, settings)
         if card.throttled:  # contenders take turns: it was everybody's
-            rows = tuple(replace(row, throttled=row.seconds and card.throttled) for row in rows)
+            rows = tuple(
+                replace(row, throttled=card.throttled if row.seconds else None) for row in rows
+            )
         return Result(
             name, "loss", asks, shape, rows, asked.floor, asked.flops, asked.bytes, gate,
             card.said,
@@ -110,14 +112,14 @@ def draw(
     q, p = torch.randn(M, D, device=device), torch.randn(N, D, device=device)
     labels = torch.arange(M, device=device) * (N // M)
     p[labels] = q + math.sqrt(1 / 0.81 - 1) * p[labels] if converged else p[labels] + 0.1 * q
-    leaves = (F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (q, p))
-    return *leaves, labels
+    q, p = (F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (q, p))
+    return q, p, labels
 
 
 def forward_backward(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
     """(loss, gradients of the leaves)."""
 
-    def run():
+    def run() -> Sequence[Tensor]:
         value = loss()
         return value.detach(), *torch.autograd.grad(value, leaves)
 
@@ -126,7 +128,7 @@ def forward_backward(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Ru
 
 def forward(loss: Callable[[], Tensor]) -> Run:
     @torch.no_grad()
-    def run():
+    def run() -> Sequence[Tensor]:
         return (loss(),)
 
     return run
@@ -170,7 +172,7 @@ def beside_gemms(
     moved = sum(leaf.nbytes for leaf in leaves)
     return Case(
         q.device.type,
-        {floor: gemms(count, q, p, backward=backward)} | runs,
+        {floor: gemms(count, q, p, backward=backward), **runs},
         floor,
         flops=2 * count * len(q) * len(p) * q.shape[1],
         bytes=moved * (1 + backward),
@@ -190,7 +192,7 @@ def gemms(
     scores = q.new_empty(rows, len(p))
     dq, dp = torch.empty_like(q), torch.empty_like(p)
 
-    def run():
+    def run() -> Sequence[Tensor]:
         for number, (of_q, of_dq) in enumerate(zip(q.split(rows), dq.split(rows), strict=True)):
             s = scores[: len(of_q)]
             for _ in range(count - 2 * backward):

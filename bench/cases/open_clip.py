@@ -5,6 +5,8 @@ of SigLIP's bias, on one device.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ from rankpo_fast.integrations import open_clip as ours
 from ..measure import Case, Run
 from ..questions import OURS, Shape
 from . import loss
-from .loss import GATE, loss_question
+from .loss import GATE, Shapes, loss_question
 
-SHAPES = {
+SHAPES: Shapes = {
     "cpu": {
         "quick": [(512, 64)],
         "default": [(512, 64), (2048, 512)],
@@ -33,10 +35,10 @@ THEIRS = "open_clip"
 LOSSES = {"ClipLoss": (1 / 0.07,), "SigLipLoss": (10.0, -10.0)}  # the scale and bias of the start
 
 
-MODULES = {OURS: lambda: ours, THEIRS: ours.loss_file}
+MODULES: dict[str, Callable[[], Any]] = {OURS: lambda: ours, THEIRS: ours.loss_file}
 
 
-def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state) -> list[Tensor]:
+def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state: bool) -> list[Tensor]:
     """Normalised features, and numbers."""
     images, texts, _ = loss.draw(B, B, D, device, dtype, **state)
     wide = torch.promote_types(dtype, torch.float32)
@@ -46,13 +48,17 @@ def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state) ->
 
 def contenders(name: str, leaves: list[Tensor]) -> dict[str, Run]:
     """(loss, gradients) of either."""
+
+    def value(module: Callable[[], Any]) -> Tensor:
+        return getattr(module(), name)()(*leaves)
+
     return {
-        who: loss.forward_backward(lambda of=of: getattr(of(), name)()(*leaves), leaves)
-        for who, of in MODULES.items()
+        who: loss.forward_backward(functools.partial(value, module), leaves)
+        for who, module in MODULES.items()
     }
 
 
-def errors(name: str, D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
+def errors(name: str, D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
     """Of each contender against ours in fp64."""
     leaves = draw(name, FOR_ERRORS, D, device, dtype, **state)
     truth = contenders(name, loss.exact(leaves))[OURS]()
@@ -63,8 +69,9 @@ def case(name: str, shape: Shape, device: str) -> Case:
     B, D, dtype = shape["B"], shape["D"], loss.dtype_of(shape)
     fresh, converged = (errors(name, D, device, dtype, converged=c) for c in (False, True))
     leaves = draw(name, B, D, device, dtype)
+    images, texts, *_ = leaves
     return loss.beside_gemms(
-        3, *leaves[:2], leaves, contenders(name, leaves), errors=fresh,
+        3, images, texts, leaves, contenders(name, leaves), errors=fresh,
         converged=converged, gate=GATE[dtype],
     )  # fmt: skip
 

@@ -4,6 +4,9 @@ Floor: copying the three embeddings, the same bytes, into memory that is there. 
 fresh memory, whose pages the system has to find on the CPU: "copy, fresh memory" pays for that too.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,9 +16,9 @@ from rankpo_fast.ops.rankpo import margin_loss, pair_similarities_definition
 from ..measure import Case, Run
 from ..questions import OURS, Shape
 from . import loss
-from .loss import loss_question
+from .loss import Shapes, loss_question
 
-SHAPES = {
+SHAPES: Shapes = {
     "cpu": {
         "quick": [(1024, 384)],
         "default": [(8192, 2048), (1024, 384)],
@@ -33,7 +36,9 @@ FOR_ERRORS = 256  # pairs
 FLOOR, FRESH = "copy", "copy, fresh memory"
 
 
-def draw(B: int, D: int, device: str, dtype: torch.dtype, *, converged: bool = False):
+def draw(
+    B: int, D: int, device: str, dtype: torch.dtype, *, converged: bool = False
+) -> list[Tensor]:
     """Queries, chosen and rejected passages: early in a training both are near, after it not."""
     q, c, r = torch.randn(3, B, D, device=device)
     near = (c + 2 * q, r - q) if converged else (q + c, q + r)
@@ -45,13 +50,13 @@ def definition(q: Tensor, c: Tensor, r: Tensor) -> Tensor:
     return margin_loss(chosen - rejected).mean()
 
 
-CONTENDERS = {OURS: rankpo_loss, "torch": definition}
+CONTENDERS: dict[str, Callable[..., Tensor]] = {OURS: rankpo_loss, "torch": definition}
 
 
 def contenders(tensors: list[Tensor]) -> dict[str, Run]:
     """Everything that gives (loss, dq, dc, dr), by name."""
     return {
-        name: loss.forward_backward(lambda of=of: of(*tensors), tensors)
+        name: loss.forward_backward(functools.partial(of, *tensors), tensors)
         for name, of in CONTENDERS.items()
     }
 
@@ -61,7 +66,7 @@ def copies(tensors: list[Tensor]) -> dict[str, Run]:
     sources = [x.detach() for x in tensors]
     targets = [torch.empty_like(x) for x in sources]
 
-    def into_existing():
+    def into_existing() -> Sequence[Tensor]:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
         return ()
@@ -69,7 +74,7 @@ def copies(tensors: list[Tensor]) -> dict[str, Run]:
     return {FLOOR: into_existing, FRESH: lambda: [x.clone() for x in sources]}
 
 
-def errors(D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
+def errors(D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
     tensors = draw(FOR_ERRORS, D, device, dtype, **state)
     truth = contenders(loss.exact(tensors))["torch"]()
     return loss.Errors(contenders(tensors), lambda _: truth)

@@ -5,6 +5,9 @@ all that a trainer does with a batch besides running its model. The cached losse
 between their two passes over the texts, in chunks of `mini_batch_size` queries as theirs has it.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,9 @@ from ..measure import Case, Run
 from ..questions import OURS, Shape
 from . import loss
 from .loss import GATE, loss_question
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 DOCUMENTS = 8  # a query: one positive, seven negatives
 MINI_BATCH = 32  # theirs by default
@@ -32,7 +38,7 @@ THEIRS = "sentence-transformers"
 CONTENDERS = [OURS, f"{OURS}, cached", THEIRS, f"{THEIRS}, cached"]
 
 
-def draw(B: int, D: int, device: str, dtype: torch.dtype, **state) -> list[Tensor]:
+def draw(B: int, D: int, device: str, dtype: torch.dtype, **state: bool) -> list[Tensor]:
     """Columns [B, D]: queries, positives, negatives."""
     q, p, _ = loss.draw(B, B * DOCUMENTS, D, device, dtype, **state)
     columns = [q, *p.detach().reshape(B, DOCUMENTS, D).unbind(1)]
@@ -45,21 +51,22 @@ def contenders(columns: list[Tensor]) -> dict[str, Run]:
 
     from rankpo_fast.integrations import sentence_transformers as ours
 
-    model = nn.Sequential(nn.Identity())  # the losses are given embeddings
+    # The losses are given embeddings, and no labels.
+    model, no_labels = cast("SentenceTransformer", nn.Sequential(nn.Identity())), cast(Tensor, None)
     batches = [
         [x.detach().requires_grad_() for x in column.split(MINI_BATCH)] for column in columns
     ]
 
-    def plain(of: nn.Module) -> Run:
+    def plain(of: theirs.MultipleNegativesRankingLoss) -> Run:
         return loss.forward_backward(
-            lambda: of.compute_loss_from_embeddings(columns, None), columns
+            lambda: of.compute_loss_from_embeddings(columns, no_labels), columns
         )
 
-    def cached(of: nn.Module) -> Run:
-        def run():
+    def cached(of: theirs.CachedMultipleNegativesRankingLoss) -> Run:
+        def run() -> Sequence[Tensor]:
             total = of.calculate_loss(batches, with_backward=True)
             leaves = [x for column in batches for x in column]
-            grads = [x.grad for x in leaves]
+            grads = [cast(Tensor, x.grad) for x in leaves]
             for x in leaves:
                 x.grad = None
             return total, *grads
@@ -74,7 +81,7 @@ def contenders(columns: list[Tensor]) -> dict[str, Run]:
     }
 
 
-def errors(D: int, device: str, dtype: torch.dtype, **state) -> loss.Errors:
+def errors(D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
     """Of each contender against ours in fp64."""
     columns = draw(FOR_ERRORS, D, device, dtype, **state)
     truth = {name: run() for name, run in contenders(loss.exact(columns)).items() if OURS in name}

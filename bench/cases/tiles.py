@@ -8,19 +8,21 @@ from which to store. On a card alone: needs Triton.
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from rankpo_kernels.gpu.tiles import SLIM, WIDE, Tiles
+from rankpo_kernels.triton.tiles import SLIM, WIDE, Tiles
 
 from ..launch import SYMMETRIC, launch
 from ..measure import Case
 from ..questions import Shape
 from . import loss
 from .info_nce import DIMS
-from .loss import draw, loss_question
+from .loss import LossQuestion, Shapes, draw, loss_question
 
-CANDIDATES = {
+CANDIDATES: dict[str, Tiles | None] = {
     "wide": WIDE,
     "slim": SLIM,
     "wide, 4 stages": replace(WIDE, num_stages=4),
@@ -28,14 +30,15 @@ CANDIDATES = {
     "wide, groups of 16": replace(WIDE, GROUP=16),
     "128 x 256": Tiles(128, 256, 64, num_warps=8, num_stages=3),
 }
-SHIPPED = {"as shipped": None}
-PIPELINES = {"exact": {"stored": False, "few": False}, "stored": {"stored": True}}
+SHIPPED: dict[str, Tiles | None] = {"as shipped": None}
+Pipelines = dict[str, dict[str, Any]]  # what the launcher is told
+PIPELINES: Pipelines = {"exact": {"stored": False, "few": False}, "stored": {"stored": True}}
 SMALLER = PIPELINES | {"exact in few launches": {"stored": False, "few": True}}
 
 
 def contenders(
-    q, p, labels, tiles: dict[str, Tiles | None], pipelines: dict[str, dict[str, bool]]
-) -> dict[str, Callable]:
+    q: Tensor, p: Tensor, labels: Tensor, tiles: dict[str, Tiles | None], pipelines: Pipelines
+) -> dict[str, Callable[..., Any]]:
     return {
         f"{pipeline}, {name}": functools.partial(launch, q, p, labels, tiles=tile, **how)
         for name, tile in tiles.items()
@@ -43,15 +46,21 @@ def contenders(
     }
 
 
-def case(tiles: dict, pipelines: dict, shape: Shape, device: str) -> Case:
+def case(tiles: dict[str, Tiles | None], pipelines: Pipelines, shape: Shape, device: str) -> Case:
     M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
     q, p, labels = (x.detach() for x in draw(M, N, D, device, dtype))
     return loss.beside_gemms(3, q, p, [q, p], contenders(q, p, labels, tiles, pipelines))
 
 
-def question(name: str, asks: str, tiles: dict, pipelines: dict, sizes: list[int]):
+def question(
+    name: str,
+    asks: str,
+    tiles: dict[str, Tiles | None],
+    pipelines: Pipelines,
+    sizes: list[int],
+) -> LossQuestion:
     default = [(size, size, D) for size in sizes for D in DIMS]
-    shapes = {
+    shapes: Shapes = {
         "cuda": {"quick": [], "default": default, "full": default},
         "cpu": {"quick": [], "default": [], "full": []},
     }
@@ -75,8 +84,8 @@ def compile_all(D: int) -> None:
     runs = contenders(q, p, labels, CANDIDATES | SHIPPED, SMALLER)
     for options in ({}, SYMMETRIC):
         for how in ({"few": False}, {"few": True}, {"grads": False}):
-            how = how | {"options": options}
-            runs[f"{how}"] = functools.partial(launch, q, p, labels, **how)
+            told: dict[str, Any] = how | {"options": options}
+            runs[f"{told}"] = functools.partial(launch, q, p, labels, **told)
     for name, run in runs.items():
         try:
             run()

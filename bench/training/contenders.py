@@ -234,7 +234,8 @@ def evaluator(model: Path, task: Task) -> tuple["Encoder", Callable[[], float]]:
 
 def ndcg(model: Path, task: Task) -> float:
     """Of a directory that a contender left, on the held-out queries."""
-    return evaluator(model, task)[1]()
+    _, measured = evaluator(model, task)
+    return measured()
 
 
 def rankpo_fast(task: Task, **settings: Any) -> None:
@@ -322,7 +323,7 @@ def sentence_transformers(
             model_kwargs={"attn_implementation": attn_implementation},
         )
     if cached is None:
-        loss = losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+        loss: nn.Module = losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     else:
         loss = losses.CachedMultipleNegativesRankingLoss(
             model, scale=1 / TEMPERATURE, mini_batch_size=cached

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from rankpo_fast.model.settings import EncoderSettings, write_settings
 
 from .backbones import TINY, config_of, training_flops
 
+Item = TypeVar("Item", Job, Talent)
 SEED = 0
 MAX_LENGTH = 512  # tokens, which no text reaches
 QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
@@ -173,21 +174,25 @@ def _rows(rng: random.Random, split: Split, *, once: bool) -> Iterator[dict]:
 def _split(rng: random.Random, size: SplitSize) -> Split:
     """As the world makes it, each text at a length of its own; what then is equal is left out."""
     made = world.make_world(rng.randrange(2**32), {"": size})[""]
-    jobs = (_stretched(rng, job, JOB_WORDS, JOB_MORE) for job in made.jobs)
-    talents = (_stretched(rng, talent, TALENT_WORDS, TALENT_MORE) for talent in made.talents)
-    distinct = ({item.text: item for item in items}.values() for items in (jobs, talents))
-    return Split(*map(tuple, distinct))
+    jobs = [_stretched(rng, job, JOB_WORDS, JOB_MORE) for job in made.jobs]
+    talents = [_stretched(rng, talent, TALENT_WORDS, TALENT_MORE) for talent in made.talents]
+    return Split(_distinct(jobs), _distinct(talents))
+
+
+def _distinct(items: Sequence[Item]) -> tuple[Item, ...]:
+    return tuple({item.text: item for item in items}.values())
 
 
 def _stretched(
-    rng: random.Random, item: Job | Talent, words: tuple[float, float], more: Sequence[str]
-) -> Job | Talent:
+    rng: random.Random, item: Item, words: tuple[float, float], more: Sequence[str]
+) -> Item:
     """The first sentence, which says who and where, always stays."""
     median, deviation = words
     target = median * math.exp(rng.gauss(0, deviation))
     target = min(max(target, FEWEST), MOST)
     sentences = item.text.replace(". ", ".\n").split("\n")
-    kept, count = [], 0
+    kept: list[str] = []
+    count = 0
     while count < target:
         kept.append(
             sentences[len(kept)] if len(kept) < len(sentences) else _sentence(rng, item, more)
@@ -225,5 +230,6 @@ def corpus_of(rows: int, repeating: bool) -> tuple[Path, list[dict]]:
 def model_of(backbone: str, rows: int) -> Path:
     """With a tokenizer learnt from that corpus."""
     directory = workplace() / f"{backbone}-{rows}"
-    write_model(directory, corpus_of(rows, False)[1], backbone)
+    _, texts = corpus_of(rows, False)
+    write_model(directory, texts, backbone)
     return directory

@@ -110,7 +110,8 @@ def reach(target: float, every: int, contender: Contender, task: Task) -> Reache
 
 def _energy(cards: Sequence[Card], seconds: float) -> dict[str, Any]:
     """Of all stretches together; nothing of a device that does not tell."""
-    if None in (joules := [card.joules for card in cards]):
+    joules = [card.joules for card in cards if card.joules is not None]
+    if len(joules) < len(cards):
         return {}
     throttled = next((card.throttled for card in cards if card.throttled), None)
     return {"joules": sum(joules), "watts": sum(joules) / seconds, "throttled": throttled}
@@ -141,9 +142,16 @@ def entrants() -> Entrants:
 def shapes(device: str, level: str) -> list[Shape]:
     """steps: at most; every: between two evaluations. The targets are what an untrained model is
     far from (0.03 to 0.08), and what all reach in a third to two thirds of the steps."""
-    quick = {"batch": 16, "negatives": 1, "steps": 100, "every": 5, "backbone": TINY, "ndcg": 0.12}
-    default = {**quick, "batch": 32, "ndcg": 0.15}
-    more = {**quick, "batch": 64, "steps": 150, "ndcg": 0.3}
+    quick: Shape = {
+        "batch": 16,
+        "negatives": 1,
+        "steps": 100,
+        "every": 5,
+        "backbone": TINY,
+        "ndcg": 0.12,
+    }
+    default: Shape = {**quick, "batch": 32, "ndcg": 0.15}
+    more: Shape = {**quick, "batch": 64, "steps": 150, "ndcg": 0.3}
     return {"quick": [quick], "default": [default], "full": [default, more]}[level]
 
 

@@ -236,7 +236,12 @@ def question(model: Path, texts: Path) -> Question:
     return dataclasses.replace(_WITHOUT, shapes=shapes, answer=partial(answer, model, texts))
 
 
+def _unasked(shape: Shape, settings: Settings) -> Result:
+    raise AssertionError("it has no shapes")
+
+
 _WITHOUT = Question(
-    NAME, "training", f"{ASKS} (--model, --texts)", lambda *_: [], None, lambda _: list(CONTENDERS)
-)
+    NAME, "training", f"{ASKS} (--model, --texts)", lambda *_: [], _unasked,
+    lambda _: list(CONTENDERS),
+)  # fmt: skip
 QUESTIONS = [_WITHOUT]

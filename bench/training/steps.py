@@ -91,9 +91,10 @@ def batches_of(shape: Shape) -> Batches:
 
 def task_of(shape: Shape, device: str, **more: Any) -> Task:
     """Without a seed and a place of its own, which each round gives it."""
+    directory, _ = corpus_of(_rows(shape), _repeating(shape))
     return Task(
         model=model_of(shape["backbone"], _rows(shape)),
-        corpus=corpus_of(_rows(shape), _repeating(shape))[0],
+        corpus=directory,
         output=Path(),
         cache=workplace() / "cache",
         device=device,
@@ -119,7 +120,10 @@ def compare(
     for seed in range(1 if settings.level == "quick" else min(settings.rounds, MOST_ROUNDS)):
         for name in turned(names, seed):
             contender, said = entrants[name], answers[name]
-            if notes := [one for one in (contender, *said) if isinstance(one, str)]:
+            if isinstance(contender, str):
+                said.append(contender)
+                continue
+            if notes := [one for one in said if isinstance(one, str)]:
                 said.append(notes[0])
                 continue
             with tempfile.TemporaryDirectory(dir=workplace()) as place:
@@ -147,7 +151,9 @@ def rows_of(
         if not any(isinstance(one, str) for one in floor):
             ratios = [x.seconds / of.seconds for x, of in zip(given, floor, strict=True)]
         learnt = [one.ndcg for one in given if one.ndcg is not None]
-        fields = spread([one.seconds for one in given], "seconds", "low", "high")
+        fields: dict[str, Any] = {
+            **spread([one.seconds for one in given], "seconds", "low", "high")
+        }
         if ratios:
             fields |= spread(ratios, "ratio", "ratio_low", "ratio_high")
             fields |= {"ratios": tuple(ratios)}
@@ -248,7 +254,9 @@ IN_BF16 = {"+ bf16"}  # which nobody waits for on a CPU that emulates it
 
 def ladder(shape: Shape, settings: Settings) -> Entrants:
     """Each rung has the levers of all before it, but for those that are not to be had here."""
-    rungs, given, train = {}, {}, one_graph
+    rungs: Entrants = {}
+    given: dict[str, Any] = {}
+    train: Callable[..., None] = one_graph
     on_cpu = settings.device == "cpu"
     names = [name for name in LEVERS if not (on_cpu and name in SLOW)]
     if on_cpu and settings.level != "quick":
@@ -301,7 +309,7 @@ def _no_liger(device: str) -> str | None:
 
 
 def _backbones(shape: Shape, settings: Settings) -> Entrants:
-    entrants = {**ST, **CACHED, OURS: partial(rankpo_fast)}
+    entrants: Entrants = {**ST, **CACHED, OURS: partial(rankpo_fast)}
     if settings.device == "cpu":
         return entrants
     for name, train in (("sentence-transformers", sentence_transformers), (OURS, rankpo_fast)):

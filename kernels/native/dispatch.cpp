@@ -16,14 +16,14 @@ namespace {
 struct RowFunctions {
     const char* name;
     decltype(&baseline::info_nce_rows) info_nce_rows;
-    decltype(&baseline::pair_rows) pair_rows;
+    decltype(&baseline::in_batch_rows) in_batch_rows;
     decltype(&baseline::inverse_norms) inverse_norms;
     decltype(&baseline::tangent) tangent;
-    decltype(&baseline::ranked_rows) ranked_rows;
+    decltype(&baseline::rankpo_rows) rankpo_rows;
 };
 
 #define RANKPO_TABLE(ISA) \
-    {#ISA, ISA::info_nce_rows, ISA::pair_rows, ISA::inverse_norms, ISA::tangent, ISA::ranked_rows}
+    {#ISA, ISA::info_nce_rows, ISA::in_batch_rows, ISA::inverse_norms, ISA::tangent, ISA::rankpo_rows}
 
 // RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
@@ -60,7 +60,7 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 5; }
+int32_t rankpo_abi_version() { return 6; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 
@@ -70,9 +70,9 @@ void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
     });
 }
 
-void rankpo_pair_rows(const PairRows* chunk, int32_t threads) {
+void rankpo_in_batch_rows(const InBatchRows* chunk, int32_t threads) {
     share(chunk->rows, 1.5 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
-        chosen().pair_rows(*chunk, begin, end);
+        chosen().in_batch_rows(*chunk, begin, end);
     });
 }
 
@@ -88,10 +88,10 @@ void rankpo_tangent(const Rows* x, const float* inverse_norms, const float* fact
     });
 }
 
-void rankpo_ranked_rows(const RankedRows* in, int32_t threads) {
+void rankpo_rankpo_rows(const RankPORows* in, int32_t threads) {
     const double pairs = in->count > 2 ? 10.0 * in->count * in->count : 0.0;  // an exp and a log1p each
     share(in->rows, 0.5 * in->count * in->dims + pairs, threads, [=](int64_t begin, int64_t end) {
-        chosen().ranked_rows(*in, begin, end);
+        chosen().rankpo_rows(*in, begin, end);
     });
 }
 

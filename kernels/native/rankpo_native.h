@@ -44,7 +44,7 @@ struct InfoNCERows {
 //   x_ij = scale (s_ij - a_i - (r_ij - r_i,label)) + bias,   a_i = s_i,label, 0 for siglip
 //   loss_i = sum of rankpo_weight f(x_ij) + sft_weight softplus(sft_scale (s_ij - s_i,label)),   and softplus(-x_i,label)
 //   for siglip; f = softplus(x) - label_smoothing x, or max(0, 1 + x) for the hinge
-struct PairRows {
+struct InBatchRows {
     float* scores;              // [R, N]
     const float* column_scale;  // [N]
     const int64_t* labels;      // [R]
@@ -65,7 +65,7 @@ struct PairRows {
 
 // B queries with K ranked passages each, loss and gradients. A type is 0 for fp32, 1 for bf16, 2 for fp16; gradients
 // have the type of the embeddings, but fp32 for fp16. Rows are `*_stride` elements apart, dims contiguous.
-struct RankedRows {
+struct RankPORows {
     const void* query;               // [B, D]
     const void* const* passages;     // [K] of [B, D]
     const int64_t* passage_strides;  // [K]
@@ -92,12 +92,12 @@ struct Rows {
 RANKPO_API int32_t rankpo_abi_version();
 RANKPO_API const char* rankpo_instruction_set();
 RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
-RANKPO_API void rankpo_pair_rows(const PairRows* chunk, int32_t threads);
+RANKPO_API void rankpo_in_batch_rows(const InBatchRows* chunk, int32_t threads);
 // 1 / |x_i| [R]; 0 for a zero vector.
 RANKPO_API void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads);
 // In place: grad_i := factor_i (grad_i - <grad_i, u_i> u_i), u = x / |x|; grad [R, D] contiguous, factor [R] or null.
 RANKPO_API void rankpo_tangent(
     const Rows* x, const float* inverse_norms, const float* factor, float* grad, int32_t threads);
-RANKPO_API void rankpo_ranked_rows(const RankedRows* in, int32_t threads);
+RANKPO_API void rankpo_rankpo_rows(const RankPORows* in, int32_t threads);
 // Says of memory that was just allocated that all of it will be written: the kernel may back it by huge pages.
 RANKPO_API void rankpo_will_be_written(void* memory, int64_t bytes);

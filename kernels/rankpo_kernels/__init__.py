@@ -1,7 +1,6 @@
 """Kernels of rankpo_fast and their launchers. The losses that use them are in `rankpo_fast.ops`.
 
-`chunked` computes InfoNCE as GEMMs over chunks of rows on any device, `pointwise` the losses that
-are sums over pairs of a batch, `ring` InfoNCE of passages that travel between ranks, `pairs` the
-losses of passages ranked for a query, a row at a time, and `native` is the ctypes face of the C++
-library that does their row work on the CPU.
+`problem` is what a loss is asked, `relations` who belongs to whom, `objective` the arithmetic of
+InfoNCE. Two wings compute the losses, each with a file a loss: `chunked` as torch GEMMs over chunks
+of rows with native row work, on any device, and `triton` as kernels that tile the scores.
 """

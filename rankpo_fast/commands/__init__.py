@@ -1,1 +1,1 @@
-"""The bodies of commands that are more than a call; the command line reads their flags."""
+"""The bodies of commands, a file each: its `run` takes the settings that the command line read."""

@@ -2,32 +2,38 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankpo_fast.config import ComputeConfig, EncodeConfig, EncoderConfig
+from rankpo_fast.commands.config import EncodeConfig
+from rankpo_fast.config import ComputeConfig, EncoderConfig
+from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.rows import read_texts
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.texts import check_length
+from rankpo_fast.paths import check_output
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.encode import encode_texts
-from rankpo_fast.train.ranks import Ranks
-from rankpo_fast.train.texts import check_length
 
 
-def run_encoding(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
+def run(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
+    check_cache(compute)
+    check_output("--output", config.output, model, config)
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
             read = read_texts(config.input, config.text_key)
             texts = [text for text in read if text]
             if config.max_length is not None:
-                model = dataclasses.replace(
-                    model, **{f"max_{config.role}_length": config.max_length}
-                )
+                limits: dict[str, Any] = {f"max_{config.role}_length": config.max_length}
+                model = dataclasses.replace(model, **limits)
             encoder = load_encoder(model, device=ranks.device)
-            check_length(encoder, config.role, config.max_length and "--max_length")
+            flag = None if config.max_length is None else "--max_length"
+            check_length(encoder, config.role, flag)
             roles = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
             table = roles[config.role](texts, compute.cache_path)
         vectors = encode_texts(

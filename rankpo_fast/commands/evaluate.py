@@ -4,53 +4,61 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rankpo_fast.config import (
-    ComputeConfig,
-    EncoderConfig,
-    EvaluateOutputConfig,
-    EvaluationConfig,
-)
+from rankpo_fast.commands.config import EvaluateOutputConfig
+from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig
+from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.retrieval import RetrievalSet
-from rankpo_fast.data.rows import PreferenceRow
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.retrieval.evaluate import Measured, evaluation_texts, measure
+from rankpo_fast.model.texts import check_lengths
+from rankpo_fast.paths import check_output
+from rankpo_fast.ranks import Ranks
+from rankpo_fast.retrieval.evaluate import (
+    EvaluationData,
+    Measured,
+    evaluation_texts,
+    measure,
+    read_evaluation_data,
+)
 from rankpo_fast.retrieval.ranking import write_run
-from rankpo_fast.train.ranks import Ranks
-from rankpo_fast.train.run import read_evaluation_data
-from rankpo_fast.train.texts import check_lengths
 
 ROWS = {"nDCG": "ndcg", "MRR": "mrr", "recall": "recall"}
 
 
-def run_evaluation(
+def run(
     model: EncoderConfig,
     evaluation: EvaluationConfig,
     output: EvaluateOutputConfig,
     compute: ComputeConfig,
 ) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
+    if not evaluation.asked:
+        raise InputError("nothing to measure: give --query_data, --preference_data, or both")
+    check_cache(compute)
+    for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
+        if path is not None:
+            check_output(flag, path, model, evaluation)
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
-            retrieval, preferences = read_evaluation_data(evaluation)
+            data = read_evaluation_data(evaluation)
             if output.output_run is not None:
-                _check_ids(output.output_run, retrieval)
+                _check_ids(output.output_run, data.retrieval)
             encoder = load_encoder(model, device=ranks.device)
             check_lengths(encoder)
             if ranks.size > 1:  # so that the others find them in the cache
-                queries, passages = evaluation_texts(retrieval, preferences or [])
+                queries, passages = evaluation_texts(data.retrieval, data.preferences)
                 encoder.tokenize_queries(queries, compute.cache_path)
                 encoder.tokenize_passages(passages, compute.cache_path)
         measured = measure(
-            encoder, retrieval, preferences or [], evaluation.cutoffs,
+            encoder, data.retrieval, data.preferences, evaluation.cutoffs,
             max_tokens=compute.max_tokens_per_micro_batch, legacy=evaluation.legacy_metrics,
             cache_dir=compute.cache_path, progress=True, ranks=ranks,
         )  # fmt: skip
         if ranks.first:
-            about = _about(measured, retrieval, preferences)
+            about = _about(measured, data)
             print(_table(measured.figures, evaluation.cutoffs, about))
-            _write(measured, retrieval, about, output)
+            _write(measured, data.retrieval, about, output)
         ranks.meet()
 
 
@@ -66,11 +74,10 @@ def _check_ids(path: str, retrieval: RetrievalSet | None) -> None:
             )
 
 
-def _about(
-    measured: Measured, retrieval: RetrievalSet | None, preferences: Sequence[PreferenceRow] | None
-) -> dict[str, dict[str, Any]]:
+def _about(measured: Measured, data: EvaluationData) -> dict[str, dict[str, Any]]:
     """What the figures were taken of, as in the JSON file."""
     about: dict[str, dict[str, Any]] = {}
+    retrieval, preferences = data.retrieval, data.preferences
     if retrieval is not None:
         about["retrieval"] = dict(retrieval.counts)
         if retrieval.split is not None:
@@ -91,6 +98,7 @@ def _write(
             text = json.dumps({**measured.figures, **about}, indent=2)
             temporary.write_text(text + "\n", encoding="utf-8")
     if output.output_run is not None:
+        assert retrieval is not None  # of `_check_ids`
         write_run(output.output_run, measured.rankings, retrieval.query_ids, retrieval.document_ids)
 
 

@@ -132,12 +132,11 @@ def run_name(values: list[str], line: Line) -> Reading | None:
 def eval_strategy(values: list[str], line: Line) -> Reading:
     word = truth(values)
     if word == "steps":  # transformers: every --logging_steps
-        steps = (
-            {} if "eval_steps" in line.given else {"eval_steps": line.given.get("logging_steps")}
-        )
-        if None in steps.values():
+        every = line.given.get("logging_steps")
+        if "eval_steps" not in line.given and every is None:
             raise InputError("not taken: give --eval_steps")
-        return Reading(steps, "--eval_steps says when")
+        sends = {} if "eval_steps" in line.given or every is None else {"eval_steps": every}
+        return Reading(sends, "--eval_steps says when")
     if word == "false" and not {"query_data", "preference_data"} & line.given.keys():
         return Reading({}, "no data to evaluate on is given")
     raise InputError("not taken: --eval_steps says when; without it, once at the end")

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -321,6 +322,11 @@ class PreferenceData:
         )
 
 
+class _Epoch(NamedTuple):
+    number: int
+    rows: np.ndarray  # in its order
+
+
 class _Schedule:
     """Which rows make which batch: a new order every epoch, and no short batch but an only one."""
 
@@ -339,8 +345,8 @@ class _Schedule:
         per_epoch = sum(share.per_epoch for share in self.shares)
         self.batch_size = min(batch_size, per_epoch)
         self.batches_per_epoch = per_epoch // self.batch_size
-        # The epoch last asked for, and its order: one object, since two threads may ask.
-        self._last = -1, np.empty(0, np.int64)
+        # That last asked for: one object, since two threads may ask.
+        self._last = _Epoch(-1, np.empty(0, np.int64))
 
     def of(self, kept: np.ndarray) -> "_Schedule":
         """Of the rows [n] marked in `kept` alone."""
@@ -358,9 +364,9 @@ class _Schedule:
     def rows(self, epoch: int, index: int) -> np.ndarray:
         assert 0 <= index < self.batches_per_epoch, f"no batch {index} in an epoch"
         last = self._last
-        if last[0] != epoch:
-            last = self._last = epoch, self._order(epoch)
-        return last[1][index * self.batch_size : (index + 1) * self.batch_size]
+        if last.number != epoch:
+            last = self._last = _Epoch(epoch, self._order(epoch))
+        return last.rows[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> np.ndarray:
         random = self.random(ORDER, epoch)

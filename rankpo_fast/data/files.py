@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -93,8 +92,8 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         return load_file(path)
 
 
-def tensor_bytes(tensor: "Tensor") -> "np.ndarray":
+def tensor_bytes(tensor: "Tensor") -> memoryview:
     """All bytes of a tensor of any dtype and device, for a hash."""
     import torch
 
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -86,7 +86,7 @@ def contrastive_texts(
     """Query, positives and negatives of a row."""
     query, nested = row[keys.query], False
     if isinstance(query, dict):
-        nested, query = True, value(query, ("text",), where, f"{keys.query}.")[1]
+        nested, query = True, value(query, ("text",), where, f"{keys.query}.").value
     query = text(f"{keys.query}.text" if nested else keys.query, query, where)
     positives = _texts(row, keys.positives, where)
     if not positives:
@@ -141,7 +141,7 @@ def preference_texts(row: dict, where: str) -> tuple[str, str, str]:
                          f"preferred")  # fmt: skip
     if theirs:
         return query, first, second
-    preferred = value(row, ("preferred",), where)[1]
+    preferred = value(row, ("preferred",), where).value
     if preferred not in ("A", "B"):
         meant = preferred.strip().upper() if isinstance(preferred, str) else None
         hint = f': write "{meant}"' if meant in ("A", "B") else " (passage1 or passage2)"
@@ -189,7 +189,7 @@ def _only(row: dict, keys: Sequence[str], where: str) -> str:
     there = [key for key in keys if key in row]
     if len(there) > 1:
         _refuse_both(*there, where=where)
-    return there[0] if there else value(row, keys, where)[0]
+    return there[0] if there else value(row, keys, where).name
 
 
 def _refuse_both(*keys: str, where: str) -> None:

@@ -3,10 +3,10 @@
 import codecs
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankpo_fast.data.sources import byte_lines, is_table, place, table_rows
 from rankpo_fast.errors import InputError
@@ -83,7 +83,8 @@ def find_texts(paths: Iterable[str | Path], texts: Collection[str]) -> dict[str,
     For messages about a text after all rows were read, so that rows need not carry their lines.
     What cannot be read is passed over, since the message matters more than the place.
     """
-    wanted, places = set(texts), {}
+    wanted = set(texts)
+    places: dict[str, str] = {}
     for path in paths:
         with suppress(InputError, OSError):
             for where, row in values(path):
@@ -107,16 +108,21 @@ def _texts_in(value: Any) -> Iterator[str]:
                 yield _with_title(title, body)
 
 
-def value(
-    row: dict, keys: tuple[str, ...], where: str, parent: str = "", hint: str = ""
-) -> tuple[str, Any]:
-    """Full name and value of the first of `keys` that `row` has; `parent` is "name." if nested.
+class Entry(NamedTuple):
+    """Of a row: its full name, "query.text" of a nested one, and what stands there."""
+
+    name: str
+    value: Any
+
+
+def value(row: dict, keys: Sequence[str], where: str, parent: str = "", hint: str = "") -> Entry:
+    """The first of `keys` that `row` has; `parent` is "name." if nested.
 
     `hint` ends the sentence about a missing key.
     """
     for key in keys:
         if key in row:
-            return parent + key, row[key]
+            return Entry(parent + key, row[key])
     wanted = " or ".join(f'"{parent}{key}"' for key in keys)
     there = ", ".join(shown(parent + key) for key in row) or "none"
     raise InputError(f"{where}: missing key {wanted}{hint} (keys here: {there})")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 class Movable:
     """A dataclass whose tensors move together; what else it holds stays where it is."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every subclass has them
 
 
 def to_device(value: T, device: torch.device) -> T:
@@ -24,8 +26,8 @@ def pinned(value: T) -> T:
     return _each_tensor(value, Tensor.pin_memory)
 
 
-def _each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """`value` with its tensors changed, also those in lists and in what is Movable."""
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with its tensors changed, also in lists and in what is Movable; of the same type."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list):

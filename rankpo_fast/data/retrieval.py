@@ -237,8 +237,9 @@ def _columns(header: str, where: str) -> tuple[int, ...]:
         next((place for place, name in enumerate(names) if name in known), None)
         for known in COLUMNS.values()
     ]
-    if None not in found:
-        return tuple(found)
+    stated = tuple(place for place in found if place is not None)
+    if len(stated) == len(found):
+        return stated
     in_order = all(place in (None, usual) for usual, place in enumerate(found))
     if len(names) == len(COLUMNS) and in_order:
         return BEIR_COLUMNS

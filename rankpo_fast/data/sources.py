@@ -17,10 +17,11 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rankpo_fast.errors import InputError
 
@@ -66,7 +67,9 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
             raise InputError(f"{place(path)}: a damaged compressed file: {error}") from None
 
 
-def _unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+def _unpacked(
+    file: BufferedReader, name: str
+) -> tuple[Iterable[bytes], tuple[type[Exception], ...]]:
     """What to read, and what reading it raises where it is damaged or cut off."""
     first = file.peek(len(ZSTD))
     if first.startswith(GZIP):

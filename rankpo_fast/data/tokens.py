@@ -71,9 +71,12 @@ def joined(*tables: TokenTable) -> tuple[TokenTable, list[Tensor]]:
             torch.tensor([row_of.setdefault(k, len(row_of)) for k in keys], dtype=torch.int64)
         )
     lengths = [len(key) // 4 for key in row_of]
-    offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    ids = torch.frombuffer(bytearray(b"".join(row_of)), dtype=torch.int32)
-    return TokenTable(ids, offsets, sum(table.truncated for table in tables)), rows
+    table = TokenTable(
+        ids=torch.frombuffer(bytearray(b"".join(row_of)), dtype=torch.int32),
+        offsets=torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
+        truncated=sum(table.truncated for table in tables),
+    )
+    return table, rows
 
 
 def first_of_each(rows: dict[str, int]) -> list[str]:
@@ -130,7 +133,8 @@ def tokenize(
 def _tokenize(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int, prefix: str
 ) -> TokenTable:
-    ids, lengths, truncated = [np.empty(0, np.int32)], [], 0
+    ids, truncated = [np.empty(0, np.int32)], 0
+    lengths: list[int] = []
     with progress("tokenising", len(texts), "text") as advance:
         for start in range(0, len(texts), SLICE):
             part = [prefix + text for text in texts[start : start + SLICE]]

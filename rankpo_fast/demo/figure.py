@@ -7,7 +7,10 @@ validation split, as dicts of step, ndcg@20 and, in stage 2, alignment.
 import math
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 NDCG, ALIGNMENT = "ndcg@20", "alignment"
 NAMES = {
@@ -25,8 +28,8 @@ STYLE = {
     "rankpo_replay": {"color": "#009E73", "marker": "P"},
 }
 GREY = "#6E6E6E"
-DASHED = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
-LOOK = {
+DASHED: dict[str, Any] = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
+LOOK: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

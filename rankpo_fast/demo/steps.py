@@ -117,7 +117,7 @@ class Demo:
             write_jsonl(self._data(f"{name}_corpus"), corpus)
         _write_untrained_model(
             self.path / UNTRAINED,
-            [item.text for item in (*train.jobs, *train.talents)],
+            [*(job.text for job in train.jobs), *(talent.text for talent in train.talents)],
             self.scale.hidden_size,
         )
 
@@ -240,14 +240,13 @@ class Demo:
         )
 
     def evaluate(self, name: str, split: str) -> dict[str, float]:
-        from rankpo_fast.retrieval.evaluate import evaluate
-        from rankpo_fast.train.run import read_evaluation_data
+        from rankpo_fast.retrieval.evaluate import evaluate, read_evaluation_data
 
-        retrieval, preferences = read_evaluation_data(self._evaluation(split, preferences=True))
+        data = read_evaluation_data(self._evaluation(split, preferences=True))
         figures = evaluate(
             self.load(name),
-            retrieval=retrieval,
-            preferences=preferences,
+            retrieval=data.retrieval,
+            preferences=data.preferences,
             cutoffs=[CUTOFF],
             max_tokens=MAX_TOKENS,
         )

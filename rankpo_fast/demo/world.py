@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rankpo_fast.demo import lexicon
 
@@ -25,8 +26,16 @@ NUM_RULES = 3
 
 FIELDS = [field for cluster in lexicon.FIELD_CLUSTERS for field in cluster]
 CLUSTER_SIZE = len(lexicon.FIELD_CLUSTERS[0])
+
+
+class City(NamedTuple):
+    region: int  # of lexicon.REGIONS
+    country: str
+    name: str
+
+
 CITIES = [
-    (region, country, city)
+    City(region, country, city)
     for region, countries in enumerate(lexicon.REGIONS)
     for country, cities in countries.items()
     for city in cities
@@ -145,7 +154,7 @@ def preference_rows(
     """
     rng = random.Random(seed)
     for job, found in zip(split.jobs, candidates, strict=True):
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         for rules in (NUM_RULES, NUM_RULES - 1):
             alike = [i for i in found if rules_met(job, split.talents[i]) == rules]
             rng.shuffle(alike)
@@ -254,7 +263,7 @@ def _place_words(rng: random.Random, country: str, city: str) -> dict[str, Calla
         "city": lambda: city,
         "country": lambda: country,
         "institution": lambda: rng.choice(lexicon.INSTITUTIONS).format(city=city),
-        "other_city": lambda: rng.choice(CITIES)[2],
+        "other_city": lambda: rng.choice(CITIES).name,
         "venue": lambda: rng.choice(lexicon.VENUES),
         "funder": lambda: rng.choice(lexicon.FUNDERS),
         "n": lambda: str(rng.randint(2, 30)),

@@ -12,6 +12,7 @@ transformers 5.23. With 5.24 `import FlagEmbedding` fails, since one of its rera
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -65,12 +66,12 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
         across_devices = theirs.__name__ == cross_device
 
         def compute_loss(
-            self,
+            self: Any,
             q_reps: Tensor,
             p_reps: Tensor,
             teacher_targets: Tensor | None = None,
             compute_score_func: Callable | None = None,
-            **kwargs,
+            **kwargs: Any,
         ) -> tuple[Tensor | None, Tensor]:
             if teacher_targets is not None or getattr(self, "unified_finetuning", False):
                 return theirs(self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)

@@ -10,7 +10,8 @@ from torch import nn
 def beneath(model: nn.Module) -> nn.Module:
     """Torch.compile and adapters."""
     model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
 
 
 @contextmanager

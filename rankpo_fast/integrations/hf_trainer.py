@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,28 +33,33 @@ from rankpo_fast.integrations.hf_rows import (
 )
 from rankpo_fast.losses import InfoNCELoss
 from rankpo_fast.model.pooling import pool_padded
-from rankpo_fast.ops.batch import Batch
 from rankpo_fast.ops.common import unit_rows
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
+from rankpo_fast.ops.options import InfoNCEBatch
 from rankpo_fast.ops.rankpo import (
-    MarginOptions,
     pair_similarities,
     rankpo_loss,
     rankpo_loss_and_grads,
 )
-from rankpo_kernels.norms import compute_dtype
+from rankpo_kernels.problem import MixtureOptions, compute_dtype
 
 require("transformers", "5", tried="5.0.0 and 5.24.0")
 require("accelerate", "1.1", tried="1.15.0")
 
 from accelerate.utils import gather_object  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput  # noqa: E402
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 POOLINGS = ("last", "mean", "cls")
-MORE = [name for name in Batch._fields[2:] if not name.startswith("own_")]  # in a batch of stage 1
+# what a batch of stage 1 may have besides
+MORE = [
+    of.name
+    for of in fields(InfoNCEBatch)
+    if of.name not in ("queries", "passages") and not of.name.startswith("own_")
+]
 LossAndGrads = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -74,6 +79,8 @@ class EmbeddingTrainer(Trainer):
         tokenizer: the processing_class.
         trainer: all others of transformers' Trainer.
     """
+
+    model: nn.Module  # Trainer's __init__ has it made where model_init is given
 
     def __init__(
         self,
@@ -101,7 +108,8 @@ class EmbeddingTrainer(Trainer):
             trainer["processing_class"] = tokenizer
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         args.remove_unused_columns = False  # columns are those of texts, not the model's arguments
-        args.accelerator_config = config = copy.copy(args.accelerator_config)
+        config: Any = copy.copy(args.accelerator_config)  # by now an AcceleratorConfig
+        args.accelerator_config = config
         if config.dispatch_batches:
             raise ValueError("dispatch_batches=True cuts passages to the number of queries")
         config.dispatch_batches = False  # None is True for an IterableDataset
@@ -125,7 +133,7 @@ class EmbeddingTrainer(Trainer):
         if pooler is not None and type(self).embed is EmbeddingTrainer.embed:
             pooler.requires_grad_(False)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._sums.clear()  # of steps after the last log
         return super().train(*args, **kwargs)
 
@@ -150,8 +158,12 @@ class EmbeddingTrainer(Trainer):
         raise NotImplementedError
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
-    ):
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         q, p = self._vectors(model, inputs)
         loss, dq, dp, metrics = self.loss_and_grads(q.detach(), p.detach(), inputs)
         sums = self._sums.setdefault(torch.is_grad_enabled(), {})
@@ -170,12 +182,18 @@ class EmbeddingTrainer(Trainer):
         return q.to(compute_dtype(q.dtype)), p.to(compute_dtype(p.dtype))
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None
-    ):
+        self,
+        model: nn.Module,
+        inputs: dict,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Predictions are the cosines [B, G] of a query and its passages, labels [B] all 0."""
         with torch.no_grad(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
-            loss, vectors = self.compute_loss(model, inputs, return_outputs=True)
+            loss, vectors = cast(
+                tuple[Tensor, Any], self.compute_loss(model, inputs, return_outputs=True)
+            )
         if prediction_loss_only or vectors is None:
             return loss, None, None
         q, p = map(unit_rows, vectors)
@@ -187,10 +205,10 @@ class EmbeddingTrainer(Trainer):
             logs |= self._means(training=True)
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._means(training=False)
-        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means(training=False)
+        cast(dict, output.metrics).update({f"{prefix}_{name}": x for name, x in means.items()})
         return output
 
     def _means(self, training: bool) -> dict[str, float]:
@@ -198,7 +216,9 @@ class EmbeddingTrainer(Trainer):
         if not sums:
             return {}
         values = self.accelerator.reduce(torch.stack([*sums.values()]), "sum").tolist()
-        return {name: x / values[0] for name, x in [*zip(sums, values, strict=True)][1:]}
+        totals = dict(zip(sums, values, strict=True))
+        rows = totals.pop("rows")
+        return {name: total / rows for name, total in totals.items()}
 
 
 class ContrastiveTrainer(EmbeddingTrainer):
@@ -243,8 +263,12 @@ class ContrastiveTrainer(EmbeddingTrainer):
             )
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
-    ):
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         if not self._model_has_loss:
             return super().compute_loss(model, inputs, return_outputs)
         loss = model(**inputs).loss
@@ -259,10 +283,10 @@ class ContrastiveTrainer(EmbeddingTrainer):
                 f"a batch has query, passage and any of {', '.join(MORE)}: no {unknown}"
             )
         temperature, options = self.loss.temperature, self.loss.options
-        loss, dq, dp, _, stats = info_nce_loss_and_grads(
+        loss, grads, stats = info_nce_loss_and_grads(
             queries, passages, temperature=temperature, **options, **more
         )
-        return loss, dq, dp, stats._asdict()
+        return loss, grads.queries, grads.passages, stats._asdict()
 
 
 # --- stage 2 ---
@@ -321,6 +345,8 @@ class RankPOTrainer(EmbeddingTrainer):
             original's that a subclass overrides in vain.
     """
 
+    args: RankPOArguments
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -343,14 +369,15 @@ class RankPOTrainer(EmbeddingTrainer):
                 f"{type(self).__name__}.{name} is never called here: "
                 f"override {OF_THE_ORIGINAL[name]}"
             )
-        if missing := [name for name in RankPOArguments.__annotations__ if not hasattr(args, name)]:
+        missing = [name for name in RankPOArguments.__annotations__ if not hasattr(args, name)]
+        if args is None or missing:
             raise ValueError(f"args must be RankPOArguments, or have their {', '.join(missing)}")
         if tokenizer is None:
             raise ValueError("tokenizer is missing: rows are texts")
         if (ref_model is None) != args.reference_free:
             raise ValueError("ref_model goes with reference_free=False, and may be model itself")
         self.args = args  # which options are read from
-        MarginOptions(**self.options)  # names what is wrong
+        MixtureOptions(**self.options)  # names what is wrong
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -380,7 +407,7 @@ class RankPOTrainer(EmbeddingTrainer):
     @property
     def options(self) -> dict[str, Any]:
         """Of the loss, as args have them now: a search over hyper-parameters sets them there."""
-        return {field.name: getattr(self.args, field.name) for field in fields(MarginOptions)}
+        return {field.name: getattr(self.args, field.name) for field in fields(MixtureOptions)}
 
     def _adapt(self, model: nn.Module) -> None:
         super()._adapt(model)
@@ -421,18 +448,21 @@ class RankPOTrainer(EmbeddingTrainer):
                 f"rejected of each"
             )
         q, c, r = queries, passages[::2], passages[1::2]
-        margins, reference = None, 0.0
+        margins: Tensor | None = None
+        reference: float | Tensor = 0.0
         if "reference" in batch:
             reference_B2 = batch["reference"].view(torch.float32)
             margins, reference = reference_B2[:, 0] - reference_B2[:, 1], reference_B2.mean(0)
-        loss, dq, dc, dr, stats = rankpo_loss_and_grads(
+        loss, grads, stats = rankpo_loss_and_grads(
             q, c, r, reference_margins=margins, **self.options
         )
         metrics = stats.metrics(self.options["beta"], reference)
-        sft, rankpo, sft_loss = self.options["sft_weight"], self.options["rankpo_weight"], 0.0
+        sft, rankpo = self.options["sft_weight"], self.options["rankpo_weight"]
+        sft_loss: float | Tensor = 0.0
         if sft:
             alone = self.options | {"sft_weight": 1.0, "rankpo_weight": 0.0}
             metrics["sft_loss"] = sft_loss = rankpo_loss(q, c, r, **alone)
         if rankpo:
             metrics["rankpo_loss"] = (loss - sft * sft_loss) / rankpo
-        return loss, dq, torch.stack([dc, dr], 1).flatten(0, 1), metrics
+        d_passages = torch.stack([grads.chosen, grads.rejected], 1).flatten(0, 1)
+        return loss, grads.queries, d_passages, metrics

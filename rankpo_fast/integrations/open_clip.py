@@ -26,7 +26,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from rankpo_fast.integrations.overrides import overridden, warn_unfused
 from rankpo_fast.ops.in_batch import siglip_loss
 from rankpo_fast.ops.info_nce import info_nce_loss
+from rankpo_kernels.problem import Direction
 
-BOTH_WAYS = ("query_to_passage", "passage_to_query")
+BOTH_WAYS: tuple[Direction, ...] = ("query_to_passage", "passage_to_query")
 NOT_FUSED = (
     "those are ClipLoss, SigLipLoss and CoCaLoss; DistillClipLoss compares matrices of scores, "
     "which are never held here. Take open_clip's own"
@@ -48,10 +49,11 @@ METHODS = ("get_ground_truth", "get_logits", "_loss", "_chunked_loss")  # that a
 def loss_file() -> ModuleType:
     """open_clip/loss.py without its package, which imports torchvision and timm."""
     package = find_spec("open_clip")
-    if package is None:
+    if package is None or package.submodule_search_locations is None:
         raise ModuleNotFoundError("open_clip is not installed", name="open_clip")
     path = Path(package.submodule_search_locations[0], "loss.py")
     spec = spec_from_file_location("loss_of_open_clip", path)
+    assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,14 +62,15 @@ def loss_file() -> ModuleType:
 def _their_class(name: str) -> type[nn.Module]:
     """open_clip's, also where its module was given ours in its place."""
     kind = getattr(sys.modules.get("open_clip.loss"), name, None)
-    ours = kind is None or issubclass(kind, _Loss)
-    return getattr(loss_file(), name) if ours else kind
+    if kind is None or issubclass(kind, _Loss):
+        return getattr(loss_file(), name)
+    return kind
 
 
 def _own_code(name: str) -> Callable:
     """A method of open_clip's class, for subclasses that call or override it."""
 
-    def method(self, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         of_theirs = self.theirs()
         return getattr(type(of_theirs), name)(of_theirs, *args, **kwargs)
 
@@ -165,17 +168,19 @@ class ClipLoss(_Loss):
             return self.theirs()(*given)
         _check_pairs(image_features, text_features)
         group = _group(self.rank, self.world_size)
-        options = {"scale": logit_scale, "normalize": False, "process_group": group}
-        features = image_features, text_features
+        contrast = functools.partial(
+            info_nce_loss, scale=logit_scale, normalize=False, process_group=group
+        )
         own_rows_alone = group is not None and not self.gather_with_grad
         if own_rows_alone and self.local_loss:
-            loss = info_nce_loss(image_features, text_features.detach(), **options) / 2
-            loss = loss + info_nce_loss(text_features, image_features.detach(), **options) / 2
+            loss = contrast(image_features, text_features.detach()) / 2
+            loss = loss + contrast(text_features, image_features.detach()) / 2
         else:
             if own_rows_alone:
-                features = [_GradientOver.apply(x, self.world_size) for x in features]
-            loss = info_nce_loss(
-                *features, directions=BOTH_WAYS, partition="per_direction", **options
+                image_features = _GradientOver.apply(image_features, self.world_size)
+                text_features = _GradientOver.apply(text_features, self.world_size)
+            loss = contrast(
+                image_features, text_features, directions=BOTH_WAYS, partition="per_direction"
             )
         if group is not None and not self.local_loss:
             loss = _with_value_of_all(loss)
@@ -209,7 +214,7 @@ class CoCaLoss(ClipLoss):
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
-    def forward(
+    def forward(  # type: ignore[override]  # open_clip's own subclass has other arguments too
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -222,8 +227,8 @@ class CoCaLoss(ClipLoss):
         [B, S] are those of the captions."""
         contrastive = logits.new_zeros(())
         if self.clip_loss_weight:
-            contrastive = super().forward(image_features, text_features, logit_scale)
-            contrastive = self.clip_loss_weight * contrastive
+            loss = super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * cast(Tensor, loss)
         caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}
@@ -291,7 +296,7 @@ class SigLipLoss(_Loss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def fused(loss: nn.Module) -> nn.Module:
+def fused(loss: nn.Module | None) -> nn.Module:
     """Our loss in the place of open_clip's ClipLoss, SigLipLoss or CoCaLoss, with its settings.
 
     Raises:
@@ -301,12 +306,12 @@ def fused(loss: nn.Module) -> nn.Module:
     if isinstance(loss, _Loss):
         return loss
     for kind in (ClipLoss, SigLipLoss, CoCaLoss):
-        if type(loss) is _their_class(kind.__name__):
+        if loss is not None and type(loss) is _their_class(kind.__name__):
             names = inspect.signature(kind).parameters
             settings = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
             ours = kind(**settings)
             if isinstance(ours, CoCaLoss):
-                ours.caption_loss = loss.caption_loss
+                ours.caption_loss = cast(nn.CrossEntropyLoss, loss.caption_loss)
             return ours
     raise ValueError(f"{type(loss).__name__} is none of the losses that are fused: {NOT_FUSED}")
 
@@ -378,12 +383,12 @@ class _GradientOver(torch.autograd.Function):
     """x, and 1 / ranks of its gradient. (A hook is lost where torch.compile breaks the graph.)"""
 
     @staticmethod
-    def forward(ctx, x: Tensor, ranks: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
         ctx.ranks = ranks
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.ranks, None
 
 

@@ -72,7 +72,7 @@ def in_batch_loss(
         return own
     total = own.detach().clone()
     dist.all_reduce(total, group=group)
-    return (own - own.detach() + total) / group.size()
+    return (own - own.detach() + total) / dist.get_world_size(group)
 
 
 def gathers_otherwise(model: nn.Module, theirs: Callable, gather: str) -> bool:

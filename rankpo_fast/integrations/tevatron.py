@@ -11,6 +11,7 @@ repository says 0.0.1. So methods are asked for instead.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,7 @@ def apply_to(model: type[nn.Module]) -> ExitStack:
             raise ValueError(f"{model} has no method {name}: give one of Tevatron's encoders")
 
     def fused(theirs: Callable) -> Callable:
-        def forward(self, query: dict | None = None, passage: dict | None = None):
+        def forward(self: Any, query: dict | None = None, passage: dict | None = None) -> Any:
             if not (self.training and query and passage):
                 return theirs(self, query, passage)
             if gathers_otherwise(self, theirs, "dist_gather_tensor"):

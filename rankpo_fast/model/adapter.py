@@ -59,15 +59,15 @@ class Adapter:
                 backbone, str(self.folder), config=config, key_mapping=mapping
             )
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
-            merged = None if unfit else model.merge_and_unload(safe_merge=True)
+            if not unfit:
+                merged = model.merge_and_unload(safe_merge=True)
+                for parameter in merged.parameters():
+                    parameter.requires_grad_(True)
+                return merged
         except RuntimeError as error:  # which torch raises over other shapes
             raise InputError(f"{self} does not fit: {' '.join(str(error).split())}") from error
-        if unfit:
-            raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
-                             f"{unfit[0]} ...")  # fmt: skip
-        for parameter in merged.parameters():
-            parameter.requires_grad_(True)
-        return merged
+        raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
+                         f"{unfit[0]} ...")  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.folder}, an adapter of {self.base},"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from rankpo_fast.data.packing import MicroBatch
 from rankpo_fast.model.dropout import DroppedAttention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Up to here two products and a softmax beat sdpa on the CPU: 9 to 15 ms instead of 16 to 37 for
 # 4,096 tokens forward and backward in texts of 5 to 30 tokens, 8 heads of 32 dims.
@@ -157,8 +160,8 @@ def packed_attention(
     dtype = value.dtype  # rotary positions may have left queries and keys in fp32
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-    packed = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]
-    return attend(*packed, asked)[None], None
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    return attend(q, k, v, asked)[None], None
 
 
 # --- kernels on cards ---
@@ -170,9 +173,9 @@ def _flash(module: str) -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
         texts = asked.texts
-        options = {}  # given only where they do something: not every version has each
+        options: dict[str, Any] = {}  # only what does something: not every version has each
         if asked.window is not None and asked.window < texts.longest:
-            options["window_size"] = _sides(asked)
+            options["window_size"] = _sides(asked.window, asked.causal)
         if asked.softcap is not None:
             options["softcap"] = asked.softcap
         if asked.dropout > 0:
@@ -203,7 +206,7 @@ def _varlen() -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
         assert asked.softcap is None and asked.dropout == 0, "another kernel was to be chosen"
         texts = asked.texts
-        options = {}
+        options: dict[str, Any] = {}
         if "scale" in takes:
             options["scale"] = asked.scaling
         else:
@@ -212,23 +215,27 @@ def _varlen() -> Attend:
             options["enable_gqa"] = query.shape[1] != key.shape[1]
         else:
             key, value = (_for_each_head(states, query) for states in (key, value))
-        windowed = asked.window is not None and asked.window < texts.longest
+        window = asked.window
+        if window is not None and window >= texts.longest:
+            window = None
         if "window_size" in takes:
             full = (-1, 0) if asked.causal else (-1, -1)
-            options["window_size"] = _sides(asked) if windowed else full
-        elif windowed:
+            options["window_size"] = full if window is None else _sides(window, asked.causal)
+        elif window is not None:
             raise Unpackable("this version of torch has no sliding window in varlen_attn")
         else:
             options["is_causal"] = asked.causal
         ends = (texts.offsets, texts.offsets, texts.longest, texts.longest)
-        return varlen_attn(query, key, value, *ends, **options)
+        output = varlen_attn(query, key, value, *ends, **options)
+        assert isinstance(output, Tensor), "nothing beside it was asked for"
+        return output
 
     return attend
 
 
-def _sides(asked: Asked) -> tuple[int, int]:
+def _sides(window: int, causal: bool) -> tuple[int, int]:
     """How many tokens before itself and after itself a token sees."""
-    return asked.window - 1, 0 if asked.causal else asked.window - 1
+    return window - 1, 0 if causal else window - 1
 
 
 def _for_each_head(states: Tensor, query: Tensor) -> Tensor:
@@ -245,10 +252,10 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
     runs = [(len(list(run)), length) for length, run in groupby(asked.texts.lengths)]
     sizes = [count * length for count, length in runs]
     parts = zip(runs, *(states.split(sizes) for states in (query, key, value)), strict=True)
-    outputs = [
-        _attend(*(states.unflatten(0, run).transpose(1, 2) for states in part), asked)
-        for run, *part in parts
-    ]
+    outputs = []
+    for run, *part in parts:
+        q, k, v = (states.unflatten(0, run).transpose(1, 2) for states in part)  # [n, H, L, E]
+        outputs.append(_attend(q, k, v, asked))
     return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
 
 
@@ -293,7 +300,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
 def _seen(length: int, asked: Asked, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees, [L, L] bool."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device)
-    before, after = _sides(asked) if asked.window is not None else (length, length)
+    before = after = length
+    if asked.window is not None:
+        before, after = _sides(asked.window, asked.causal)
     return seen.triu_(-before).tril_(0 if asked.causal else after)
 
 
@@ -329,7 +338,7 @@ def register(kernel: Kernel) -> str:
     return kernel.alias
 
 
-def why_not_packed(backbone: nn.Module) -> str | None:
+def why_not_packed(backbone: "PreTrainedModel") -> str | None:
     """What in the backbone's build rules packing out; None if nothing does."""
     takes = inspect.signature(backbone.forward).parameters
     if "position_ids" not in takes:

@@ -14,6 +14,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import SHORT, Kernel
 from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.tokenizer import embedding_rows
 
 # Largest relative error of a text's states that is put down to rounding. Two ways to sum in fp32
 # differ by 1e-7 to 1e-6. A bf16 state is off by 2^-9 wherever it is stored, some ten times a layer:
@@ -87,11 +88,11 @@ def _samples(encoder: Encoder) -> tuple[MicroBatch, MicroBatch]:
     window = getattr(config, "sliding_window", None) or 0
     limit = max(encoder.settings.max_query_length, encoder.settings.max_passage_length)
     # The first is of a length that sdpa serves, the others not: see attention.SHORT.
-    lengths = [SHORT + 16 + (window if window <= WINDOW_LIMIT else 0), 9, 9, 4]
-    lengths = torch.tensor([min(length, limit) for length in lengths])
+    wanted = [SHORT + 16 + (window if window <= WINDOW_LIMIT else 0), 9, 9, 4]
+    lengths = torch.tensor([min(length, limit) for length in wanted])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     generator = torch.Generator().manual_seed(0)
-    rows = encoder.backbone.get_input_embeddings().num_embeddings
+    rows = embedding_rows(encoder.backbone)
     ids = torch.randint(rows - 1, (2, int(offsets[-1])), generator=generator, dtype=torch.int32)
     ids += ids >= encoder.tokenizer.pad_token_id  # which some backbones take for padding anywhere
     ids[1, : offsets[1]] = ids[0, : offsets[1]]

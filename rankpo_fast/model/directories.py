@@ -124,7 +124,7 @@ def weights_dtype(files: list[Path]) -> torch.dtype:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)
                 counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + prod(part.get_shape())
-    return DTYPES.get(max(counts, key=counts.get), torch.float32)
+    return DTYPES.get(max(counts, key=counts.__getitem__), torch.float32)
 
 
 @contextmanager

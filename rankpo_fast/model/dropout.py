@@ -8,6 +8,8 @@ the size of the weights behind. Here 16 bits are drawn for each, and P alone is 
 kept has its sign turned. n texts of L tokens, H heads, E dims.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -20,7 +22,7 @@ class DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -45,7 +47,7 @@ class DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, signed = ctx.saved_tensors
         kept = signed.relu()
         d_value = kept.transpose(2, 3) @ (d_out / ctx.share)

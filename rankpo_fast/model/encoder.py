@@ -129,14 +129,15 @@ class Encoder(nn.Module):
         return (plan_packed if self.packed else plan_padded)(lengths, max_tokens)
 
     def embed(
-        self, table: TokenTable, text_ids: Tensor | None = None, *, max_tokens: int
+        self, table: TokenTable, text_ids: Tensor | None = None, *, max_tokens: int | None
     ) -> Tensor:
         """Vectors [n, D] fp32 in the order asked for, with their graph if grad is enabled.
 
         Args:
             table: tokenised texts.
             text_ids: [n] which of them; None for all.
-            max_tokens: tokens, padding included, that go through the backbone at once.
+            max_tokens: tokens, padding included, that go through the backbone at once; None: as
+                many as suit the device, or the longest text if that is more.
 
         Raises:
             InputError: a text alone has more than max_tokens tokens.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,6 +46,7 @@ from rankpo_fast.model.tokenizer import (
     add_special_tokens,
     append_eos,
     check_vocabulary,
+    embedding_rows,
     load_tokenizer,
     lower_cased,
     says_append_eos,
@@ -119,7 +120,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     for name, parameter in backbone.named_parameters():
         if name.startswith("pooler."):  # reads the first token for a task that we do not have
             parameter.requires_grad_(False)
-    encoder = Encoder(backbone, tokenizer, settings, bf16=config.bf16).to(device).eval()
+    encoder = Encoder(backbone, tokenizer, settings, bf16=precision.bf16).to(device).eval()
     encoder.save_dtype, encoder.origins = _save_dtype(training, weights), origins
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
@@ -240,7 +241,7 @@ def _save_dtype(training: ModelConfig | None, weights: list[Path]) -> torch.dtyp
 def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Add rows for new tokens, drawn as the backbone draws its own initial weights."""
     size = vocabulary_size(tokenizer)
-    if size > backbone.get_input_embeddings().num_embeddings:
+    if size > embedding_rows(backbone):
         backbone.resize_token_embeddings(size, mean_resizing=False)
 
 
@@ -310,7 +311,7 @@ def _needs(
     dims = [dim for m in skeleton.modules() if isinstance(dim := getattr(m, "head_dim", 0), int)]
     return Needs(
         device=device,
-        half=config.bf16,
+        half=bool(config.bf16),  # "auto" was decided before
         head_dim=max(dims) or text.hidden_size // heads,  # not all layers need have the same
         window=bool(getattr(text, "sliding_window", None)),
         softcap=_softcap(backbone_config),
@@ -432,8 +433,8 @@ def _positions_of_short_texts(backbone: "PreTrainedModel") -> float:
     """Tokens up to which "longrope" counts positions in one way: beyond, a text's vector would
     depend on how long its neighbours are. Infinity for all others."""
     config = backbone.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return float("inf")
-    own = getattr(config, "original_max_position_embeddings", None)
+    own: Any = getattr(config, "original_max_position_embeddings", None)
     return rope.get("original_max_position_embeddings") or own

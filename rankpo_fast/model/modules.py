@@ -12,7 +12,7 @@ Layouts of versions 2 to 6 are read. A Normalize may be missing: cosines are the
 import json
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,14 @@ ARGUMENTS = {  # of transformers' own loading, under their names of old and new 
     ("config_args", "config_kwargs"): {"attn_implementation", "use_cache"},
     ("tokenizer_args", "processor_kwargs"): {"padding_side", "use_fast"},
 }
+
+
+def _none_but(free: set[str]) -> Callable[[Any], bool]:
+    return lambda value: value.keys() <= free | {"trust_remote_code"}
+
+
 HARMLESS["transformer"] |= {
-    key: lambda value, free=free: value.keys() <= free | {"trust_remote_code"}
-    for keys, free in ARGUMENTS.items()
-    for key in keys
+    key: _none_but(free) for keys, free in ARGUMENTS.items() for key in keys
 }
 
 
@@ -149,18 +153,19 @@ def read_pipeline(
         warnings.warn(f"--pooling: left out of the model: {'; '.join(unlike)}", stacklevel=2)
     settings["lower_case"] = bool(transformer.get("do_lower_case"))
     limit = _length_limit(folder, transformer, bool(modules))
-    lengths = (transformer.get(key) or limit for key in ("query_length", "document_length"))
-    return settings, *lengths
+    query, passage = (transformer.get(key) or limit for key in ("query_length", "document_length"))
+    return settings, query, passage
 
 
 def read_modules(directory: Path) -> list[Module]:
     """The entries of modules.json, none if it is missing; InputError for what leaves the place."""
     modules = []
     for entry in read_json(directory / "modules.json", default=[]):
-        texts = [entry.get(key) for key in ("type", "path")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        given = entry if isinstance(entry, dict) else {}
+        kind, text = given.get("type"), given.get("path")
+        if not isinstance(kind, str) or not isinstance(text, str):
             raise InputError(f"{directory}/modules.json: no type and path in {entry!r}")
-        kind, path = texts[0], Path(texts[1])
+        path = Path(text)
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{directory}/modules.json: {path} lies outside the directory")
         modules.append(Module(kind, directory / path))

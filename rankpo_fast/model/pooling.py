@@ -6,7 +6,7 @@ S texts of T tokens in all, padded to L each; D dims.
 import torch
 from torch import Tensor
 
-from rankpo_kernels.norms import compute_dtype
+from rankpo_kernels.problem import compute_dtype
 
 
 def pool(states: Tensor, offsets: Tensor, pooling: str) -> Tensor:

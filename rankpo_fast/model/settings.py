@@ -106,7 +106,7 @@ def write_settings(directory: Path, settings: EncoderSettings, dim: int) -> None
 
 
 def _read_ours(path: Path) -> dict[str, Any]:
-    kinds = {field.name: field.type for field in fields(EncoderSettings)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(EncoderSettings)}
     # A file of an earlier version lacks the fields that came later.
     later = {f.name: f.default for f in fields(EncoderSettings) if f.default is not MISSING}
     settings = later | read_json(path)

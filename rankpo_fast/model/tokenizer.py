@@ -5,8 +5,11 @@ token ids.
 """
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.errors import InputError
@@ -54,7 +57,7 @@ def check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", backbone: "PreTrainedModel", flag: str
 ) -> None:
     """InputError if the tokenizer, which came by `flag`, has ids that the backbone does not."""
-    size, rows = vocabulary_size(tokenizer), backbone.get_input_embeddings().num_embeddings
+    size, rows = vocabulary_size(tokenizer), embedding_rows(backbone)
     if size > rows:
         raise InputError(f"{flag} {tokenizer.name_or_path}: the tokenizer has {size} tokens, but "
                          f"the model has embeddings for {rows}")  # fmt: skip
@@ -64,12 +67,17 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def embedding_rows(backbone: "PreTrainedModel") -> int:
+    """How many tokens it has embeddings for."""
+    return cast(nn.Embedding, backbone.get_input_embeddings()).num_embeddings
+
+
 def _pad_token(
     tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", source: str
 ) -> str:
     """A token kept for padding if there is one, else the end of text; the mask hides it anyway."""
     vocabulary = tokenizer.get_vocab()
-    by_id = {index: token for token, index in vocabulary.items()}
+    by_id: dict[int | None, str] = {index: token for token, index in vocabulary.items()}
     from_config = by_id.get(getattr(config.get_text_config(), "pad_token_id", None))
     candidates = [from_config, *PAD_TOKENS, tokenizer.eos_token, tokenizer.unk_token]
     for token in candidates:
@@ -94,7 +102,7 @@ def lower_cased(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
                          f"is not there; --tokenizer_name takes that of another model")  # fmt: skip
     backend = tokenizer.backend_tokenizer
     own = backend.normalizer
-    steps = list(own) if isinstance(own, Sequence) else [] if own is None else [own]
+    steps = [*cast(Iterable, own)] if isinstance(own, Sequence) else [] if own is None else [own]
     if any(isinstance(step, Lowercase) for step in steps):
         return tokenizer
     backend.normalizer = Sequence([Lowercase(), *steps])
@@ -130,7 +138,7 @@ def append_eos(tokenizer: "PreTrainedTokenizerBase", *, asked: bool) -> None:
 
     bare, ids = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     if ids[-len(bare) :] != bare:
-        [end] = tokenizer.convert_ids_to_tokens(ids[-1:])
+        [end] = list(tokenizer.convert_ids_to_tokens(ids[-1:]))
         if end != tokenizer.eos_token:
             warnings.warn(f"--append_eos: nothing is appended, since the tokenizer ends texts with "
                           f"{end} already", stacklevel=3)  # fmt: skip

@@ -1,5 +1,5 @@
-"""What every loss shares: unit vectors for the definitions, the check of embeddings, how per-row
-losses become one number, and how gradients that come with a loss reach autograd.
+"""What every loss shares: unit vectors for the definitions, how per-row losses become one number,
+and how gradients that come with a loss reach autograd.
 
 mean is sum_i w_i loss_i / sum_i w_i (0 without rows or weight), sum is sum_i w_i loss_i, none is
 w_i loss_i.
@@ -7,15 +7,23 @@ w_i loss_i.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from rankpo_kernels.norms import compute_dtype
+from rankpo_fast.ops.options import Reduction
+from rankpo_kernels.problem import compute_dtype
 
-Reduction = Literal["mean", "sum", "none"]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings
+Grads, Stats = TypeVar("Grads"), TypeVar("Stats")
+
+
+class LossAndGrads(NamedTuple, Generic[Grads, Stats]):
+    """What a loss without autograd gives; nothing in it has a graph."""
+
+    loss: Tensor  # 0-dim
+    grads: Grads  # by the names of the loss's tensors, in their dtypes and shapes
+    stats: Stats  # for a training log: 0-dim tensors on the device
 
 
 def unit_rows(x_ND: Tensor) -> Tensor:
@@ -23,20 +31,6 @@ def unit_rows(x_ND: Tensor) -> Tensor:
     1e12."""
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
     return x_ND / norm_N1.masked_fill(norm_N1 == 0, torch.inf)
-
-
-def check_embeddings(tensors: dict[str, Tensor | None]) -> None:
-    """On one device, of a known dtype, not empty; names are for the messages."""
-    (first, lead), *_ = tensors.items()
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if x.device != lead.device:
-            raise ValueError(f"{first} are on {lead.device} but {name} are on {x.device}")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
-        if x.shape[-1:] == (0,):
-            raise ValueError(f"{name} have no dims: {tuple(x.shape)}")
 
 
 def mean(x: Tensor) -> Tensor:
@@ -97,7 +91,7 @@ def scaled_grads(
     ]
 
 
-def apart(*rows: Tensor) -> list[Tensor]:
+def in_own_memory(*rows: Tensor) -> list[Tensor]:
     """Each in memory of its own, as torch wants an op's outputs; launchers give parts of larger
     tensors."""
     return [
@@ -124,10 +118,11 @@ def _second_pass(with_grads, ctx, grad_loss_M):
     saved = ctx.saved_tensors
     leaves, relations = saved[: ctx.leaves], list(saved[ctx.leaves :])
     needs = list(ctx.needs_input_grad[: ctx.leaves])
-    outputs = with_grads(*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
+    arguments = (*leaves, relations, ctx.settings, grad_loss_M.contiguous(), needs)
+    _, _, _, _, *grads = with_grads(*arguments)
     grads = [
         grad.to(leaf.dtype) if need else None
-        for grad, leaf, need in zip(outputs[4:], leaves, needs, strict=True)
+        for grad, leaf, need in zip(grads, leaves, needs, strict=True)
     ]
     return *grads, _no_grad_of(relations), None
 
@@ -142,7 +137,8 @@ def _save_grads(ctx, inputs, output):
     *leaves, relations, _, _, ctx.needs = inputs
     ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
     ctx.no_grad_of_relations = _no_grad_of(relations)
-    ctx.save_for_backward(*output[4:])
+    _, _, _, _, *grads = output
+    ctx.save_for_backward(*grads)
 
 
 def _scaled_grads(ctx, grad_loss, *others):

@@ -13,40 +13,50 @@ gradient needs its own score and the positive's, so one pass over chunks of them
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from rankpo_fast.ops import ranks
-from rankpo_fast.ops.batch import (
-    Batch,
-    InfoNCEOptions,
+from rankpo_fast.ops.checks import (
     as_scale,
+    check_embeddings,
+    check_relations,
+    check_sides,
     check_values,
     check_workspace,
-    checked,
+    group_labels,
+    guide_sides,
+    in_one_dtype,
     known_definition,
     one_number,
     takes_triton,
+    widest_dtype,
 )
-from rankpo_fast.ops.common import Reduction, apart, mean, register_gradients, unit_rows
-from rankpo_fast.ops.rankpo import LossType, MarginOptions, margin_loss
-from rankpo_kernels import pointwise
-from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import (
+from rankpo_fast.ops.common import (
+    LossAndGrads,
+    in_own_memory,
+    mean,
+    register_gradients,
+    row_weights,
+    uniform_weight,
+    unit_rows,
+)
+from rankpo_fast.ops.options import InBatchRankPOCall, Reduction, SigLIPCall, takes
+from rankpo_fast.ops.rankpo import margin_loss
+from rankpo_fast.ops.ranks import Checked, across_ranks, several, sum_rows
+from rankpo_kernels import objective
+from rankpo_kernels.chunked import in_batch as chunked
+from rankpo_kernels.objective import softplus
+from rankpo_kernels.problem import (
     SIGLIP,
-    PairSettings,
-    Relations,
-    count_others,
+    InBatchProblem,
+    InBatchResult,
+    InBatchSettings,
+    compute_dtype,
     gradient_dtype,
-    known,
-    of_rows,
-    softplus,
 )
-from rankpo_kernels.pointwise import PairResult
+from rankpo_kernels.relations import Relations, count_others, known
 
 
 def in_batch_rankpo_definition(
@@ -60,8 +70,8 @@ def in_batch_rankpo_definition(
         return s_MN.gather(1, labels_M1) - s_MN
 
     reference = None
-    if relations.guide_queries is not None:
-        reference = advantage(*(x.to(q_MD.dtype) for x in relations[-2:]))
+    if relations.guide is not None:
+        reference = advantage(*(x.to(q_MD.dtype) for x in relations.guide))
     loss_MN = margin_loss(advantage(q_MD, p_ND), reference_margins=reference, **margin)
     known_MN = known_definition(relations, len(p_ND))
     return loss_MN.masked_fill(known_MN, 0).sum(1) / (~known_MN).sum(1).clamp(min=1)
@@ -79,16 +89,16 @@ def siglip_definition(
     return loss_M + softplus(-x_MN.gather(1, labels_M1))[:, 0]
 
 
-@torch.library.custom_op("rankpo_fast::pair_losses", mutates_args=())
-def _pair_losses(
+@torch.library.custom_op("rankpo_fast::in_batch", mutates_args=())
+def _in_batch(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list[Tensor | None], settings: str
 ) -> Tensor:
     """Losses [M] in 2MND flops; their backward recomputes the scores (8MND in all)."""
-    return apart(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
+    return in_own_memory(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
 
 
-@torch.library.custom_op("rankpo_fast::pair_losses_grads", mutates_args=())
-def _pair_losses_grads(
+@torch.library.custom_op("rankpo_fast::in_batch_grads", mutates_args=())
+def _in_batch_grads(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor,
     relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -96,39 +106,46 @@ def _pair_losses_grads(
     wins, total x, pairs), and the gradients of (q, p, scale, bias); those not needed are empty."""
     result, count_M = _launch(q, p, scale, bias, relations, settings, weights, tuple(needs))
     stats_4M = torch.stack([result.hardest_M, result.wins_M, result.total_M, count_M])
+    made = (result.dq_MD, result.dp_ND, result.d_scale, result.d_bias)
     grads = [
         empty if grad is None else grad.to(empty.device)
-        for grad, empty in zip(result[5:], _no_grads(q, scale, bias), strict=True)
+        for grad, empty in zip(made, _no_grads(q, scale, bias), strict=True)
     ]
     total = (weights * result.loss_M).sum()
-    return total, *apart(result.loss_M, result.positive_M), stats_4M, *grads
+    return total, *in_own_memory(result.loss_M, result.positive_M), stats_4M, *grads
 
 
 def _launch(
     q, p, scale, bias, relations, settings, weights=None, needs=(False,) * 4
-) -> tuple[PairResult, Tensor]:
+) -> tuple[InBatchResult, Tensor]:
     """What a row's sum is divided by joins its weight: kernels know sums alone. With it the number
     of pairs [M]."""
-    relations, settings = Relations(*relations), PairSettings.parse(settings)
+    relations, settings = Relations(*relations), InBatchSettings.parse(settings)
+    problem = InBatchProblem(q, p, scale, bias, relations, settings)
     if q.device.type == "cpu":
         check_values(relations, len(p), 0)
-    launcher = pointwise.pair_losses
-    if takes_triton(q, settings):
-        from rankpo_kernels.gpu.pointwise import pair_losses as launcher  # Linux alone has triton
     keys, dtype = None, compute_dtype(q.dtype)
     count_M = q.new_full((len(q),), len(p) - 1, dtype=dtype)
-    if any(x is not None for x in relations[3:7]):  # ids or exclusions, else it is the label alone
+    if not relations.labels_alone:
         keys = known(relations, len(p))
         count_M = count_others(keys).to(dtype)
     share = 1.0  # of a pair in its row's loss: a number where all rows have as many
     if settings.kind != SIGLIP:
         share = 1 / max(len(p) - 1, 1) if keys is None else 1 / count_M.clamp(min=1)
     if weights is not None:
-        weights = of_rows(weights, len(q), q.device, dtype) * share
+        weights = objective.row_weights(weights, len(q), q.device, dtype) * share
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        result = launcher(q, p, scale, bias, relations, keys, settings, weights, needs)
+        result = _launcher(problem)(problem, keys, weights, needs)
     return result._replace(loss_M=result.loss_M * share), count_M
+
+
+def _launcher(problem: InBatchProblem) -> Callable[..., InBatchResult]:
+    if not takes_triton(problem.q_MD, problem.settings):
+        return chunked.in_batch
+    from rankpo_kernels.triton import in_batch as triton  # Linux alone has it
+
+    return triton.in_batch
 
 
 def _no_grads(q: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
@@ -137,12 +154,12 @@ def _no_grads(q: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
     return embeddings + [x.new_empty(0, dtype=compute_dtype(q.dtype)) for x in (scale, bias)]
 
 
-@_pair_losses.register_fake
+@_in_batch.register_fake
 def _(q, *rest):
     return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
 
 
-@_pair_losses_grads.register_fake
+@_in_batch_grads.register_fake
 def _(q, p, scale, bias, relations, settings, weights, needs):
     rows = [q.new_empty(*size, q.shape[0], dtype=compute_dtype(q.dtype)) for size in ((), (), (4,))]
     grads = [
@@ -154,41 +171,21 @@ def _(q, p, scale, bias, relations, settings, weights, needs):
     return rows[0].new_empty(()), *rows, *grads
 
 
-register_gradients(_pair_losses, _pair_losses_grads)
+register_gradients(_in_batch, _in_batch_grads)
 
 
-def _reduced(arguments: tuple, weights: Tensor, reduction: Reduction) -> Tensor:
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in arguments[:4]]
+def _reduced(problem: InBatchProblem, weights: Tensor, reduction: Reduction) -> Tensor:
+    leaves = (problem.q_MD, problem.p_ND, problem.scale, problem.bias)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
+    crossing = (*leaves, list(problem.relations), problem.settings.text())
     if reduction == "none" or not any(needs):
-        loss_M = _pair_losses(*arguments) * weights
+        loss_M = _in_batch(*crossing) * weights
         return loss_M if reduction == "none" else loss_M.sum()
-    return _pair_losses_grads(*arguments, weights, needs)[0]
+    return _in_batch_grads(*crossing, weights, needs)[0]
 
 
-def in_batch_rankpo_loss(
-    queries: Tensor,
-    passages: Tensor,
-    labels: Tensor | None = None,
-    *,
-    reference_queries: Tensor | None = None,
-    reference_passages: Tensor | None = None,
-    beta: float = 2.0,
-    temperature: float = 0.1,
-    gamma_beta_ratio: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_type: LossType = "sigmoid",
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None,
-    excluded: tuple[Tensor, Tensor] | None = None,
-    sft_weight: float = 0.0,
-    rankpo_weight: float = 1.0,
-    workspace_bytes: int | None = None,
-    backend: Literal["torch", "triton"] | None = None,
-    process_group: ProcessGroup | None = None,
-) -> Tensor:
+@takes(InBatchRankPOCall)
+def in_batch_rankpo_loss(call: InBatchRankPOCall) -> Tensor:
     """RankPO (arXiv 2503.10723) with the positive of each query preferred to every other passage of
     the batch; the loss of a query is the mean over these pairs.
 
@@ -208,18 +205,8 @@ def in_batch_rankpo_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    margin = {
-        "beta": beta, "temperature": temperature, "gamma_beta_ratio": gamma_beta_ratio,
-        "label_smoothing": label_smoothing, "loss_type": loss_type, "sft_weight": sft_weight,
-        "rankpo_weight": rankpo_weight,
-    }  # fmt: skip
-    arguments, weights, _ = _rankpo_arguments(
-        queries, passages, labels, margin, reference_queries=reference_queries,
-        reference_passages=reference_passages, normalize=normalize, reduction=reduction,
-        weights=weights, query_ids=query_ids, passage_ids=passage_ids, excluded=excluded,
-        workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
-    )  # fmt: skip
-    return _reduced(arguments, weights, reduction)
+    problem, weights, _ = across_ranks(call, check_in_batch_rankpo)
+    return _reduced(problem, weights, call.reduction)
 
 
 class InBatchRankPOStats(NamedTuple):
@@ -232,58 +219,47 @@ class InBatchRankPOStats(NamedTuple):
     hardest_negative_similarity: Tensor  # mean over the queries that have a pair
 
 
+class InBatchRankPOGrads(NamedTuple):
+    queries: Tensor  # [M, D]
+    passages: Tensor  # [N, D]
+
+
+@takes(InBatchRankPOCall)
 @torch.no_grad()
 def in_batch_rankpo_loss_and_grads(
-    queries: Tensor,
-    passages: Tensor,
-    labels: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, InBatchRankPOStats]:
+    call: InBatchRankPOCall,
+) -> LossAndGrads[InBatchRankPOGrads, InBatchRankPOStats]:
     """`in_batch_rankpo_loss` and its gradients without autograd, for gradient caching and logging.
 
     Args:
-        options: those of `in_batch_rankpo_loss`; the reduction is "mean" or "sum".
+        All are those of `in_batch_rankpo_loss`; the reduction is "mean" or "sum".
 
     Returns:
-        (loss, d_queries [M, D], d_passages [N, D], stats), gradients in the dtypes of their inputs.
-        Stats are those of a rank's own queries.
+        (loss, grads, stats): `InBatchRankPOGrads` in the dtypes of their inputs, and
+        `InBatchRankPOStats` of a rank's own queries.
     """
-    margin, options = split_margin(options)
-    arguments, weights, of_all = _rankpo_arguments(queries, passages, labels, margin, **options)
-    if options.get("reduction") == "none":  # told after the ranks have agreed on it
+    problem, weights, ranks = across_ranks(call, check_in_batch_rankpo)
+    if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _pair_losses_grads(
-        *arguments, weights, [True, True, False, False]
-    )
-    if of_all is not None:
-        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
+    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _in_batch_grads(
+        problem.q_MD, problem.p_ND, problem.scale, problem.bias, list(problem.relations),
+        problem.settings.text(), weights, [True, True, False, False],
+    )  # fmt: skip
+    if ranks is not None:
+        dp = sum_rows(dp, ranks.passages, ranks.group)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
-        -total_M.sum() / pairs / margin.get("beta", MarginOptions.beta),
+        -total_M.sum() / pairs / call.beta,
         mean(positive_M),
         hardest_M.masked_fill(~has_pair_M, 0).sum() / has_pair_M.sum().clamp(min=1),
     )
-    return loss, dq.to(queries.dtype), dp.to(passages.dtype), stats
+    grads = InBatchRankPOGrads(dq.to(call.queries.dtype), dp.to(call.passages.dtype))
+    return LossAndGrads(loss, grads, stats)
 
 
-def siglip_loss(
-    queries: Tensor,
-    passages: Tensor,
-    labels: Tensor | None = None,
-    *,
-    scale: float | Tensor = 10.0,
-    bias: float | Tensor = -10.0,
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None,
-    excluded: tuple[Tensor, Tensor] | None = None,
-    workspace_bytes: int | None = None,
-    backend: Literal["torch", "triton"] | None = None,
-    process_group: ProcessGroup | None = None,
-) -> Tensor:
+@takes(SigLIPCall)
+def siglip_loss(call: SigLIPCall) -> Tensor:
     """Sigmoid loss of every pair of the batch (Zhai et al. 2023, SigLIP), summed over the passages
     of each query.
 
@@ -303,106 +279,68 @@ def siglip_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    loss = PairLoss(scale, bias, {"kind": SIGLIP}, {"scale": scale, "bias": bias})
-    arguments, weights, _ = _arguments(
-        queries, passages, labels, (None, None), lambda: loss,
-        normalize=normalize, reduction=reduction, weights=weights, query_ids=query_ids,
-        passage_ids=passage_ids, excluded=excluded, workspace_bytes=workspace_bytes,
-        backend=backend, process_group=process_group,
+    problem, weights, _ = across_ranks(call, check_siglip)
+    return _reduced(problem, weights, call.reduction)
+
+
+def check_in_batch_rankpo(call: InBatchRankPOCall) -> Checked[InBatchProblem]:
+    """x = -beta * margin, see `rankpo_kernels.chunked.in_batch`."""
+    return _checked(
+        call, _both(call.reference_queries, call.reference_passages),
+        call.beta / call.temperature, call.beta * call.gamma_beta_ratio,
+        kind=call.loss_type, label_smoothing=float(call.label_smoothing),
+        rankpo_weight=float(call.rankpo_weight), sft_weight=float(call.sft_weight),
+        sft_scale=1 / call.temperature,
     )  # fmt: skip
-    return _reduced(arguments, weights, reduction)
 
 
-def split_margin(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of margins, and the others."""
-    names = {field.name for field in fields(MarginOptions)}
-    margin = {name: options[name] for name in options if name in names}
-    return margin, {name: options[name] for name in options if name not in names}
+def check_siglip(call: SigLIPCall) -> Checked[InBatchProblem]:
+    return _checked(call, None, call.scale, call.bias, kind=SIGLIP)
 
 
-class PairLoss(NamedTuple):
-    """What tells pair losses apart."""
-
-    scale: float | Tensor
-    bias: float | Tensor
-    form: dict[str, Any]  # fields of `PairSettings`
-    said: dict[str, Any]  # what the caller said of them
-
-
-def _rankpo_arguments(
-    queries: Tensor, passages: Tensor, labels: Tensor | None, margin: dict[str, Any], *,
-    reference_queries: Tensor | None = None, reference_passages: Tensor | None = None,
-    **options: Any,
-) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
-
-    def loss() -> PairLoss:
-        """x = -beta * margin, see `rankpo_kernels.pointwise`."""
-        of = MarginOptions(**margin)
-        form = {
-            "kind": of.loss_type, "label_smoothing": float(of.label_smoothing),
-            "rankpo_weight": float(of.rankpo_weight), "sft_weight": float(of.sft_weight),
-            "sft_scale": 1 / of.temperature,
-        }  # fmt: skip
-        scale, bias = of.beta / of.temperature, of.beta * of.gamma_beta_ratio
-        return PairLoss(scale, bias, form, asdict(of))
-
-    reference = (reference_queries, reference_passages)
-    return _arguments(queries, passages, labels, reference, loss, **options)
-
-
-def _arguments(
-    queries: Tensor, passages: Tensor, labels: Tensor | None,
-    reference: tuple[Tensor | None, Tensor | None], loss: Callable[[], PairLoss], *,
-    weights: Tensor | None = None, query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None,
-    normalize: bool = True, reduction: Reduction = "mean", workspace_bytes: int | None = None,
-    backend: str | None = None, process_group: ProcessGroup | None = None,
-) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
-    """The ops' arguments and the row weights, checked; with the passages of all ranks where there
-    are several, who hear of it if `loss` refuses its options on one."""
-    several = ranks.several(process_group)
-
-    def prepare() -> ranks.Local:
-        of = loss()
-        options = InfoNCEOptions(
-            normalize, reduction, workspace_bytes=workspace_bytes, backend=backend,
-            process_group=process_group,
-        )  # fmt: skip
-        batch = Batch(
-            queries, passages, labels, weights, query_ids, passage_ids, excluded,
-            guide=_both(*reference),
-        )  # fmt: skip
-        of_rank = replace(options, reduction="sum") if several else options
-        q, p, _, relations, settings, weights_M = checked(batch, of_rank, "reference")
-        settings = PairSettings(**asdict(settings) | of.form)
-        numbers = as_scale(None, of.scale, "cpu", q.device), _bias(of.bias, q.device)
-        terms = {}
-        if several:
-            check_values(relations, len(p), 0)
-            terms = {k: "a tensor" if isinstance(v, Tensor) else v for k, v in of.said.items()}
-            terms = vars(options) | {"process_group": None} | terms
-        return ranks.Local(q, p, relations, weights_M, terms, reduction, rest=(numbers, settings))
-
-    if several:
-        local, of_all = ranks.spread(process_group, queries.device, prepare)
-        check_workspace(local.rest[1], len(local.p), compute_dtype(local.q.dtype))
-    else:
-        local, of_all = prepare(), None
-    q, p, relations, weights_M = local[:4]
-    numbers, settings = local.rest
-    return (q, p, *numbers, list(relations), settings.text()), weights_M, of_all
+def _checked(
+    call: InBatchRankPOCall | SigLIPCall, reference: tuple[Tensor, Tensor] | None,
+    scale: float | Tensor, bias: float | Tensor, **form: Any,
+) -> Checked[InBatchProblem]:  # fmt: skip
+    """`form`: what tells the losses apart, as fields of `InBatchSettings`."""
+    check_sides(call)
+    M, N, device = len(call.queries), len(call.passages), call.queries.device
+    embeddings = {"queries": call.queries, "passages": call.passages}
+    check_embeddings(embeddings | guide_sides("reference", reference, M, N))
+    dtype = widest_dtype(embeddings.values())
+    q, p = call.queries.to(dtype), call.passages.to(dtype)
+    check_workspace(call, N, q)
+    relations = Relations(
+        group_labels(M, N, device)[0] if call.labels is None else call.labels,
+        None, None, call.query_ids, call.passage_ids, *(call.excluded or (None, None)), None, None,
+        *(in_one_dtype(reference, dtype) or (None, None)),
+    )  # fmt: skip
+    shared = several(call.process_group)
+    check_relations(relations, call, shared)
+    if shared:
+        check_values(relations, N, 0)
+    weights = uniform_weight(M, call.reduction)
+    if call.weights is not None:
+        weights = row_weights(q, call.weights, M, call.reduction)
+    settings = InBatchSettings(
+        normalize=call.normalize, workspace_bytes=call.workspace_bytes, backend=call.backend, **form
+    )
+    numbers = as_scale(None, scale, "cpu", device), _as_bias(bias, device)
+    return Checked(InBatchProblem(q, p, *numbers, relations, settings), weights)
 
 
 def _both(
     reference_queries: Tensor | None, reference_passages: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    if (reference_queries is None) != (reference_passages is None):
-        missing = "queries" if reference_queries is None else "passages"
-        raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
-    return None if reference_queries is None else (reference_queries, reference_passages)
+    if reference_queries is not None and reference_passages is not None:
+        return reference_queries, reference_passages
+    if reference_queries is None and reference_passages is None:
+        return None
+    missing = "queries" if reference_queries is None else "passages"
+    raise ValueError(f"a reference needs both its embeddings: reference_{missing} are missing")
 
 
-def _bias(bias: float | Tensor, device: torch.device) -> Tensor:
+def _as_bias(bias: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(bias, Tensor):
         return one_number("bias", bias, device)
     if not -math.inf < bias < math.inf:

@@ -11,53 +11,69 @@ scores are never stored: the launchers walk chunks of them.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from rankpo_fast.ops import ranks
-from rankpo_fast.ops.batch import (
-    Batch,
-    Direction,
-    HardnessMode,
-    InfoNCEOptions,
+from rankpo_fast.ops.checks import (
     as_scale,
+    check_embeddings,
+    check_relations,
+    check_sides,
     check_values,
     check_workspace,
-    checked,
+    group_labels,
+    group_owners,
+    guide_sides,
+    in_one_dtype,
     known_definition,
+    own_negatives,
     takes_triton,
+    widest_dtype,
 )
-from rankpo_fast.ops.common import Reduction, apart, mean, register_gradients, unit_rows
-from rankpo_kernels import chunked
-from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import (
-    APART,
+from rankpo_fast.ops.common import (
+    LossAndGrads,
+    in_own_memory,
+    mean,
+    register_gradients,
+    row_weights,
+    uniform_weight,
+    unit_rows,
+)
+from rankpo_fast.ops.options import InfoNCECall, takes
+from rankpo_fast.ops.ranks import (
+    Checked,
+    across_ranks,
+    for_ranks,
+    ring_grads,
+    ring_losses,
+    several,
+    sum_rows,
+)
+from rankpo_kernels.chunked import info_nce as chunked
+from rankpo_kernels.objective import limits, softplus
+from rankpo_kernels.problem import (
+    HARD,
     PP,
     PQ,
     QP,
     QQ,
-    Relations,
-    Result,
-    Settings,
-    expand,
+    InfoNCEProblem,
+    InfoNCEResult,
+    InfoNCESettings,
+    compute_dtype,
     gradient_dtype,
-    limits,
-    own_rows,
-    positive_pairs,
-    softplus,
+    is_plain,
 )
-
-_STATIC = fields(InfoNCEOptions)  # the others are of the batch
+from rankpo_kernels.relations import APART, Relations, expand, positive_pairs
 
 
 def info_nce_definition(
-    q_MD: Tensor, p_ND: Tensor, scale: Tensor | float, relations: Relations, settings: Settings,
-    own_HD: Tensor | None = None,
+    q_MD: Tensor, p_ND: Tensor, scale: Tensor | float, relations: Relations,
+    settings: InfoNCESettings, own_HD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses [M]: what the ops must equal. Stores M x N: for tests and debugging."""
     M, labels_M, owner_N = len(q_MD), relations.labels_M, relations.curated_N
@@ -76,10 +92,8 @@ def info_nce_definition(
             QP: (q @ p.T, known_MN), QQ: (q @ q.T, known_MN[:, labels_M]),
             PP: ((p @ p.T)[a_P], (known_MN | apart_MN)[i_P]),
         }  # fmt: skip
-        if settings.margin is not None:
-            judge = (q, p)
-            if relations.guide_queries is not None:
-                judge = [unit(x) for x in relations[-2:]]
+        if settings.false_negative_margin is not None:
+            judge = (q, p) if relations.guide is None else map(unit, relations.guide)
             gq, gp = (x.detach().to(q.dtype) for x in judge)
             limit_M1 = limits((gq * gp[labels_M]).sum(1), settings)[:, None]
             above = {QP: (gq @ gp.T > limit_M1) & ~mine_MN, QQ: gq @ gq.T > limit_M1,
@@ -124,7 +138,7 @@ def _info_nce(
     relations: list[Tensor | None], settings: str,
 ) -> Tensor:  # fmt: skip
     """Losses [M] in 2MND flops; their backward recomputes the scores (8MND in all)."""
-    return apart(_launch(q, p, own, scale, relations, settings).loss_M)[0]
+    return in_own_memory(_launch(q, p, own, scale, relations, settings).loss_M)[0]
 
 
 @torch.library.custom_op("rankpo_fast::info_nce_grads", mutates_args=())
@@ -139,34 +153,42 @@ def _info_nce_grads(
     underflowed.
     """
     result = _launch(q, p, own, scale, relations, settings, weights, tuple(needs))
+    made = (result.dq_MD, result.dp_ND, result.d_own_HD, result.d_scale)
     grads = [
         empty if grad is None else grad.to(empty.device)
-        for grad, empty in zip(result[3:7], _no_grads(q, scale), strict=True)
+        for grad, empty in zip(made, _no_grads(q, scale), strict=True)
     ]
     total = result.total
     if total is None:
         if weights.dim():  # else it is a number for the kernel; a copy would make the host wait
             weights = weights.to(q.device, result.loss_M.dtype)
         total = (weights * result.loss_M).sum()
-    return total, *apart(*result[:3]), *grads
+    return total, *in_own_memory(result.loss_M, result.positive_M, result.hardest_M), *grads
 
 
-def _launch(q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4) -> Result:
-    relations, settings = Relations(*relations), Settings.parse(settings)
+def _launch(
+    q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4
+) -> InfoNCEResult:
+    settings = InfoNCESettings.parse(settings)
+    problem = InfoNCEProblem(q, p, own, scale, Relations(*relations), settings)
     if q.device.type == "cpu":
-        check_values(own_rows(relations, settings), len(p), 0 if own is None else len(own))
-    launcher = _launcher(q, settings)
+        own_rows = problem.relations.rows(settings.window)
+        check_values(own_rows, len(p), 0 if own is None else len(own))
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        return launcher(q, p, own, scale, relations, settings, weights, needs)
+        return _launcher(problem)(problem, weights, needs)
 
 
-def _launcher(q: Tensor, settings: Settings) -> Callable[..., Result]:
-    if not takes_triton(q, settings):
+def _launcher(problem: InfoNCEProblem) -> Callable[..., InfoNCEResult]:
+    q, settings = problem.q_MD, problem.settings
+    # The kernels have no queries besides those with a loss, and a rank without queries takes part
+    # in the collectives.
+    alone = settings.window is None and (settings.group is None or len(q))
+    if not alone or not takes_triton(q, settings):
         return chunked.info_nce
-    from rankpo_kernels.gpu import info_nce  # triton: Linux alone has it
+    from rankpo_kernels.triton import info_nce as triton  # Linux alone has it
 
-    return info_nce.info_nce
+    return triton.info_nce
 
 
 def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
@@ -181,7 +203,7 @@ def _(q, p, own, scale, relations, settings):
 
 
 def _losses(q: Tensor, settings: str) -> int:
-    window = Settings.parse(settings).window
+    window = InfoNCESettings.parse(settings).window
     return q.shape[0] if window is None else window[1] - window[0]
 
 
@@ -200,39 +222,8 @@ def _(q, p, own, scale, relations, settings, weights, needs):
 register_gradients(_info_nce, _info_nce_grads)
 
 
-def info_nce_loss(
-    queries: Tensor,
-    passages: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float | None = None,
-    scale: float | Tensor | None = None,
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    passage_ids: Tensor | None = None,
-    excluded: tuple[Tensor, Tensor] | None = None,
-    positives: tuple[Tensor, Tensor] | None = None,
-    own_negatives: Tensor | None = None,
-    own_offsets: Tensor | None = None,
-    curated: Tensor | None = None,
-    false_negative_margin: float | None = None,
-    margin_type: Literal["absolute", "relative"] = "absolute",
-    guide: tuple[Tensor, Tensor] | None = None,
-    label_smoothing: float = 0.0,
-    directions: Sequence[Direction] = ("query_to_passage",),
-    partition: Literal["joint", "per_direction"] = "joint",
-    matryoshka_dims: Sequence[int] | None = None,
-    matryoshka_weights: Sequence[float] | None = None,
-    hardness_mode: HardnessMode | None = None,
-    hardness_strength: float = 0.0,
-    gradient_filter: float = 0.0,
-    workspace_bytes: int | None = None,
-    backend: Literal["torch", "triton"] | None = None,
-    process_group: ProcessGroup | None = None,
-    exchange: Literal["gather", "ring"] = "gather",
-) -> Tensor:
+@takes(InfoNCECall)
+def info_nce_loss(call: InfoNCECall) -> Tensor:
     """InfoNCE of each query against all passages of the batch (van den Oord et al. 2018, eq. 4).
 
     Args:
@@ -311,29 +302,17 @@ def info_nce_loss(
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    options = {
-        "normalize": normalize, "reduction": reduction, "label_smoothing": label_smoothing,
-        "directions": directions, "partition": partition,
-        "false_negative_margin": false_negative_margin, "margin_type": margin_type,
-        "matryoshka_dims": matryoshka_dims, "matryoshka_weights": matryoshka_weights,
-        "hardness_mode": hardness_mode, "hardness_strength": hardness_strength,
-        "gradient_filter": gradient_filter, "workspace_bytes": workspace_bytes,
-        "backend": backend, "process_group": process_group, "exchange": exchange,
-    }  # fmt: skip
-    batch = Batch(
-        queries, passages, labels, weights, query_ids, passage_ids, excluded, positives,
-        own_negatives, own_offsets, curated, guide,
-    )  # fmt: skip
-    arguments, weights, of_all = _prepared(batch, temperature, scale, options)
-    if of_all is not None and exchange == "ring":
-        loss_M = ranks.ring_losses(*arguments, of_all)[0] * weights
-        return loss_M if reduction == "none" else loss_M.sum()
-    leaves = arguments[:4]
+    problem, weights, ranks = across_ranks(call, check_info_nce)
+    if ranks is not None and call.exchange == "ring":
+        loss_M = ring_losses(problem, ranks)[0] * weights
+        return loss_M if call.reduction == "none" else loss_M.sum()
+    leaves = (problem.q_MD, problem.p_ND, problem.own_HD, problem.scale)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    if reduction == "none" or not any(needs):
-        loss_M = _info_nce(*arguments) * weights
-        return loss_M if reduction == "none" else loss_M.sum()
-    return _info_nce_grads(*arguments, weights, needs)[0]
+    crossing = (*leaves, list(problem.relations), problem.settings.text())
+    if call.reduction == "none" or not any(needs):
+        loss_M = _info_nce(*crossing) * weights
+        return loss_M if call.reduction == "none" else loss_M.sum()
+    return _info_nce_grads(*crossing, weights, needs)[0]
 
 
 class InfoNCEStats(NamedTuple):
@@ -345,125 +324,107 @@ class InfoNCEStats(NamedTuple):
     hardest_negative_similarity: Tensor  # mean over the queries that have a negative
 
 
+class InfoNCEGrads(NamedTuple):
+    queries: Tensor  # [M, D]
+    passages: Tensor  # [N, D]
+    own_negatives: Tensor | None  # in their shape; None where none were given
+    scale: Tensor  # 0-dim, with the queries unless it was given on the CPU
+
+
+@takes(InfoNCECall)
 @torch.no_grad()
-def info_nce_loss_and_grads(
-    queries: Tensor,
-    passages: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float | None = None,
-    scale: float | Tensor | None = None,
-    **options: Any,
-) -> (
-    tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats]
-    | tuple[Tensor, Tensor, Tensor, Tensor, InfoNCEStats, Tensor]
-):
+def info_nce_loss_and_grads(call: InfoNCECall) -> LossAndGrads[InfoNCEGrads, InfoNCEStats]:
     """`info_nce_loss` and its gradients without autograd, for gradient caching and logging.
 
     Args:
-        options: all others are those of `info_nce_loss`; the reduction is "mean" or "sum".
+        All are those of `info_nce_loss`; the reduction is "mean" or "sum".
 
     Returns:
-        (loss, d_queries [M, D], d_passages [N, D], d_scale, stats), gradients in the dtypes of
-        their inputs; with own_negatives also d_own_negatives, in their shape. Stats are those of
+        (loss, grads, stats): `InfoNCEGrads` in the dtypes of their inputs, and `InfoNCEStats` of
         the labels, with the most dims, and of a rank's own queries.
     """
-    static = {field.name: options.pop(field.name) for field in _STATIC if field.name in options}
-    batch = Batch(queries, passages, labels, **options)
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
-    arguments, weights, of_all = _prepared(batch, temperature, scale, static, queries.device)
-    if static.get("reduction") == "none":  # told after the ranks have agreed on it
+    check = partial(check_info_nce, scale_on=call.queries.device)
+    problem, weights, ranks = across_ranks(call, check)
+    if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    own = batch.own_negatives
-    if of_all is not None and static.get("exchange") == "ring":
-        outputs = ranks.ring_grads(*arguments, of_all, weights)
+    own = call.own_negatives
+    if ranks is not None and call.exchange == "ring":
+        outputs = ring_grads(problem, ranks, weights)
     else:
-        outputs = _info_nce_grads(*arguments, weights, [True, True, own is not None, True])
+        outputs = _info_nce_grads(
+            problem.q_MD, problem.p_ND, problem.own_HD, problem.scale, list(problem.relations),
+            problem.settings.text(), weights, [True, True, own is not None, True],
+        )  # fmt: skip
     loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = outputs
-    if of_all is not None and static.get("exchange") != "ring":
-        dp = ranks.sum_rows(dp, of_all.passages, of_all.group)
-        if len(dq) != len(queries):
-            dq = ranks.sum_rows(dq, of_all.queries, of_all.group)
+    if ranks is not None and call.exchange != "ring":
+        dp = sum_rows(dp, ranks.passages, ranks.group)
+        if len(dq) != len(call.queries):
+            dq = sum_rows(dq, ranks.queries, ranks.group)
     has_negative_M = hardest_M > -torch.inf
-    count = has_negative_M.sum().clamp(min=1)
     stats = InfoNCEStats(
         mean((positive_M > hardest_M).float()),
         mean(positive_M),
-        hardest_M.masked_fill(~has_negative_M, 0).sum() / count,
+        hardest_M.masked_fill(~has_negative_M, 0).sum() / has_negative_M.sum().clamp(min=1),
     )
-    values = loss, dq.to(queries.dtype), dp.to(passages.dtype), d_scale, stats
-    return values if own is None else (*values, d_own.to(own.dtype).reshape(own.shape))
-
-
-def _prepared(
-    batch: Batch, temperature: float | None, scale: float | Tensor | None, static: dict[str, Any],
-    scale_on: torch.device | str = "cpu",
-) -> tuple[tuple, Tensor, ranks.Ranks | None]:  # fmt: skip
-    """`_arguments` of the options `static`, with the passages of all ranks where there are
-    several."""
-    group = static.get("process_group")
-    if not ranks.several(group):
-        return *_arguments(batch, temperature, scale, InfoNCEOptions(**static), scale_on), None
-
-    def prepare() -> ranks.Local:
-        options = InfoNCEOptions(**static)
-        ring, across = options.exchange == "ring", QQ in options.directions
-        apart = PP in options.directions
-        of_sum = replace(options, reduction="sum")
-        arguments, weights = _arguments(batch, temperature, scale, of_sum, scale_on)
-        q, p, own, number, relations, text = arguments
-        relations, settings = Relations(*relations), Settings.parse(text)
-        check_values(relations, len(p), 0 if own is None else len(own))
-        if ring:
-            _check_ring(relations, settings)
-        if across and options.backend == "triton":
-            raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
-        terms = {field.name: getattr(options, field.name) for field in _STATIC} | {
-            "process_group": None,
-            "temperature": temperature,
-            "scale": "a tensor" if isinstance(scale, Tensor) else scale,
-            "whether there are gradients": torch.is_grad_enabled()
-            and any(x.requires_grad for x in (q, p, own, number) if x is not None),
-        }
-        return ranks.Local(
-            q, p, relations, weights, terms, options.reduction, across, not ring,
-            (own, number, settings), apart,
-        )  # fmt: skip
-
-    local, of_all = ranks.spread(group, batch.queries.device, prepare)
-    q, p, relations, weights = local[:4]
-    own, scale, settings = local.rest
-    most = len(p) if local.all_passages else max(of_all.passages)
-    check_workspace(settings, most, compute_dtype(q.dtype))
-    own_queries = of_all.own(of_all.queries)
-    settings = replace(
-        settings,
-        group=group.group_name if PQ in settings.directions else None,
-        window=(own_queries.start, own_queries.stop) if local.all_queries else None,
+    grads = InfoNCEGrads(
+        dq.to(call.queries.dtype),
+        dp.to(call.passages.dtype),
+        None if own is None else d_own.to(own.dtype).reshape(own.shape),
+        d_scale,
     )
-    return (q, p, own, scale, list(relations), settings.text()), weights, of_all
+    return LossAndGrads(loss, grads, stats)
 
 
-def _arguments(
-    batch: Batch, temperature: float | None, scale: float | Tensor | None, options: InfoNCEOptions,
-    scale_on: torch.device | str = "cpu",
-) -> tuple[tuple, Tensor]:  # fmt: skip
-    """The ops' arguments and the row weights."""
-    q, p, own, relations, settings, weights = checked(batch, options)
-    scale = as_scale(temperature, scale, scale_on, q.device)
-    return (q, p, own, scale, list(relations), settings.text()), weights
-
-
-def _check_ring(relations: Relations, settings: Settings) -> None:
-    unlike = (relations.positive_offsets, relations.own_offsets, settings.margin)
-    if (
-        settings.directions != (QP,)
-        or any(x is not None for x in unlike)
-        or settings.gradient_filter
-        or settings.hardness_mode
-        or settings.backend == "triton"
-    ):
+def check_info_nce(
+    call: InfoNCECall, scale_on: torch.device | str = "cpu"
+) -> Checked[InfoNCEProblem]:
+    """Everything that can be told without looking at values on a device. `scale_on`: where a scale
+    that is a number becomes a tensor."""
+    check_sides(call)
+    (M, D), N, device = call.queries.shape, len(call.passages), call.queries.device
+    if call.guide is not None and call.false_negative_margin is None:
+        raise ValueError("guide decides about the false_negative_margin, which is not given")
+    embeddings = {
+        "queries": call.queries, "passages": call.passages, "own_negatives": call.own_negatives,
+    }  # fmt: skip
+    check_embeddings(embeddings | guide_sides("guide", call.guide, M, N))
+    if call.matryoshka_dims is not None and max(call.matryoshka_dims) > D:
         raise ValueError(
-            "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
-            "false_negative_margin, gradient_filter, hardness_mode and backend='triton'"
+            f"matryoshka_dims must be distinct and of 1 to D={D}, got {call.matryoshka_dims}"
         )
+    dtype = widest_dtype(embeddings.values())
+    q, p = call.queries.to(dtype), call.passages.to(dtype)
+    check_workspace(call, N, q)
+    own, own_offsets = own_negatives(call)
+
+    labels, curated = call.labels, call.curated
+    if labels is None:
+        labels, group = group_labels(M, N, device)
+        curated = group_owners(call, group) if curated is None else curated
+    none_chosen = own is None and (curated is None or (call.curated is None and N == M))
+    if call.hardness_mode == HARD and M and none_chosen:
+        raise ValueError(
+            "hardness_mode='hard_negatives' finds none: give curated, own_negatives, or (without "
+            "labels) more than one passage per query"
+        )
+    relations = Relations(
+        labels, *(call.positives or (None, None)), call.query_ids, call.passage_ids,
+        *(call.excluded or (None, None)), own_offsets, curated,
+        *(in_one_dtype(call.guide, dtype) or (None, None)),
+    )  # fmt: skip
+    settings = InfoNCESettings.of(call)
+    if settings.gradient_filter and (settings.hardness_mode or not is_plain(relations, settings)):
+        raise ValueError(
+            "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "
+            "label_smoothing, matryoshka_dims or hardness_mode"
+        )
+    shared = several(call.process_group)
+    check_relations(relations, call, shared)
+    weights = uniform_weight(M, call.reduction)
+    if call.weights is not None:
+        weights = row_weights(q, call.weights, M, call.reduction)
+    scale = as_scale(call.temperature, call.scale, scale_on, device)
+    own = None if own is None else own.to(dtype)
+    problem = InfoNCEProblem(q, p, own, scale, relations, settings)
+    return for_ranks(problem, call, weights) if shared else Checked(problem, weights)

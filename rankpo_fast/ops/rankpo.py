@@ -9,32 +9,27 @@ B pairs, K passages of a query, D dims. The op reads the embeddings once and wri
 in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_group`).
 """
 
-import functools
-import math
-import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankpo_fast.ops.common import (
-    Reduction,
-    check_embeddings,
-    mean,
-    row_weights,
-    scaled_grads,
-    unit_rows,
+from rankpo_fast.ops.checks import check_embeddings, widest_dtype
+from rankpo_fast.ops.common import LossAndGrads, mean, row_weights, scaled_grads, unit_rows
+from rankpo_fast.ops.options import RankPOCall, Reduction, takes
+from rankpo_kernels.chunked import rankpo as chunked
+from rankpo_kernels.problem import (
+    LossType,
+    MixtureOptions,
+    RankPOProblem,
+    RankPOResult,
+    RankPOSettings,
+    compute_dtype,
+    gradient_dtype,
 )
-from rankpo_kernels import pairs
-from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import gradient_dtype
-from rankpo_kernels.pairs import Result, Rule
-
-LossType = Literal["sigmoid", "hinge"]
 
 
 def pair_similarities_definition(
@@ -72,19 +67,20 @@ def margin_loss(
 @torch.library.custom_op("rankpo_fast::rankpo", mutates_args=())
 def _rankpo(
     q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
-    rule: list[float],
+    settings: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [B] and similarities [B, K]; the arguments are those of `rankpo_kernels.pairs.ranked`.
+    """Losses [B] and similarities [B, K] of a `RankPOProblem`.
 
     The backward reads the embeddings once more.
     """
-    return _launch(q, passages, grades, reference, rule)[:2]
+    result = _launch(q, passages, grades, reference, settings)
+    return result.loss_B, result.similarity_BK
 
 
 @torch.library.custom_op("rankpo_fast::rankpo_grads", mutates_args=())
 def _rankpo_grads(
     q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
-    rule: list[float], weights: Tensor, needs: list[bool],
+    settings: str, weights: Tensor, needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """sum_b weights_b loss_b, similarities, and gradients of queries and passages, in one pass;
     those not needed are empty.
@@ -92,30 +88,32 @@ def _rankpo_grads(
     Gradients of fp16 come in fp32: a loss scale still to be multiplied in would find them
     underflowed.
     """
-    result = _launch(q, passages, grades, reference, rule, weights, needs)
+    result = _launch(q, passages, grades, reference, settings, weights, needs)
     empty = q.new_empty(0, dtype=gradient_dtype(q.dtype))
     grads = [empty.clone() if grad is None else grad for grad in result.grads]
     return (weights * result.loss_B).sum(), result.similarity_BK, grads
 
 
-def _launch(q, passages, grades, reference, rule, weights=None, needs=()) -> Result:
-    launcher = _launcher(q, pairs.count(passages))
+def _launch(q, passages, grades, reference, settings, weights=None, needs=()) -> RankPOResult:
+    problem = RankPOProblem(q, passages, grades, reference, RankPOSettings.parse(settings))
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        return launcher(q, passages, grades, reference, Rule(*rule), weights, needs)
+        return _launcher(problem)(problem, weights, needs)
 
 
-def _launcher(q: Tensor, K: int) -> Callable[..., Result]:
+def _launcher(problem: RankPOProblem) -> Callable[..., RankPOResult]:
     """Triton on CUDA, except in fp64 and for groups that do not fit a tile."""
+    q = problem.q_BD
     if q.device.type != "cuda" or q.dtype == torch.float64:
-        return pairs.ranked
-    from rankpo_kernels.gpu import pairs as gpu  # triton: Linux alone has it
+        return chunked.rankpo
+    from rankpo_kernels.triton import rankpo as triton  # Linux alone has it
 
-    return gpu.ranked if K <= gpu.MOST_PASSAGES else pairs.ranked
+    return triton.rankpo if problem.K <= triton.MOST_PASSAGES else chunked.rankpo
 
 
 def _similarities(q: Tensor, passages: list[Tensor]) -> Tensor:
-    return q.new_empty(q.shape[0], pairs.count(passages), dtype=compute_dtype(q.dtype))
+    K = sum([x.shape[1] if x.dim() == 3 else 1 for x in passages])
+    return q.new_empty(q.shape[0], K, dtype=compute_dtype(q.dtype))
 
 
 @_rankpo.register_fake
@@ -124,7 +122,7 @@ def _(q, passages, *rest):
 
 
 @_rankpo_grads.register_fake
-def _(q, passages, grades, reference, rule, weights, needs):
+def _(q, passages, grades, reference, settings, weights, needs):
     similarity_BK, dtype = _similarities(q, passages), gradient_dtype(q.dtype)
     grads = [
         q.new_empty(x.shape if need else (0,), dtype=dtype)
@@ -136,7 +134,7 @@ def _(q, passages, grades, reference, rule, weights, needs):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    q, passages, grades, reference, ctx.rule = inputs
+    q, passages, grades, reference, ctx.settings = inputs
     ctx.save_for_backward(q, grades, reference, *passages)
 
 
@@ -147,7 +145,7 @@ def _grads(ctx, loss_grads_B, _):
         return None, [None] * len(passages), None, None, None
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     _, _, grads = _rankpo_grads(
-        q, passages, grades, reference, ctx.rule, loss_grads_B.contiguous(), needs
+        q, passages, grades, reference, ctx.settings, loss_grads_B.contiguous(), needs
     )
     dq, *dps = (
         grad.to(x.dtype) if need else None
@@ -175,143 +173,73 @@ _rankpo.register_autograd(_grads, setup_context=_save)
 _rankpo_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
 
 
-class Ranking(NamedTuple):
-    """The ops' arguments."""
-
-    queries: Tensor
-    passages: list[Tensor]  # [B, D] or [B, K, D] each, of one dtype
-    grades: Tensor | None
-    reference: Tensor | None  # [B, C]
-    rule: list[float]
-
-    @staticmethod
-    def of(
-        queries: Tensor, passages: dict[str, Tensor], grades: Tensor | None,
-        reference: tuple[str, Tensor | None], rule: Rule,
-    ) -> "Ranking":  # fmt: skip
-        """With what all rankings need checked; names are for the messages."""
-        check_embeddings({"queries": queries} | passages)
-        dtypes = [x.dtype for x in (queries, *passages.values())]
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        name, values = reference
-        if values is not None:
-            first = next(iter(passages.values()))
-            shape = first.shape[:-1]
-            if values.shape != shape or values.device != queries.device:
-                raise ValueError(
-                    f"{name} must be {list(shape)} on {queries.device}, got {list(values.shape)} "
-                    f"on {values.device}"
-                )
-            values = values.detach().to(compute_dtype(dtype))
-            values = values if values.dim() == 2 else values[:, None]
-        return Ranking(
-            queries.to(dtype), [x.to(dtype) for x in passages.values()], grades, values,
-            [float(number) for number in rule],
-        )  # fmt: skip
-
-    def loss(self, weights: Tensor | None, reduction: Reduction) -> Tensor:
-        leaves = [self.queries, *self.passages]
-        needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
-        weights_B = row_weights(self.queries, weights, len(self.queries), reduction)
-        # In one pass, unless on a card: what backward starts from is not known there, and gradients
-        # times a number are read and written once more, where a second pass only reads.
-        if reduction == "none" or not any(needs) or self.queries.is_cuda:
-            loss_B = _rankpo(*self)[0] * weights_B
-            return loss_B if reduction == "none" else loss_B.sum()
-        return _rankpo_grads(*self, weights_B, needs)[0]
-
-
-@dataclass(frozen=True)
-class MarginOptions:
-    """What stays from batch to batch, as `rankpo_loss` takes it; wrong values are named when it is
-    made."""
-
-    beta: float = 2.0
-    temperature: float = 0.1
-    gamma_beta_ratio: float = 0.0
-    label_smoothing: float = 0.0
-    loss_type: LossType = "sigmoid"
-    sft_weight: float = 0.0
-    rankpo_weight: float = 1.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
-        for name in ("beta", "temperature"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {value}")
-        if not -math.inf < self.gamma_beta_ratio < math.inf:
-            raise ValueError(f"gamma_beta_ratio must be finite, got {self.gamma_beta_ratio}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.loss_type not in ("sigmoid", "hinge"):
-            raise ValueError(f"loss_type must be 'sigmoid' or 'hinge', got {self.loss_type!r}")
-        sft, rankpo = self.sft_weight, self.rankpo_weight
-        if not (sft >= 0 and rankpo >= 0 and 0 < sft + rankpo < math.inf):
+def check_ranking(
+    queries: Tensor, passages: dict[str, Tensor], grades: Tensor | None,
+    reference: tuple[str, Tensor | None], settings: RankPOSettings,
+) -> RankPOProblem:  # fmt: skip
+    """What all rankings need checked; names are for the messages."""
+    embeddings = {"queries": queries} | passages
+    check_embeddings(embeddings)
+    dtype = widest_dtype(embeddings.values())
+    name, values = reference
+    if values is not None:
+        *shape, _ = next(iter(passages.values())).shape
+        if list(values.shape) != shape or values.device != queries.device:
             raise ValueError(
-                f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft} and {rankpo}"
+                f"{name} must be {shape} on {queries.device}, got {list(values.shape)} "
+                f"on {values.device}"
             )
-        if self.loss_type == "hinge" and self.rankpo_weight and self.label_smoothing:
-            _warn(f"label_smoothing={self.label_smoothing} has no effect with loss_type='hinge'")
-
-    def rule(self, normalize: bool, listwise: bool = False) -> Rule:
-        """As kernels take it."""
-        return Rule(
-            self.beta, self.temperature, self.gamma_beta_ratio, self.label_smoothing,
-            self.sft_weight, self.rankpo_weight, self.loss_type == "hinge", listwise, normalize,
-        )  # fmt: skip
+        values = values.detach().to(compute_dtype(dtype))
+        values = values if values.dim() == 2 else values[:, None]
+    cast = [x.to(dtype) for x in passages.values()]
+    return RankPOProblem(queries.to(dtype), cast, grades, values, settings)
 
 
-def _warn(message: str) -> None:
-    """Of the line that called this package, however deep in it the reason is found."""
-    if torch.compiler.is_compiling():
-        return
-    frame, level, inside = sys._getframe(), 1, ("rankpo_fast.", "torch.")
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(inside):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+def crossing(problem: RankPOProblem) -> tuple:
+    """The ops' arguments."""
+    *tensors, settings = problem
+    return *tensors, settings.text()
 
 
-def _pairs(
-    queries: Tensor, chosen: Tensor, rejected: Tensor, reference_margins: Tensor | None = None,
-    *, normalize: bool = True, **margin: Any,
-) -> Ranking:  # fmt: skip
-    """`margin` are the fields of `MarginOptions`."""
+def ranking_loss(problem: RankPOProblem, weights: Tensor | None, reduction: Reduction) -> Tensor:
+    q, leaves = problem.q_BD, [problem.q_BD, *problem.passages]
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
+    weights_B = row_weights(q, weights, len(q), reduction)
+    # In one pass, unless on a card: what backward starts from is not known there, and gradients
+    # times a number are read and written once more, where a second pass only reads.
+    if reduction == "none" or not any(needs) or q.is_cuda:
+        loss_B = _rankpo(*crossing(problem))[0] * weights_B
+        return loss_B if reduction == "none" else loss_B.sum()
+    return _rankpo_grads(*crossing(problem), weights_B, needs)[0]
+
+
+_MARGIN = tuple(of.name for of in fields(MixtureOptions))
+
+
+def check_pairs(call: RankPOCall) -> RankPOProblem:
+    queries, chosen, rejected = call.queries, call.chosen, call.rejected
     if queries.dim() != 2 or not queries.shape == chosen.shape == rejected.shape:
         shapes = [tuple(x.shape) for x in (queries, chosen, rejected)]
         raise ValueError(
             "queries, chosen and rejected must all be [B, D], got {}, {}, {}".format(*shapes)
         )
-    rule = MarginOptions(**margin).rule(normalize)
+    margin = {name: getattr(call, name) for name in _MARGIN}
+    settings = RankPOSettings(**margin, normalize=call.normalize)
     passages = {"chosen": chosen, "rejected": rejected}
-    return Ranking.of(queries, passages, None, ("reference_margins", reference_margins), rule)
+    reference = ("reference_margins", call.reference_margins)
+    return check_ranking(queries, passages, None, reference, settings)
 
 
 @torch.no_grad()
 def pair_similarities(queries: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     """Cosine similarities [2, B] of chosen and rejected to the queries, in fp32 (fp64), without
     gradient: what reference margins are made of. Arguments as in `rankpo_loss`."""
-    return _rankpo(*_pairs(queries, chosen, rejected))[1].T
+    problem = check_pairs(RankPOCall(queries, chosen, rejected))
+    return _rankpo(*crossing(problem))[1].T
 
 
-def rankpo_loss(
-    queries: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    *,
-    reference_margins: Tensor | None = None,
-    beta: float = 2.0,
-    temperature: float = 0.1,
-    gamma_beta_ratio: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_type: LossType = "sigmoid",
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-    sft_weight: float = 0.0,
-    rankpo_weight: float = 1.0,
-) -> Tensor:
+@takes(RankPOCall)
+def rankpo_loss(call: RankPOCall) -> Tensor:
     """RankPO loss of preference pairs (arXiv 2503.10723); defaults of the authors' script.
 
     Args:
@@ -338,12 +266,7 @@ def rankpo_loss(
     Raises:
         ValueError: shapes, devices or options that do not fit.
     """
-    ranking = _pairs(
-        queries, chosen, rejected, reference_margins, beta=beta, temperature=temperature,
-        gamma_beta_ratio=gamma_beta_ratio, label_smoothing=label_smoothing, loss_type=loss_type,
-        sft_weight=sft_weight, rankpo_weight=rankpo_weight, normalize=normalize,
-    )  # fmt: skip
-    return ranking.loss(weights, reduction)
+    return ranking_loss(check_pairs(call), call.weights, call.reduction)
 
 
 class RankPOStats(NamedTuple):
@@ -366,34 +289,33 @@ class RankPOStats(NamedTuple):
         return metrics
 
 
+class RankPOGrads(NamedTuple):
+    queries: Tensor  # [B, D] each
+    chosen: Tensor
+    rejected: Tensor
+
+
+@takes(RankPOCall)
 @torch.no_grad()
-def rankpo_loss_and_grads(
-    queries: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    *,
-    reference_margins: Tensor | None = None,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, RankPOStats]:
+def rankpo_loss_and_grads(call: RankPOCall) -> LossAndGrads[RankPOGrads, RankPOStats]:
     """`rankpo_loss` and its gradients without autograd, for gradient caching and logging.
 
     Args:
-        options: all others are those of `rankpo_loss`; the reduction is "mean" or "sum".
+        All are those of `rankpo_loss`; the reduction is "mean" or "sum".
 
     Returns:
-        (loss, d_queries, d_chosen, d_rejected, stats), gradients in the dtypes of their inputs.
+        (loss, grads, stats): `RankPOGrads` in the dtypes of their inputs, and `RankPOStats`.
     """
-    if reduction == "none":
+    if call.reduction == "none":
         raise ValueError("rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    ranking = _pairs(queries, chosen, rejected, reference_margins, **options)
-    weights_B = row_weights(ranking.queries, weights, len(queries), reduction)
-    loss, similarity_BK, grads = _rankpo_grads(*ranking, weights_B, [True] * 3)
+    problem = check_pairs(call)
+    weights_B = row_weights(problem.q_BD, call.weights, len(call.queries), call.reduction)
+    loss, similarity_BK, grads = _rankpo_grads(*crossing(problem), weights_B, [True] * 3)
     chosen_B, rejected_B = similarity_BK.unbind(1)
     over_B = chosen_B - rejected_B
-    if ranking.reference is not None:
-        over_B = over_B - ranking.reference[:, 0]
+    if problem.reference_BC is not None:
+        over_B = over_B - problem.reference_BC[:, 0]
     stats = RankPOStats(*map(mean, ((over_B > 0).float(), over_B, chosen_B, rejected_B)))
-    dtypes = [x.dtype for x in (queries, chosen, rejected)]
-    return loss, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), stats
+    inputs = (call.queries, call.chosen, call.rejected)
+    cast = [grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+    return LossAndGrads(loss, RankPOGrads(*cast), stats)

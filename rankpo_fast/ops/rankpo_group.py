@@ -8,15 +8,13 @@ The second is the likelihood of the ranking under Plackett and Luce's model (Raf
 appendix A.3), in which ties are not compared with each other. B queries, K passages, D dims.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from rankpo_fast.ops.common import Reduction, unit_rows
-from rankpo_fast.ops.rankpo import LossType, MarginOptions, Ranking, margin_loss
-
-Form = Literal["pairs", "plackett_luce"]
+from rankpo_fast.ops.common import unit_rows
+from rankpo_fast.ops.options import Form, RankPOGroupCall, takes
+from rankpo_fast.ops.rankpo import check_ranking, margin_loss, ranking_loss
+from rankpo_kernels.problem import RankPOProblem, RankPOSettings
 
 
 def rankpo_group_definition(
@@ -46,22 +44,8 @@ def rankpo_group_definition(
     return torch.stack(loss_B)
 
 
-def rankpo_group_loss(
-    queries: Tensor,
-    passages: Tensor,
-    grades: Tensor,
-    *,
-    form: Form = "pairs",
-    reference_similarities: Tensor | None = None,
-    beta: float = 2.0,
-    temperature: float = 0.1,
-    gamma_beta_ratio: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_type: LossType = "sigmoid",
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    weights: Tensor | None = None,
-) -> Tensor:
+@takes(RankPOGroupCall)
+def rankpo_group_loss(call: RankPOGroupCall) -> Tensor:
     """RankPO loss of graded groups. With two passages a query and distinct grades both forms are
     `rankpo_loss`.
 
@@ -84,6 +68,11 @@ def rankpo_group_loss(
     Raises:
         ValueError: shapes, devices or options that do not fit, or that mean nothing for the form.
     """
+    return ranking_loss(check_group(call), call.weights, call.reduction)
+
+
+def check_group(call: RankPOGroupCall) -> RankPOProblem:
+    queries, passages, grades = call.queries, call.passages, call.grades
     if queries.dim() != 2 or passages.dim() != 3 or not passages.shape[1]:
         shapes = tuple(queries.shape), tuple(passages.shape)
         raise ValueError(
@@ -97,17 +86,10 @@ def rankpo_group_loss(
             f"grades must be {[B, K]} on {queries.device}, got {list(grades.shape)} on "
             f"{grades.device}"
         )
-    if form not in ("pairs", "plackett_luce"):
-        raise ValueError(f"form must be 'pairs' or 'plackett_luce', got {form!r}")
-    of_pairs = {
-        "gamma_beta_ratio": (gamma_beta_ratio, 0), "label_smoothing": (label_smoothing, 0),
-        "loss_type": (loss_type, "sigmoid"),
-    }  # fmt: skip
-    for name, (value, neutral) in of_pairs.items():
-        if form == "plackett_luce" and value != neutral:
-            raise ValueError(f"{name}={value!r} belongs to form='pairs', not to 'plackett_luce'")
-    margin = MarginOptions(beta, temperature, gamma_beta_ratio, label_smoothing, loss_type)
-    rule = margin.rule(normalize, listwise=form == "plackett_luce")
-    reference = ("reference_similarities", reference_similarities)
-    ranking = Ranking.of(queries, {"passages": passages}, grades, reference, rule)
-    return ranking.loss(weights, reduction)
+    settings = RankPOSettings(
+        beta=call.beta, temperature=call.temperature, gamma_beta_ratio=call.gamma_beta_ratio,
+        label_smoothing=call.label_smoothing, loss_type=call.loss_type,
+        listwise=call.form == "plackett_luce", normalize=call.normalize,
+    )  # fmt: skip
+    reference = ("reference_similarities", call.reference_similarities)
+    return check_ranking(queries, {"passages": passages}, grades, reference, settings)

@@ -11,18 +11,28 @@ its passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankpo_fast.ops.common import Reduction
-from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import Relations, Settings, listed
-from rankpo_kernels.ring import Ring
+from rankpo_fast.ops.checks import check_values, check_workspace
+from rankpo_fast.ops.options import InfoNCECall, ScoreCall, terms
+from rankpo_kernels.chunked.ring import Ring
+from rankpo_kernels.problem import (
+    PP,
+    PQ,
+    QP,
+    QQ,
+    InBatchProblem,
+    InfoNCEProblem,
+    InfoNCESettings,
+    compute_dtype,
+)
+from rankpo_kernels.relations import Relations, listed
 
 # its name from torch 2.13 on, and before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,20 +40,21 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _uncompiled = torch._disable_dynamo
 TERMS = 32  # places for what must be equal on all ranks
 
+Problem = TypeVar("Problem", InfoNCEProblem, InBatchProblem)
+Call = TypeVar("Call", bound=ScoreCall)
 
-class Local(NamedTuple):
-    """The checked arguments of a loss: a rank's own, or with the passages of all."""
 
-    q: Tensor
-    p: Tensor
-    relations: Relations
+@dataclass(frozen=True, eq=False)
+class Checked(Generic[Problem]):
+    """A batch whose arguments are right, and what it needs of other ranks if there are any."""
+
+    problem: Problem
     weights_M: Tensor  # [M], or [] for all; a rank brings those of a sum
-    terms: dict[str, Any]  # by name, what must be the same on all ranks besides
-    reduction: Reduction
-    all_queries: bool = False  # whether the loss needs those of all ranks, with labels and guide
+    all_queries: bool = False  # those of all ranks, with labels and guide
     all_passages: bool = True
-    rest: Any = None
-    apart: bool = False  # whether it needs to know which passages of others are APART
+    column_sums: bool = False  # over the queries of all ranks
+    apart: bool = False  # which passages of others are APART
+    terms: dict[str, Any] = field(default_factory=dict)  # what must be the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -71,39 +82,68 @@ def several(group: dist.ProcessGroup | None) -> bool:
     return group.size() > 1
 
 
+class Share(NamedTuple, Generic[Problem]):
+    """A rank's part of a loss: the problem of its own queries, with the passages of all."""
+
+    problem: Problem
+    weights_M: Tensor
+    ranks: Ranks | None  # None: there are no others
+
+
+def across_ranks(call: Call, check: Callable[[Call], Checked[Problem]]) -> Share[Problem]:
+    """The problem of a call, once `check` has nothing against it; with the passages of all ranks
+    where it has a process group."""
+    if several(call.process_group):
+        return _spread(call, check)
+    call.check()
+    checked = check(call)
+    return Share(checked.problem, checked.weights_M, None)
+
+
 @_uncompiled
-def spread(
-    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
-) -> tuple[Local, Ranks]:
-    """What `prepare` returns, with relations to the passages of all ranks, the rows of others that
-    it asks for, and the weights of the reduction. What can be refused is refused in `prepare`.
+def _spread(call: Call, check: Callable[[Call], Checked[Problem]]) -> Share[Problem]:
+    """With relations to the passages of all ranks, the rows of others that are needed, and the
+    weights of the reduction. What can be refused is refused in `check`, on all ranks then.
 
     No collective is overlapped: what needs no passages yet are a few sorts of integers.
     """
-    local, ranks = agree(group, device, prepare)
-    q, p, relations, weights_M = local[:4]
+    local, ranks = _agree(call, check)
+    (q, p, relations), weights_M = _sides(local), local.weights_M
     relations = relations_of_all(relations, ranks, all_queries=local.all_queries, apart=local.apart)
     if local.all_passages:
-        p = gather_rows(p, ranks.passages, group)
+        p = gather_rows(p, ranks.passages, ranks.group)
     if local.all_queries:
-        q = gather_rows(q, ranks.queries, group)
-    if local.reduction == "mean":  # so that the mean over ranks is the mean over all queries
-        weights_M = weights_M * (group.size() / ranks.weight if ranks.weight else 0.0)
-    return Local(q, p, relations, weights_M, *local[4:]), ranks
+        q = gather_rows(q, ranks.queries, ranks.group)
+    if call.reduction == "mean":  # so that the mean over ranks is the mean over all queries
+        weights_M = weights_M * (ranks.group.size() / ranks.weight if ranks.weight else 0.0)
+    problem = local.problem._replace(q_MD=q, p_ND=p, relations=relations)
+    check_workspace(problem.settings, max(len(p), *ranks.passages), q)
+    if isinstance(problem, InfoNCEProblem):
+        own = ranks.own(ranks.queries)
+        settings = replace(
+            problem.settings,
+            group=ranks.group.group_name if local.column_sums else None,
+            window=(own.start, own.stop) if local.all_queries else None,
+        )
+        problem = problem._replace(settings=settings)
+    return Share(problem, weights_M, ranks)
 
 
-def agree(
-    group: dist.ProcessGroup, device: torch.device, prepare: Callable[[], Local]
-) -> tuple[Local, Ranks]:
-    """What `prepare` returns and the rows of all ranks; or an error on every rank, where one
-    refuses its arguments or they do not go together. The host waits for one small collective."""
-    local, refusal = None, None
-    numbers, names = torch.zeros(5 + TERMS, dtype=torch.int64), ()
+def _sides(local: Checked) -> tuple[Tensor, Tensor, Relations]:
+    return local.problem.q_MD, local.problem.p_ND, local.problem.relations
+
+
+def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Checked[Problem], Ranks]:
+    """What `check` returns and the rows of all ranks; or an error on every rank, where one refuses
+    its arguments or they do not go together. The host waits for one small collective."""
+    local, refusal, group, device = None, None, call.process_group, call.queries.device
+    numbers, said = torch.zeros(5 + TERMS, dtype=torch.int64), {}
     try:
-        local = prepare()
-        q, p, relations = local[:3]
-        names, values = zip(*(_terms(local) | local.terms).items(), strict=True)
-        digests = [zlib.crc32(repr(value).encode()) for value in values]
+        call.check()
+        local = check(replace(call, reduction="sum"))
+        q, p, relations = _sides(local)
+        said = _comparable(local) | terms(call) | local.terms
+        digests = [zlib.crc32(repr(value).encode()) for value in said.values()]
         rows = len(q), len(p), key_count(relations)
         numbers[1 : 4 + len(digests)] = torch.tensor([*rows, *digests])
         weight = local.weights_M.expand(len(q)).sum(dtype=torch.float64).view(torch.int64)
@@ -116,11 +156,11 @@ def agree(
     table = _gathered(numbers[None], [1] * group.size(), group).cpu()
     if refusal is not None:
         raise refusal
-    accepted, *columns = table.T.tolist()
+    accepted, queries, passages, keys, *columns = table.T.tolist()
     if not all(accepted):
         refused = [rank for rank, yes in enumerate(accepted) if not yes]
         raise ValueError(f"arguments were refused on ranks {refused} of the process_group")
-    for name, value, digests in zip(names, values, columns[3:], strict=False):
+    for (name, value), digests in zip(said.items(), columns, strict=False):
         if len(set(digests)) > 1:
             unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             raise ValueError(
@@ -128,11 +168,11 @@ def agree(
                 f"rank {group.rank()} has {value!r}"
             )
     total = table[:, -1].clone().view(torch.float64).sum().item()
-    return local, Ranks(group, *columns[:3], total)
+    return local, Ranks(group, queries, passages, keys, total)
 
 
-def _terms(local: Local) -> dict[str, Any]:
-    q, p, relations = local[:3]
+def _comparable(local: Checked) -> dict[str, Any]:
+    q, p, relations = _sides(local)
     guide = relations.guide_passages
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p)]
     return {
@@ -143,6 +183,40 @@ def _terms(local: Local) -> dict[str, Any]:
         "whether passage_ids are given": relations.passage_ids_N is not None,
         "the guide or reference": None if guide is None else (guide.shape[1], guide.dtype),
     }
+
+
+def for_ranks(
+    problem: InfoNCEProblem, call: InfoNCECall, weights: Tensor
+) -> Checked[InfoNCEProblem]:
+    """With what the problem needs of other ranks."""
+    own, directions, ring = problem.own_HD, call.directions, call.exchange == "ring"
+    check_values(problem.relations, len(problem.p_ND), 0 if own is None else len(own))
+    if ring:
+        _check_ring(problem.relations, problem.settings)
+    if QQ in directions and call.backend == "triton":
+        raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
+    leaves = (problem.q_MD, problem.p_ND, own, problem.scale)
+    needs = torch.is_grad_enabled() and any(x.requires_grad for x in leaves if x is not None)
+    return Checked(
+        problem, weights, all_queries=QQ in directions, all_passages=not ring,
+        column_sums=PQ in directions, apart=PP in directions,
+        terms={"whether there are gradients": needs},
+    )  # fmt: skip
+
+
+def _check_ring(relations: Relations, settings: InfoNCESettings) -> None:
+    unlike = (relations.positive_offsets, relations.own_offsets, settings.false_negative_margin)
+    if (
+        settings.directions != (QP,)
+        or any(x is not None for x in unlike)
+        or settings.gradient_filter
+        or settings.hardness_mode
+        or settings.backend == "triton"
+    ):
+        raise ValueError(
+            "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
+            "false_negative_margin, gradient_filter, hardness_mode and backend='triton'"
+        )
 
 
 def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -221,7 +295,7 @@ def relations_of_all(
         if (column := getattr(relations, name)) is not None
     }
     relations = relations._replace(**shifted)
-    query_ids, passage_ids = relations[3:5]
+    query_ids, passage_ids = relations.query_ids_M, relations.passage_ids_N
     lists, counts = [], []
     if passage_ids is not None:
         lists, counts = [passage_ids], [ranks.passages]
@@ -278,14 +352,11 @@ def _excluded(
 
 
 @_uncompiled
-def ring_losses(
-    q: Tensor, p: Tensor, own: None, scale: Tensor, relations: list[Tensor | None], settings: str,
-    ranks: Ranks,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def ring_losses(problem: InfoNCEProblem, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, similarity of the label, of the hardest negative) [M] of a rank's own passages and
-    relations with those of all; the arguments are those of the ops."""
-    ring = Ring(Relations(*relations), Settings.parse(settings), tuple(ranks.passages), ranks.group)
-    return _RingLosses.apply(q, p, scale, ring)
+    relations with those of all."""
+    ring = Ring(problem.relations, problem.settings, tuple(ranks.passages), ranks.group)
+    return _RingLosses.apply(problem.q_MD, problem.p_ND, problem.scale, ring)
 
 
 class _RingLosses(torch.autograd.Function):
@@ -297,29 +368,27 @@ class _RingLosses(torch.autograd.Function):
             result = ring.losses(logits, stats, number, q.shape[1])
         ctx.save_for_backward(q, p, scale, logits, stats)
         ctx.ring = ring
-        ctx.mark_non_differentiable(*result[1:3])
-        return result[:3]
+        ctx.mark_non_differentiable(result.positive_M, result.hardest_M)
+        return result.loss_M, result.positive_M, result.hardest_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx, weights_M, *_):
         q, p, scale, logits, stats = ctx.saved_tensors
-        number, needs = scale.to(q.device, logits.dtype), ctx.needs_input_grad[:2]
+        number, (need_q, need_p, *_) = scale.to(q.device, logits.dtype), ctx.needs_input_grad
         with torch.autocast(q.device.type, enabled=False):
-            grads = ctx.ring.gradients(q, p, number, logits, stats, weights_M, needs)
+            grads = ctx.ring.gradients(q, p, number, logits, stats, weights_M, (need_q, need_p))
         leaves = (q, p, scale)
         cast = [x if x is None else x.to(y) for x, y in zip(grads, leaves, strict=True)]
         return *cast, None
 
 
 @torch.enable_grad()
-def ring_grads(
-    q: Tensor, p: Tensor, own: None, scale: Tensor, relations: list[Tensor | None], settings: str,
-    ranks: Ranks, weights_M: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def ring_grads(problem: InfoNCEProblem, ranks: Ranks, weights_M: Tensor) -> tuple[Tensor, ...]:
     """As the op `info_nce_grads` has it."""
-    leaves = [x.detach().requires_grad_() for x in (q, p, scale)]
-    loss_M, *rows = ring_losses(*leaves[:2], own, leaves[2], relations, settings, ranks)
+    leaves = [x.detach().requires_grad_() for x in (problem.q_MD, problem.p_ND, problem.scale)]
+    q, p, scale = leaves
+    loss_M, *rows = ring_losses(problem._replace(q_MD=q, p_ND=p, scale=scale), ranks)
     loss = (weights_M * loss_M).sum()
     dq, dp, d_scale = torch.autograd.grad(loss, leaves)
-    return loss.detach(), loss_M, *rows, dq, dp, None, d_scale
+    return loss.detach(), loss_M, *rows, dq, dp, q.new_empty(0), d_scale

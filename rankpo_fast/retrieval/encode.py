@@ -13,7 +13,7 @@ from rankpo_fast.errors import NotFiniteVectors
 from rankpo_fast.model.check import broken_weights
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.progress import progress as shown
-from rankpo_fast.train.ranks import ALONE, Ranks, deal
+from rankpo_fast.ranks import ALONE, Ranks, deal
 
 ROWS = 16384  # of vectors that travel at once
 

@@ -11,16 +11,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankpo_fast.data.retrieval import RetrievalSet
-from rankpo_fast.data.rows import PreferenceRow
+from rankpo_fast.config import EvaluationConfig
+from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
+from rankpo_fast.data.rows import PreferenceRow, read_preferences
 from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.metrics import alignment, retrieval_metrics
 from rankpo_fast.retrieval.ranking import Ranking, rank_documents
-from rankpo_fast.train.ranks import ALONE, Ranks
 
 PAIRS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What an encoder is measured on."""
+
+    retrieval: RetrievalSet | None = None
+    preferences: Sequence[PreferenceRow] = ()
+
+
+def read_evaluation_data(config: EvaluationConfig) -> EvaluationData:
+    """InputError names the file and line of what cannot be read."""
+    retrieval, preferences = None, []
+    if config.query_data is not None:
+        retrieval = read_retrieval(
+            config.query_data,
+            config.corpus_data,
+            split=config.split,
+            keep_same_id=config.keep_same_id,
+        )
+    if config.preference_data is not None:
+        preferences = read_preferences(config.preference_data)
+    return EvaluationData(retrieval, preferences)
 
 
 @dataclass(frozen=True)

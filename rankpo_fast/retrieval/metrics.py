@@ -74,7 +74,8 @@ def _trec(
     names = (f"ndcg_cut_{cutoff}", "recip_rank", f"recall_{cutoff}")
     evaluator = pytrec_eval.RelevanceEvaluator(judged, set(names))
     rows = evaluator.evaluate(run).values()
-    return tuple(float(np.mean([row[name] for row in rows])) for name in names)
+    ndcg, mrr, recall = (float(np.mean([row[name] for row in rows])) for name in names)
+    return ndcg, mrr, recall
 
 
 def _legacy(

@@ -125,8 +125,8 @@ def mine_hard_negatives(
     count = texts.with_positives if limits.compare else len(texts.corpus)
     passages = encode(texts.passages.head(count), "passages", texts.passage_of)
     searched = passages[: len(texts.corpus)]
-    scores, found = search(queries.to(encoder.device), searched, last)
-    scores, found = scores[:, first:].numpy(force=True), found[:, first:].numpy(force=True)
+    best = search(queries.to(encoder.device), searched, last)
+    scores, found = (ranked[:, first:].numpy(force=True) for ranked in best)
     lowest = np.full(len(queries), np.inf, np.float32)  # score of a positive
     if limits.compare:
         for query, ids in enumerate(texts.positives):

@@ -1,43 +1,45 @@
 """The gradient cache: a batch of any size through an encoder that has room for a part of it.
 
-    x_g = encoder(group g)             without a graph, but for the last groups, whose graphs fit
+    x_i = encoder(micro-batch i)       without a graph, but for the last ones, whose graphs fit
     loss, dx = loss of all x           in one piece: all negatives
-    backward from dx_g, g descending   through the graph that was kept, or one made again
+    backward from dx_i, i descending   through the graph that was kept, or one made again
 
 As in GradCache (Gao et al. 2021, arXiv 2101.06983), whose graphs are all made again. Which are kept
 changes no bit of the gradient: sums are taken in the same order, and dropout is drawn again as it
-was. n texts in all groups, D dims.
+was. n texts in all, D dims.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from rankpo_fast.data.packing import MicroBatch
+from rankpo_fast.model.encoder import Encoder
 
 
 class CachedVectors:
-    """`vectors` [n, D] of the groups, one group after the other; `backward` once, from theirs.
+    """`vectors` [n, D] of micro-batches, one after the other; `backward` once, from theirs.
 
     Args:
         encoder: takes a micro-batch of S texts to vectors [S, D].
-        kept: of how many groups, counted from the last, the graph is kept. Memory holds those
-            graphs, or one, whichever is more.
+        kept: of how many micro-batches, counted from the last, the graph is kept. Memory holds
+            those graphs, or one, whichever is more.
     """
 
-    def __init__(self, encoder: nn.Module, groups: Sequence[MicroBatch], *, kept: int):
-        self._encoder, self._groups = encoder, groups
-        self._states: list[list[Tensor]] = []  # of the generators, before each group without graph
+    def __init__(self, encoder: Encoder, micro_batches: Sequence[MicroBatch], *, kept: int):
+        self._encoder, self._micro_batches = encoder, micro_batches
+        self._states: list[RandomStates] = []  # of the generators, before each without a graph
         parts = []
-        for number, group in enumerate(groups):
-            keep = number >= len(groups) - kept
+        for number, micro_batch in enumerate(micro_batches):
+            keep = number >= len(micro_batches) - kept
             if not keep:
-                self._states.append(random_states(group.input_ids.device))
+                self._states.append(random_states(micro_batch.input_ids.device))
             with torch.set_grad_enabled(keep):
-                parts.append(encoder(group))
+                parts.append(encoder(micro_batch))
         self._graphs = parts[len(self._states) :]
         if not parts:  # a rank for which there are no texts
             parts = [torch.zeros(0, encoder.dim, device=encoder.device)]
@@ -45,31 +47,37 @@ class CachedVectors:
 
     def backward(self, gradient: Tensor) -> None:
         """Add to the parameters' gradients, given that [n, D] of the vectors."""
-        parts = gradient.split([len(group.lengths) for group in self._groups])
-        for group, part in zip(reversed(self._groups), reversed(parts), strict=True):
-            vectors = self._graphs.pop() if self._graphs else self._again(group)
+        parts = gradient.split([len(micro_batch.lengths) for micro_batch in self._micro_batches])
+        for micro_batch, part in zip(reversed(self._micro_batches), reversed(parts), strict=True):
+            vectors = self._graphs.pop() if self._graphs else self._again(micro_batch)
             vectors.backward(part)
 
-    def _again(self, group: MicroBatch) -> Tensor:
-        device = group.input_ids.device
+    def _again(self, micro_batch: MicroBatch) -> Tensor:
+        device = micro_batch.input_ids.device
         with record_function("forward again"), _replayed(self._states.pop(), device):
-            return self._encoder(group)
+            return self._encoder(micro_batch)
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """Of the generators that dropout on the device draws from."""
-    on_card = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_card]
+class RandomStates(NamedTuple):
+    """Of the generators that dropout on a device draws from."""
+
+    host: Tensor
+    card: Tensor | None
 
 
-def set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+def random_states(device: torch.device) -> RandomStates:
+    on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomStates(torch.get_rng_state(), on_card)
+
+
+def set_random_states(states: RandomStates, device: torch.device) -> None:
+    torch.set_rng_state(states.host)
+    if states.card is not None:
+        torch.cuda.set_rng_state(states.card, device)
 
 
 @contextmanager
-def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
+def _replayed(states: RandomStates, device: torch.device) -> Iterator[None]:
     """Random numbers as they were at `states`; afterwards as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         set_random_states(states, device)

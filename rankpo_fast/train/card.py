@@ -7,13 +7,11 @@ one.
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rankpo_fast import __version__
 from rankpo_fast.model.encoder import Encoder
-
-if TYPE_CHECKING:
-    from rankpo_fast.train.run import Run
+from rankpo_fast.train.run import Run
 
 DATA = ("--train_data", "--replay_data")
 LIBRARIES = ("torch", "transformers")
@@ -42,7 +40,7 @@ POOLED = {
 
 
 def model_card(
-    run: "Run", encoder: Encoder, about: dict[str, str], figures: dict[str, float] | None = None
+    run: Run, encoder: Encoder, about: dict[str, str], figures: dict[str, float] | None = None
 ) -> str:
     """The card of what `run` made of the encoder.
 
@@ -53,7 +51,9 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     base = run.model.model_name_or_path
-    license = {} if run.model.from_scratch else base_license(encoder.origins)
+    license: dict[str, Any] = {}
+    if not run.model.from_scratch:
+        license |= base_license(encoder.origins)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -112,8 +112,8 @@ def _recipe(encoder: Encoder) -> str:
     return "; ".join([*steps, POOLED[settings.pooling], "normalise it"])
 
 
-def _data(run: "Run", about: dict[str, str]) -> str:
-    rows = {}
+def _data(run: Run, about: dict[str, str]) -> str:
+    rows: dict[str, str] = {}
     for flag in DATA:
         paths = [path for given, path in run.inputs if given == flag]
         digests = run.settings.get(f"content of {flag}", [])
@@ -122,7 +122,7 @@ def _data(run: "Run", about: dict[str, str]) -> str:
     return f"{said[:1].upper()}{said[1:]}.\n\n{_table('file', 'sha256', rows)}"
 
 
-def _figures(run: "Run", figures: dict[str, float] | None) -> str:
+def _figures(run: Run, figures: dict[str, float] | None) -> str:
     if not run.evaluation.asked:
         return "Not measured: no evaluation data was given."
     if not figures:

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rankpo_fast.data.files import (
     sha256_of,
 )
 from rankpo_fast.errors import InputError
-from rankpo_fast.train.ranks import ALONE, Ranks
+from rankpo_fast.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
@@ -146,12 +147,16 @@ def restore(
     Raises:
         InputError: what is there is not of this model; the message names the tensor.
     """
-    weights, moments, states = (_load(checkpoint.path / n) for n in (WEIGHTS, OPTIMIZER, RANDOM))
+    weights, moments, random_states = (
+        _load(checkpoint.path / name) for name in (WEIGHTS, OPTIMIZER, RANDOM)
+    )
     own = _weights(model)
     _check_shapes(checkpoint.path / WEIGHTS, weights, own)
     _check_moments(checkpoint.path / OPTIMIZER, moments, dict(model.named_parameters()))
-    states = {name: states.get(f"{ranks.rank}/{name}") for name in _random_tensors(ranks.device)}
-    _check_shapes(checkpoint.path / RANDOM, states, _random_tensors(ranks.device))
+    wanted = _random_tensors(ranks.device)
+    found = {name: random_states.get(f"{ranks.rank}/{name}") for name in wanted}
+    _check_shapes(checkpoint.path / RANDOM, found, wanted)
+    states = {name: tensor for name, tensor in found.items() if tensor is not None}
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -170,7 +175,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise InputError(f"cannot be read: {error}") from error
 
 
-def _check_shapes(path: Path, there: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _check_shapes(
+    path: Path, there: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor | None]
+) -> None:
     for name in sorted({*there, *wanted}):
         got, should = (_shape(tensors.get(name)) for tensors in (there, wanted))
         if got != should:
@@ -183,8 +190,11 @@ def _shape(tensor: Tensor | None) -> str:
 
 def _check_moments(path: Path, there: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
     """Of each parameter tensors of its shape, and numbers."""
-    wanted = {key: parameters.get(key.rpartition("/")[0]) for key in there}
-    wanted = {key: t if there[key].ndim or t is None else there[key] for key, t in wanted.items()}
+    wanted: dict[str, Tensor | None] = {}
+    for key, tensor in there.items():
+        name, _, _ = key.rpartition("/")
+        parameter = parameters.get(name)
+        wanted[key] = parameter if tensor.ndim or parameter is None else tensor
     _check_shapes(path, there, wanted)
 
 
@@ -219,15 +229,17 @@ def _restore_optimizer(
 
 
 def _random_tensors(device: torch.device) -> dict[str, Tensor]:
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1])}
+    words = np.random.get_state(legacy=False)["state"]["key"]
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words)}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
 def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
-    kind, _, position, has_gauss, gauss = np.random.get_state()
-    numbers = {"python": random.getstate(), "numpy": [kind, position, has_gauss, gauss]}
+    state = np.random.get_state(legacy=False)
+    own = [state["bit_generator"], state["state"]["pos"], state["has_gauss"], state["gauss"]]
+    numbers = {"python": random.getstate(), "numpy": own}
     return pack(_random_tensors(device)), numbers
 
 

@@ -3,8 +3,10 @@
 M rows, N distinct passages, U distinct queries of a batch, D dims.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,15 +23,25 @@ from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
-from rankpo_fast.train.ranks import Ranks
-from rankpo_fast.train.run import Run, shared_precision
-from rankpo_fast.train.step import BatchLoss, Objective, summed
-from rankpo_fast.train.texts import Texts
+from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
+from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
-FLAGS = ("--train_data", "--per_device_train_batch_size", "--num_negatives")
+
+class RowFlags(NamedTuple):
+    """Through which the user gives rows and says what batches of them hold."""
+
+    files: str
+    batch_size: str
+    num_negatives: str
+
+
+FLAGS = RowFlags("--train_data", "--per_device_train_batch_size", "--num_negatives")
 
 
 def train_contrastive(
@@ -51,35 +63,35 @@ def train_contrastive(
             batches = read_batches(
                 data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights
             )
-            run = Run.prepare(
+            run = prepare_run(
                 "contrastive", ranks, precision, model, data, loss, training, evaluation, compute
             )
-            if run.finished:
+            if nothing_left(run):
                 return run.path
-            encoder = run.load_encoder()
+            encoder = prepare_encoder(run)
             batches, texts = tokenized(batches, encoder, compute)
         about = {
             "rows": describe_rows(batches),
             "loss": f"InfoNCE, temperature {loss.temperature}",
             "negatives": describe_negatives(batches, training.gradient_accumulation_steps),
         }
-        train(run, encoder, [Objective(ContrastiveStage(batches, texts, loss))], about)
+        train(run, encoder, [ContrastiveTask(batches, texts, loss)], about)
     return run.path
 
 
 def read_batches(
-    files: list[str],
+    files: Sequence[str],
     batch_size: int,
     num_negatives: int,
     seed: int,
-    weights: list[float] | None = None,
-    flags: tuple[str, str, str] = FLAGS,
+    weights: Sequence[float] | None = None,
+    flags: RowFlags = FLAGS,
 ) -> ContrastiveData:
     """Rows as batches. InputError for a bad row, and where a query would have no negative at all.
 
     Args:
         weights: how often the rows of each file come in an epoch; None: once.
-        flags: through which the user gave files, batch_size and num_negatives.
+        flags: which a message names.
     """
     rows, shares = read_shares(read_contrastive, files, weights)
     batches = ContrastiveData(
@@ -93,7 +105,7 @@ def tokenized(
     batches: ContrastiveData,
     encoder: Encoder,
     compute: ComputeConfig,
-    flags: tuple[str, str, str] = FLAGS,
+    flags: RowFlags = FLAGS,
 ) -> tuple[ContrastiveData, Texts]:
     """The batches with texts of equal token ids as one, and their texts. InputError as above."""
     texts = Texts.tokenize(encoder, batches.query_texts, batches.passage_texts, compute)
@@ -103,13 +115,12 @@ def tokenized(
     return batches, texts
 
 
-def _check_negatives(batches: ContrastiveData, flags: tuple[str, str, str]) -> None:
+def _check_negatives(batches: ContrastiveData, flags: RowFlags) -> None:
     if batches.batch_size == 1 and batches.bare_rows > 0:
-        data, size, number = flags
         raise InputError(
-            f"{batches.bare_rows:,} of {batches.num_rows:,} rows of {data} have no negative, and "
-            f"in a batch of one nothing else is one: give {size} 2 or more"
-            f"{'' if batches.num_negatives else f', or {number} 1'}"
+            f"{batches.bare_rows:,} of {batches.num_rows:,} rows of {flags.files} have no "
+            f"negative, and in a batch of one nothing else is one: give {flags.batch_size} 2 or "
+            f"more{'' if batches.num_negatives else f', or {flags.num_negatives} 1'}"
         )
 
 
@@ -137,19 +148,20 @@ def describe_negatives(batches: ContrastiveData, accumulated: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastiveStage:
+class ContrastiveTask(TrainingTask[ContrastiveBatch]):
+    """InfoNCE of rows of stage 1."""
+
     data: ContrastiveData
-    texts: Texts
     config: ContrastiveLossConfig
 
-    def loss(self, queries: Tensor, passages: Tensor, batch: ContrastiveBatch) -> BatchLoss:
+    def loss(self, queries: Tensor, passages: Tensor, batch: ContrastiveBatch) -> LossOutput:
         # Excluded columns: further positives of the same query, in whatever row they stand.
-        loss, d_rows, d_passages, _, stats = info_nce_loss_and_grads(
+        loss, grads, stats = info_nce_loss_and_grads(
             queries[batch.query_rows],  # [M, D]
             passages,
             batch.labels,
             temperature=self.config.temperature,
             excluded=(batch.excluded_offsets, batch.excluded_columns),
         )
-        d_queries = summed(len(queries), (batch.query_rows, d_rows))
-        return BatchLoss(loss, d_queries, d_passages, stats._asdict())
+        d_queries = scatter_sum(len(queries), (batch.query_rows, grads.queries))
+        return LossOutput(loss, d_queries, grads.passages, stats._asdict())

@@ -66,13 +66,14 @@ class _File:
     """An open file that no other program and no fork of this one inherits: it would hold on."""
 
     def __init__(self, path: Path):
-        self.number: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._open = True
         os.register_at_fork(after_in_child=self.close)
 
     def close(self) -> None:
-        if self.number is not None:
+        if self._open:
             os.close(self.number)
-            self.number = None
+            self._open = False
 
 
 def _take(path: Path, what: str) -> _File:
@@ -116,7 +117,7 @@ def _lock(file: _File) -> bool | None:
     return True
 
 
-def _dies(path: Path, what: str, other: dict[str, Any]) -> bool:
+def _dies(path: Path, what: str, other: dict[str, Any] | None) -> bool:
     """Whether the file is not renewed before it is PATIENCE old."""
     first = _renewed(path)
     fresh = path.with_name(f"{LOCK}.{secrets.token_hex(4)}")

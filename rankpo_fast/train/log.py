@@ -12,11 +12,12 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from rankpo_fast.config import TrainingConfig
@@ -24,21 +25,7 @@ from rankpo_fast.data.files import whole_file
 from rankpo_fast.progress import BAR, duration, on_terminal
 from rankpo_fast.train.output import METRICS
 from rankpo_fast.train.reporters import Reporters
-from rankpo_fast.train.step import StepResult
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step, as it is written down."""
-
-    epoch: float  # epochs done with it
-    loss: float
-    learning_rate: float
-    grad_norm: float  # before clipping
-    metrics: list[dict[str, float]]  # of each batch
-    tokens: int
-    queries: int
-    seconds: float
+from rankpo_fast.train.step import StepMetrics
 
 
 class MetricsLog:
@@ -60,14 +47,14 @@ class MetricsLog:
     ):
         self._silent = silent  # as ranks are that only read the numbers of their steps
         self._path = Path(os.devnull) if silent else directory / METRICS
-        self._every, self._total_steps = config.logging_steps, total_steps
+        self._every, self.total_steps = config.logging_steps, total_steps
         self._first_step = first_step
         self._lines = not silent and not on_terminal()
         self._reporters = reporters
         self._stack = ExitStack()
         self._began: float | None = None  # of the first step, in seconds
-        self._unread: deque[tuple[int, float, StepResult]] = deque()
-        self._records: list[StepRecord] = []  # since the last line
+        self._unread: deque[_Unread] = deque()
+        self._means = _Means()  # since the last line
         self._last_read = 0.0
 
     def __enter__(self) -> "MetricsLog":
@@ -76,7 +63,7 @@ class MetricsLog:
         with self._stack as stack:
             self._file = stack.enter_context(self._path.open("a", encoding="utf-8"))
             self._bar = stack.enter_context(tqdm(
-                total=self._total_steps, initial=self._first_step, desc="training", unit="step",
+                total=self.total_steps, initial=self._first_step, desc="training", unit="step",
                 dynamic_ncols=True, bar_format=BAR, disable=self._silent or self._lines,
             ))  # fmt: skip
             self._stack = stack.pop_all()
@@ -85,49 +72,67 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def step(self, step: int, epoch: float, result: StepResult) -> None:
-        """Raises FloatingPointError if the step's numbers, or the last one's, are not finite."""
-        self._unread.append((step, epoch, result))
-        while self._unread and (len(self._unread) > 1 or result.arrived is None):
-            self._read()
+    def step(self, step: int, epoch: float, metrics: StepMetrics) -> None:
+        """Raises FloatingPointError if the step's numbers, or the last one's, are not finite.
+
+        Args:
+            epoch: epochs done with it.
+        """
+        if metrics.notes:
+            self.say(f"step {step}: out of memory, done again with {'; '.join(metrics.notes)}")
+        with record_function("logging"):
+            self._unread.append(_Unread(step, epoch, metrics))
+            while self._unread and (len(self._unread) > 1 or metrics.arrived is None):
+                self._read(self._unread.popleft())
 
     def settle(self) -> None:
         """Wait for the numbers of all steps; raises FloatingPointError like `step`."""
         while self._unread:
-            self._read()
+            self._read(self._unread.popleft())
 
-    def _read(self) -> None:
-        step, epoch, result = self._unread.popleft()
-        loss, norm, metrics = result.read(step)
+    def _read(self, unread: "_Unread") -> None:
+        step, metrics = unread.step, unread.metrics
+        metrics.check_finite(step)
         now = perf_counter()
-        seconds = now - max(result.began, self._last_read)
+        seconds = now - max(metrics.began, self._last_read)
         self._last_read = now
-        record = StepRecord(
-            epoch, loss, result.learning_rate, norm, metrics, result.tokens,
-            result.queries, seconds,
-        )  # fmt: skip
-        self._records.append(record)
-        memory, speed = peak_memory(), record.tokens / seconds
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB")
+        self._means.add(metrics, seconds)
+        memory, speed = peak_memory(), metrics.tokens / seconds
+        self._bar.set_postfix_str(
+            f"loss {metrics.loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB"
+        )
         self._bar.update()
-        self._began = result.began if self._began is None else self._began
-        due = step % self._every == 0 or step == self._total_steps
+        self._began = metrics.began if self._began is None else self._began
+        due = step % self._every == 0 or step == self.total_steps
         shown = self._lines and (due or step == self._first_step + 1)
         if not (due or shown):
             return
-        line = {**_line(self._records), "peak_memory_bytes": memory}
+        line = {
+            "epoch": unread.epoch,
+            "loss": self._means.loss,
+            "learning_rate": metrics.learning_rate,
+            "grad_norm": metrics.grad_norm,
+            **self._means.metrics,
+            "tokens_per_second": self._means.tokens / self._means.seconds,
+            "queries_per_second": self._means.queries / self._means.seconds,
+            "peak_memory_bytes": memory,
+        }
         if shown:
-            self._print(step, line, now)
+            self._print(step, line, now - self._began)
         if due:
             self.write(step, line)
-            self._records = []
+            self._means = _Means()
 
-    def _print(self, step: int, line: Mapping[str, float], now: float) -> None:
-        """What the bar would show, and of the steps since the last line of metrics.jsonl."""
-        left = (now - self._began) / (step - self._first_step) * (self._total_steps - step)
-        many = len(self._records)
+    def _print(self, step: int, line: Mapping[str, float], seconds: float) -> None:
+        """What the bar would show, and of the steps since the last line of metrics.jsonl.
+
+        Args:
+            seconds: since the first step began.
+        """
+        left = seconds / (step - self._first_step) * (self.total_steps - step)
+        many = self._means.steps
         self.say(
-            f"step {step:,} of {self._total_steps:,}: loss {line['loss']:.4f}"
+            f"step {step:,} of {self.total_steps:,}: loss {line['loss']:.4f}"
             f"{f' (mean of {many} steps)' if many > 1 else ''}, rate {line['learning_rate']:.2e}, "
             f"{line['tokens_per_second']:,.0f} tok/s, {line['peak_memory_bytes'] / 2**30:.1f} GiB, "
             f"{duration(left)} left"
@@ -148,32 +153,56 @@ class MetricsLog:
             tqdm.write(text, file=sys.stderr)
 
 
+@dataclass(frozen=True, eq=False)
+class _Unread:
+    """A step whose numbers the device may still be computing."""
+
+    step: int
+    epoch: float
+    metrics: StepMetrics
+
+
+@dataclass
+class _Means:
+    """Of several steps, none of whose batches is held on to."""
+
+    losses: list[float] = field(default_factory=list)
+    batch_metrics: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    queries: int = 0
+    seconds: float = 0.0
+
+    def add(self, metrics: StepMetrics, seconds: float) -> None:
+        self.losses.append(metrics.loss)
+        self.batch_metrics += metrics.batch_metrics
+        self.tokens += metrics.tokens
+        self.queries += metrics.queries
+        self.seconds += seconds
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Over the batches that have them."""
+        names = dict.fromkeys(name for batch in self.batch_metrics for name in batch)
+        return {
+            name: statistics.fmean(batch[name] for batch in self.batch_metrics if name in batch)
+            for name in names
+        }
+
+
 def peak_memory() -> int:
     """Bytes: the GPU's peak where there is one in use, else the process's."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _line(records: list[StepRecord]) -> dict[str, float]:
-    """Means and rates over some steps; the learning rate and gradient norm are the last step's."""
-    seconds = sum(record.seconds for record in records)
-    return {
-        "epoch": records[-1].epoch,
-        "loss": sum(record.loss for record in records) / len(records),
-        "learning_rate": records[-1].learning_rate,
-        "grad_norm": records[-1].grad_norm,
-        **_mean([batch for record in records for batch in record.metrics]),
-        "tokens_per_second": sum(record.tokens for record in records) / seconds,
-        "queries_per_second": sum(record.queries for record in records) / seconds,
-    }
-
-
-def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Over the batches that have them."""
-    names = dict.fromkeys(name for batch in metrics for name in batch)
-    return {name: statistics.fmean(m[name] for m in metrics if name in m) for name in names}
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

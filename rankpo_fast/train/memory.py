@@ -82,11 +82,11 @@ class Memory:
             f"{room:.3g} GiB are kept, what is beyond is computed twice{why}"
         )
 
-    def kept(self, groups: Sequence[MicroBatch]) -> int:
-        """Of how many groups, from the last, the graph is kept; that of the last costs nothing."""
+    def kept(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Of how many, from the last, the graph is kept; that of the last costs nothing."""
         used, kept = 0.0, 0
-        for group in reversed(groups):
-            used += sum(group.lengths) * self.graph_bytes
+        for micro_batch in reversed(micro_batches):
+            used += sum(micro_batch.lengths) * self.graph_bytes
             if kept > 0 and used > self.room:
                 break
             kept += 1

@@ -14,7 +14,14 @@ from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
 
 
-def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """Fused, with the two attributes through which torch's GradScaler steers fused optimizers."""
+
+    found_inf: Tensor  # 0-dim; 1: a step changes nothing
+    grad_scale: Tensor | None  # a step divides gradients by it
+
+
+def adamw(model: nn.Module, config: TrainingConfig) -> AdamW:
     """Fused AdamW; vectors and scalars (biases, norms) are not decayed.
 
     Its states are there from the start: whoever then looks how much memory is free counts them in,
@@ -30,7 +37,7 @@ def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -39,9 +46,10 @@ def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     )
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.found_inf = torch.ones((), device=trained[0].device)  # so that nothing else changes
+    device = trained[0].device
+    optimizer.found_inf = torch.ones((), device=device)  # so that nothing else changes
     optimizer.step()
-    del optimizer.found_inf
+    optimizer.found_inf = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
     return optimizer
 
@@ -56,9 +64,7 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * course[config.lr_scheduler_type]
 
 
-def update(
-    optimizer: torch.optim.AdamW, losses: list[Tensor], rate: float, max_norm: float
-) -> Tensor:
+def update(optimizer: AdamW, losses: list[Tensor], rate: float, max_norm: float) -> Tensor:
     """One step; returns the norm of the gradients, 0-dim, before they are scaled to `max_norm` (0:
     left as they are).
 
@@ -68,8 +74,7 @@ def update(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.stack([*losses, norm]).isfinite().all()
-    # The two attributes through which torch's GradScaler steers fused optimizers.
-    optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", bad.float()), bad.float())
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, bad.float())
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from rankpo_fast.data.files import disk_errors, flush_to_disk, whole_file
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.lock import LOCK, held
-from rankpo_fast.train.ranks import Ranks
+from rankpo_fast.train.reporters import About, Reporters, chosen
+from rankpo_fast.train.run import Run
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
 REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
@@ -86,10 +88,29 @@ def evaluated(path: Path) -> bool:
     return False
 
 
+@contextmanager
+def opened(run: Run) -> Iterator[Reporters]:
+    """Reporters start, an earlier run is cleared where that was asked for, and the directory is
+    ours. InputError for a reporter that does not start: the directory is then as it was."""
+    config, first = run.training, run.ranks.first
+    overwrite = config.overwrite_output_dir
+    about = About(run.path, config.project or PROGRAM, config.run_name, run.settings,
+                  run.first_step)  # fmt: skip
+    with ExitStack() as stack:
+        reporters = Reporters(chosen(config.report_to) if first else [], about)
+        if first:
+            with reports_aside(run.path, overwrite=overwrite):
+                stack.enter_context(reporters)
+            start(run.path, {"stage": run.stage, "settings": run.settings}, overwrite=overwrite)
+        run.ranks.meet()
+        yield reporters
+
+
 def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     """Make the directory ours; `overwrite` deletes what an earlier run wrote, and only that."""
-    if overwrite and read_record(path) is not None:
-        _clear(path)
+    earlier = read_record(path)
+    if overwrite and earlier is not None:
+        _clear(path, earlier)
     path.mkdir(parents=True, exist_ok=True)
     _write_record(path, {"program": PROGRAM, **record, "model_files": []})
 
@@ -129,8 +150,7 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
         files.append(Path(LAST_FILE))
         of_model = [name.as_posix() for name in [*folders, *files]]
-        record = {**read_record(path), "model_files": of_model}
-        _write_record(path, record)
+        _write_record(path, {**(read_record(path) or {}), "model_files": of_model})
         (path / LAST_FILE).unlink(missing_ok=True)  # of a model that had lost another file
         for folder in folders:
             (path / folder).mkdir(parents=True, exist_ok=True)
@@ -142,9 +162,15 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _clear(path: Path) -> None:
+def write_card(path: Path, card: str) -> None:
+    """Over the one that came with the model."""
+    with whole_file(path / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def _clear(path: Path, record: dict[str, Any]) -> None:
     """config.json goes first, training.json last: what is half cleared is no model, but ours."""
-    model_files = [Path(name) for name in read_record(path).get("model_files", [])]
+    model_files = [Path(name) for name in record.get("model_files", [])]
     for file in model_files:
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"{path / RECORD} names {file}, which lies outside the directory")

@@ -1,8 +1,8 @@
 """Where the time of a step goes: a table for the user, and the trace it is made from.
 
-The parts are the `record_function` spans of step.py, cache.py and loop.py. What the host is at, the
-innermost span says; what the device works for, the span in which its work was launched: backward
-launches from threads of its own, so time decides, not the thread.
+The parts are the `record_function` spans of step.py, cache.py, ranks.py and log.py. What the host
+is at, the innermost span says; what the device works for, the span in which its work was launched:
+backward launches from threads of its own, so time decides, not the thread.
 """
 
 import bisect

@@ -24,16 +24,18 @@ from rankpo_fast.config import (
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
-from rankpo_fast.train.ranks import Ranks
+from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
-from rankpo_fast.train.replay import describe_replay, replay_batches, replay_objective
-from rankpo_fast.train.run import Run, shared_precision
-from rankpo_fast.train.step import BatchLoss, Objective, summed
-from rankpo_fast.train.texts import Texts
+from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
+from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
 
 def train_rankpo(
@@ -54,58 +56,76 @@ def train_rankpo(
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
         precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
-            read = partial(read_preferences, use_confidence=data.use_confidence)
-            rows, shares = read_shares(read, data.train_data, data.train_data_weights)
-            pairs = PreferenceData(
-                rows,
-                batch_size=training.per_device_train_batch_size * ranks.size,
-                seed=training.seed,
-                shares=shares,
-            )
+            pairs, number = _read_pairs(data, training, ranks)
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
-            run = Run.prepare(
+            run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute, replay
             )
-            if run.finished:
+            if nothing_left(run):
                 return run.path
             other, reference = loss.reference_model_name_or_path, None
             if loss.uses_reference and other is not None:
                 reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            encoder = run.load_encoder()
-            texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
-            pairs = pairs.merged(texts.query_rows, texts.passage_rows)
-            if pairs.equal_pairs:
-                warnings.warn(
-                    f"--train_data: {pairs.equal_pairs:,} of {len(rows):,} pairs are left out: "
-                    f"their two passages have the same tokens, up to --max_passage_length",
-                    stacklevel=2,
-                )
-            number = f"{len(rows) - pairs.equal_pairs:,} pairs"
-            about = {"rows": number + describe_shares(pairs.shares), "loss": _describe(loss)}
-            others = []
+            encoder = prepare_encoder(run)
+            pairs, texts = _tokenized(pairs, number, encoder, compute)
+            number -= pairs.equal_pairs
+            rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
+            about, tasks = {"rows": rows, "loss": _describe(loss)}, []
             if replayed is not None:
-                others.append(replay_objective(replay, replayed, encoder, compute))
-                about["replay"] = describe_replay(replay, others[0].stage.data)
+                tasks.append(replay_task(replay, replayed, encoder, compute))
+                about["replay"] = describe_replay(replay, tasks[0].data)
             if loss.uses_reference and other is None:
                 reference = reference_similarities(encoder, texts, pairs, compute)
             if reference is not None:
-                pairs = pairs.with_reference(reference[0] - reference[1])
+                chosen, rejected = reference
+                pairs = pairs.with_reference(chosen - rejected)
                 reference = reference.to(run.device)
-        stage = RankPOStage(pairs, texts, loss, reference)
-        train(run, encoder, [Objective(stage), *others], about)
+        train(run, encoder, [RankPOTask(pairs, texts, loss, reference), *tasks], about)
     return run.path
 
 
+def _read_pairs(
+    data: RankPODataConfig, training: TrainingConfig, ranks: Ranks
+) -> tuple[PreferenceData, int]:
+    """Pairs as batches, and the number of pairs."""
+    read = partial(read_preferences, use_confidence=data.use_confidence)
+    rows, shares = read_shares(read, data.train_data, data.train_data_weights)
+    pairs = PreferenceData(
+        rows,
+        batch_size=training.per_device_train_batch_size * ranks.size,
+        seed=training.seed,
+        shares=shares,
+    )
+    return pairs, len(rows)
+
+
+def _tokenized(
+    pairs: PreferenceData, number: int, encoder: Encoder, compute: ComputeConfig
+) -> tuple[PreferenceData, Texts]:
+    """The batches with texts of equal token ids as one, and their texts; says of how many pairs
+    nothing is left to tell apart."""
+    texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
+    pairs = pairs.merged(texts.query_rows, texts.passage_rows)
+    if pairs.equal_pairs:
+        warnings.warn(
+            f"--train_data: {pairs.equal_pairs:,} of {number:,} pairs are left out: "
+            f"their two passages have the same tokens, up to --max_passage_length",
+            stacklevel=3,
+        )
+    return pairs, texts
+
+
 @dataclass(frozen=True, eq=False)
-class RankPOStage:
+class RankPOTask(TrainingTask[PreferenceBatch]):
+    """RankPO, SimRankPO or SFT of pairs."""
+
     data: PreferenceData
-    texts: Texts
     config: RankPOLossConfig
     reference: Tensor | None  # [2, rows] similarities of chosen and rejected, on the device
 
-    def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> BatchLoss:
+    def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> LossOutput:
         config = self.config
-        loss, d_rows, d_chosen, d_rejected, stats = rankpo_loss_and_grads(
+        loss, grads, stats = rankpo_loss_and_grads(
             queries[batch.query_rows],  # [B, D]
             passages[batch.chosen_rows],
             passages[batch.rejected_rows],
@@ -119,14 +139,16 @@ class RankPOStage:
             rankpo_weight=config.rankpo_weight,
             weights=batch.weights,
         )
-        pairs = (batch.chosen_rows, d_chosen), (batch.rejected_rows, d_rejected)
-        d_queries = summed(len(queries), (batch.query_rows, d_rows))
-        return BatchLoss(
-            loss, d_queries, summed(len(passages), *pairs), self._metrics(stats, batch)
+        pairs = (batch.chosen_rows, grads.chosen), (batch.rejected_rows, grads.rejected)
+        return LossOutput(
+            loss,
+            scatter_sum(len(queries), (batch.query_rows, grads.queries)),
+            scatter_sum(len(passages), *pairs),
+            self._metrics(stats, batch),
         )
 
     def _metrics(self, stats: RankPOStats, batch: PreferenceBatch) -> dict[str, Tensor]:
-        reference = 0.0
+        reference: Tensor | float = 0.0
         if self.reference is not None:
             reference = torch.stack([*map(mean, self.reference[:, batch.rows])])
         return stats.metrics(self.config.beta, reference)

@@ -7,15 +7,15 @@ from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, ReplayConfi
 from rankpo_fast.data.batches import ContrastiveData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.contrastive import (
-    ContrastiveStage,
+    ContrastiveTask,
+    RowFlags,
     describe_rows,
     read_batches,
     tokenized,
 )
-from rankpo_fast.train.step import Objective
 
-APART = 2**63  # no --seed is as large, so that no random stream is shared with stage 2
-FLAGS = ("--replay_data", "--replay_batch_size", "--replay_num_negatives")
+SEED_OFFSET = 2**63  # no --seed is as large, so that no random stream is shared with stage 2
+FLAGS = RowFlags("--replay_data", "--replay_batch_size", "--replay_num_negatives")
 
 
 def replay_batches(
@@ -27,18 +27,20 @@ def replay_batches(
         config.replay_data,
         rows * processes,
         config.replay_num_negatives,
-        APART + training.seed,
+        SEED_OFFSET + training.seed,
         flags=FLAGS,
     )
 
 
-def replay_objective(
+def replay_task(
     config: ReplayConfig, data: ContrastiveData, encoder: Encoder, compute: ComputeConfig
-) -> Objective:
+) -> ContrastiveTask:
     """Their part of the loss. InputError if a text alone does not fit into a micro-batch."""
     data, texts = tokenized(data, encoder, compute, FLAGS)
-    stage = ContrastiveStage(data, texts, ContrastiveLossConfig(config.replay_temperature))
-    return Objective(stage, config.replay_weight, prefix="replay/", flag=FLAGS[0])
+    loss = ContrastiveLossConfig(config.replay_temperature)
+    return ContrastiveTask(
+        data, texts, loss, weight=config.replay_weight, prefix="replay/", flag=FLAGS.files
+    )
 
 
 def describe_replay(config: ReplayConfig, data: ContrastiveData) -> str:

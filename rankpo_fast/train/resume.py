@@ -1,6 +1,7 @@
 """What a run that goes on must share with the run it goes on from, and where that one stopped.
 
 What was read is compared by content, not by name: data and models may move, or lie behind a link.
+The ranks of a run share as much, and a little more.
 """
 
 import warnings
@@ -11,17 +12,19 @@ from typing import Any
 
 import torch
 
-from rankpo_fast.config import TrainingConfig
+from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.files import sha256_of
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import find_directory
+from rankpo_fast.model.precision import Precision
 from rankpo_fast.paths import MODELS, inputs, model_files
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.checkpoint import Checkpoint
-from rankpo_fast.train.ranks import Ranks
-from rankpo_kernels import native
+from rankpo_fast.train.run import Run
+from rankpo_kernels.chunked import native
 
 # What a run that goes on may change: none of it changes a bit of the weights.
 FREE_TO_CHANGE = {
@@ -30,6 +33,8 @@ FREE_TO_CHANGE = {
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
     "cache_dir", "no_cache", "device",
 }  # fmt: skip
+MET_FOR = ("save_steps", "eval_steps")  # may differ from run to run, but not from rank to rank
+MODEL = "model_name_or_path"
 TRAINED_ON = ("train_data", "replay_data")
 CONTENT = "content of "
 # Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
@@ -42,8 +47,8 @@ def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
     Raises:
         InputError: there is no such model.
     """
-    settings = {"stage": stage, "device": ranks.device.type, "processes": ranks.size}
-    settings[ARITHMETIC] = _arithmetic(ranks.device)
+    settings: dict[str, Any] = {"stage": stage, "device": ranks.device.type}
+    settings |= {"processes": ranks.size, ARITHMETIC: _arithmetic(ranks.device)}
     for flag, name in inputs(*configs):
         settings.setdefault(f"{NAME}{flag}", []).append(name)
     for config in configs:
@@ -52,7 +57,7 @@ def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
                 settings[_content(name)] = [digest(path) for path in value]
             elif name in MODELS:
                 if value is not None:
-                    scratch = name == MODELS[0] and config.from_scratch
+                    scratch = name == MODEL and config.from_scratch
                     weights = name != "tokenizer_name" and not scratch
                     settings[_content(name)] = _model_content(f"--{name}", value, weights)
             elif name not in FREE_TO_CHANGE:
@@ -92,7 +97,7 @@ def find_checkpoint(
     return checkpoint
 
 
-def settings_before(training: TrainingConfig) -> dict[str, Any]:
+def _settings_before(training: TrainingConfig) -> dict[str, Any]:
     """Of the run that --resume goes on with; nothing if there is none."""
     if training.resume is None:
         return {}
@@ -102,12 +107,40 @@ def settings_before(training: TrainingConfig) -> dict[str, Any]:
     return (record or {}).get("settings", {})
 
 
+def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks) -> Precision:
+    """What --bf16 comes to, the same on all ranks and in a run that goes on as before; all must
+    call it. InputError for a --resume CHECKPOINT that cannot be read."""
+    precision = None
+    if ranks.first:
+        before = _settings_before(training) if model.bf16 == "auto" else {}
+        if isinstance(before.get("--bf16"), bool):
+            precision = Precision(before["--bf16"], "as the run that goes on had it")
+        else:
+            precision = Precision.of(model.bf16, ranks.device)
+    of_first, *_ = ranks.objects(precision)
+    return of_first
+
+
+def compare_ranks(run: Run) -> None:
+    """InputError where ranks were not told the same: some would wait for others for ever."""
+    meetings = {f"--{name}": getattr(run.training, name) for name in MET_FOR}
+    told = run.ranks.objects({
+        **run.settings, **meetings, "whether to evaluate": run.evaluation.asked,
+        "step that --resume found": run.first_step,
+    })  # fmt: skip
+    if run.ranks.first:
+        of_first, *_ = told
+        for rank, theirs in enumerate(told):
+            check_same(f"rank {rank} of {len(told)}", theirs, of_first)
+    run.ranks.meet()
+
+
 def check_same(what: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """InputError that names every setting which differs, and of a model the files."""
     names = [name for name in dict.fromkeys([*was, *now]) if not name.startswith(NAME)]
-    changed = [_change(n, was.get(n), now.get(n)) for n in names if n != ARITHMETIC]
-    changed = [f"  {change}" for change in changed if change is not None]
-    if f"--{MODELS[0]}" in was:
+    changes = [_change(n, was.get(n), now.get(n)) for n in names if n != ARITHMETIC]
+    changed = [f"  {change}" for change in changes if change is not None]
+    if f"--{MODEL}" in was:
         changed = ["  an earlier version wrote it, which recorded names of models, not contents: "
                    "train anew, or go on with that version"]  # fmt: skip
     if changed:

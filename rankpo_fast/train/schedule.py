@@ -1,4 +1,4 @@
-"""When a checkpoint is due.
+"""Which batches make which step, and when a checkpoint is due.
 
     --save_steps n      after every n-th step
     --save_minutes m    when the last one is m minutes old, and at the end of every epoch
@@ -7,12 +7,58 @@ The second is the default, so that a run that is killed loses minutes, whatever 
 first rank's clock decides for all.
 """
 
+import math
 import time
+from dataclasses import dataclass
 
 from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 
 DEFAULT_MINUTES = 10.0
 YOUNG = 60.0  # seconds: no epoch's end is saved so soon after another checkpoint, or the start
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Which batches make which optimizer step; epochs follow each other without a seam."""
+
+    rows_per_batch: int
+    batches_per_epoch: int
+    batches_per_step: int
+    total_batches: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, data: ContrastiveData | PreferenceData) -> "StepSchedule":
+        per_step = config.gradient_accumulation_steps
+        total = max(1, round(config.num_train_epochs * data.batches_per_epoch))
+        if config.max_steps is not None:
+            total = config.max_steps * per_step
+        return cls(data.batch_size, data.batches_per_epoch, per_step, total)
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.total_batches / self.batches_per_step)
+
+    def batches(self, step: int) -> range:
+        """Numbers of the batches of a step, all counted from 0; the last step may have fewer."""
+        first = step * self.batches_per_step
+        return range(first, min(first + self.batches_per_step, self.total_batches))
+
+    def epochs(self, steps: int) -> float:
+        """Epochs done after so many steps."""
+        return min(steps * self.batches_per_step, self.total_batches) / self.batches_per_epoch
+
+    def ends_epoch(self, steps: int) -> bool:
+        """Whether the last of so many steps has the last batch of an epoch, or the first of the
+        next one."""
+        return math.floor(self.epochs(steps)) > math.floor(self.epochs(steps - 1))
+
+    def summary(self, batch_size: int) -> str:
+        """For the user, who asked for batches of that size."""
+        rows = f"{self.batches_per_step} x {self.rows_per_batch} rows"
+        if self.rows_per_batch < batch_size:
+            rows += f" (all there are, of {batch_size:,} that a batch may have)"
+        return f"{self.total_steps:,} of {rows}, {self.epochs(self.total_steps):.4g} epochs"
 
 
 class SaveSchedule:

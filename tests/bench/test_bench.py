@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from launcher import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as bench
@@ -22,6 +21,7 @@ from bench.peers import COMPILED
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
 from bench.results import Run, read, write
 from rankpo_fast.errors import InputError
+from support.launcher import SMALL
 
 MIB = 2**20
 RATES = Rates({"float32": 1e9, "bfloat16": 8e9}, 1e9)

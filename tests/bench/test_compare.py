@@ -6,13 +6,13 @@ import random
 from dataclasses import replace
 
 import pytest
-from bench_runs import RUN, SCALING
 
 from bench.compare import BETTER, UNCLEAR, WORSE, _orders, beyond_noise, compare, shift, table
 from bench.measure import percentiles
 from bench.questions import OURS, Result, Row
 from bench.results import Run, read, write
 from rankpo_fast.errors import InputError
+from support.bench_runs import RUN, SCALING
 
 SEEDS = 300
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from launcher import SMALL, Work, launches
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cost import H100, PIPELINES, count, plain_torch
 from bench.launch import SYMMETRIC, launch
 from bench.meter import Meter
-from rankpo_kernels import chunked
-from rankpo_kernels.gpu.tiles import stores_scores
-from rankpo_kernels.objective import DIRECTIONS
+from rankpo_kernels.chunked import info_nce as chunked
+from rankpo_kernels.problem import DIRECTIONS
+from rankpo_kernels.triton.tiles import stores_scores
+from support.launcher import SMALL, Work, launches
 
 M, N, D = 40, 70, 24
 HOW = {

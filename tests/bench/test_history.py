@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from bench_runs import MACHINE, info_nce
 
 from bench import plots
 from bench.history import history, trends, write_history
 from bench.results import Run, write
 from rankpo_fast.errors import InputError
+from support.bench_runs import MACHINE, info_nce
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 

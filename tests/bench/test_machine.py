@@ -7,7 +7,7 @@ import torch
 
 from bench import machine
 from rankpo_fast.model.precision import half_speed
-from rankpo_kernels import native
+from rankpo_kernels.chunked import native
 
 
 def test_a_cpu_is_named_with_cores_instructions_and_versions(monkeypatch, tmp_path):

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-from bench_runs import MACHINE, RUN, info_nce
 
 from bench.readme import MARKED, README, rewritten
 from bench.results import Run, write
 from rankpo_fast.errors import InputError
+from support.bench_runs import MACHINE, RUN, info_nce
 
 
 def test_readme_says_what_its_files_say():

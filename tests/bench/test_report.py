@@ -4,15 +4,16 @@ import dataclasses
 import re
 
 import pytest
-from bench_runs import LADDER, MACHINE, RUN, SCALING, info_nce
 from matplotlib.colors import to_hex
 
 from bench import plots
+from bench.curves import growths
 from bench.questions import OURS, OUT_OF_MEMORY, Result, Row
 from bench.report import failures, in_short, write_report
 from bench.results import Run, read, write
 from bench.tables import COLUMNS, markdown, number, shown, table
 from rankpo_fast.errors import InputError
+from support.bench_runs import LADDER, MACHINE, RUN, SCALING, info_nce
 
 FULL = Row(
     "rankpo-fast", "a note", seconds=0.0135, low=0.0131, high=0.0142, ratio=1.1, ratio_low=1.04,
@@ -177,7 +178,7 @@ def test_who_is_faster_is_what_was_taken_within_rounds():
 
 
 def test_a_contender_that_falls_over_is_in_the_pictures_data():
-    scaling, batches = plots.growths(RUN)
+    scaling, batches = growths(RUN)
     curves = {curve.contender: curve for curve in batches.curves}
     assert batches.axis == "M" and batches.title == "info_nce, N = M, D = 1024, bfloat16"
     assert curves["torch cross_entropy"].sizes == (4096, 16384)
@@ -197,7 +198,7 @@ def test_a_fall_is_marked_at_its_size():
 
 def test_other_dims_are_no_other_batch():
     other = dataclasses.replace(info_nce(4096), shape={"M": 8192, "N": 8192, "D": 384})
-    assert plots.growths(run(info_nce(4096), other)) == []
+    assert growths(run(info_nce(4096), other)) == []
 
 
 def test_the_floor_shows_who_wins():
@@ -246,7 +247,7 @@ def test_ours_has_one_colour_and_no_peer_has_it():
     ],
 )
 def test_an_axis_has_a_few_round_numbers(low, high):
-    ticks = plots._round_numbers(low, high)
+    ticks = plots.round_numbers(low, high)
     assert 3 <= len(ticks) <= plots.TICKS and all(low <= x <= high for x in ticks)
 
 

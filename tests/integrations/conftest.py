@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from gates import pass_the_gates
 from torch import Tensor
 
 from bench.processes import answered, processes
+from support.gates import pass_the_gates
 
 ERRORS = pytest.StashKey[dict[tuple[str, str], tuple[int, float, float]]]()
 
@@ -43,9 +43,29 @@ def equal(request):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """What the examples train on."""
-    from rankpo_fast.integrations.examples import small_world
+    from small_world import small_world
 
     return small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def llama(tiny_llama_dir):
+    """A causal backbone of its own for every test."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def other(tiny_llama_dir):
+    """The reference: other weights."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.mul_(1.1)
+    return model
 
 
 @pytest.fixture(scope="session")

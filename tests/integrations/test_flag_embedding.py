@@ -3,11 +3,16 @@
 import json
 from importlib import metadata
 
-import patched
 import pytest
 import torch
-from gates import error, gates
-from patched import (
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from rankpo_fast.integrations.flag_embedding import apply_to
+from support import tiny_embedders
+from support.gates import error, gates
+from support.info_nce_problems import NoMatrix
+from support.tiny_embedders import (
     VOCABULARY,
     D,
     backbone,
@@ -17,13 +22,8 @@ from patched import (
     exact_loss_and_gradients,
     loss_and_gradients,
 )
-from problems import NoMatrix
-from torch import nn
-from transformers import LlamaConfig, LlamaModel
 
-from rankpo_fast.integrations.flag_embedding import apply_to
-
-if not patched.util.find_spec("FlagEmbedding"):
+if not tiny_embedders.util.find_spec("FlagEmbedding"):
     pytest.skip("FlagEmbedding is not installed", allow_module_level=True)
 
 M = 6
@@ -204,7 +204,7 @@ def test_versions_that_do_not_run_with_transformers_5_are_refused(monkeypatch):
 
 
 def test_two_ranks_have_half_the_gradient_of_one_process_as_theirs_have(two_ranks):
-    for answer in two_ranks(patched.across_ranks, bi_encoder, 2, 0.02):
+    for answer in two_ranks(tiny_embedders.across_ranks, bi_encoder, 2, 0.02):
         of_loss, of_gradient = gates(torch.float32, 0.02)
         assert answer["loss"] < of_loss and answer["gradient"] < of_gradient
         assert answer["their loss"] == pytest.approx(1, rel=of_loss)
@@ -267,6 +267,6 @@ def test_their_runner_trains_in_bf16_where_their_own_scores_are_rounded(
 @pytest.mark.long
 def test_the_example_trains(world, monkeypatch, capsys):
     embedders("encoder_only.base")
-    patched.run_example("flag_embedding", world, monkeypatch)
+    tiny_embedders.run_example("flag_embedding", world, monkeypatch)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     assert float(last.split()[-1]) < float(first.split()[-1]) / 2

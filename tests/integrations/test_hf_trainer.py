@@ -1,12 +1,8 @@
-"""transformers' Trainer with our losses: the losses, gradients and curves of plain torch."""
+"""transformers' Trainer with our losses: losses, gradients and evaluations of plain torch."""
 
 import copy
 import importlib
-import re
-import runpy
 import sys
-from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,99 +13,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-import hf_runs
-import rank_runs
-from gates import in_fp64
-from hf_runs import (
+from transformers import AutoModel, AutoModelForCausalLM, LlamaPreTrainedModel
+
+from rankpo_fast import InfoNCELoss, info_nce_loss
+from rankpo_fast.integrations.hf_trainer import ContrastiveTrainer, RankPOTrainer
+from rankpo_fast.model.pooling import pool_padded
+from support.gates import in_fp64
+from support.hf_runs import (
+    IN_ORDER,
     OPTIONS,
     Collator,
     Plain,
     PlainRankPO,
-    all_trained,
     arguments,
-    curve,
+    contrastive,
+    gradients,
     pair_arguments,
     preferences,
-    trained,
+    rankpo,
     triplets,
 )
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaPreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-
-from rankpo_fast import InfoNCELoss, info_nce_loss
-from rankpo_fast.integrations import examples
-from rankpo_fast.integrations.hf_trainer import (
-    ContrastiveTrainer,
-    RankPOArguments,
-    RankPODataCollatorWithPadding,
-    RankPOTrainer,
-)
-from rankpo_fast.model.pooling import pool_padded
-
-
-def contrastive(model, tokenizer, directory, rows=30, **more):
-    settings = {
-        name: more.pop(name)
-        for name in ("loss", "pooling", "eval_dataset", "callbacks")
-        if name in more
-    }
-    return ContrastiveTrainer(
-        model, arguments(directory, **more), data_collator=Collator(tokenizer),
-        train_dataset=triplets(rows), **settings,
-    )  # fmt: skip
-
-
-def rankpo(model, tokenizer, directory, rows=30, reference=None, **more):
-    settings = {
-        name: more.pop(name)
-        for name in ("pooling", "eval_dataset", "peft_config", "compute_metrics") if name in more
-    }  # fmt: skip
-    args = pair_arguments(directory, reference_free=reference is None, **more)
-    return RankPOTrainer(
-        model, reference, args, train_dataset=preferences(rows), tokenizer=tokenizer, **settings
-    )
-
-
-def plain(model, tokenizer, directory, kind=Plain, rows=triplets, **more):
-    args = arguments(directory, remove_unused_columns=False, **more)
-    return kind(model, args, data_collator=Collator(tokenizer), train_dataset=rows(30))
-
-
-plain_pairs = partial(plain, kind=PlainRankPO, rows=preferences)
-
-
-def gradients(loss, model):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([
-        (torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in model.parameters()
-    ])  # fmt: skip
-
-
-def close(ours, theirs, tolerance=1e-5):
-    assert (ours - theirs).norm() <= tolerance * (1 + theirs.norm())
-
-
-@pytest.fixture
-def llama(tiny_llama_dir):
-    return AutoModel.from_pretrained(tiny_llama_dir)
-
-
-@pytest.fixture
-def other(tiny_llama_dir):
-    """The reference: other weights."""
-    model = AutoModel.from_pretrained(tiny_llama_dir)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.mul_(1.1)
-    return model
-
 
 # --- one batch ---
 
@@ -222,165 +145,6 @@ def test_a_step_asks_the_device_for_no_number(tmp_path, tiny_tokenizer, llama, o
         for trainer, batch in zip((one, two), batches, strict=True):
             for _ in range(2):
                 trainer.compute_loss(model, batch).backward()
-
-
-# --- whole trainings ---
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (1, 3), (2, 1)])
-def test_curve_of_a_training_is_that_of_plain_torch(
-    stage, accumulation, tmp_path, tiny_tokenizer, tiny_llama_dir, other
-):
-    """Of 30 rows, the last batch has 2; of its 8 micro-batches a step takes 3, 3 and 2."""
-    more, curves = {"gradient_accumulation_steps": accumulation}, []
-    makes = (contrastive, plain) if stage == 1 else (partial(rankpo, reference=other), plain_pairs)
-    for make in makes:
-        model = AutoModel.from_pretrained(tiny_llama_dir)
-        trainer = make(model, tiny_tokenizer, tmp_path, **more)
-        trainer.reference = other  # plain torch asks it every time
-        curves.append(curve(trainer))
-    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
-    assert len(curves[0]) == 30 and curves[0][-3:].mean() < 0.8 * curves[0][:3].mean()
-
-
-class Gradients(TrainerCallback):
-    """Those that optimizers get."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.seen.append(torch.cat([x.grad.flatten() for x in model.parameters()]))
-
-
-IN_ORDER = {"train_sampling_strategy": "sequential", "learning_rate": 0.0, "max_grad_norm": 0.0}
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_accumulated_gradients_are_those_of_the_mean(stage, tmp_path, tiny_tokenizer, llama):
-    """Labels do not change that, though the Trainer counts them."""
-    make, gradient = (contrastive, rankpo)[stage - 1], Gradients()
-    more = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER
-    trainer = make(llama, tiny_tokenizer, tmp_path, rows=8, **more)
-    trainer.add_callback(gradient)
-    if stage == 1:
-        collate = trainer.data_collator
-        trainer.data_collator = lambda rows: collate(rows) | {"labels": torch.tensor([1, 2, 5, 6])}
-    trainer.train()
-    rows = [trainer.train_dataset[i] for i in range(8)]
-    halves = [trainer.data_collator(half) for half in (rows[:4], rows[4:])]
-    losses = [trainer.compute_loss(llama, half) for half in halves]
-    close(*gradient.seen, gradients(sum(losses) / 2, llama))
-
-
-def test_compute_loss_func_would_double_them(tmp_path, tiny_tokenizer, llama):
-    """Why the trainers have a compute_loss; the Trainer takes that of a function for scaled."""
-
-    class Vectors(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = llama
-
-        def forward(self, query, passage):
-            return hf_runs.vectors(llama, query), hf_runs.vectors(llama, passage)
-
-    more, gradient = {"gradient_accumulation_steps": 2, "max_steps": 1} | IN_ORDER, Gradients()
-    trainer = Trainer(
-        Vectors(), arguments(tmp_path, remove_unused_columns=False, **more), callbacks=[gradient],
-        data_collator=Collator(tiny_tokenizer), train_dataset=triplets(8),
-        compute_loss_func=lambda vectors, *_, **__: info_nce_loss(*vectors),
-    )  # fmt: skip
-    trainer.train()
-    ours = contrastive(llama, tiny_tokenizer, tmp_path, rows=8, callbacks=[gradient], **more)
-    ours.train()
-    close(gradient.seen[0], 2 * gradient.seen[1])
-    with pytest.raises(ValueError, match="compute_loss_func is given, but the loss is this"):
-        ContrastiveTrainer(llama, arguments(tmp_path), compute_loss_func=info_nce_loss)
-
-
-RUNS = {  # options of both, of one process
-    "negatives of all ranks": (
-        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-        {"per_device_train_batch_size": 8},
-    ),
-    "negatives of each rank": ({"across": False}, {"gradient_accumulation_steps": 2}),
-    "pairs and reference": ({"stage": 2}, {"per_device_train_batch_size": 8}),
-    "rows of a stream": ({"stream": True}, {"per_device_train_batch_size": 8}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory, tiny_tokenizer, tiny_bert_dir):
-    """Of two ranks, of all runs."""
-    directory = tmp_path_factory.mktemp("ranks")
-    runs = [both for both, _ in RUNS.values()]
-    args = (directory / "out", tiny_bert_dir, tiny_tokenizer)
-    started = rank_runs.start(2, directory / "said", all_trained, runs, *args)
-    for rank in (ended := started.ended()):
-        assert rank.code == 0, rank.said
-    return dict(zip(RUNS, zip(*[rank.answer for rank in ended], strict=True), strict=True))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_train_as_one_process_does(
-    name, answers, tmp_path, tiny_tokenizer, tiny_bert_dir
-):
-    """BERT has a pooler, of no gradient. Without negatives of other ranks, they are two
-    micro-batches. The reference is computed of one row as well, fewer than ranks."""
-    both, alone = RUNS[name]
-    expected = trained(tmp_path, tiny_bert_dir, tiny_tokenizer, **both, **alone)
-    for rank in answers[name]:
-        for ours, theirs in zip(rank, expected, strict=True):
-            close(ours, theirs)
-
-
-def test_mixed_precision_is_the_models_alone(tmp_path, tiny_tokenizer, tiny_llama_dir):
-    """Losses are fp32, of states that come in bf16."""
-    curves, seen = [], set()
-    for bf16 in (False, True):
-        model = AutoModel.from_pretrained(tiny_llama_dir)
-        projection = model.layers[0].self_attn.q_proj
-        projection.register_forward_hook(lambda *args: seen.add(args[2].dtype))
-        trainer = contrastive(model, tiny_tokenizer, tmp_path, bf16=bf16, max_steps=6)
-        compute, dtypes = trainer.loss_and_grads, set()
-
-        def spied(q, p, batch, compute=compute, dtypes=dtypes):
-            assert not torch.is_autocast_enabled("cpu")
-            loss, *others = compute(q, p, batch)
-            dtypes |= {x.dtype for x in (q, p, loss)}
-            return loss, *others
-
-        trainer.loss_and_grads = spied
-        curves.append(curve(trainer))
-        assert dtypes == {torch.float32}
-    assert seen == {torch.float32, torch.bfloat16}
-    torch.testing.assert_close(*curves, rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize("make", [contrastive, rankpo])
-def test_a_resumed_training_goes_on_as_if_uninterrupted(
-    make, tmp_path, tiny_tokenizer, tiny_llama_dir
-):
-    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    curves = []
-    for resume in (None, str(tmp_path / "checkpoint-3")):
-        model = AutoModel.from_pretrained(tiny_llama_dir)
-        if make is rankpo:
-            more["reference"] = model  # as it starts, not as it was when it was saved
-        curves.append(curve(make(model, tiny_tokenizer, tmp_path, **more), resume))
-    torch.testing.assert_close(*curves, rtol=0, atol=0)
-
-
-@pytest.mark.long
-def test_a_compiled_model_has_the_same_curve(tmp_path, tiny_tokenizer, tiny_llama_dir):
-    curves = []
-    for more in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        model = AutoModel.from_pretrained(tiny_llama_dir)
-        trainer = contrastive(model, tiny_tokenizer, tmp_path, max_steps=2, **more)
-        curves.append(curve(trainer))
-    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
 
 
 # --- evaluation ---
@@ -537,109 +301,6 @@ def test_a_model_may_pool_itself_or_embed_be_overridden(tmp_path, tiny_tokenizer
     assert all(x.requires_grad for x in model.parameters())
 
 
-# --- the original's scripts ---
-
-
-class ModelForTraining(nn.Module):
-    """As their first stage has it: a model that computes its loss, in training alone."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, query=None, passage=None):
-        batch = {"query": query, "passage": passage}
-        return SimpleNamespace(loss=Plain.loss(self.model, batch) if self.training else None)
-
-
-@pytest.mark.long
-def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny_llama_dir):
-    curves, compiled = [], {"torch_compile": True, "torch_compile_backend": "eager"}
-    for wrapped, more in ((False, {}), (True, {}), (True, compiled)):
-        model = AutoModel.from_pretrained(tiny_llama_dir)
-        trainer = ContrastiveTrainer(
-            model=ModelForTraining(model) if wrapped else model,
-            args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, **more),
-            train_dataset=triplets(16), tokenizer=tiny_tokenizer,
-            data_collator=Collator(tiny_tokenizer), eval_dataset=triplets(4),
-        )  # fmt: skip
-        curves.append(curve(trainer))
-        if wrapped:
-            with pytest.raises(ValueError, match="ModelForTraining returns no loss in evaluation"):
-                trainer.evaluate()
-            torch.testing.assert_close(curves[0], curves[-1], rtol=0, atol=1e-4)
-
-
-def test_adapters_and_compilation_leave_a_model_what_it_is(
-    tmp_path, tiny_tokenizer, tiny_bert_dir, llama
-):
-    """One with its own loss, and one whose pooler gets no gradient."""
-    peft = pytest.importorskip("peft")
-    batch, linear = Collator(tiny_tokenizer)(triplets(4)), {"target_modules": "all-linear", "r": 2}
-    expected = Plain.loss(llama, batch)
-    model = peft.get_peft_model(ModelForTraining(llama), peft.LoraConfig(**linear))
-    for whole in (model, torch.compile(model)):
-        trainer = contrastive(whole, tiny_tokenizer, tmp_path)
-        assert abs(trainer.compute_loss(model, batch) - expected) < 1e-5
-    bert = AutoModel.from_pretrained(tiny_bert_dir)
-    model = peft.get_peft_model(bert, peft.LoraConfig(**linear))
-    contrastive(model, tiny_tokenizer, tmp_path).compute_loss(model, batch).backward()
-    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
-
-
-@dataclass
-class TheirArguments(TrainingArguments):
-    reference_free: bool = False
-    use_fast: bool = True
-    temperature: float = 0.02
-    beta: float = 1.0
-    gamma_beta_ratio: float = 0.0
-    sft_weight: float = 0.0
-    rankpo_weight: float = 1.0
-    loss_type: str = "sigmoid"
-    label_smoothing: float = 0.0
-    generate_during_eval: bool = False
-    normalize_embeddings: bool = True
-    disable_dropout: bool = True
-    dataset_num_proc: int = 1
-    wandb_project: str = ""
-
-
-def test_the_second_script_runs_with_one_import_changed(tmp_path, tiny_tokenizer, llama, other):
-    """Their arguments, dataset and collator, which knows no reference, as they are passed there."""
-    from datasets import Dataset
-
-    class TheirCollator(RankPODataCollatorWithPadding):
-        def __call__(self, rows):
-            return super().__call__(
-                [{k: row[k] for k in ("query", "chosen", "rejected")} for row in rows]
-            )
-
-    args = arguments(tmp_path, TheirArguments, max_steps=2)
-    args.max_query_length, args.max_passage_length = 5, 7
-    trainer = RankPOTrainer(
-        model=llama, ref_model=other, args=args,
-        data_collator=TheirCollator(pad_token_id=tiny_tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list(preferences(8)), tokenizer=tiny_tokenizer,
-    )  # fmt: skip
-    lengths = [len(trainer.train_dataset[0][key]["input_ids"]) for key in ("query", "chosen")]
-    assert lengths == [5, 7]
-    result = trainer.train()
-    assert result.metrics["train_loss"] > 0 and args.remove_unused_columns
-    trainer.save_model(str(tmp_path / "saved"))
-    AutoModel.from_pretrained(tmp_path / "saved")
-    names = {"rankpo_loss"} | {
-        f"rewards/{x}" for x in ("chosen", "rejected", "accuracies", "margins")
-    }
-    names |= {f"scores/{x}" for x in ("chosen", "rejected", "margins")}
-    assert names <= trainer.state.log_history[0].keys()
-
-
-def test_defaults_are_those_of_the_authors_script():
-    args = RankPOArguments("out", use_cpu=True)
-    assert (args.beta, args.temperature, args.reference_free) == (2.0, 0.1, True)
-
-
 # --- what is wrong ---
 
 
@@ -726,50 +387,3 @@ def test_another_version_of_the_library_is_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "rankpo_fast.integrations.hf_trainer")
     with pytest.raises(ImportError, match="transformers >= 5 .* and 4.57.0 is installed"):
         importlib.import_module("rankpo_fast.integrations.hf_trainer")
-
-
-# --- examples ---
-
-
-def test_a_gradient_cache_by_hand_has_the_gradients_of_one_graph(tiny_tokenizer, llama):
-    from rankpo_fast.integrations.examples.grad_cache import backward
-
-    def embed(texts):
-        tokens = tiny_tokenizer(texts, padding=True, return_tensors="pt")
-        return pool_padded(llama(**tokens).last_hidden_state, tokens["attention_mask"], "last")
-
-    rows = triplets(7)
-    queries = [row["query"] for row in rows]
-    passages = [row[key] for row in rows for key in ("positive", "negative")]
-    whole = info_nce_loss(embed(queries), embed(passages))
-    expected = gradients(whole, llama)
-    llama.zero_grad()
-    assert abs(backward(embed, queries, passages, size=3) - whole) < 1e-5
-    close(torch.cat([x.grad.flatten() for x in llama.parameters()]), expected)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "name", ["plain_loop", "grad_cache", "accelerate", "hf_trainer", "lightning"]
-)
-def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
-    if name == "lightning":
-        pytest.importorskip(name)
-    name = f"rankpo_fast.integrations.examples.{name}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(examples, "small_world", lambda: world)
-    monkeypatch.chdir(tmp_path)
-    runpy.run_module(name, run_name="__main__")
-    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
-    stages = [losses[:2], losses[2:]] if name.endswith("hf_trainer") else [losses]
-    assert all(of_stage[-1] < of_stage[0] for of_stage in stages)
-
-
-@pytest.mark.long
-def test_processes_of_accelerate_share_their_negatives(world, tmp_path):
-    small = world._replace(triplets=world.triplets[:64])
-    ranks = rank_runs.start(2, tmp_path / "said", hf_runs.accelerated, small).ended()
-    assert [rank.code for rank in ranks] == [0, 0], ranks
-    q, p, losses = zip(*[rank.answer for rank in ranks], strict=True)
-    whole = info_nce_loss(torch.cat(q), torch.cat(p))
-    assert abs(sum(losses) / 2 - whole) < 1e-5

@@ -9,7 +9,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_cases import (
+
+from bench.processes import answered, processes
+from rankpo_fast.integrations import open_clip as ours
+from rankpo_fast.integrations.open_clip import loss_file as theirs
+from support.gates import draw, error, gates, pass_the_gates
+from support.open_clip_cases import (
     DEFINITIONS,
     Towers,
     compare,
@@ -20,11 +25,6 @@ from clip_cases import (
     inputs,
     refuse,
 )
-from gates import draw, error, gates, pass_the_gates
-
-from bench.processes import answered, processes
-from rankpo_fast.integrations import open_clip as ours
-from rankpo_fast.integrations.open_clip import loss_file as theirs
 
 LOSSES = ["ClipLoss", "SigLipLoss"]
 needs_theirs = pytest.mark.skipif(not find_spec("open_clip"), reason="open_clip is not installed")
@@ -356,7 +356,7 @@ def test_a_world_of_another_size_is_refused(ranks):
 
 def test_the_example_trains(world, monkeypatch, capsys):
     pytest.importorskip("open_clip")
-    from rankpo_fast.integrations.examples import open_clip as example
+    import train_open_clip as example
 
     monkeypatch.setattr(example, "small_world", lambda: world)
     example.main()

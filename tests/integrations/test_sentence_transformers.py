@@ -8,15 +8,25 @@ import sys
 from importlib import metadata
 
 import pytest
-import stand_in
 import torch
-from gates import in_fp64, pass_the_gates
-from launcher import NoSync
-from st_cases import SENTENCES, Rows, bert, compared, error, flatten, result, rows_of, texts
 from torch import nn
 
 from rankpo_fast import rankpo_loss
 from rankpo_fast.integrations import require
+from support import fake_packages
+from support.gates import in_fp64, pass_the_gates
+from support.launcher import NoSync
+from support.sentence_transformers_cases import (
+    SENTENCES,
+    Rows,
+    bert,
+    compared,
+    error,
+    flatten,
+    result,
+    rows_of,
+    texts,
+)
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
@@ -304,7 +314,7 @@ def test_no_trainer_is_imported_by_whoever_does_not_ask_for_it():
     foreign = {"sentence_transformers", "datasets", "accelerate", "lightning", "open_clip",
                "FlagEmbedding", "tevatron", "grad_cache", "liger_kernel", "peft"}  # fmt: skip
     program = (
-        "import sys, rankpo_fast, rankpo_fast.integrations, rankpo_fast.integrations.examples\n"
+        "import sys, rankpo_fast, rankpo_fast.integrations\n"
         "import rankpo_fast.cli, rankpo_fast.losses\n"
         f"sys.exit(' '.join({foreign} & {{name.partition('.')[0] for name in sys.modules}}) or 0)"
     )
@@ -374,7 +384,7 @@ def test_rankpo_names_a_wrong_option_when_it_is_made(tiny_tokenizer):
 
 
 def test_ligers_kernels_go_to_the_backbone_of_the_model(tiny_bert_dir, monkeypatch):
-    calls = stand_in.liger(monkeypatch, "bert")
+    calls = fake_packages.liger(monkeypatch, "bert")
     model = bert(tiny_bert_dir)
     with pytest.raises(ValueError, match="need a GPU, and the device is cpu"):
         ours.use_liger_kernel(model)

@@ -4,13 +4,23 @@ import itertools
 
 import pytest
 import torch
-from gates import error as off
-from gates import gates, in_fp64, pass_the_gates
-from problems import NoMatrix
-from st_cases import Rows, bert, compared, error, flatten, largest_logit, result, rows_of, texts
 from torch import nn
 
-from rankpo_fast.ops import batch
+from rankpo_fast.ops import checks
+from support.gates import error as off
+from support.gates import gates, in_fp64, pass_the_gates
+from support.info_nce_problems import NoMatrix
+from support.sentence_transformers_cases import (
+    Rows,
+    bert,
+    compared,
+    error,
+    flatten,
+    largest_logit,
+    result,
+    rows_of,
+    texts,
+)
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
@@ -314,7 +324,7 @@ def test_a_learnt_scale_has_their_gradient(cached, tiny_tokenizer):
 @EACH_FORM
 def test_no_matrix_of_scores_is_made(form, around, tiny_tokenizer, monkeypatch):
     B, documents = 256, 2
-    monkeypatch.setitem(batch.DEFAULT_WORKSPACE, "cpu", 4 * B * documents * 4 * 8)
+    monkeypatch.setitem(checks.DEFAULT_WORKSPACE, "cpu", 4 * B * documents * 4 * 8)
     model = Rows(16, tiny_tokenizer, rows=B * (1 + documents))
     guide = Rows(6, tiny_tokenizer, seed=5, rows=B * (1 + documents))
     loss = made(ours, form, model, guide)

@@ -1,8 +1,9 @@
 """Negatives from two ranks: gradients under DDP are those of sentence-transformers' losses."""
 
 import pytest
-import st_cases
 import torch
+
+from support import sentence_transformers_cases
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
@@ -15,21 +16,25 @@ RANKING = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", st_cases.RANKS)
+@pytest.mark.parametrize("name", sentence_transformers_cases.RANKS)
 def test_gathered_losses_are_theirs(two_ranks, name, tiny_tokenizer):
-    two_ranks(st_cases.gathered, name, tiny_tokenizer)
+    two_ranks(sentence_transformers_cases.gathered, name, tiny_tokenizer)
 
 
 @RANKING
 def test_duplicates_of_other_ranks_are_masked(two_ranks, kind, tiny_tokenizer):
-    two_ranks(st_cases.masked, kind, tiny_tokenizer)
+    two_ranks(sentence_transformers_cases.masked, kind, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["own", "gathered"])
 @RANKING
 def test_a_learnt_scale_is_one_on_all_ranks(two_ranks, kind, gather, tiny_tokenizer):
-    of_one_process = two_ranks(st_cases.learnt_scales, kind, tiny_tokenizer, False, True)[0]
-    first, second = two_ranks(st_cases.learnt_scales, kind, tiny_tokenizer, gather)
+    of_one_process = two_ranks(
+        sentence_transformers_cases.learnt_scales, kind, tiny_tokenizer, False, True
+    )[0]
+    first, second = two_ranks(
+        sentence_transformers_cases.learnt_scales, kind, tiny_tokenizer, gather
+    )
     assert first == second and first[0] != first[-1]
     if gather:
         assert first == pytest.approx(of_one_process, rel=1e-5)
@@ -38,7 +43,9 @@ def test_a_learnt_scale_is_one_on_all_ranks(two_ranks, kind, gather, tiny_tokeni
 @pytest.mark.long
 def test_their_trainer_trains_alike_on_two_ranks(two_ranks, tiny_bert_dir, tmp_path):
     kind = "CachedMultipleNegativesRankingLoss"
-    answers = two_ranks(st_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path))
+    answers = two_ranks(
+        sentence_transformers_cases.trained_by_ranks, kind, tiny_bert_dir, str(tmp_path)
+    )
     true, got, _ = answers[0]
     assert len(true) == 6
     torch.testing.assert_close(torch.tensor(got), torch.tensor(true), rtol=1e-4, atol=0)

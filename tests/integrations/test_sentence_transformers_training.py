@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from st_cases import SENTENCES, bert, texts
 from torch import nn
+
+from support.sentence_transformers_cases import SENTENCES, bert, texts
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+import train_sentence_transformers as example_ranking  # noqa: E402
+import train_sentence_transformers_rankpo as example_rankpo  # noqa: E402
 from datasets import Dataset, DatasetDict  # noqa: E402
 from sentence_transformers import (  # noqa: E402
     SentenceTransformer,
@@ -19,10 +22,6 @@ from sentence_transformers.sentence_transformer import losses as theirs  # noqa:
 from transformers import TrainerCallback  # noqa: E402
 
 from rankpo_fast.integrations import sentence_transformers as ours  # noqa: E402
-from rankpo_fast.integrations.examples import sentence_transformers as example_ranking  # noqa: E402
-from rankpo_fast.integrations.examples import (  # noqa: E402
-    sentence_transformers_rankpo as example_rankpo,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 

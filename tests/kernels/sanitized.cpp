@@ -47,7 +47,7 @@ void fill(void* to, int64_t size, int32_t type) {
 }
 
 void ranked() {
-    RankedRows in{};
+    RankPORows in{};
     in.type = static_cast<int32_t>(draw(0, 2));
     const int64_t item = in.type == 0 ? 4 : 2, grad_item = in.type == 1 ? 2 : 4;
     in.rows = draw(0, 9), in.dims = draw(1, draw(0, 1) ? 1100 : 40), in.count = draw(1, draw(0, 1) ? 3 : 40);
@@ -91,7 +91,7 @@ void ranked() {
     if (!in.reference) in.reference_count = 0;
     in.weights = grads ? floats(in.rows) : nullptr;
     in.loss = floats(in.rows), in.similarities = floats(in.rows * in.count);
-    rankpo_ranked_rows(&in, static_cast<int32_t>(draw(1, 4)));
+    rankpo_rankpo_rows(&in, static_cast<int32_t>(draw(1, 4)));
     for (auto* each : blocks) delete each;
 }
 

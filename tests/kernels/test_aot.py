@@ -29,12 +29,13 @@ def shipped(output, refused):  # after it, so that there is something to reuse
 def aot(output: Path, *samples: str) -> subprocess.CompletedProcess:
     """Compile samples by name for sm_90, in a process where kernels are not interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = map(str, (ROOT / "kernels", ROOT, ROOT / "tests/kernels"))
+    paths = map(str, (ROOT / "kernels", ROOT, ROOT / "tests"))
     env |= {"SAMPLES": " ".join(samples), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "bench.aot", "--launches", "aot_samples", "--arch", "90"]
+    command = [sys.executable, "-m", "bench.aot", "--arch", "90", "--output", output]
     return subprocess.run(
-        [*command, "--output", output], env=env, capture_output=True, text=True, check=False
-    )
+        [*command, "--launches", "support.aot_samples"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.long

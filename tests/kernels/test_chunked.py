@@ -5,17 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gates import error, gates, longest_product
-from problems import EVERYTHING, GRID, M, N, NoMatrix, exact, label_and_hardest, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast.ops.info_nce import info_nce_definition
-from rankpo_kernels import chunked, native
-from rankpo_kernels.objective import HARDNESS_MODES, PQ, QP, Relations, Settings, limits
+from rankpo_kernels.chunked import chunks, info_nce_general, native
+from rankpo_kernels.chunked import info_nce as chunked
+from rankpo_kernels.objective import limits
+from rankpo_kernels.problem import HARDNESS_MODES, PQ, QP, InfoNCEProblem, InfoNCESettings
+from rankpo_kernels.relations import Relations
+from support.gates import error, gates, longest_product
+from support.info_nce_problems import (
+    EVERYTHING,
+    GRID,
+    M,
+    N,
+    NoMatrix,
+    exact,
+    label_and_hardest,
+    problem,
+)
 
 SCALE = 20.0
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
-PLAIN = Settings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
+PLAIN = InfoNCESettings(normalize=True, workspace_bytes=8 * 5 * N * 3)  # a few rows of a chunk
 
 
 def compare(q, p, own, relations, settings, dtype=torch.float64, scale=SCALE):
@@ -24,11 +36,11 @@ def compare(q, p, own, relations, settings, dtype=torch.float64, scale=SCALE):
     q, p, own = (x if x is None else x.to(dtype) for x in (q, p, own))
     loss_M, truth = exact(q, p, own, relations, settings, weights, scale=scale)
     result = chunked.info_nce(
-        q, p, own, torch.tensor(scale, dtype=torch.float64), relations, settings, weights,
-        (True,) * 4,
+        InfoNCEProblem(q, p, own, torch.tensor(scale, dtype=torch.float64), relations, settings),
+        weights, (True,) * 4,
     )  # fmt: skip
     grads = [x for x in result[3:7] if x is not None]
-    forward = chunked.info_nce(q, p, own, torch.tensor(scale), relations, settings, None)
+    forward = chunked.info_nce(InfoNCEProblem(q, p, own, torch.tensor(scale), relations, settings))
     assert forward[3:] == (None,) * 5
     of_loss = max(error(x.loss_M, loss_M) for x in (forward, result))
     return of_loss, max(map(error, grads, truth))
@@ -70,13 +82,14 @@ class Products(TorchDispatchMode):
     ids=["kept", "more-rows-than-a-chunk", "too-large", "loss-alone"],
 )
 def test_both_directions_make_small_scores_once(monkeypatch, kept_bytes, rows, grads, products):
-    monkeypatch.setattr(chunked, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(chunked, "CPU_ROWS", rows)
+    monkeypatch.setattr(info_nce_general, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(chunks, "CPU_ROWS", rows)
     q, p, relations = torch.randn(256, 8), torch.randn(192, 8), Relations(torch.arange(256) % 192)
     settings = replace(PLAIN, workspace_bytes=2**24, directions=(QP, PQ))
     with Products() as made:
         weights = torch.ones(256) if grads else None
-        chunked.info_nce(q, p, None, torch.tensor(9.0), relations, settings, weights, (grads,) * 4)
+        case = InfoNCEProblem(q, p, None, torch.tensor(9.0), relations, settings)
+        chunked.info_nce(case, weights, (grads,) * 4)
     assert made.count == products
 
 
@@ -95,14 +108,16 @@ def test_similarities_of_the_label_and_of_the_hardest_negative_are_told(names, h
     case, settings = problem(*names, "curated", dtype=dtype), PLAIN
     if hardness:
         settings = replace(PLAIN, hardness_mode=hardness, hardness_strength=9.0)
-    result = chunked.info_nce(*case[:3], torch.tensor(SCALE), case[3], settings, None)
+    result = chunked.info_nce(InfoNCEProblem(*case[:3], torch.tensor(SCALE), case[3], settings))
     of_label_M, hardest_M = label_and_hardest(*case)
     bound = gates(dtype, 1.0)[0]  # a cosine is a logit of scale 1
     assert error(result.hardest_M, hardest_M) < bound
     assert error(result.positive_M, of_label_M) < bound
 
 
-@pytest.mark.parametrize("name", [name for name in GRID if "margin" in GRID[name][1]])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, options) in GRID.items() if "false_negative_margin" in options]
+)
 def test_no_similarity_is_so_near_a_threshold_that_rounding_decides(name):
     names, options = GRID[name]
     q, p, _, relations = problem(*names)
@@ -110,7 +125,7 @@ def test_no_similarity_is_so_near_a_threshold_that_rounding_decides(name):
     if relations.guide_queries is not None:
         judge, settings = (
             (relations.guide_queries, relations.guide_passages),
-            replace(PLAIN, dims=()),
+            PLAIN,
         )
     for prefix, _ in settings.levels(judge[0].shape[1]):
         a, b = (x[:, :prefix] for x in judge)
@@ -134,7 +149,9 @@ def test_only_what_is_needed_is_given(name, path):
     gate = gates(torch.float32, 1 / (SCALE * largest))[1]
     for place in range(4):
         needs = tuple(i == place for i in range(4))
-        some = chunked.info_nce(q, p, own, scale, relations, settings, torch.ones(M), needs)
+        some = chunked.info_nce(
+            InfoNCEProblem(q, p, own, scale, relations, settings), torch.ones(M), needs
+        )
         for i, (got, want) in enumerate(zip(some[3:7], truth, strict=True)):
             assert (got is None) if i != place or want is None else error(got, want) < gate
 
@@ -158,10 +175,10 @@ def test_filter_keeps_its_bound():
     q, p = (torch.nn.functional.normalize(x) for x in (q, p))
     settings = replace(PLAIN, workspace_bytes=8 * 4 * 400)
     weights = torch.linspace(0.5, 2, 32)
-    arguments = (q, p, None, scale, relations)
-    exact = chunked.info_nce(*arguments, settings, weights, (True,) * 4)
+    case = InfoNCEProblem(q, p, None, scale, relations, settings)
+    exact = chunked.info_nce(case, weights, (True,) * 4)
     rough = chunked.info_nce(
-        *arguments, replace(settings, gradient_filter=eps), weights, (True,) * 4
+        case._replace(settings=replace(settings, gradient_filter=eps)), weights, (True,) * 4
     )
     assert torch.equal(exact.loss_M, rough.loss_M) and torch.equal(exact.d_scale, rough.d_scale)
     off_M = (exact.dq_MD - rough.dq_MD).norm(dim=1)
@@ -200,8 +217,8 @@ def test_edges(sizes, ids, dtype, options, path):
     else:
         own, relations = None, relations._replace(positive_offsets=None, positive_columns=None)
     settings = replace(PLAIN, **options)
-    arguments = (q, p, own, torch.tensor(SCALE), relations, settings)
-    result = chunked.info_nce(*arguments, torch.ones(queries), (True,) * 4)
+    case = InfoNCEProblem(q, p, own, torch.tensor(SCALE), relations, settings)
+    result = chunked.info_nce(case, torch.ones(queries), (True,) * 4)
     assert result.dq_MD.shape == q.shape and result.dp_ND.shape == p.shape
     others = result.loss_M[:-1] if H else result.loss_M
     extra = math.log(2) * 3 if options.get("directions") else 0.0  # the positive is listed twice
@@ -222,8 +239,8 @@ def test_a_zero_vector_has_gradient_zero(name, path):
     if own is not None:
         own[3] = 0
     result = chunked.info_nce(
-        q, p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options), torch.ones(M),
-        (True,) * 4,
+        InfoNCEProblem(q, p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options)),
+        torch.ones(M), (True,) * 4,
     )  # fmt: skip
     assert all(x is None or x.isfinite().all() for x in result[3:]) and result[0].isfinite().all()
     assert not result.dq_MD[1].any() and not result.dp_ND[2].any()
@@ -235,10 +252,10 @@ def test_nan_in_one_query_stays_in_its_row(name, path):
     names, options = GRID[name]
     q, p, own, relations = problem(*names)
     q, p, own = (x if x is None else x.float() for x in (q, p, own))
-    rest = (p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options), None)
-    clean = chunked.info_nce(q, *rest).loss_M
+    rest = (p, own, torch.tensor(SCALE), relations, replace(PLAIN, **options))
+    clean = chunked.info_nce(InfoNCEProblem(q, *rest)).loss_M
     q[2, 3] = torch.nan
-    loss_M = chunked.info_nce(q, *rest).loss_M
+    loss_M = chunked.info_nce(InfoNCEProblem(q, *rest)).loss_M
     assert loss_M[2].isnan()
     assert torch.equal(loss_M[torch.arange(M) != 2], clean[torch.arange(M) != 2])
 
@@ -246,22 +263,24 @@ def test_nan_in_one_query_stays_in_its_row(name, path):
 def test_workspace_of_less_than_a_row_is_refused():
     with pytest.raises(ValueError, match="too small for one row"):
         q, p, own, relations = problem("ids")
-        chunked.info_nce(
-            q, p, own, torch.tensor(1.0), relations, replace(PLAIN, workspace_bytes=99), None
-        )
+        settings = replace(PLAIN, workspace_bytes=99)
+        chunked.info_nce(InfoNCEProblem(q, p, own, torch.tensor(1.0), relations, settings))
 
 
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        (("excluded", "ids", "curated"), {"margin": 0.3}),
-        (("excluded", "ids", "curated", "guide"), {"margin": 0.3, "gradient_filter": 0.1}),
+        (("excluded", "ids", "curated"), {"false_negative_margin": 0.3}),
+        (
+            ("excluded", "ids", "curated", "guide"),
+            {"false_negative_margin": 0.3, "gradient_filter": 0.1},
+        ),
         (("excluded", "ids", "curated", "own", "positives"), EVERYTHING),
     ],
     ids=["fused", "guide-and-filter", "general"],
 )
 def test_score_matrix_is_never_stored(names, options, path, monkeypatch):
-    monkeypatch.setitem(chunked.SLAB, "cpu", 4096)
+    monkeypatch.setitem(chunks.SLAB, "cpu", 4096)
     size, H, rows = 512, 1024, 32
     q, p, own = (torch.randn(n, 4) for n in (size, size, H))
     offsets, each = torch.arange(size + 1), torch.arange(size)
@@ -275,9 +294,8 @@ def test_score_matrix_is_never_stored(names, options, path, monkeypatch):
     settings = replace(PLAIN, workspace_bytes=rows * size * 4, **options)
     own = own if "own" in names else None
     with NoMatrix() as mode:
-        chunked.info_nce(
-            q, p, own, torch.tensor(9.0), relations, settings, torch.ones(size), (True,) * 4
-        )
+        case = InfoNCEProblem(q, p, own, torch.tensor(9.0), relations, settings)
+        chunked.info_nce(case, torch.ones(size), (True,) * 4)
     assert mode.largest <= rows * size
     with NoMatrix() as mode:
         info_nce_definition(q, p, 9.0, Relations(each), PLAIN)

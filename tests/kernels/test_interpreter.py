@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import LAST_FIRST, OutOfBounds, Race, grid_order, shadow_memory
+
+from support.interpreter import LAST_FIRST, OutOfBounds, Race, grid_order, shadow_memory
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled here"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rankpo_kernels
-from rankpo_kernels import native, norms
+from rankpo_kernels.chunked import native, norms
 
 
 @pytest.fixture
@@ -37,15 +37,16 @@ def test_every_instruction_set_gives_the_same(name):
     """In a process of its own: the set is chosen once."""
     script = """
         import torch
-        from rankpo_kernels import native, norms, pairs
+        from rankpo_kernels.chunked import native, norms, rankpo
+        from rankpo_kernels.problem import RankPOProblem, RankPOSettings
         print(native.library().rankpo_instruction_set().decode())
         q, c, r = torch.randn(3, 9, 700, generator=torch.Generator().manual_seed(0))
         for dtype, close in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-6)):
             tensors = [x.to(dtype) for x in (q, c, r)]
-            rest = (None, None, pairs.Rule(2.0, 0.5), torch.ones(9), [True] * 3)
-            ours = pairs.ranked(tensors[0], tensors[1:], *rest)
+            rest, how = (None, None, RankPOSettings(temperature=0.5)), (torch.ones(9), [True] * 3)
+            ours = rankpo.rankpo(RankPOProblem(tensors[0], tensors[1:], *rest), *how)
             wide = [x.double() for x in tensors]
-            exact = pairs.ranked(wide[0], wide[1:], *rest)
+            exact = rankpo.rankpo(RankPOProblem(wide[0], wide[1:], *rest), *how)
             for got, want in zip((*ours[:2], *ours.grads), (*exact[:2], *exact.grads)):
                 assert (got - want).norm() < close * want.norm(), (dtype, got, want)
         wide = torch.randn(16, 16384).bfloat16().float()

@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, make_batch, make_encoder
 
 from rankpo_fast.model import attention
 from rankpo_fast.model.attention import (
@@ -20,6 +19,7 @@ from rankpo_fast.model.attention import (
     why_not_packed,
 )
 from rankpo_fast.model.dropout import DroppedAttention
+from support.model_families import FAMILIES, make_batch, make_encoder
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 BY_TEXT = BY_NAME["sdpa"]

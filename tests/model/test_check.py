@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from families import FAMILIES, make_encoder
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
@@ -12,6 +11,7 @@ from rankpo_fast.model import attention, check
 from rankpo_fast.model.attention import KERNELS, Unpackable
 from rankpo_fast.model.check import check_packing
 from rankpo_fast.model.load import load_encoder
+from support.model_families import FAMILIES, make_encoder
 
 BY_TEXT = KERNELS[-1]
 

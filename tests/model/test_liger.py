@@ -1,21 +1,21 @@
 """Liger's kernels go where they can, and where they are asked for or nothing is loaded."""
 
 import pytest
-import stand_in
 import torch
-from families import make_encoder
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.liger import use_liger
 from rankpo_fast.model.load import load_encoder
+from support import fake_packages
+from support.model_families import make_encoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    return stand_in.liger(monkeypatch, "llama")
+    return fake_packages.liger(monkeypatch, "llama")
 
 
 @pytest.mark.parametrize("asked", [None, True])
@@ -35,7 +35,7 @@ def test_the_instance_is_patched_without_the_losses_of_a_language_model(calls, a
     ],
 )
 def test_where_it_cannot_be_asking_is_an_error(calls, monkeypatch, family, device, version, reason):
-    stand_in.say_version(monkeypatch, "liger-kernel", version)
+    fake_packages.say_version(monkeypatch, "liger-kernel", version)
     backbone = make_encoder(family).backbone
     use_liger(backbone, None, device)
     with pytest.raises(InputError, match=f"--use_liger_kernel true: .*{reason}.* false"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rankpo_kernels import native
+from rankpo_kernels.chunked import native
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -7,9 +7,23 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from gates import FLOOR, draw, error, gates
 from hypothesis import strategies as st
-from pairs import (
+
+from rankpo_fast import (
+    in_batch_rankpo_loss,
+    in_batch_rankpo_loss_and_grads,
+    rankpo_loss,
+    siglip_loss,
+)
+from rankpo_fast.ops import in_batch as module
+from rankpo_fast.ops.checks import known_definition
+from rankpo_fast.ops.in_batch import _in_batch, _in_batch_grads
+from rankpo_fast.ops.options import InBatchRankPOCall, SigLIPCall
+from rankpo_kernels.chunked import chunks, native
+from rankpo_kernels.problem import InBatchSettings, compute_dtype
+from rankpo_kernels.relations import Relations, count_others, known
+from support.gates import FLOOR, draw, error, gates
+from support.in_batch_problems import (
     DEVICE,
     GRID,
     M,
@@ -22,20 +36,7 @@ from pairs import (
     problem,
     relations_of,
 )
-from problems import NoMatrix, lists
-
-from rankpo_fast import (
-    in_batch_rankpo_loss,
-    in_batch_rankpo_loss_and_grads,
-    rankpo_loss,
-    siglip_loss,
-)
-from rankpo_fast.ops import in_batch as module
-from rankpo_fast.ops.batch import known_definition
-from rankpo_fast.ops.in_batch import _pair_losses, _pair_losses_grads
-from rankpo_kernels import native
-from rankpo_kernels.norms import compute_dtype
-from rankpo_kernels.objective import PairSettings, Relations, count_others, known
+from support.info_nce_problems import NoMatrix, lists
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOSSES = ("rankpo", "siglip")
@@ -45,12 +46,11 @@ ROWS = {"workspace_bytes": 2 * 16 * 4 * N}  # of a chunk: 16 with a reference in
 @pytest.fixture
 def triton(interpreted, monkeypatch):
     """Options that choose triton; its tiles are small."""
-    from launcher import SMALL
-
-    from rankpo_kernels.gpu import pointwise
+    from rankpo_kernels.triton import in_batch
+    from support.launcher import SMALL
 
     for name in ("FULL", "SLIM", "SMALL"):
-        monkeypatch.setattr(pointwise, name, SMALL)
+        monkeypatch.setattr(in_batch, name, SMALL)
     return {"backend": "triton"}
 
 
@@ -377,7 +377,8 @@ def test_loss_and_grads_equal_autograd_and_count_the_pairs(options):
     loss, q, p, given = problem("everything", torch.float32)
     truth, (loss_gate, grad_gate) = exact(loss, q, p, given), gates_of((loss, q, p, given))
     on_device = [x.to(DEVICE) if options else x for x in (q, p)]
-    *got, stats = in_batch_rankpo_loss_and_grads(*on_device, **given, **options)
+    loss, grads, stats = in_batch_rankpo_loss_and_grads(*on_device, **given, **options)
+    got = loss, *grads
     errors = [error(x.cpu(), y) for x, y in zip(got, truth, strict=True)]
     assert errors[0] < loss_gate and max(errors[1:]) < grad_gate
     open_MN = ~known_definition(relations_of(given), N)
@@ -406,25 +407,21 @@ def test_loss_and_grads_equal_autograd_and_count_the_pairs(options):
 def arguments_of(name, *, needs=(True,) * 4, **options):
     """What the ops hand to `_launch`, which dispatch modes can look into."""
     loss, q, p, given = problem(name, torch.float32, **options)
-    labels = given.pop("labels")
     if loss == "rankpo":
-        margin, rest = module.split_margin(given)
-        arguments, weights, _ = module._rankpo_arguments(q, p, labels, margin, **rest)
+        checked = module.check_in_batch_rankpo(InBatchRankPOCall(q, p, **given))
         needs = (*needs[:2], False, False)
     else:
-        form = module.PairLoss(8.0, -3.0, {"kind": "siglip"}, {})
-        arguments, weights, _ = module._arguments(q, p, labels, (None,) * 2, lambda: form, **given)
-    return (*arguments, weights, needs)
+        checked = module.check_siglip(SigLIPCall(q, p, scale=8.0, bias=-3.0, **given))
+    *leaves, relations, settings = checked.problem
+    return (*leaves, list(relations), settings.text(), checked.weights_M, needs)
 
 
 @pytest.mark.parametrize("name", ["everything", "siglip-everything"])
 def test_score_matrix_is_never_stored(name, path, monkeypatch):
-    from rankpo_kernels import chunked
-
-    monkeypatch.setitem(chunked.SLAB, "cpu", 4096)
+    monkeypatch.setitem(chunks.SLAB, "cpu", 4096)
     size, rows = 512, 32
     *rest, settings, weights, needs = arguments_of(name, M=size, N=size, D=8)
-    settings = replace(PairSettings.parse(settings), workspace_bytes=2 * rows * size * 4)
+    settings = replace(InBatchSettings.parse(settings), workspace_bytes=2 * rows * size * 4)
     with NoMatrix(size * size // 4) as mode:
         module._launch(*rest, settings.text(), weights, needs)
     assert mode.largest <= 2 * rows * size
@@ -436,12 +433,12 @@ def test_threads_do_not_change_a_bit():
     rows, columns = 501, 2200  # enough work for three threads, and not the same for each
     scores, reference = torch.randn(2, rows, columns)
     ones, labels = torch.ones(columns), torch.randint(columns, (rows,))
-    settings = PairSettings(True, 0, sft_weight=0.5, sft_scale=3.0)
+    settings = InBatchSettings(sft_weight=0.5, sft_scale=3.0)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         grads, outputs = scores.clone(), [torch.empty(rows) for _ in range(7)]
-        native.pair_rows(
+        native.in_batch_rows(
             grads, ones, labels, None, (reference, ones), ones[:rows], outputs, 20.0, 0.1, settings
         )
         results.append([grads, *outputs])
@@ -476,10 +473,10 @@ def test_any_shape_and_stride(M, N, D, rows, name, layout, seed):
 def test_opcheck(name):
     *leaves, relations, settings, weights, needs = arguments_of(name, M=6, N=12, D=8)
     leaves = [x.requires_grad_(need) for x, need in zip(leaves, needs, strict=True)]
-    torch.library.opcheck(_pair_losses, (*leaves, relations, settings))
+    torch.library.opcheck(_in_batch, (*leaves, relations, settings))
     # the gradient outputs are not differentiable by design
     torch.library.opcheck(
-        _pair_losses_grads,
+        _in_batch_grads,
         (*leaves, relations, settings, weights, list(needs)),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -4,7 +4,6 @@ op."""
 import pytest
 import torch
 import torch.nn.functional as F
-from gates import error, gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,8 @@ from rankpo_fast.ops.rankpo import (
     pair_similarities,
     pair_similarities_definition,
 )
+from rankpo_kernels.problem import RankPOSettings
+from support.gates import error, gates
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -48,8 +49,8 @@ def definition(q, c, r, weights=None, normalize=True, **options):
 
 def pair_dots(q, c, r):
     """Dot products, as the op has them."""
-    rule = [2.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
-    return _rankpo(q, [c, r], None, None, rule)[1].unbind(1)
+    settings = RankPOSettings(normalize=False).text()
+    return _rankpo(q, [c, r], None, None, settings)[1].unbind(1)
 
 
 def authors_loss(chosen, rejected, reference, beta, temperature, gamma, smoothing, kind):
@@ -281,7 +282,8 @@ def test_gradients_and_stats_without_autograd(dtype, path):
     weights = torch.linspace(0, 1, 33)
     rows = {"reference_margins": reference, "weights": weights}
     want = with_grads(lambda *x: rankpo_loss(*x, **rows, **options), tensors)
-    *got, stats = rankpo_loss_and_grads(*tensors, **rows, **options)
+    loss, grads, stats = rankpo_loss_and_grads(*tensors, **rows, **options)
+    got = loss, *grads
     assert all(map(torch.equal, got, want)) and got[1].dtype == dtype
     chosen, rejected = pair_similarities_definition(*[x.double() for x in tensors])
     over = chosen - rejected - reference
@@ -371,7 +373,8 @@ def test_low_precision_makes_no_copies_in_fp32(dtype):
 @pytest.mark.parametrize("reference", [None, torch.zeros(6, 1)], ids=["free", "reference"])
 def test_opcheck(reference):
     q, *passages = [x.requires_grad_() for x in draw(6, 8, torch.float32)]
-    arguments = (q, passages, None, reference, [2.0, 0.1, 0.0, 0.0, 0.5, 1.0, 0.0, 0.0, 1.0])
+    settings = RankPOSettings(sft_weight=0.5).text()
+    arguments = (q, passages, None, reference, settings)
     torch.library.opcheck(_rankpo, arguments)
     # gradients are not differentiable by design, so the autograd test does not apply to them
     torch.library.opcheck(

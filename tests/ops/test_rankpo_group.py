@@ -3,13 +3,14 @@ expects of an op."""
 
 import pytest
 import torch
-from gates import error, gates, longest_product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankpo_fast import RankPOGroupLoss, rankpo_group_loss, rankpo_loss
 from rankpo_fast.ops.rankpo import _rankpo, _rankpo_grads
 from rankpo_fast.ops.rankpo_group import rankpo_group_definition
+from rankpo_kernels.problem import RankPOSettings
+from support.gates import error, gates, longest_product
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMS = {
@@ -233,8 +234,8 @@ def test_opcheck():
     q, p, grades, reference = draw(5, 4, 6, torch.float32)
     leaves = q.requires_grad_(), [p.requires_grad_()]
     for listwise in (0.0, 1.0):
-        rule = [2.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, listwise, 1.0]
-        arguments = (*leaves, grades.float(), reference.float(), rule)
+        settings = RankPOSettings(listwise=listwise).text()
+        arguments = (*leaves, grades.float(), reference.float(), settings)
         torch.library.opcheck(_rankpo, arguments)
         torch.library.opcheck(
             _rankpo_grads,

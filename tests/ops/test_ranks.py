@@ -3,12 +3,26 @@
 import os
 import re
 
-import pairs
 import pytest
 import torch
-from gates import gates
-from problems import GRID
-from rank_cases import (
+
+from bench.processes import answered, processes
+from bench.ranks import count
+from rankpo_fast import (
+    InBatchRankPOLoss,
+    SigLIPLoss,
+    in_batch_rankpo_loss,
+    in_batch_rankpo_loss_and_grads,
+    info_nce_loss,
+    info_nce_loss_and_grads,
+    siglip_loss,
+)
+from rankpo_fast.ops.ranks import TERMS
+from rankpo_kernels.problem import PQ, QP, QQ
+from support import in_batch_problems
+from support.gates import gates
+from support.info_nce_problems import GRID
+from support.rank_cases import (
     BAD,
     BAD_PAIRS,
     SCALE,
@@ -26,21 +40,7 @@ from rank_cases import (
     talk_alone,
 )
 
-from bench.processes import answered, processes
-from bench.ranks import count
-from rankpo_fast import (
-    InBatchRankPOLoss,
-    SigLIPLoss,
-    in_batch_rankpo_loss,
-    in_batch_rankpo_loss_and_grads,
-    info_nce_loss,
-    info_nce_loss_and_grads,
-    siglip_loss,
-)
-from rankpo_fast.ops.ranks import TERMS
-from rankpo_kernels.objective import PQ, QP, QQ
-
-OF_SCALE = 2e-5  # in fp32: a difference of two sums, as in tests/launcher.py
+OF_SCALE = 2e-5  # in fp32: a difference of two sums, as in tests/support/launcher.py
 OF_LOSS, OF_GRADIENTS = gates(torch.float32, 1 / SCALE)  # of InfoNCE
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -81,7 +81,7 @@ def test_a_rank_without_rows_takes_part(ranks, name):
 PAIRS = ["rankpo", "everything", "everything-hinge", "siglip-everything"]
 
 
-@pytest.mark.parametrize("name", pairs.GRID)
+@pytest.mark.parametrize("name", in_batch_problems.GRID)
 def test_every_option_of_pair_losses_equals_one_process(ranks, name):
     assert worst(ranks(compare_pairs, name, ranks.sizes, torch.float64, "mean")) < 1e-12
 

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import rank_runs
 from safetensors.torch import load_file, save_file
 
 from rankpo_fast.cli import main
+from support import rank_runs
 
 RANKS = 3
 TRADES, PLACES = ["nurse", "cook", "pilot"], ["Lyon", "Oslo in the north", "Rome"]

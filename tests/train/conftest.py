@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import stages
 
 from rankpo_fast.train.log import MetricsLog
+from support import stages
 
 TRADES = ["nurse", "teacher", "developer", "cook", "pilot", "baker", "judge", "miner"]
 PLACES = ["Berlin", "Lyon", "Oslo"]

@@ -3,7 +3,6 @@ skipped where there is no GPU."""
 
 import pytest
 import torch
-from families import FAMILIES, make_batch, make_encoder
 from safetensors.torch import load_file
 
 from rankpo_fast.config import ModelConfig
@@ -11,6 +10,7 @@ from rankpo_fast.data.moving import pinned, to_device
 from rankpo_fast.model.attention import Needs, find_kernels
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.cache import CachedVectors
+from support.model_families import FAMILIES, make_batch, make_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CARD = torch.device("cuda")

@@ -16,13 +16,15 @@ from rankpo_fast.data.packing import pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ranks import ALONE
 from rankpo_fast.train.log import MetricsLog
-from rankpo_fast.train.loop import Plan
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw, learning_rate, update
-from rankpo_fast.train.ranks import ALONE
+from rankpo_fast.train.prefetch import PackedBatch
 from rankpo_fast.train.reporters import Reporters
-from rankpo_fast.train.step import BatchLoss, Objective, Work, train_step
+from rankpo_fast.train.schedule import StepSchedule
+from rankpo_fast.train.step import train_step
+from rankpo_fast.train.task import LossOutput
 
 
 def config(**flags):
@@ -36,17 +38,17 @@ DATA = SimpleNamespace(batch_size=8, batches_per_epoch=5)
 
 
 def test_every_batch_of_every_epoch_is_used_once():
-    plan = Plan.of(config(num_train_epochs=3, gradient_accumulation_steps=4), DATA)
-    batches = [number for step in range(plan.total_steps) for number in plan.batches(step)]
+    schedule = StepSchedule.of(config(num_train_epochs=3, gradient_accumulation_steps=4), DATA)
+    batches = [number for step in range(schedule.total_steps) for number in schedule.batches(step)]
     assert batches == list(range(15))
-    assert plan.total_steps == 4
-    assert plan.epochs(plan.total_steps) == 3
+    assert schedule.total_steps == 4
+    assert schedule.epochs(schedule.total_steps) == 3
 
 
 def test_max_steps_overrides_epochs():
-    plan = Plan.of(config(max_steps=7, gradient_accumulation_steps=2), DATA)
-    assert plan.total_steps == 7
-    assert len(plan.batches(6)) == 2
+    schedule = StepSchedule.of(config(max_steps=7, gradient_accumulation_steps=2), DATA)
+    assert schedule.total_steps == 7
+    assert len(schedule.batches(6)) == 2
 
 
 @pytest.mark.parametrize(
@@ -99,21 +101,21 @@ def toy_run(directory, loss, **flags):
 
     def batch_loss(queries, passages, batch):
         value, slope, metrics = loss(batch)
-        return BatchLoss(value, slope * torch.ones(1, 1), torch.zeros(1, 1), metrics)
+        return LossOutput(value, slope * torch.ones(1, 1), torch.zeros(1, 1), metrics)
 
-    def works(number):
+    def packed(number):
         rows = torch.arange(4) + 4 * number
         batch = SimpleNamespace(rows=rows, index=number)
         group = pack(TokenTable(torch.ones(1, dtype=torch.int32), torch.tensor([0, 1]), 0), ZERO)
-        objective = Objective(SimpleNamespace(loss=batch_loss))
+        task = SimpleNamespace(loss=batch_loss, prefix="", flag="--train_data")
         places = ZERO, ZERO, ZERO
-        return Work(
-            objective, 1 / per_step, batch, [group], *places, [1], tuple(rows.tolist()), 1.0, 1.0, 1
+        return PackedBatch(
+            task, 1 / per_step, batch, [group], *places, [1], tuple(rows.tolist()), 1.0, 1.0, 1
         )
 
     model, per_step = Toy(), settings.gradient_accumulation_steps
     optimizer, memory = adamw(model, settings), Memory(1, 0.0, 0.0)
-    steps = iter([[works(per_step * s + i) for i in range(per_step)] for s in range(3)])
+    steps = iter([[packed(per_step * s + i) for i in range(per_step)] for s in range(3)])
     with MetricsLog(directory, settings, Reporters([], None), 0, 3) as log:
         for step in range(3):
             log.step(step + 1, 0.0, train_step(model, steps, optimizer, 0.1, 1.0, memory, ALONE))
@@ -330,7 +332,7 @@ def test_model_is_saved_before_the_last_evaluation(
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankpo_fast.train.run.evaluate", fail)
+    monkeypatch.setattr("rankpo_fast.train.loop.evaluate", fail)
     with pytest.raises(OSError, match="No space left"):
         run_stage("rankpo", tiny_llama_dir, "out", max_steps=1, preference_data=[preference_file])
     assert (tmp_path / "out" / "config.json").exists()

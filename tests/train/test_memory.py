@@ -14,10 +14,10 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train import meters
+from rankpo_fast.train.budget import checkpoint_layers
 from rankpo_fast.train.memory import LOSS_WORKSPACE, Memory, why_checkpointed
 from rankpo_fast.train.meters import Card, host_free_bytes
-from rankpo_fast.train.run import Run
-from rankpo_fast.train.step import Ahead
+from rankpo_fast.train.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 
@@ -137,11 +137,11 @@ def test_when_nothing_is_left_to_shrink_flags_are_named_and_no_weight_has_change
 
 def test_what_was_packed_for_another_budget_is_packed_again():
     memory = Memory(40, 0.0, 1.0)
-    with Ahead(lambda step, budget: [(step, budget)], range(5), memory) as steps:
+    with Prefetcher(lambda step, budget: [(step, budget)], range(5), memory) as steps:
         assert next(steps) == [(0, 40)]
         memory.max_tokens = 20
-        assert steps.again() == [(0, 20)]
-        assert [work for [work] in steps] == [(step, 20) for step in range(1, 5)]
+        assert steps.repacked() == [(0, 20)]
+        assert [packed for [packed] in steps] == [(step, 20) for step in range(1, 5)]
 
 
 def test_graphs_are_given_up_before_tokens():
@@ -321,7 +321,7 @@ def test_out_of_memory_layers_are_checkpointed_before_a_run_ends(weights, monkey
 def test_where_one_rank_has_to_checkpoint_all_do(long_texts):
     encoder, table, _ = long_texts
     ranks = SimpleNamespace(objects=lambda own: [own, "too large", None])
-    said = Run._checkpoint_layers(SimpleNamespace(ranks=ranks), encoder, table, None)
+    said = checkpoint_layers(ranks, encoder, table, None)
     assert said == "too large" and encoder.layers.checkpointed
 
 

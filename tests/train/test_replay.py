@@ -19,22 +19,24 @@ from rankpo_fast.data.batches import PreferenceData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.train.contrastive import ContrastiveStage
+from rankpo_fast.model.texts import Texts
+from rankpo_fast.ranks import ALONE
+from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw
-from rankpo_fast.train.rankpo import RankPOStage
-from rankpo_fast.train.ranks import ALONE
-from rankpo_fast.train.replay import replay_batches, replay_objective
-from rankpo_fast.train.step import BatchLoss, Objective, pack_step, train_step
-from rankpo_fast.train.texts import Texts
+from rankpo_fast.train.prefetch import pack_step
+from rankpo_fast.train.rankpo import RankPOTask
+from rankpo_fast.train.replay import replay_batches, replay_task
+from rankpo_fast.train.step import train_step
+from rankpo_fast.train.task import LossOutput
 
 TRAINING = TrainingConfig("unused", per_device_train_batch_size=4)
 MEMORY = Memory(max_tokens=200, room=0.0, graph_bytes=1.0)
 
 
 @pytest.fixture
-def objectives(tiny_llama_dir, preference_file, contrastive_file, tmp_path):
-    """The encoder, stage 2's objective on batches of 4 pairs, and the replay's on 6 rows."""
+def tasks(tiny_llama_dir, preference_file, contrastive_file, tmp_path):
+    """The encoder, stage 2's task on batches of 4 pairs, and the replay's on 6 rows."""
     compute = ComputeConfig("cpu", cache_dir=str(tmp_path / "cache"))
     config = ModelConfig(str(tiny_llama_dir), bf16=False, gradient_checkpointing=False)
     encoder = load_encoder(config, device=torch.device("cpu")).train()
@@ -43,16 +45,16 @@ def objectives(tiny_llama_dir, preference_file, contrastive_file, tmp_path):
     replay = ReplayConfig([contrastive_file], replay_weight=0.3, replay_batch_size=6)
     return (
         encoder,
-        Objective(RankPOStage(pairs, texts, RankPOLossConfig(), None)),
-        replay_objective(replay, replay_batches(replay, TRAINING, processes=1), encoder, compute),
+        RankPOTask(pairs, texts, RankPOLossConfig(), None),
+        replay_task(replay, replay_batches(replay, TRAINING, processes=1), encoder, compute),
     )
 
 
-def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
+def test_the_gradient_is_the_weighted_sum_of_both(tasks, monkeypatch):
     """Each computed apart, over two batches of a step."""
-    encoder, preferences, replay = objectives
+    encoder, preferences, replay = tasks
 
-    def gradients(*objectives):
+    def gradients(*tasks):
         def keep(optimizer, losses, rate, max_norm):
             seen.update({n: p.grad.clone() for n, p in encoder.named_parameters()})
             optimizer.zero_grad(set_to_none=True)
@@ -60,8 +62,8 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
 
         seen = {}
         monkeypatch.setattr("rankpo_fast.train.step.update", keep)
-        works = iter([pack_step(list(objectives), range(2, 4), encoder, MEMORY.max_tokens, ALONE)])
-        train_step(encoder, works, adamw(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
+        steps = iter([pack_step(tasks, range(2, 4), encoder, MEMORY.max_tokens, ALONE)])
+        train_step(encoder, steps, adamw(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
         return seen
 
     both, first, second = (
@@ -74,11 +76,11 @@ def test_the_gradient_is_the_weighted_sum_of_both(objectives, monkeypatch):
         assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
 
 
-def test_its_rows_have_epochs_and_orders_of_their_own(objectives):
+def test_its_rows_have_epochs_and_orders_of_their_own(tasks):
     """Both files have 24 rows and the run one seed: that gives 6 batches of pairs, 4 of replay."""
-    encoder, *both = objectives
-    works = pack_step(both, range(8), encoder, MEMORY.max_tokens, ALONE)
-    pairs, replayed = (torch.cat([w.batch.rows for w in part]) for part in (works[:8], works[8:]))
+    encoder, *both = tasks
+    packed = pack_step(both, range(8), encoder, MEMORY.max_tokens, ALONE)
+    pairs, replayed = (torch.cat([p.batch.rows for p in part]) for part in (packed[:8], packed[8:]))
     orders = [pairs[:24], replayed[:24], replayed[24:]]
     assert all(torch.equal(order.sort().values, torch.arange(24)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
@@ -155,14 +157,14 @@ def test_what_is_replayed_may_move_but_not_change(
 def test_nan_names_the_rows_of_the_guilty(
     whose, tiny_llama_dir, run_stage, contrastive_file, monkeypatch
 ):
-    guilty = {"replay": ContrastiveStage, "stage 2": RankPOStage, "gradient": ContrastiveStage}
+    guilty = {"replay": ContrastiveTask, "stage 2": RankPOTask, "gradient": ContrastiveTask}
     original = guilty[whose].loss
 
-    def loss(stage, queries, passages, batch):
-        value, d_queries, d_passages, metrics = original(stage, queries, passages, batch)
+    def loss(task, queries, passages, batch):
+        value, d_queries, d_passages, metrics = original(task, queries, passages, batch)
         if whose == "gradient":
-            return BatchLoss(value, d_queries * torch.nan, d_passages, metrics)
-        return BatchLoss(value * torch.nan, d_queries, d_passages, metrics)
+            return LossOutput(value, d_queries * torch.nan, d_passages, metrics)
+        return LossOutput(value * torch.nan, d_queries, d_passages, metrics)
 
     monkeypatch.setattr(guilty[whose], "loss", loss)
     with pytest.raises(FloatingPointError, match="step 1: ") as error:

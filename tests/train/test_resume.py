@@ -22,8 +22,8 @@ from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.train import checkpoint as checkpoints
-from rankpo_fast.train.loop import _StopSignal
-from rankpo_fast.train.run import shared_precision
+from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.signals import StopSignal
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsy
 
 def test_second_ctrl_c_interrupts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), _StopSignal() as stop:
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
@@ -202,7 +202,7 @@ def test_sigterm_in_an_evaluation_is_honoured_after_it(
         signal.raise_signal(signal.SIGTERM)
         return {"alignment": 0.5}
 
-    monkeypatch.setattr("rankpo_fast.train.run.evaluate", evaluate)
+    monkeypatch.setattr("rankpo_fast.train.loop.evaluate", evaluate)
     flags = {"max_steps": steps, "eval_steps": 2, "preference_data": [preference_file]}
     with pytest.raises(SystemExit) as stop:
         run_stage("rankpo", tiny_llama_dir, "out", **flags)

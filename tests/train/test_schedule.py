@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import schedule
-from rankpo_fast.train.loop import Plan
-from rankpo_fast.train.schedule import SaveSchedule
+from rankpo_fast.train.schedule import SaveSchedule, StepSchedule
 
 DATA = SimpleNamespace(batch_size=4, batches_per_epoch=5)
 
@@ -27,10 +26,11 @@ def saved_steps(monkeypatch, seconds, steps=20, **flags):
     now = 0.0
     monkeypatch.setattr(schedule.time, "monotonic", lambda: now)
     config = TrainingConfig("unused", max_steps=steps, **flags)
-    plan, saves, saved = Plan.of(config, DATA), SaveSchedule(config), []
+    steps_of_run = StepSchedule.of(config, DATA)
+    saves, saved = SaveSchedule(config), []
     for step in range(1, steps + 1):
         now += seconds
-        if saves.due(step, ends_epoch=plan.ends_epoch(step), last=step == steps):
+        if saves.due(step, ends_epoch=steps_of_run.ends_epoch(step), last=step == steps):
             saved.append(step)
             saves.saved()
     return saved
@@ -57,8 +57,8 @@ def test_a_checkpoint_is_written_when_due(seconds, flags, saved, monkeypatch):
 
 def test_an_epoch_ends_within_a_step_of_several_batches():
     config = TrainingConfig("unused", max_steps=5, gradient_accumulation_steps=2)
-    plan = Plan.of(config, DATA)
-    assert [step for step in range(1, 6) if plan.ends_epoch(step)] == [3, 5]
+    schedule = StepSchedule.of(config, DATA)
+    assert [step for step in range(1, 6) if schedule.ends_epoch(step)] == [3, 5]
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import sys
 import time
 
 import pytest
-import rank_runs
 import torch
 from safetensors.torch import load_file
 
 from rankpo_fast import cli
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.ranks import deal, own_device
 from rankpo_fast.train import checkpoint as checkpoints
-from rankpo_fast.train.ranks import deal, own_device
+from support import rank_runs
 
 RANKS = 3  # so that neither rows nor texts come out even
 

@@ -19,10 +19,10 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.train.contrastive import ContrastiveStage, tokenized
-from rankpo_fast.train.rankpo import RankPOStage
+from rankpo_fast.model.texts import Texts
+from rankpo_fast.train.contrastive import ContrastiveTask, tokenized
+from rankpo_fast.train.rankpo import RankPOTask
 from rankpo_fast.train.reference import reference_similarities
-from rankpo_fast.train.texts import Texts
 
 
 def weights(output):
@@ -89,8 +89,8 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute(tmp_path))
     batch = data.batch(0, 0)
     vectors = embed(encoder, texts, batch)
-    stage = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05))
-    loss, d_queries, d_passages, metrics = stage.loss(*(x.detach() for x in vectors), batch)
+    task = ContrastiveTask(data, texts, ContrastiveLossConfig(0.05))
+    loss, d_queries, d_passages, metrics = task.loss(*(x.detach() for x in vectors), batch)
 
     queries, passages = (F.normalize(x, dim=1) for x in vectors)
     scores = queries[batch.query_rows] @ passages.T / 0.05
@@ -122,8 +122,8 @@ def test_a_step_tells_texts_by_what_the_encoder_sees(uncased_llama_dir, tmp_path
     assert data.known_negatives == 3 and "1 queries and" in texts.summary()
     batch = data.batch(0, 0)
     vectors = [x.detach() for x in embed(encoder, texts, batch)]
-    stage = ContrastiveStage(data, texts, ContrastiveLossConfig(0.05))
-    assert stage.loss(*vectors, batch).loss == 0
+    task = ContrastiveTask(data, texts, ContrastiveLossConfig(0.05))
+    assert task.loss(*vectors, batch).loss == 0
 
 
 @pytest.mark.parametrize("prefix", ["", "query: "])
@@ -189,8 +189,8 @@ def test_with_itself_as_reference_the_first_loss_is_log_2(tiny_llama_dir, run_st
 
 
 @pytest.fixture
-def stage(tiny_llama_dir, preference_file, tmp_path):
-    """A function of loss flags giving the stage and the encoder, on all 24 pairs at once."""
+def rankpo_task(tiny_llama_dir, preference_file, tmp_path):
+    """A function of loss flags giving the encoder and the task, on all 24 pairs at once."""
 
     def make(reference=None, **flags):
         encoder = load_encoder(EncoderConfig(str(tiny_llama_dir)), device=torch.device("cpu"))
@@ -198,16 +198,16 @@ def stage(tiny_llama_dir, preference_file, tmp_path):
         texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute(tmp_path))
         if reference is not None:
             data = data.with_reference(reference[0] - reference[1])
-        return encoder, RankPOStage(data, texts, RankPOLossConfig(**flags), reference)
+        return encoder, RankPOTask(data, texts, RankPOLossConfig(**flags), reference)
 
     return make
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
+def test_rankpo_step_is_the_formula_of_the_original(loss_type, rankpo_task):
     torch.manual_seed(0)
     reference = torch.rand(2, 24) - 0.5
-    encoder, rankpo = stage(
+    encoder, rankpo = rankpo_task(
         reference, loss_type=loss_type, gamma_beta_ratio=0.3, beta=1.5, sft_weight=0.5
     )
     batch = rankpo.data.batch(0, 0)
@@ -231,16 +231,16 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, stage):
     torch.testing.assert_close(metrics["rewards/rejected"], rewards[1].mean())
 
 
-def test_reference_is_computed_once_and_kept(stage, tmp_path, monkeypatch):
-    encoder, rankpo = stage()
+def test_reference_is_computed_once_and_kept(rankpo_task, tmp_path, monkeypatch):
+    encoder, rankpo = rankpo_task()
     texts, data = rankpo.texts, rankpo.data
     first = reference_similarities(encoder, texts, data, compute(tmp_path))
     monkeypatch.setattr("rankpo_fast.train.reference.encode_texts", None)  # must not be called
     assert torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
-def test_reference_is_that_of_the_model_as_it_is(stage, tmp_path):
-    encoder, rankpo = stage()
+def test_reference_is_that_of_the_model_as_it_is(rankpo_task, tmp_path):
+    encoder, rankpo = rankpo_task()
     texts, data = rankpo.texts, rankpo.data
     first = reference_similarities(encoder, texts, data, compute(tmp_path))
     with torch.no_grad():
@@ -248,8 +248,8 @@ def test_reference_is_that_of_the_model_as_it_is(stage, tmp_path):
     assert not torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
-def test_damaged_reference_is_computed_anew(stage, tmp_path):
-    encoder, rankpo = stage()
+def test_damaged_reference_is_computed_anew(rankpo_task, tmp_path):
+    encoder, rankpo = rankpo_task()
     texts, data = rankpo.texts, rankpo.data
     first = reference_similarities(encoder, texts, data, compute(tmp_path))
     [path] = tmp_path.glob("reference-*")

@@ -19,20 +19,22 @@ from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.train.contrastive import ContrastiveStage
+from rankpo_fast.model.texts import Texts
+from rankpo_fast.ranks import ALONE
+from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import adamw
-from rankpo_fast.train.rankpo import RankPOStage
-from rankpo_fast.train.ranks import ALONE
-from rankpo_fast.train.step import Ahead, Objective, pack_step, summed, train_step
-from rankpo_fast.train.texts import Texts
+from rankpo_fast.train.prefetch import Prefetcher, pack_step
+from rankpo_fast.train.rankpo import RankPOTask
+from rankpo_fast.train.step import train_step
+from rankpo_fast.train.task import scatter_sum
 
 MEMORY = Memory(40, 0.0, 1.0)
 
 
 @pytest.fixture
 def packed(tiny_llama_dir, tmp_path):
-    """Two batches of 3 rows, packed: works, encoder, data and texts."""
+    """Two batches of 3 rows, packed, then encoder, data and texts."""
     rows = [
         ContrastiveRow("a nurse", ("a midwife",), ("a cook", "a baker")),
         ContrastiveRow("a nurse", ("a carer",), ("a cook",)),
@@ -43,27 +45,27 @@ def packed(tiny_llama_dir, tmp_path):
     data = ContrastiveData(rows, batch_size=3, num_negatives=2, seed=0)
     compute = ComputeConfig(cache_dir=str(tmp_path))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
-    objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()), weight=3.0)
-    works = pack_step([objective], range(2, 4), encoder, 40, ALONE)  # of epoch 1
-    return works, encoder, data, texts
+    task = ContrastiveTask(data, texts, ContrastiveLossConfig(), weight=3.0)
+    batches = pack_step([task], range(2, 4), encoder, 40, ALONE)  # of epoch 1
+    return batches, encoder, data, texts
 
 
 def test_each_distinct_text_of_a_batch_is_encoded_once_and_found_again(packed):
-    works, encoder, data, texts = packed
+    batches, encoder, data, texts = packed
     seen = set()
-    for work in works:
-        vectors = torch.cat([encoder(group) for group in work.groups])[work.order]
-        queries = [data.query_texts[i] for i in work.batch.query_texts]
-        passages = [data.passage_texts[i] for i in work.batch.passage_texts]
+    for batch in batches:
+        vectors = torch.cat([encoder(group) for group in batch.micro_batches])[batch.order]
+        queries = [data.query_texts[i] for i in batch.batch.query_texts]
+        passages = [data.passage_texts[i] for i in batch.batch.passage_texts]
         assert len(vectors) == len({*queries, *passages})
-        for found, names in ((work.query_places, queries), (work.passage_places, passages)):
+        for found, names in ((batch.query_places, queries), (batch.passage_places, passages)):
             table = encoder.tokenize_passages(names)
             expected = encoder.embed(table, max_tokens=4096)
             torch.testing.assert_close(vectors[found], expected, rtol=0, atol=1e-5)
-        seen |= {int(row) for row in work.batch.rows}
-        assert all(sum(group.lengths) <= 40 for group in work.groups)
+        seen |= {int(row) for row in batch.batch.rows}
+        assert all(sum(group.lengths) <= 40 for group in batch.micro_batches)
     assert seen == set(range(6))
-    assert [work.share for work in works] == [1.5, 1.5]
+    assert [batch.weight for batch in batches] == [1.5, 1.5]
 
 
 def test_texts_on_both_sides_share_a_row_of_the_table(packed):
@@ -75,7 +77,7 @@ def test_texts_on_both_sides_share_a_row_of_the_table(packed):
 
 def test_steps_come_in_order_and_at_most_three_are_made_early():
     made = []
-    with Ahead(lambda step, _: made.append(step) or [step], range(7), MEMORY) as steps:
+    with Prefetcher(lambda step, _: made.append(step) or [step], range(7), MEMORY) as steps:
         assert next(steps) == [0]
         assert len(made) <= 3
         assert [step for [step] in steps] == [1, 2, 3, 4, 5, 6]
@@ -87,7 +89,7 @@ def test_an_error_in_the_background_arrives_at_its_step_and_the_thread_ends():
             raise ValueError("bad batch")
         return [step]
 
-    with pytest.raises(ValueError, match="bad batch"), Ahead(make, range(9), MEMORY) as steps:
+    with pytest.raises(ValueError, match="bad batch"), Prefetcher(make, range(9), MEMORY) as steps:
         assert next(steps) == [0]
         next(steps)
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
@@ -95,15 +97,17 @@ def test_an_error_in_the_background_arrives_at_its_step_and_the_thread_ends():
 
 def test_rows_that_fall_on_one_place_are_summed():
     parts = [(torch.tensor([2, 0, 2]), torch.eye(3)), (torch.tensor([0]), torch.ones(1, 3))]
-    assert summed(4, *parts).tolist() == [[1, 2, 1], [0, 0, 0], [1, 0, 1], [0, 0, 0]]
+    assert scatter_sum(4, *parts).tolist() == [[1, 2, 1], [0, 0, 0], [1, 0, 1], [0, 0, 0]]
 
 
-def test_a_work_moves_with_all_its_tensors(packed):
-    work = to_device(packed[0][0], torch.device("meta"))
-    tensors = [*vars(work.batch).values(), *(v for g in work.groups for v in vars(g).values())]
-    tensors = [x for x in [*tensors, work.order, work.query_places] if isinstance(x, torch.Tensor)]
+def test_a_packed_batch_moves_with_all_its_tensors(packed):
+    [[batch, _], *_] = packed
+    moved = to_device(batch, torch.device("meta"))
+    values = [moved.order, moved.query_places, *vars(moved.batch).values()]
+    values += [value for group in moved.micro_batches for value in vars(group).values()]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
-    assert work.objective is packed[0][0].objective  # whose token table must stay where it is
+    assert moved.task is batch.task  # whose token table must stay where it is
 
 
 # --- nothing waits for the device ---
@@ -148,7 +152,7 @@ def test_a_step_does_not_ask_the_device(
     _, _, data, texts = packed
     flags = {"bf16": True, "gradient_checkpointing": checkpointing}
     encoder = load_encoder(ModelConfig(str(tiny_bert_dir), **flags), device=torch.device("cpu"))
-    objective = Objective(ContrastiveStage(data, texts, ContrastiveLossConfig()))
+    task = ContrastiveTask(data, texts, ContrastiveLossConfig())
     if stage == "rankpo":
         rows = read_preferences([preference_file], use_confidence=True)
         # It looks at weights only where they are on the CPU.
@@ -158,11 +162,11 @@ def test_a_step_does_not_ask_the_device(
         compute = ComputeConfig(cache_dir=str(tmp_path))
         texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
         config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
-        objective = Objective(RankPOStage(pairs, texts, config, reference))
-    steps = iter([pack_step([objective], range(2), encoder.train(), 60, ALONE) for _ in range(2)])
+        task = RankPOTask(pairs, texts, config, reference)
+    steps = iter([pack_step([task], range(2), encoder.train(), 60, ALONE) for _ in range(2)])
     optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
     for _ in range(2):
         with NoAnswers():
-            result = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
-        loss, norm, _ = result.read(1)
-        assert loss > 0 and norm > 0
+            metrics = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
+        metrics.check_finite(1)
+        assert metrics.loss > 0 and metrics.grad_norm > 0

@@ -4,7 +4,7 @@ B texts a column, D dims of the model, G of the guide.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -20,6 +20,7 @@ from rankpo_fast.integrations.sentence_transformers.inputs import (
     named_if_unpooled,
 )
 from rankpo_fast.ops.info_nce import info_nce_loss
+from rankpo_kernels.problem import Direction
 
 THEIRS = "sentence-transformers"
 
@@ -48,7 +49,7 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
         check_labels(self, labels)
         if changed := _scoring_changes(GISTEmbedLoss, self):
             warn_unfused(self, changed, THEIRS)
-            return super().forward(sentence_features, labels)
+            return super().forward(sentence_features, cast(Tensor, labels))
         features = list(sentence_features)
         of_guide = [dict(column) for column in features]  # a model writes into what it is given
         with named_if_unpooled():
@@ -89,7 +90,7 @@ class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
     ) -> Tensor:
         check_labels(self, labels)
         with named_if_unpooled():
-            return super().forward(sentence_features, labels)
+            return super().forward(sentence_features, cast(Tensor, labels))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]],
@@ -110,7 +111,7 @@ class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
         return methods + _scoring_changes(CachedGISTEmbedLoss, self)
 
 
-def _scoring_changes(owner: type, loss: nn.Module) -> list[str]:
+def _scoring_changes(owner: type, loss: GISTEmbedLoss | CachedGISTEmbedLoss) -> list[str]:
     """What is no longer as theirs is made, of the parts that `_guided` stands for."""
     changed = overridden(owner, loss, ["sim_matrix"])
     similarity, entropy = loss.similarity_fct, loss.cross_entropy_loss
@@ -122,7 +123,9 @@ def _scoring_changes(owner: type, loss: nn.Module) -> list[str]:
     return changed
 
 
-def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> Tensor:
+def _guided(
+    loss: GISTEmbedLoss | CachedGISTEmbedLoss, embeddings: list[Tensor], guide: list[Tensor]
+) -> Tensor:
     """GISTEmbed of embeddings and the guide's, [B, D] and [B, G] a column.
 
     Across ranks documents are gathered and queries are not, as theirs: its query-to-query part is
@@ -137,7 +140,7 @@ def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> T
             [all_gather_with_grad(column) for column in side] for side in (passages, guide_passages)
         )
         first = get_rank() * B
-    directions = ["query_to_passage"]
+    directions: list[Direction] = ["query_to_passage"]
     options: dict[str, Any] = dict(loss.prefixes)
     if loss.contrast_anchors:
         directions.append("query_to_query")
@@ -157,7 +160,7 @@ def _guided(loss: nn.Module, embeddings: list[Tensor], guide: list[Tensor]) -> T
     )  # fmt: skip
 
 
-def _check_margin(loss: nn.Module) -> None:
+def _check_margin(loss: GISTEmbedLoss | CachedGISTEmbedLoss) -> None:
     if loss.margin < 0:
         raise ValueError(
             f"margin must be >= 0, got {loss.margin}: negatives more similar than the positive "

@@ -52,8 +52,9 @@ def is_cosine(similarity_fct: Callable) -> bool:
     while isinstance(fct, functools.partial) and not fct.args and not fct.keywords:
         fct = fct.func
     owner = getattr(fct, "__self__", None)
-    if getattr(fct, "__name__", "") == "similarity" and hasattr(owner, "similarity_fn_name"):
-        fct = SimilarityFunction.to_similarity_fn(owner.similarity_fn_name)
+    kind = getattr(owner, "similarity_fn_name", None)
+    if getattr(fct, "__name__", "") == "similarity" and kind is not None:
+        fct = SimilarityFunction.to_similarity_fn(kind)
     if fct not in (cos_sim, pytorch_cos_sim, dot_score):
         raise ValueError(
             f"similarity_fct={similarity_fct_name(similarity_fct)} cannot be fused: take cos_sim "

@@ -1,8 +1,8 @@
 """A loss at several prefixes of the embeddings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from random import sample
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sentence_transformers.sentence_transformer import losses as theirs
 from torch import Tensor, nn
@@ -11,6 +11,16 @@ from rankpo_fast.integrations.sentence_transformers.duplicates import Features
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+class TakesPrefixes(Protocol):
+    """One of our four losses of queries and documents."""
+
+    prefixes: Mapping[str, Any]
+
+    def changes(self) -> list[str]: ...
+
+    def __call__(self, features: Iterable[Features], labels: Tensor | None) -> Tensor: ...
 
 
 class MatryoshkaLoss(theirs.MatryoshkaLoss):
@@ -24,7 +34,8 @@ class MatryoshkaLoss(theirs.MatryoshkaLoss):
     """
 
     def __init__(self, model: "SentenceTransformer", loss: nn.Module, *args: Any, **kwargs: Any):
-        fused = hasattr(loss, "changes") and not loss.changes()  # before theirs decorates it
+        changes = getattr(loss, "changes", None)
+        fused = changes is not None and not changes()  # before theirs decorates it
         super().__init__(model, loss, *args, **kwargs)
         self.fused = fused
         if fused:
@@ -43,14 +54,15 @@ class MatryoshkaLoss(theirs.MatryoshkaLoss):
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
     ) -> Tensor:
         if not self.fused:
-            return super().forward(sentence_features, labels)
-        if changed := self.loss.changes():
+            return super().forward(sentence_features, cast(Tensor, labels))
+        loss = cast(TakesPrefixes, self.loss)
+        if changed := loss.changes():
             raise ValueError(
                 f"{', '.join(changed)} of {type(self.loss).__name__} was replaced after the "
                 "MatryoshkaLoss around it was made: make that last"
             )
-        self.loss.prefixes = self.drawn()
+        loss.prefixes = self.drawn()
         try:
-            return self.loss(sentence_features, labels)
+            return loss(sentence_features, labels)
         finally:
-            del self.loss.prefixes
+            del loss.prefixes

@@ -4,7 +4,7 @@ B texts a column, N documents of all columns, D dims.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -27,12 +27,14 @@ from rankpo_fast.integrations.sentence_transformers.inputs import (
 )
 from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.ranks import several
+from rankpo_kernels.problem import Direction, HardnessMode
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Prefixes = Mapping[str, Any]  # options that a MatryoshkaLoss adds while it calls a loss
-DIRECTIONS = {
+DocDirection = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
+DIRECTIONS: dict[DocDirection, Direction] = {
     "query_to_doc": "query_to_passage", "doc_to_query": "passage_to_query",
     "query_to_query": "query_to_query", "doc_to_doc": "passage_to_passage",
 }  # fmt: skip
@@ -68,15 +70,16 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         scale: float | nn.Parameter = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
-        directions: tuple[str, ...] = ("query_to_doc",),
-        partition_mode: str = "joint",
-        hardness_mode: str | None = None,
+        directions: tuple[DocDirection, ...] = ("query_to_doc",),
+        partition_mode: Literal["joint", "per_direction"] = "joint",
+        hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         *,
         mask_duplicates: bool = False,
     ) -> None:
         super().__init__(
-            model, scale, similarity_fct, gather_across_devices, directions, partition_mode,
+            model, cast(float, scale),  # kept as it is
+            similarity_fct, gather_across_devices, directions, partition_mode,
             hardness_mode, hardness_strength,
         )  # fmt: skip
         is_cosine(similarity_fct)  # names one that cannot be fused
@@ -165,6 +168,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
     """
 
     prefixes: Prefixes = {}
+    loss: MultipleNegativesRankingLoss
 
     def __init__(
         self,
@@ -174,10 +178,10 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         gather_across_devices: bool = False,
-        directions: tuple[str, ...] = ("query_to_doc",),
-        partition_mode: str = "joint",
+        directions: tuple[DocDirection, ...] = ("query_to_doc",),
+        partition_mode: Literal["joint", "per_direction"] = "joint",
         show_progress_bar: bool = False,
-        hardness_mode: str | None = None,
+        hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         *,
         mask_duplicates: bool = False,
@@ -212,24 +216,26 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         check_labels(self, labels)
         features = list(sentence_features)
         ids = self.loss.text_ids(features)
+        # Which theirs hands on to calculate_loss as they are.
+        labels = cast(Tensor | None, labels if ids is None else ids)
         with named_if_unpooled():
             if not isinstance(self.scale, Tensor):
-                return self.forward_cached(features, labels if ids is None else ids)
+                return self.forward_cached(features, labels)
             # The scale's gradient is there too soon: like the embeddings' it comes with backward.
             before, self.scale.grad = self.scale.grad, None
             try:
-                loss = self.forward_cached(features, labels if ids is None else ids)
+                loss = self.forward_cached(features, labels)
             finally:
                 gradient, self.scale.grad = self.scale.grad, before
         return loss if gradient is None else loss + gradient * (self.scale - self.scale.detach())
 
     def calculate_loss(
-        self, reps: list[list[Tensor]], labels: list[Tensor] | None = None,
+        self, reps: list[list[Tensor]], labels: Tensor | list[Tensor] | None = None,
         *, with_backward: bool = False,
     ) -> Tensor:  # fmt: skip
         """reps: mini-batches of embeddings, a list a column. labels: with mask_duplicates the ids
         of the texts, else not looked at."""
-        ids = labels if self.mask_duplicates else None
+        ids = cast(list[Tensor], labels) if self.mask_duplicates else None
         loss = self.loss.contrast([torch.cat(column) for column in reps], ids, self.prefixes)
         if with_backward:
             loss.backward()
@@ -260,7 +266,9 @@ def _shared(scale: float | Tensor) -> float | Tensor:
     return scale
 
 
-def _config(loss: nn.Module) -> dict[str, Any]:
+def _config(
+    loss: MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss,
+) -> dict[str, Any]:
     """What a model card says beside what theirs says: numbers, and our option where it is on."""
     scale = loss.scale.item() if isinstance(loss.scale, Tensor) else loss.scale
     return {"scale": scale} | ({"mask_duplicates": True} if loss.mask_duplicates else {})

@@ -1,0 +1,156 @@
+// The row work of InfoNCE: everything here is independent per row, so threads cannot change a result.
+// Compiled once per instruction set into namespace RANKPO_ISA; nothing from the standard library may be instantiated
+// here, or the linker could hand an AVX-512 copy of it to a machine without AVX-512.
+#include "row_math.h"
+#include "rows.h"
+
+namespace RANKPO_ISA {
+namespace {
+
+// One row's logits that its judge finds above the limit are masked.
+template <bool kJudge, bool kCurated>
+void mask_above(const InfoNCERows& in, int64_t i, float* s) {
+    const float limit = kJudge ? in.limit[i] : in.limit[i] * in.scale;
+    const float* judge = kJudge ? in.judge + i * in.columns : s;
+    const float* judge_scale = in.judge_scale;
+    const int32_t* curated = in.curated;
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
+#pragma omp simd
+    for (int64_t j = 0; j < in.columns; ++j) {
+        const float judged = kJudge ? judge[j] * judge_scale[j] : s[j];
+        const bool exempt = kCurated && curated[j] == row;
+        s[j] = (judged > limit) & !exempt ? kMasked : s[j];
+    }
+}
+
+// Hardness as a factor of logits; what is masked stays below all others.
+struct NoHardness {
+    static constexpr bool kNone = true;
+    float operator()(float s, int64_t) const { return s; }
+};
+
+struct Hardness {
+    static constexpr bool kNone = false;
+    float by;
+    float operator()(float s, int64_t) const { return s * by; }
+};
+
+struct HardnessOfChosen {
+    static constexpr bool kNone = false;
+    float chosen, other;
+    const int32_t* curated;
+    int32_t row;
+    float operator()(float s, int64_t j) const { return s * (curated[j] == row ? chosen : other); }
+};
+
+struct Sums {
+    float top, hardest;           // of hard(s), and of s
+    double exponentials, moment;  // of exp(hard(s) - top), and of that times s - hardest
+};
+
+// s := exp(hard(s) - top).
+template <bool kMoment, typename Hard>
+Sums exponentials(float* s, int64_t n, Hard hard) {
+    float hardest = kMasked, top = kMasked;
+#pragma omp simd reduction(max : hardest)
+    for (int64_t j = 0; j < n; ++j) hardest = s[j] > hardest ? s[j] : hardest;
+    if (Hard::kNone) {
+        top = hardest;
+    } else {
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < n; ++j) top = hard(s[j], j) > top ? hard(s[j], j) : top;
+    }
+    Sums sums{top, hardest, 0, 0};
+    constexpr int64_t kBlock = 1024;  // fp32 sums within a block, fp64 across blocks
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t stop = start + kBlock < n ? start + kBlock : n;
+        float sum = 0, moment = 0;
+#pragma omp simd reduction(+ : sum, moment)
+        for (int64_t j = start; j < stop; ++j) {
+            const float e = exp_nonpositive(hard(s[j], j) - top);
+            sum += e;
+            if (kMoment) moment += e * (s[j] - hardest);
+            s[j] = e;
+        }
+        sums.exponentials += sum;
+        sums.moment += moment;
+    }
+    return sums;
+}
+
+template <typename Hard>
+Sums exponentials(const InfoNCERows& in, float* s, Hard hard) {
+    return in.d_logits ? exponentials<true>(s, in.columns, hard) : exponentials<false>(s, in.columns, hard);
+}
+
+// The exponentials of row i with its hardness.
+Sums hardened(const InfoNCERows& in, int64_t i, float* s) {
+    const int32_t row = static_cast<int32_t>(in.first_row + i);
+    const float chosen = 1.0f + in.chosen_hardness / in.scale, other = 1.0f + in.other_hardness / in.scale;
+    if (in.curated && in.chosen_hardness != in.other_hardness)
+        return exponentials(in, s, HardnessOfChosen{chosen, other, in.curated, row});
+    if (in.other_hardness != 0.0f) return exponentials(in, s, Hardness{other});
+    return exponentials(in, s, NoHardness{});
+}
+
+void info_nce_row(const InfoNCERows& in, int64_t i) {
+    float* s = in.scores + i * in.columns;  // [N] dots, then logits, then exponentials, then gradients
+    const int64_t n = in.columns, label = in.labels[i];
+    const float* column_scale = in.column_scale;
+
+    if (column_scale) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale * column_scale[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale;
+    }
+    const float positive = s[label];
+    if (in.limit) {
+        if (in.judge)
+            in.curated ? mask_above<true, true>(in, i, s) : mask_above<true, false>(in, i, s);
+        else
+            in.curated ? mask_above<false, true>(in, i, s) : mask_above<false, false>(in, i, s);
+    }
+    s[label] = kMasked;
+    if (in.first)
+        for (int64_t e = in.first[i]; e < in.last[i]; ++e)
+            for (int64_t k = in.start[e]; k < in.stop[e]; ++k) s[in.known_columns[k]] = kMasked;
+
+    const Sums sums = hardened(in, i, s);
+    const bool alone = !(sums.hardest > kMasked);  // no negative is left (or all of them are NaN)
+    const double sum = sums.exponentials;
+    in.positive[i] = positive / in.scale;
+    const bool poisoned = sum != sum || positive != positive;  // NaN stays NaN, in gap too
+    if (alone && !poisoned) {
+        in.hardest[i] = -INFINITY;
+        in.loss[i] = 0.0f;
+        if (in.row_weights) std::memset(s, 0, n * sizeof(float));
+        if (in.d_logits) in.d_logits[i] = 0.0f;
+        return;
+    }
+    const float gap = sums.top + std::log(static_cast<float>(sum)) - positive;
+    in.hardest[i] = sums.hardest / in.scale;
+    in.loss[i] = softplus(gap);
+    if (!in.row_weights) return;
+
+    const float pull = in.row_weights[i] * sigmoid(gap);  // = -d loss / d positive logit
+    const float factor = pull * in.scale / static_cast<float>(sum);
+    if (column_scale) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= factor * column_scale[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) s[j] *= factor;
+    }
+    s[label] = -pull * in.scale * (column_scale ? column_scale[label] : 1.0f);
+    if (in.d_logits) in.d_logits[i] = pull * (sums.hardest - positive + static_cast<float>(sums.moment / sum));
+}
+
+}  // namespace
+
+void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) info_nce_row(chunk, i);
+}
+
+}  // namespace RANKPO_ISA

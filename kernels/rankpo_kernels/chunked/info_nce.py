@@ -1,0 +1,55 @@
+"""InfoNCE on chunks of rows, on any device: GEMMs and the work between them, never M x N.
+
+    s_ij = scale * <a_i, b_j> / (|a_i| |b_j|),   loss and slopes dS from rankpo_kernels.objective
+
+    plain     one softmax per query, fp32 on the CPU: a native row pass between the GEMMs    6MND
+    general   everything else: `combine` turns statistics of rows and columns into slopes,
+              from which dS is written                                               6 to 8MND
+
+M queries, N passages, H own negatives, D dims.
+"""
+
+from torch import Tensor
+
+from rankpo_kernels.chunked import native
+from rankpo_kernels.chunked.info_nce_general import general
+from rankpo_kernels.chunked.info_nce_plain import plain
+from rankpo_kernels.objective import on_device, row_weights
+from rankpo_kernels.problem import (
+    InfoNCEProblem,
+    InfoNCEResult,
+    compute_dtype,
+    gradient_dtype,
+    is_plain,
+)
+
+
+def info_nce(
+    problem: InfoNCEProblem, weights_M: Tensor | None = None,
+    needs: tuple[bool, bool, bool, bool] = (False,) * 4,
+) -> InfoNCEResult:  # fmt: skip
+    """Losses of all queries and, given weights ([M], or [] for all), the gradients of
+    sum_i w_i loss_i that `needs` (q, p, own, scale) names.
+
+    With gradient_filter = eps, the two products of a chunk of the plain form leave out columns with
+    |dS_ij| <= pull_i eps / N in every row, pull_i = w_i sigmoid(lse_i - s_i,label). So for each row
+    the gradient of its unit vector is off by at most pull_i * scale * eps.
+    """
+    q_MD, p_ND, own_HD, scale, relations, settings = problem
+    dtype, device = compute_dtype(q_MD.dtype), q_MD.device
+    problem = problem._replace(scale=on_device(scale, device, dtype))
+    if weights_M is None:
+        needs = (False,) * 4
+    else:
+        M = len(relations.rows(settings.window).labels_M)
+        weights_M = row_weights(weights_M, M, device, dtype)
+    need_q, need_p, need_own, need_scale = needs
+    needs = need_q, need_p, need_own and own_HD is not None, need_scale
+    native_rows = is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype))
+    result = (plain if native_rows else general)(problem, weights_M, needs)
+    stored = {"dq_MD": q_MD, "dp_ND": p_ND, "d_own_HD": own_HD}
+    return result._replace(**{
+        name: grad.to(gradient_dtype(x.dtype))
+        for name, x in stored.items()
+        if (grad := getattr(result, name)) is not None
+    })  # fmt: skip

@@ -1,0 +1,359 @@
+"""What a loss over a batch is asked: its options, its tensors, and what one pass over them gives.
+
+Options are said once, under the names that users know, and read where they act. They cross a
+registered op as text, since ops take tensors and plain values alone.
+
+M queries, N passages, H own negatives, P positive pairs, B ranked queries, K of their passages,
+D dims, L prefixes.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from rankpo_kernels.relations import Relations
+
+Backend = Literal["torch", "triton"]
+Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+LossType = Literal["sigmoid", "hinge"]
+
+QP, PQ = "query_to_passage", "passage_to_query"
+QQ, PP = "query_to_query", "passage_to_passage"
+DIRECTIONS = (QP, PQ, QQ, PP)
+IN_BATCH, HARD, ALL_NEGATIVES = HARDNESS_MODES = (
+    "in_batch_negatives", "hard_negatives", "all_negatives",
+)  # fmt: skip
+SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
+
+DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype that losses compute in: fp32 for everything up to fp32, fp64 for fp64."""
+    return torch.float64 if stored == torch.float64 else torch.float32
+
+
+def gradient_dtype(stored: torch.dtype) -> torch.dtype:
+    """The inputs' dtype, but fp32 for fp16, in which unscaled gradients underflow."""
+    return torch.float32 if stored == torch.float16 else stored
+
+
+# --- options ---
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is no tensor and crosses a registered op; wrong values are named when it is made."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """ValueError that names what is wrong."""
+
+    def text(self) -> str:
+        """In steps that torch.compile can trace, which json's encoder is not."""
+        items = [f'"{of.name}": {_json(getattr(self, of.name))}' for of in fields(self)]
+        return "{" + ", ".join(items) + "}"
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(cls, text: str) -> Self:
+        return cls(**{name: _tuples(value) for name, value in json.loads(text).items()})
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(element) for element in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    text = f"{value}"
+    return text.lower() if text in ("True", "False") else text
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(Settings):
+    """Of every loss over the scores of a batch."""
+
+    normalize: bool = True  # similarities are cosines, else dot products
+    workspace_bytes: int | None = None  # for one chunk of scores; None: DEFAULT_WORKSPACE
+    backend: Backend | None = None  # None: triton on CUDA, torch elsewhere and in fp64
+
+    def check(self) -> None:
+        super().check()
+        self.check_one_of("backend", (None, "torch", "triton"))
+        if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
+            raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
+
+    def check_one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
+        if (value := getattr(self, name)) not in allowed:
+            names = ", ".join([repr(value) for value in allowed])
+            raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+    def workspace(self, device: torch.device) -> int:
+        """Bytes for one chunk of scores."""
+        default = DEFAULT_WORKSPACE[device.type]
+        return default if self.workspace_bytes is None else self.workspace_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoNCEOptions(ScoreOptions):
+    """What stays from batch to batch; `rankpo_fast.info_nce_loss` says what each means. A new
+    option is a field here and its check below: callers, ops and kernels have it by that."""
+
+    label_smoothing: float = 0.0
+    directions: Sequence[Direction] = (QP,)
+    partition: Literal["joint", "per_direction"] = "joint"
+    false_negative_margin: float | None = None
+    margin_type: Literal["absolute", "relative"] = "absolute"
+    matryoshka_dims: Sequence[int] | None = None
+    matryoshka_weights: Sequence[float] | None = None
+    hardness_mode: HardnessMode | None = None
+    hardness_strength: float = 0.0
+    gradient_filter: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        self.check_one_of("partition", ("joint", "per_direction"))
+        self.check_one_of("margin_type", ("absolute", "relative"))
+        self.check_one_of("hardness_mode", (None, *HARDNESS_MODES))
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        for name in ("false_negative_margin", "gradient_filter", "hardness_strength"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        directions = list(self.directions)
+        known = all(direction in DIRECTIONS for direction in directions)
+        if not directions or not known or len(set(directions)) < len(directions):
+            raise ValueError(
+                f"directions must be distinct and of {', '.join(DIRECTIONS)}, got {self.directions}"
+            )
+        if bool(self.hardness_mode) != bool(self.hardness_strength):
+            raise ValueError(
+                "hardness_mode and a hardness_strength > 0 go together, got "
+                f"{self.hardness_mode!r} and {self.hardness_strength}"
+            )
+        if self.hardness_mode and QP not in directions:
+            raise ValueError(f"hardness_mode is of {QP}, which is not among {directions}")
+        self._check_matryoshka()
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError(f"matryoshka_weights {weights} are given without matryoshka_dims")
+            return
+        if not len(dims) or len(set(dims)) < len(dims) or min(dims) < 1:
+            raise ValueError(f"matryoshka_dims must be distinct and of 1 to D, got {dims}")
+        if weights is None:
+            return
+        if len(weights) != len(dims):
+            raise ValueError(
+                f"matryoshka_weights must be one for each of the {len(dims)} matryoshka_dims, got "
+                f"{len(weights)}"
+            )
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise ValueError(f"matryoshka_weights must be >= 0 and finite, got {weights}")
+
+    @property
+    def joint(self) -> bool:
+        """One softmax over all directions, or the mean of one each."""
+        return self.partition == "joint"
+
+    @property
+    def hardness(self) -> tuple[float, float]:
+        """(of negatives that were chosen for the query, of others): what is added to a logit of
+        query_to_passage, per similarity."""
+        strength = self.hardness_strength
+        return (
+            0.0 if self.hardness_mode == IN_BATCH else strength,
+            0.0 if self.hardness_mode == HARD else strength,
+        )
+
+    def levels(self, D: int) -> list[tuple[int, float]]:
+        """(prefix, weight) of each level, the shortest first; D alone without matryoshka_dims."""
+        if self.matryoshka_dims is None:
+            return [(D, 1.0)]
+        weights = self.matryoshka_weights or [1.0] * len(self.matryoshka_dims)
+        return sorted(zip(self.matryoshka_dims, weights, strict=True))
+
+
+_INFO_NCE = tuple(of.name for of in fields(InfoNCEOptions))  # torch.compile cannot ask a class
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoNCESettings(InfoNCEOptions):
+    """Options, and where the queries stand among those of several ranks."""
+
+    group: str | None = None  # the process group whose queries all count in a column
+    window: tuple[int, int] | None = None  # a rank's own rows of q, where q holds those of all
+
+    @classmethod
+    def of(cls, options: InfoNCEOptions) -> Self:
+        return cls(**{name: _tuples(getattr(options, name)) for name in _INFO_NCE})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchSettings(ScoreOptions):
+    """Of a loss that is a sum over pairs, see `chunked.in_batch`."""
+
+    kind: str = SIGMOID  # of KINDS
+    label_smoothing: float = 0.0
+    rankpo_weight: float = 1.0
+    sft_weight: float = 0.0
+    sft_scale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginOptions(Settings):
+    """What a margin costs, as `rankpo_fast.rankpo_loss` takes it."""
+
+    beta: float = 2.0
+    temperature: float = 0.1
+    gamma_beta_ratio: float = 0.0
+    label_smoothing: float = 0.0
+    loss_type: LossType = "sigmoid"
+
+    def check(self) -> None:
+        super().check()
+        for name in ("beta", "temperature", "gamma_beta_ratio", "label_smoothing", "loss_type"):
+            if isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
+        for name in ("beta", "temperature"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        if not -math.inf < self.gamma_beta_ratio < math.inf:
+            raise ValueError(f"gamma_beta_ratio must be finite, got {self.gamma_beta_ratio}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.loss_type not in ("sigmoid", "hinge"):
+            raise ValueError(f"loss_type must be 'sigmoid' or 'hinge', got {self.loss_type!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOptions(MarginOptions):
+    """sft_weight of the two-way cross entropy of a pair, and rankpo_weight of its margin's cost."""
+
+    sft_weight: float = 0.0
+    rankpo_weight: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        for name in ("sft_weight", "rankpo_weight"):
+            if isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
+        sft, rankpo = self.sft_weight, self.rankpo_weight
+        if not (sft >= 0 and rankpo >= 0 and 0 < sft + rankpo < math.inf):
+            raise ValueError(
+                f"sft_weight and rankpo_weight must be >= 0 and not both 0, got {sft} and {rankpo}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPOSettings(MixtureOptions):
+    """Of passages ranked for a query, see `chunked.rankpo`."""
+
+    listwise: bool = False  # plackett_luce
+    normalize: bool = True
+
+    @property
+    def hinge(self) -> bool:
+        return self.loss_type == "hinge"
+
+
+# --- problems: tensors and options, checked; and results ---
+
+
+class InfoNCEProblem(NamedTuple):
+    """One batch of InfoNCE, as kernels take it."""
+
+    q_MD: Tensor
+    p_ND: Tensor
+    own_HD: Tensor | None  # own negatives of the queries
+    scale: Tensor  # one number, on the CPU or with the embeddings
+    relations: Relations
+    settings: InfoNCESettings
+
+
+class InfoNCEResult(NamedTuple):
+    """What one pass gives; gradients are of sum_i w_i loss_i, None where none were asked for."""
+
+    loss_M: Tensor  # unweighted
+    positive_M: Tensor  # similarity of the label
+    hardest_M: Tensor  # similarity of the hardest negative, -inf if there is none
+    dq_MD: Tensor | None = None
+    dp_ND: Tensor | None = None
+    d_own_HD: Tensor | None = None
+    d_scale: Tensor | None = None
+    total: Tensor | None = None  # sum_i w_i loss_i, where it came along
+
+
+class InBatchProblem(NamedTuple):
+    """One batch of a loss that is a sum over pairs, as kernels take it."""
+
+    q_MD: Tensor
+    p_ND: Tensor
+    scale: Tensor
+    bias: Tensor
+    relations: Relations  # its guide is the reference
+    settings: InBatchSettings
+
+
+class InBatchResult(NamedTuple):
+    """What one pass gives; gradients are of sum_i w_i loss_i, None where none were asked for."""
+
+    loss_M: Tensor  # sum over the open pairs of the row, unweighted
+    positive_M: Tensor  # similarity of the label
+    hardest_M: Tensor  # similarity of the hardest open passage, -inf if there is none
+    wins_M: Tensor  # number of open pairs with x < 0
+    total_M: Tensor  # sum of their x
+    dq_MD: Tensor | None = None
+    dp_ND: Tensor | None = None
+    d_scale: Tensor | None = None
+    d_bias: Tensor | None = None
+
+
+class RankPOProblem(NamedTuple):
+    """Passages ranked for queries, as kernels take them."""
+
+    q_BD: Tensor
+    passages: list[Tensor]  # [B, D] or [B, K, D] each, one after the other; of one dtype
+    grades_BK: Tensor | None  # NaN: no passage; None: two passages, the first preferred
+    reference_BC: Tensor | None  # similarities of the first C passages, 0 for the others
+    settings: RankPOSettings
+
+    @property
+    def K(self) -> int:
+        """How many passages a query has."""
+        return sum([x.shape[1] if x.dim() == 3 else 1 for x in self.passages])
+
+
+class RankPOResult(NamedTuple):
+    loss_B: Tensor  # unweighted; fp32 (fp64)
+    similarity_BK: Tensor
+    grads: list[Tensor | None]  # of sum_b weights_b loss_b, for queries and each of the passages
+
+
+def is_plain(relations: Relations, settings: InfoNCEOptions) -> bool:
+    """One softmax per query over one block of scores: a row knows all it needs by itself."""
+    return (
+        tuple(settings.directions) == (QP,)
+        and settings.matryoshka_dims is None
+        and settings.label_smoothing == 0
+        and relations.positive_offsets is None
+        and relations.own_offsets is None
+    )

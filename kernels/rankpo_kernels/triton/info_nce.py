@@ -1,0 +1,153 @@
+"""InfoNCE on a GPU: which kernels run, in which order, on which chunk of rows.
+
+    few launches    prepare | statistics, pairs, columns, gradients | products that finish   8MND
+    plain, exact    prepare | statistics, pairs, gradients, 2 products a chunk | finish      8MND
+    plain, stored   prepare | statistics that keep exp(s), pairs, gradients of rows that
+                    overflowed, 2 products a chunk | finish                                  6MND
+    general         prepare | statistics of every block | pairs, columns |
+                    gradients and products of every block | finish                      8MND a block
+
+plain is one softmax per query (`problem.is_plain`). Nothing waits for the device, and all but the
+rarer options' list-making torch calls are kernels of `rows`, `scores`, `slopes`, `products` and
+cuBLAS. A chunk holds R rows of gradients [R, N] in the inputs' dtype; products accumulate in fp32.
+
+M queries, N passages, H own negatives, D dims.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from rankpo_kernels.problem import (
+    PP,
+    PQ,
+    QP,
+    QQ,
+    InfoNCEProblem,
+    InfoNCEResult,
+    gradient_dtype,
+    is_plain,
+)
+from rankpo_kernels.triton import products
+from rankpo_kernels.triton.blocks import addressable, as_number, padded
+from rankpo_kernels.triton.info_nce_general import general
+from rankpo_kernels.triton.info_nce_plain import plain
+from rankpo_kernels.triton.passes import (
+    along_parts,
+    hardest,
+    launch_gradients,
+    pair_outputs,
+    settle,
+    statistics,
+)
+from rankpo_kernels.triton.problem import Problem, score_block
+from rankpo_kernels.triton.products import Product, Totals
+from rankpo_kernels.triton.rows import Scale
+from rankpo_kernels.triton.tiles import Tiles, score_tiles, stores_scores, takes_few_launches
+
+
+def info_nce(
+    problem: InfoNCEProblem, weights_M: Tensor | None = None,
+    needs: tuple[bool, bool, bool, bool] = (False,) * 4,
+    *, tiles: Tiles | None = None, stored: bool | None = None, few: bool | None = None,
+) -> InfoNCEResult:  # fmt: skip
+    """Losses and gradients as `chunked.info_nce`; `tiles`, `stored` and `few` (launches) override
+    the tables."""
+    needs = (False,) * 4 if weights_M is None else needs
+    if not len(problem.q_MD):
+        return _nothing(problem, needs)
+    problem = _addressable(problem)
+    q_MD, p_ND, own_HD, _, relations, settings = problem
+    weights = Scale(1.0, None)  # of all rows, or [M]
+    if weights_M is not None:
+        on_device = weights_M.dim() or weights_M.device.type != "cpu"
+        weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
+    one_softmax, (need_q, need_p, *_) = is_plain(relations, settings), needs
+    if stored is None:
+        stored = stores_scores(*q_MD.shape, len(p_ND))
+    stored = stored and one_softmax and (need_q or need_p) and q_MD.dtype == torch.bfloat16
+    stored = stored and not settings.gradient_filter
+    if few is None:
+        few = takes_few_launches(q_MD.dtype, *q_MD.shape, len(p_ND))
+    few = few and not stored and (need_q or need_p)
+    tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored, few)
+    p = Problem.of(problem, tiles)
+    if few and _is_one_chunk(p):
+        return _in_few_launches(p, weights, needs)
+    if one_softmax:
+        return plain(p, weights, needs, stored)
+    return general(p, own_HD, weights, needs)
+
+
+def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:
+    """Kernels read integers one beside the other, and count dims in 32 bits."""
+    own_HD = problem.own_HD
+    return problem._replace(
+        q_MD=addressable(problem.q_MD),
+        p_ND=addressable(problem.p_ND),
+        own_HD=None if own_HD is None else addressable(own_HD),
+        relations=problem.relations.with_integers(Tensor.contiguous).with_guide(addressable),
+    )
+
+
+def _nothing(problem: InfoNCEProblem, needs: tuple[bool, bool, bool, bool]) -> InfoNCEResult:
+    """Of no queries."""
+    leaves, row = (problem.q_MD, problem.p_ND, problem.own_HD), problem.q_MD.new_empty(0).float()
+    grads = [
+        torch.zeros_like(x, dtype=gradient_dtype(x.dtype)) if need and x is not None else None
+        for x, need in zip(leaves, needs, strict=False)
+    ]
+    return InfoNCEResult(row, row, row, *grads, row.new_zeros(()))
+
+
+def _is_one_chunk(p: Problem) -> bool:
+    """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
+    filter, further positives or own negatives."""
+    settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
+    parts = M * triton.cdiv(N, p.tiles.BLOCK_N) + N * triton.cdiv(M, p.tiles.BLOCK_M)
+    return (
+        p.dims == (D,)
+        and not settings.gradient_filter
+        and not {QQ, PP} & set(settings.directions)
+        and relations.positive_offsets is None
+        and relations.own_offsets is None
+        and M * padded(N) * p.q_MD.element_size() + 6 * 4 * parts <= p.workspace_bytes
+    )
+
+
+def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> InfoNCEResult:
+    """All rows at once: where launches cost what flops do."""
+    M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
+    need_q, need_p, _, need_scale = needs
+    block = score_block(p, *(d if d in directions else None for d in (QP, PQ)))
+    sums = statistics(p, block, (need_scale, p.settings.label_smoothing > 0), True)
+    outputs = pair_outputs(p, True, need_scale)
+    column_slopes = settle(p, sums, None, weights, outputs)
+    del sums
+    along = along_parts(p, block, M) if p.inverse_q is not None else (None, None)
+    G_MN = p.new(M, padded(N), dtype=p.q_MD.dtype)
+    launch_gradients(
+        p, block, slice(0, M), G_MN[None], row_slopes=outputs.qp if QP in directions else None,
+        column_slopes=column_slopes, label_slope_LR=outputs.slope_LP, along=along,
+    )  # fmt: skip
+    new = lambda x, need: p.new(*x.shape, dtype=gradient_dtype(x.dtype)) if need else None  # noqa: E731
+    dq_MD, dp_ND = new(p.q_MD, need_q), new(p.p_ND, need_p)
+    total, d_scale = p.new(), p.new() if need_scale else None
+    products.finished(
+        G_MN,
+        Product.of(G_MN, p.q_MD, p.p_ND, p.inverse_q, along[0], dq_MD, transpose=False),
+        Product.of(G_MN, p.p_ND, p.q_MD, p.inverse_p, along[1], dp_ND, transpose=True),
+        Totals(
+            outputs.loss_LM,
+            weights,
+            M,
+            total,
+            outputs.d_scale_LM,
+            outputs.d_scale_stride,
+            d_scale,
+        ),
+    )
+    return InfoNCEResult(
+        outputs.loss_LM[0], p.similarity_LP[0], hardest(outputs, directions), dq_MD, dp_ND, None,
+        d_scale, total,
+    )  # fmt: skip

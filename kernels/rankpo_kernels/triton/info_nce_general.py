@@ -1,0 +1,258 @@
+"""InfoNCE with every option: statistics of all blocks first, since a column, or a joint softmax,
+knows its sum only then; then what the pairs make of them, and gradients of every block.  8MND a
+block
+
+R rows of a chunk, M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, gradient_dtype
+from rankpo_kernels.relations import expand
+from rankpo_kernels.triton import products, rows, scores
+from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, product, torch_number
+from rankpo_kernels.triton.passes import (
+    along_parts,
+    hardest,
+    launch_gradients,
+    pair_outputs,
+    settle,
+    statistics,
+)
+from rankpo_kernels.triton.problem import Problem, passage_block, query_block, score_block
+from rankpo_kernels.triton.rows import Rows, Scale
+from rankpo_kernels.triton.scores import Partials, Slopes
+from rankpo_kernels.triton.slopes import PairOutputs
+from rankpo_kernels.triton.tiles import FUSION
+
+
+def general(
+    p: Problem, own_HD: Tensor | None, weights: Scale, needs: tuple[bool, bool, bool, bool]
+) -> InfoNCEResult:
+    *_, need_scale = needs
+    directions, blocks = p.settings.directions, _blocks(p)
+    want = (need_scale, p.settings.label_smoothing > 0)
+    sums: dict[str, Partials] = {}
+    for block in blocks:
+        sums |= statistics(p, block, want, len(blocks) == 1 and p.pairs is None)
+    own = None if own_HD is None or QP not in directions else OwnNegatives.of(p, own_HD)
+    outputs = pair_outputs(p, any(needs), need_scale)
+    column_slopes = settle(p, sums, own and own.sums, weights, outputs)
+    del sums  # as much memory as the chunk that comes now
+    loss_M = outputs.loss_LM[0] if len(p.dims) == 1 else outputs.loss_LM.sum(0)
+    positive_M = p.similarity_LP[-1, : len(p.q_MD)]
+    result = InfoNCEResult(loss_M, positive_M, hardest(outputs, directions))
+    if not any(needs):
+        return result
+    grads = Gradients.zeros(p, own_HD, needs)
+    for block in blocks:
+        _add_block(p, block, outputs, column_slopes, grads)
+    if own_HD is not None and own is not None:
+        _add_own(p, own_HD, own, outputs.qp, grads)
+    dq_MD, dp_ND = _finished(p, grads)
+    d_scale = outputs.d_scale_LM.sum() if need_scale else None
+    return result._replace(dq_MD=dq_MD, dp_ND=dp_ND, d_own_HD=grads.d_own_HD, d_scale=d_scale)
+
+
+def _blocks(p: Problem) -> list[Block]:
+    """The blocks that the directions read."""
+    directions = p.settings.directions
+    blocks = [score_block(p, *(d if d in directions else None for d in (QP, PQ)))]
+    if QQ in directions:
+        blocks.append(query_block(p))
+    if PP in directions:
+        blocks.append(passage_block(p))
+    return blocks
+
+
+class OwnNegatives(NamedTuple):
+    """Negatives of one query each: their logits, and the statistics of each query over its own."""
+
+    owner_H: Tensor
+    inverse_LH: Tensor | None
+    logit_LH: Tensor
+    hard_LH: Tensor  # with hardness
+    sums: Partials
+
+    @staticmethod
+    def of(p: Problem, own_HD: Tensor) -> "OwnNegatives":
+        owner_H = expand(p.relations.own_offsets.diff(), len(own_HD))
+        inverse_LH, _, similarity_LH = rows.prepare(
+            own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
+        )
+        s_LH = hard_LH = similarity_LH * torch_number(p.scale)
+        L, M = len(p.dims), len(p.q_MD)
+        zeros_LM = s_LH.new_zeros(L, M)
+        at_LH = owner_H.expand(L, -1)
+        top_LM, hardest_LM = (zeros_LM - torch.inf).scatter_reduce(1, at_LH, s_LH, "amax"), None
+        chosen, _ = p.settings.hardness
+        if chosen:
+            by = 1 + chosen / torch_number(p.scale)
+            hard_LH, top_LM, hardest_LM = s_LH * by, top_LM * by, top_LM
+        floor_LM = top_LM.masked_fill(top_LM == -torch.inf, 0)
+        e_LH = (hard_LH - floor_LM[:, owner_H]).exp()
+        terms = (e_LH, e_LH * s_LH, s_LH, torch.ones_like(s_LH))
+        sums = [top_LM, *(_add_at(zeros_LM.clone(), owner_H, x) for x in terms), hardest_LM]
+        parts = Partials(*(x if x is None else x[:, None] for x in sums))
+        return OwnNegatives(owner_H, inverse_LH, s_LH, hard_LH, parts)
+
+
+def _add_at(out_LR: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """The same for each level."""
+    for out_R, of_level in zip(out_LR, values, strict=True):
+        add_rows(out_R, index, of_level)
+    return out_LR
+
+
+class Gradients(NamedTuple):
+    """Sums that the blocks add to, in fp32; None where no gradient was asked for."""
+
+    dq_MD: Tensor | None
+    dp_ND: Tensor | None
+    d_own_HD: Tensor | None
+    along_q: Tensor | None  # what `finish` takes out along each row, of several levels
+    along_p: Tensor | None
+
+    @staticmethod
+    def zeros(p: Problem, own_HD: Tensor | None, needs: tuple[bool, ...]) -> "Gradients":
+        need_q, need_p, need_own, _ = needs
+        (M, D), N, L = p.q_MD.shape, len(p.p_ND), len(p.dims)
+        zeros = lambda *shape: p.new(*shape).zero_()  # noqa: E731
+        d_own, along = None, L > 1 and p.settings.normalize
+        if own_HD is not None and need_own:
+            d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
+        return Gradients(
+            zeros(M, D) if need_q else None, zeros(N, D) if need_p else None, d_own,
+            zeros(L, M) if along else None, zeros(L, N) if along else None,
+        )  # fmt: skip
+
+    def of_sides(self, block: Block) -> tuple[Tensor | None, ...]:
+        """(d a, d b, along a, along b) of a block."""
+        queries, passages = (self.dq_MD, self.along_q), (self.dp_ND, self.along_p)
+        a = passages if block.row_direction == PP else queries
+        b = queries if block.row_direction == QQ else passages
+        return a[0], b[0], a[1], b[1]
+
+
+def _add_block(
+    p: Problem, block: Block, outputs: PairOutputs, column_slopes: Slopes | None, grads: Gradients
+) -> None:
+    """A block's gradients, and what is along the rows."""
+    d_a, d_b, along_a, along_b = grads.of_sides(block)
+    if d_a is None and d_b is None:
+        return
+    L, N = len(p.dims), len(block.b)
+    scored = block.row_direction not in (QQ, PP)  # queries against passages
+    row_slopes = {QP: outputs.qp, QQ: outputs.qq, PP: outputs.pp}.get(block.row_direction)
+    # Without one bound of both rows and columns, fp16 could overflow: its gradients stay fp32.
+    dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
+    row_bytes = L * padded(N) * dtype.itemsize
+    chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, p.tiles.BLOCK_M)
+    out = p.new(L, chunks[0].stop, padded(N), dtype=dtype)
+    for part in chunks:
+        R = part.stop - part.start
+        G_LRN = out[:, :R]
+        along = (None, None) if along_a is None else along_parts(p, block, R)
+        launch_gradients(
+            p, block, part, G_LRN, along=along,
+            row_slopes=row_slopes and _part_of_slopes(row_slopes, part),
+            column_slopes=column_slopes if block.column_direction else None,
+            label_slope_LR=outputs.slope_LP[:, part] if scored else None,
+        )  # fmt: skip
+        if scored and p.pairs is not None:
+            _scatter_pairs(p, G_LRN, outputs.slope_LP, part)
+        _add_products(p, block, part, G_LRN[:, :, :N], d_a, d_b)
+        if along_a is not None:
+            along_b += along[1].sum(1)
+            if block.index is None:
+                along_a[:, part] += along[0].sum(1)
+            else:
+                _add_at(along_a, block.index[part], along[0].sum(1))
+    if along_a is not None and scored and p.pairs is not None:
+        more = slice(len(p.q_MD), None)
+        gs_LK = (outputs.slope_LP * p.similarity_LP * torch_number(p.scale))[:, more]
+        _add_at(along_a, p.pairs.rows_P[more], gs_LK)
+        _add_at(along_b, p.pairs.columns_P[more], gs_LK)
+
+
+def _add_products(
+    p: Problem, block: Block, part: slice, G_LRN: Tensor, d_a: Tensor | None, d_b: Tensor | None
+) -> None:
+    """d a += G b and d b += G' a, of a chunk of rows."""
+    index = None if block.index is None else block.index[part]
+    a_RD = block.a[part] if index is None else block.a[index]
+    first = 0
+    for level, last in enumerate(p.dims):  # dims first:last are in every prefix from `level` on
+        dims = slice(first, last)
+        g_RN, first = G_LRN[level], last
+        if d_a is not None:
+            b_ND = block.b[:, dims].to(G_LRN.dtype)
+            if index is None:
+                product(g_RN, b_ND, d_a[part, dims], True)
+            else:
+                d_rows = p.new(len(a_RD), last - dims.start)
+                product(g_RN, b_ND, d_rows, False)
+                add_rows(d_a[:, dims], index, d_rows)
+        if d_b is not None:
+            product(g_RN, a_RD[:, dims].to(G_LRN.dtype), d_b[:, dims], True, transpose=True)
+
+
+def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:
+    pick = lambda x: None if x is None else x[:, part]  # noqa: E731
+    return slopes._replace(lse=pick(slopes.lse), soft=pick(slopes.soft), flat=pick(slopes.flat))
+
+
+def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
+    """Write the gradients of further positives into a chunk; the labels' are there already."""
+    more = slice(len(p.q_MD), None)
+    rows_K, columns_K = p.pairs.rows_P[more], p.pairs.columns_P[more]
+    value_LK = slope_LP[:, more] * torch_number(p.scale)
+    if p.inverse_q is not None:
+        value_LK = value_LK * p.inverse_q[:, rows_K] * p.inverse_p[:, columns_K]
+    value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes
+    (L, R, _), K = G_LRN.shape, len(rows_K)
+    if K:
+        scores.scatter_kernel[(triton.cdiv(K, 128), L)](
+            G_LRN, rows_K, columns_K, value_LK, part.start, R, K, G_LRN.stride(1), G_LRN.stride(0),
+            128, **FUSION,
+        )  # fmt: skip
+
+
+def _add_own(
+    p: Problem, own_HD: Tensor, own: OwnNegatives, slopes: Slopes, grads: Gradients
+) -> None:
+    """Gradients of own negatives and of their queries."""
+    if grads.dq_MD is None and grads.d_own_HD is None:
+        return
+    owner_H = own.owner_H
+    g_LH = slopes.soft[:, owner_H] * (own.hard_LH - slopes.lse[:, owner_H]).exp()
+    if slopes.flat is not None:
+        g_LH = g_LH - slopes.flat[:, owner_H]  # d total / d logit
+    products.own_gradients(
+        p.q_MD, own_HD, p.inverse_q, own.inverse_LH, p.relations.own_offsets,
+        g_LH * torch_number(p.scale), g_LH * own.logit_LH, grads.dq_MD, grads.d_own_HD, p.dims,
+    )  # fmt: skip
+    if grads.along_q is not None:
+        _add_at(grads.along_q, owner_H, g_LH * own.logit_LH)
+
+
+def _finished(p: Problem, grads: Gradients) -> list[Tensor | None]:
+    """Those of queries and passages in their last form, past the last prefix 0."""
+    outs: list[Tensor | None] = []
+    ready = []
+    for x, grad, inverse, along in (
+        (p.q_MD, grads.dq_MD, p.inverse_q, grads.along_q),
+        (p.p_ND, grads.dp_ND, p.inverse_p, grads.along_p),
+    ):
+        out = None
+        if grad is not None:
+            new = torch.zeros_like if p.dims[-1] < x.shape[1] else torch.empty_like
+            out = new(grad, dtype=gradient_dtype(x.dtype))
+            ready.append(Rows.of(grad, x, inverse, None, along, out))
+        outs.append(out)
+    rows.finish(ready, p.dims)
+    return outs

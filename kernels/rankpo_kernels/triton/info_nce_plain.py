@@ -1,0 +1,171 @@
+"""InfoNCE as one softmax per query: every chunk of rows by itself, which needs no other row.
+
+    exact     statistics, pairs, gradients, 2 products a chunk                                 8MND
+    stored    statistics that keep exp(s), pairs, gradients of rows that overflowed,
+              2 products a chunk                                                               6MND
+
+R rows of a chunk, M queries, N passages, D dims.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rankpo_kernels.problem import QP, InfoNCEResult, gradient_dtype
+from rankpo_kernels.triton import rows
+from rankpo_kernels.triton.blocks import (
+    Block,
+    add_relative,
+    chunks_of,
+    largest_inverse,
+    padded,
+    product,
+)
+from rankpo_kernels.triton.passes import (
+    launch_gradients,
+    launch_statistics,
+    output_rows,
+    pair_outputs,
+    partials,
+    settle,
+)
+from rankpo_kernels.triton.problem import Problem, score_block
+from rankpo_kernels.triton.rows import Rows, Scale
+from rankpo_kernels.triton.scores import Partials
+from rankpo_kernels.triton.slopes import PairOutputs, Stored
+
+
+def plain(
+    p: Problem, weights: Scale, needs: tuple[bool, bool, bool, bool], stored: bool
+) -> InfoNCEResult:
+    need_q, need_p, _, need_scale = needs
+    M, block = len(p.q_MD), score_block(p, QP, None)
+    chunks = chunks_of(
+        M, len(p.p_ND), _row_bytes(p, block, need_q or need_p), p.workspace_bytes, p.tiles.BLOCK_M
+    )
+    outputs = pair_outputs(p, need_q or need_p, need_scale)
+    memory = Memory.of(p, chunks[0].stop, need_q, need_p, stored)
+    if memory.relative:
+        outputs = outputs._replace(factor_M=p.new(M))
+    for part in chunks:
+        parts = partials(p, _tiles_n(p), part.stop - part.start, (need_scale, False),
+                         block.hardness is not None)  # fmt: skip
+        local = output_rows(outputs, part)
+        _settle_chunk(p, block, part, parts, weights, local, memory)
+        if memory.G_RN is not None:
+            live = _write_gradients(p, block, part, parts, local, memory)
+            _add_products(p, part, local, memory, live)
+    return InfoNCEResult(
+        outputs.loss_LM[0], p.similarity_LP[0], outputs.hardest_M, memory.dq_MD, memory.dp_out,
+        None, outputs.d_scale_LM.sum() if need_scale else None,
+    )  # fmt: skip
+
+
+def _tiles_n(p: Problem) -> int:
+    return triton.cdiv(len(p.p_ND), p.tiles.BLOCK_N)
+
+
+def _row_bytes(p: Problem, block: Block, with_gradients: bool) -> int:
+    """Of the workspace, that a row takes."""
+    statistics = 4 * (3 + (block.hardness is not None)) * _tiles_n(p)
+    return statistics + (padded(len(p.p_ND)) * p.q_MD.element_size() if with_gradients else 0)
+
+
+class Memory(NamedTuple):
+    """What chunks of rows fill, one after the other; None where there is no need of it."""
+
+    G_RN: Tensor | None  # stored exponentials, or d total / d dot
+    dq_MD: Tensor | None  # in its last form
+    dq_RD: Tensor | None  # sums of a chunk in fp32, where dq_MD itself cannot hold them
+    dp_out: Tensor | None  # in its last form
+    dp_ND: Tensor | None  # sums in fp32, which may be dp_out
+    weighted_RD: Tensor | None  # factor * q / |q| of rows that store exponentials
+    inverse_top: Tensor | None
+    relative: bool  # rows of G are divided by their slopes, or by what exponentials leave out
+
+    @staticmethod
+    def of(p: Problem, R: int, need_q: bool, need_p: bool, stored: bool) -> "Memory":
+        (M, D), N, dtype = p.q_MD.shape, len(p.p_ND), p.q_MD.dtype
+        products = need_q or need_p
+        # fp16 keeps rows divided by their slopes, or small gradients of converged rows underflow
+        relative = products and (stored or dtype == torch.float16)
+        out_dtype = gradient_dtype(dtype)
+        in_fp32 = out_dtype == torch.float32  # then sums become results where they are
+        dp_out = p.new(N, D, dtype=out_dtype) if need_p else None
+        return Memory(
+            p.new(R, padded(N), dtype=dtype) if products else None,
+            p.new(M, D, dtype=out_dtype) if need_q else None,
+            p.new(R, D) if need_q and not in_fp32 else None,
+            dp_out,
+            dp_out if in_fp32 or not need_p else p.new(N, D),
+            p.new(R, D, dtype=dtype) if stored else None,
+            largest_inverse(p.inverse_p, p.p_ND) if relative else None,
+            relative,
+        )
+
+
+def _query_rows(p: Problem, part: slice) -> tuple[Tensor, Tensor | None]:
+    """(q of a chunk, inverse norms [1, R])."""
+    return p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
+
+
+def _settle_chunk(
+    p: Problem, block: Block, part: slice, parts: Partials, weights: Scale, local: PairOutputs,
+    memory: Memory,
+) -> None:  # fmt: skip
+    """Statistics of a chunk, and what the pairs make of them."""
+    keep, beside = {}, None
+    if memory.weighted_RD is not None:
+        G_RN, top = memory.G_RN[: part.stop - part.start], memory.inverse_top
+        keep = {"positive_R": p.similarity_LP[0, part], "inverse_top": top, "stored": G_RN}
+        q_RD, inverse_q = _query_rows(p, part)
+        inverses = (None if x is None else x[0] for x in (inverse_q, p.inverse_p))
+        beside = Stored(
+            G_RN, G_RN.stride(0), memory.weighted_RD, q_RD, *q_RD.stride(), *inverses, top
+        )
+    launch_statistics(p, block, part, parts, None, **keep)
+    of_rows = weights if weights.at is None else Scale(0.0, weights.at[part])
+    settle(p, {QP: parts}, None, of_rows, local, beside, part)
+
+
+def _write_gradients(
+    p: Problem, block: Block, part: slice, parts: Partials, local: PairOutputs, memory: Memory
+) -> Tensor | None:
+    """d total / d dot of a chunk; of stored exponentials, of those rows alone that overflowed.
+    Returns which tiles are not filtered away."""
+    R, N, tiles, live = part.stop - part.start, len(p.p_ND), p.tiles, None
+    if p.settings.gradient_filter:
+        live = p.new(triton.cdiv(R, tiles.BLOCK_M), _tiles_n(p), dtype=torch.int32)
+    launch_gradients(
+        p, block, part, memory.G_RN[None, :R], row_slopes=local.qp, label_slope_LR=local.slope_LP,
+        inverse_top=memory.inverse_top, tile_parts=None if live is None else parts, live=live,
+        only_over=memory.weighted_RD is not None,
+        filter_mass=p.settings.gradient_filter * tiles.BLOCK_N / N,
+    )  # fmt: skip
+    return live
+
+
+def _add_products(
+    p: Problem, part: slice, local: PairOutputs, memory: Memory, live: Tensor | None
+) -> None:
+    """dq of a chunk, and its part of dp."""
+    R, N, first = part.stop - part.start, len(p.p_ND), part.start == 0
+    G_RN, (q_RD, inverse_q) = memory.G_RN[:R, :N], _query_rows(p, part)
+    ready, tiles = [], p.tiles
+    if memory.dq_MD is not None:
+        dq_RD = memory.dq_MD[part] if memory.dq_RD is None else memory.dq_RD[:R]
+        product(G_RN, p.p_ND, dq_RD, False, live=live, tiles=tiles)
+        ready.append(Rows.of(dq_RD, q_RD, inverse_q, local.factor_M, None, memory.dq_MD[part]))
+    if memory.dp_ND is not None and memory.relative and memory.weighted_RD is None:
+        inverse_R = None if inverse_q is None else inverse_q[0]
+        add_relative(
+            G_RN, q_RD, local.factor_M, inverse_R, memory.dp_ND, first, live=live, tiles=tiles
+        )
+    elif memory.dp_ND is not None:
+        left_RD = q_RD if memory.weighted_RD is None else memory.weighted_RD[:R]
+        product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, live=live, tiles=tiles)
+    if memory.dp_ND is not None and part.stop == len(p.q_MD):
+        ready.append(Rows.of(memory.dp_ND, p.p_ND, p.inverse_p, None, None, memory.dp_out))
+    rows.finish(ready, p.dims, memory.inverse_top, p.scale)

@@ -1,0 +1,198 @@
+"""The passes over blocks of scores that every pipeline of InfoNCE is made of: statistics, what the
+pairs make of them, gradients; and the memory that they fill.
+
+R rows of a chunk, M queries, N passages, P positive pairs, L prefixes.
+"""
+
+from dataclasses import asdict, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from rankpo_kernels.objective import Stats, add_ranks_, of_all_ranks
+from rankpo_kernels.problem import PP, PQ, QP, QQ
+from rankpo_kernels.triton import rows, scores, slopes
+from rankpo_kernels.triton.blocks import Block, chunks_of
+from rankpo_kernels.triton.problem import Problem
+from rankpo_kernels.triton.rows import Scale, absent
+from rankpo_kernels.triton.scores import Hardness, Partials, Slopes
+from rankpo_kernels.triton.slopes import PairOutputs, Softmax, Softmaxes, Stored
+from rankpo_kernels.triton.tiles import FUSION, Tiles
+
+
+def partials(
+    p: Problem, parts: int, rows: int, want: tuple[bool, bool], hard: bool = False
+) -> Partials:
+    """`want`: the moment, for the scale's gradient; sum and count, for smoothing. `hard`: with
+    hardness."""
+    moment, counted = want
+    return Partials(*[
+        p.new(len(p.dims), parts, rows) if wanted else None
+        for wanted in (True, True, moment, counted, counted, hard)
+    ])  # fmt: skip
+
+
+def launch_statistics(
+    p: Problem, block: Block, part: slice, row_parts: Partials | None,
+    column_parts: Partials | None, positive_R=None, inverse_top=None, stored=None,
+) -> None:  # fmt: skip
+    tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
+    grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
+    scores.statistics_kernel[grid](
+        *block.chunk(part), block.hardness or absent(Hardness),
+        row_parts or absent(Partials), column_parts or absent(Partials),
+        positive_R, inverse_top, stored,
+        p.scale, R, N, 0 if stored is None else stored.stride(0),
+        p.dims, block.guide_dims, block.curated, **tile_arguments(tiles),
+    )  # fmt: skip
+
+
+def launch_gradients(
+    p: Problem, block: Block, part: slice, out_LRN: Tensor, *, row_slopes=None,
+    column_slopes=None, label_slope_LR=None, inverse_top=None, tile_parts=None, live=None,
+    along=(None, None), filter_mass: float = 0.0, only_over: bool = False,
+) -> None:  # fmt: skip
+    tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
+    if only_over:  # a row that overflows works for all rows of its tile
+        tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
+    grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
+    scores.gradients_kernel[grid](
+        *block.chunk(part), block.hardness or absent(Hardness),
+        row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR,
+        inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
+        p.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
+        0 if label_slope_LR is None else label_slope_LR.stride(0),
+        p.dims, block.guide_dims, block.curated, only_over, **tile_arguments(tiles),
+    )  # fmt: skip
+
+
+def along_parts(p: Problem, block: Block, R: int) -> tuple[Tensor, Tensor]:
+    """Memory for the parts of gradients along R rows and along all columns."""
+    L, N = len(p.dims), len(block.b)
+    tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
+    return p.new(L, tiles_n, R), p.new(L, tiles_m, N)
+
+
+def tile_arguments(tiles: Tiles) -> dict[str, int]:
+    return asdict(tiles) | FUSION
+
+
+def pair_outputs(p: Problem, gradients: bool, need_scale: bool) -> PairOutputs:
+    """Memory for what the pairs leave."""
+    L, M, P = len(p.dims), len(p.q_MD), len(p.columns_P)
+    directions, smooth = p.settings.directions, p.settings.label_smoothing > 0
+
+    def slopes_of(direction: str, rows: int) -> Slopes:
+        if not gradients or direction not in directions:
+            return absent(Slopes)
+        flat = p.new(L, rows) if smooth else None
+        return Slopes(p.new(L, rows), p.new(L, rows), flat, rows if L > 1 else 0)
+
+    by_columns = gradients and PQ in directions
+    of_columns = len(p.p_ND) if by_columns else 0  # whose share `settle` adds
+    d_scale = p.new(L, M + of_columns) if need_scale else None
+    return PairOutputs(
+        p.new(L, M), p.new(M), p.new(L, P) if gradients else None,
+        slopes_of(QP, M), slopes_of(QQ, M), slopes_of(PP, P),
+        p.new(L, P) if by_columns else None, p.new(L, P) if by_columns and smooth else None,
+        d_scale, M + of_columns, None,
+    )  # fmt: skip
+
+
+def output_rows(outputs: PairOutputs, part: slice) -> PairOutputs:
+    """Of a plain loss, which has one level and a pair a row."""
+    names = ("loss_LM", "hardest_M", "slope_LP", "d_scale_LM", "factor_M")
+    pick = lambda x: None if x is None else x[..., part]  # noqa: E731
+    of_rows = outputs.qp._replace(lse=pick(outputs.qp.lse), soft=pick(outputs.qp.soft))
+    return outputs._replace(qp=of_rows, **{name: pick(getattr(outputs, name)) for name in names})
+
+
+def settle(
+    p: Problem, sums: dict[str, Partials], own: Partials | None, weights: Scale,
+    outputs: PairOutputs, stored: Stored | None = None, part: slice = slice(None),
+) -> Slopes | None:  # fmt: skip
+    """Fill `outputs` from the statistics of all directions; returns the slopes of columns."""
+    settings, columns_P = p.settings, p.columns_P[part]
+    if settings.group is not None:
+        sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}
+    M, N, P, L, D = len(outputs.hardest_M), len(p.p_ND), len(columns_P), len(p.dims), p.dims[-1]
+    of = Softmaxes(*map(Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
+    smoothing = settings.label_smoothing or None
+    levels = tuple([weight for _, weight in settings.levels(D)])
+    slopes.pairs_kernel[(triton.cdiv(M, slopes.BLOCK), L)](
+        of, outputs, stored or absent(Stored), columns_P,
+        p.relations.positive_offsets, p.similarity_LP[:, part],
+        weights, smoothing, p.scale, M, N, P, D,
+        levels, settings.joint, slopes.BLOCK, min(128, rows.block_d(D)),
+        num_warps=4, **FUSION,
+    )  # fmt: skip
+    if outputs.pull_LP is None:
+        return None
+    flat = None if smoothing is None else p.new(L, N)
+    out = Slopes(p.new(L, N), p.new(L, N), flat, N if L > 1 else 0)
+    d_scale = outputs.d_scale_LM
+    slopes.columns_kernel[(triton.cdiv(N, 32), L)](
+        of.pq, columns_P, outputs.pull_LP, outputs.flat_LP, out,
+        None if d_scale is None else d_scale[:, M:], outputs.d_scale_stride, p.scale, N, P,
+        32, 256, **FUSION,
+    )  # fmt: skip
+    for x in (out.soft, out.flat):
+        if x is not None:
+            add_ranks_(x, settings)
+    return out
+
+
+def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
+    """Of columns, over the queries of all ranks: one part."""
+    want = (parts.zs is not None, parts.sum is not None)
+    one = slopes.reduce(parts, partials(p, 1, len(p.p_ND), want))
+    top, z, *rest, _ = one
+    none = torch.zeros_like(z)
+    zs, total, count = (none if x is None else x for x in rest)
+    lse, mean = top + z.log(), zs / z.masked_fill(z == 0, 1)  # z = 0: log is -inf, and so is top
+    stats = of_all_ranks(Stats(lse, mean, total, count, top), p.settings)
+    whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count, None)
+    return Partials(*(x if y is not None else None for x, y in zip(whole, one, strict=True)))
+
+
+def hardest(outputs: PairOutputs, directions: tuple[str, ...]) -> Tensor:
+    of_rows = QP in directions or QQ in directions
+    return outputs.hardest_M if of_rows else outputs.hardest_M.fill_(-torch.inf)
+
+
+def statistics(
+    p: Problem, block: Block, want: tuple[bool, bool], in_tiles: bool
+) -> dict[str, Partials]:
+    """Of a block's directions, each in parts: of its chunks, or of its tiles where they may be (no
+    other block needs the memory, and a column is merged once) and there is one chunk alone."""
+    L, N, tiles, hard = len(p.dims), len(block.b), p.tiles, block.hardness is not None
+    if block.row_direction is None and block.column_direction is None:
+        return {}
+    of_row = 4 * (2 + want[0] + 2 * want[1] + hard) * L
+    row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
+    chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, tiles.BLOCK_M)
+    sums, row_parts = {}, []
+    columns = partials(p, len(chunks), N, want) if block.column_direction else None
+    for at, part in enumerate(chunks):
+        R = part.stop - part.start
+        of_rows = of_columns = None
+        if block.row_direction:
+            of_rows = partials(p, triton.cdiv(N, tiles.BLOCK_N), R, want, hard)
+        if block.column_direction:
+            of_columns = partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
+        launch_statistics(p, block, part, of_rows, of_columns)
+        if in_tiles and len(chunks) == 1:
+            row_parts, columns = [of_rows], of_columns
+            break
+        if of_rows is not None:
+            row_parts.append(slopes.reduce(of_rows, partials(p, 1, R, want, hard)))
+        if of_columns is not None:
+            slopes.reduce(of_columns, columns, at)
+    if block.row_direction:
+        sums[block.row_direction] = row_parts[0] if len(row_parts) == 1 else Partials(*(
+            None if x[0] is None else torch.cat(x, 2) for x in zip(*row_parts, strict=True)
+        ))  # fmt: skip
+    if block.column_direction:
+        sums[block.column_direction] = columns
+    return sums

@@ -1,0 +1,94 @@
+"""What comes before a training: whatever can be refused without a model, then the model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rankpo_fast.config import (
+    ComputeConfig,
+    ContrastiveDataConfig,
+    ContrastiveLossConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RankPODataConfig,
+    RankPOLossConfig,
+    ReplayConfig,
+    TrainingConfig,
+)
+from rankpo_fast.data.cache import check_cache
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.precision import Precision
+from rankpo_fast.model.texts import Texts
+from rankpo_fast.paths import inputs, lies_in
+from rankpo_fast.ranks import Ranks
+from rankpo_fast.retrieval.evaluate import evaluation_texts, read_evaluation_data
+from rankpo_fast.train import output
+from rankpo_fast.train.reporters import chosen
+from rankpo_fast.train.resume import find_checkpoint, settings_of
+from rankpo_fast.train.run import Run
+
+
+def prepare_run(
+    stage: str,
+    ranks: Ranks,
+    precision: Precision,
+    model: ModelConfig,
+    data: ContrastiveDataConfig | RankPODataConfig,
+    loss: ContrastiveLossConfig | RankPOLossConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
+    compute: ComputeConfig,
+    *replay: ReplayConfig,
+) -> Run:
+    """Evaluation data, output directory and checkpoint; InputError if one will not do.
+
+    Args:
+        precision: what all ranks compute in, of `shared_precision`.
+    """
+    model = replace(model, bf16=precision.bf16)
+    chosen(training.report_to)
+    evaluation_data = read_evaluation_data(evaluation)
+    path, cache = Path(training.output_dir), compute.cache_path
+    configs = (model, data, *replay, loss, training, compute)
+    resume, overwrite = training.resume is not None, training.overwrite_output_dir
+    read = list(inputs(*configs, evaluation))
+    output.check(path, read, resume=resume, overwrite=overwrite)
+    check_cache(compute)
+    if cache is not None and lies_in(cache, path):
+        raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
+    settings = settings_of(stage, ranks, configs)
+    return Run(
+        stage=stage,
+        model=model,
+        training=training,
+        evaluation=evaluation,
+        compute=compute,
+        ranks=ranks,
+        evaluation_data=evaluation_data,
+        settings=settings,
+        checkpoint=find_checkpoint(training, settings, ranks),
+        precision=precision,
+        inputs=read,
+    )
+
+
+def nothing_left(run: Run) -> bool:
+    """Whether the run that was to be resumed is finished; says so."""
+    done = run.training.resume is not None and output.finished(run.path)
+    if done:
+        said = f"{run.path}: this run is finished, nothing to resume"
+        if run.evaluation.asked and not output.evaluated(run.path):
+            said += " but for its evaluation, which `rankpo-fast evaluate` makes"
+        run.ranks.say(said)
+    return done
+
+
+def prepare_encoder(run: Run) -> Encoder:
+    """Loaded; InputError if a text of the evaluation does not fit into a micro-batch."""
+    encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
+    if run.evaluation.asked:  # which will find these token ids in the cache
+        data = run.evaluation_data
+        queries, passages = evaluation_texts(data.retrieval, data.preferences)
+        Texts.tokenize(encoder, queries, passages, run.compute)
+    return encoder

@@ -1,0 +1,55 @@
+"""What is minimised: a loss over the batches of some rows, with its weight in the whole.
+
+    loss of a step = sum over tasks of weight * mean of the task's loss over its batches
+
+U and N distinct query and passage texts of a batch, D dims.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from rankpo_fast.data.batches import (
+    ContrastiveBatch,
+    ContrastiveData,
+    PreferenceBatch,
+    PreferenceData,
+)
+from rankpo_fast.model.texts import Texts
+
+BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch)
+
+
+class LossOutput(NamedTuple):
+    """Of a batch; all on the device, without a graph."""
+
+    loss: Tensor  # 0-dim
+    d_queries: Tensor  # [U, D]
+    d_passages: Tensor  # [N, D]
+    metrics: dict[str, Tensor]  # 0-dim
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTask(ABC, Generic[BatchT]):
+    """Rows as batches, their texts, and what is asked of the encoder on them."""
+
+    data: ContrastiveData | PreferenceData
+    texts: Texts
+    weight: float = field(default=1.0, kw_only=True)
+    prefix: str = field(default="", kw_only=True)  # of its metrics, to tell them from another's
+    flag: str = field(default="--train_data", kw_only=True)  # through which its rows were given
+
+    @abstractmethod
+    def loss(self, queries: Tensor, passages: Tensor, batch: BatchT) -> LossOutput:
+        """Of the vectors [U, D] and [N, D] of the batch's texts, not normalised."""
+
+
+def scatter_sum(n: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Zeros [n, D] plus rows [k, D] at places [k] of each part; the order of sums is fixed."""
+    _, rows = parts[0]
+    total = rows.new_zeros(n, rows.shape[1])
+    for places, rows in parts:
+        total.index_put_((places,), rows, accumulate=True)
+    return total

@@ -1,0 +1,7 @@
+"""`python -m mutants`"""
+
+import sys
+
+from mutants.runner import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""InfoNCE in chunks of plain torch, and its native rows."""
+
+from mutants.mutant import Mutant
+from mutants.suites import CHUNKED_OPTIONS, RANKS_OPTIONS, chunked, info_nce, of
+
+BLOCKS = "kernels/rankpo_kernels/chunked/blocks.py"
+GENERAL = "kernels/rankpo_kernels/chunked/info_nce_general.py"
+PLAIN = "kernels/rankpo_kernels/chunked/info_nce_plain.py"
+NORMS = "kernels/rankpo_kernels/chunked/norms.py"
+NATIVE = "kernels/native/info_nce.cpp"
+ROW_MATH = "kernels/native/row_math.h"
+
+SMALL_CHUNKS = info_nce("gates and nothing-round and float32 and native")
+LONG_ROWS = of("tests/kernels/test_native.py", "long_rows")
+
+MUTANTS = [
+    Mutant(
+        "columns-do-not-fade", BLOCKS,
+        "self.e_C.mul_(fade_C)",
+        "self.e_C",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "kept-logits-are-scaled-again", GENERAL,
+        "logits=number in kept)",
+        "logits=False)",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "a-chunk-is-kept-for-all", GENERAL,
+        "block.chunks(at_once=keep)",
+        "block.chunks()",
+        chunked("small_scores_once"),
+    ),
+    Mutant(
+        "cpu-curated-are-not-exempt", BLOCKS,
+        "masked_rC = masked_rC & ~mine_rC",
+        "pass",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "cpu-columns-with-hardness", BLOCKS,
+        "columns[level].add(x_rC, *want)",
+        "columns[level].add(self.hardened(x_rC, slab), *want)",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "cpu-chunks-overwrite-dp", PLAIN,
+        "beta=0 if rows.start == 0 else 1",
+        "beta=0",
+        SMALL_CHUNKS,
+    ),
+    Mutant(
+        "cpu-labels-have-gaps", PLAIN,
+        "relations.labels_M.contiguous()",
+        "relations.labels_M",
+        info_nce("have_gaps"),
+    ),
+    Mutant(
+        "cpu-filter-keeps-negative-rows", PLAIN,
+        "pull_R.abs() *",
+        "pull_R *",
+        info_nce("are_odd"),
+    ),
+    Mutant(
+        "native-norms-in-one-running-sum", ROW_MATH,
+        "kBlock = 256", "kBlock = 1 << 20", LONG_ROWS,
+    ),
+    Mutant(
+        "norms-in-one-running-sum", NORMS,
+        ".square_().sum(1).sqrt_()", ".norm(dim=1)", LONG_ROWS,
+    ),
+    Mutant(
+        "native-keeps-known-pairs", NATIVE,
+        "s[in.known_columns[k]] = kMasked",
+        "(void)k",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "native-moment-with-hardness", NATIVE,
+        "moment += e * (s[j] - hardest)",
+        "moment += e * (hard(s[j], j) - hardest)",
+        CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries", GENERAL,
+        "whole = of_all_ranks(whole, settings)",
+        "pass",
+        RANKS_OPTIONS,
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs", GENERAL,
+        "zip(lines, add_ranks_(own, settings), strict=True)",
+        "zip(lines, own, strict=True)",
+        RANKS_OPTIONS,
+    ),
+    Mutant(
+        "ranks-queries-of-own-as-columns", GENERAL,
+        "column_lists(keys, self.problem.relations.labels_M)\n            sides = (queries, self.all_queries,",
+        "column_lists(keys, relations.labels_M)\n            sides = (queries, queries,",
+        RANKS_OPTIONS,
+    ),
+]  # fmt: skip

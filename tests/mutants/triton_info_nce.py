@@ -1,0 +1,169 @@
+"""InfoNCE's launcher in Triton, its chunks, norms and products."""
+
+from mutants.mutant import Mutant
+from mutants.suites import FAR_APART, FILTER, RANKS_IN_TRITON, TRITON_OPTIONS, triton
+
+LAUNCHER = "kernels/rankpo_kernels/triton/info_nce.py"
+PLAIN = "kernels/rankpo_kernels/triton/info_nce_plain.py"
+GENERAL = "kernels/rankpo_kernels/triton/info_nce_general.py"
+PASSES = "kernels/rankpo_kernels/triton/passes.py"
+BLOCKS = "kernels/rankpo_kernels/triton/blocks.py"
+ROWS = "kernels/rankpo_kernels/triton/rows.py"
+PRODUCTS = "kernels/rankpo_kernels/triton/products.py"
+
+SMALL_CHUNKS = triton("chunks_smaller or summed_beforehand")
+
+MUTANTS = [
+    Mutant(
+        "zero-vectors-have-a-direction", ROWS,
+        "inverse = tl.where(length == 0, 0.0,",
+        "inverse = tl.where(length == 0, 1.0,",
+        FAR_APART,
+    ),
+    Mutant(
+        "squares-overflow", ROWS,
+        "    top_x, top_y = tl.where(top_x > TINY, top_x, 1.0), tl.where(top_y > TINY, top_y, "
+        "1.0)\n",
+        "    top_x, top_y = tl.where(top_x > TINY, 1.0, 1.0), tl.where(top_y > TINY, 1.0, "
+        "1.0)\n",
+        triton("overflow"),
+    ),
+    Mutant(
+        "no-tangent", ROWS,
+        "g -= along_r[:, None] * unit",
+        "g -= 0.0 * unit",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "finished-without-tangent", PRODUCTS,
+        "acc_rd -= (along_r * inverse_r)",
+        "acc_rd -= (0.0 * inverse_r)",
+        triton("in_few_launches"),
+    ),
+    Mutant(
+        "totals-forget-the-weight", PRODUCTS,
+        "total *= totals.weights.value",
+        "total *= 1.0",
+        triton("one_weight"),
+    ),
+    Mutant(
+        "one-program-too-few", PRODUCTS,
+        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)",
+        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N),)",
+        triton("one_weight"),
+    ),
+    Mutant(
+        "filtered-product-overwrites", PRODUCTS,
+        "    if ADD:\n",
+        "    if ADD and False:\n",
+        FILTER,
+    ),
+    Mutant(
+        "own-negatives-without-tangent", PRODUCTS,
+        "- tl.load(gs_LH + level * H + h) * n_unit",
+        "- 0.0 * n_unit",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "own-gradients-side-by-side", PRODUCTS,
+        "d_own + h * stride_do",
+        "d_own + h * D",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "top-forgotten", PLAIN,
+        "(ready, p.dims, memory.inverse_top, p.scale)",
+        "(ready, p.dims, torch.ones(()) if memory.relative else None, p.scale)",
+        FAR_APART,
+    ),
+    Mutant(
+        "chunks-overwrite-dp", PLAIN,
+        "product(G_RN, left_RD, memory.dp_ND, not first,",
+        "product(G_RN, left_RD, memory.dp_ND, False,",
+        SMALL_CHUNKS,
+    ),
+    Mutant(
+        "pairs-of-the-first-chunk", GENERAL,
+        "value_LK, part.start, R, K",
+        "value_LK, 0, R, K",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "past-the-last-prefix", GENERAL,
+        "torch.zeros_like if p.dims[-1] < x.shape[1] else torch.empty_like",
+        "torch.empty_like",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "chunks-need-all-memory", PLAIN,
+        "p.new(R, padded(N)",
+        "p.new(M, padded(N)",
+        triton("never_stored"),
+    ),
+    Mutant(
+        "host-waits", BLOCKS,
+        "largest = factor_R.abs().amax().clamp(min=LEAST)",
+        "largest = factor_R.abs().amax().clamp(min=LEAST).item()",
+        triton("does_not_wait"),
+    ),
+    Mutant(
+        "unasked-gradient", GENERAL,
+        "if own_HD is not None and need_own:",
+        "if own_HD is not None:",
+        triton("without_the_others"),
+    ),
+    Mutant(
+        "workspace-exceeded", BLOCKS,
+        "// row_bytes) < 1:",
+        "// row_bytes) < 0:",
+        triton("refused"),
+    ),
+    Mutant(
+        "few-launches-with-a-sum", LAUNCHER,
+        "(need_q or need_p)\n    tiles",
+        "False\n    tiles",
+        triton("launches"),
+    ),
+    Mutant(
+        "integers-have-gaps", LAUNCHER,
+        ".with_integers(Tensor.contiguous)",
+        "",
+        triton("have_gaps"),
+    ),
+    Mutant(
+        "weights-have-gaps", LAUNCHER,
+        "expand(len(q_MD)).contiguous() if on_device",
+        "expand(len(q_MD)) if on_device",
+        triton("have_gaps"),
+    ),
+    Mutant(
+        "zero-passages", BLOCKS,
+        "inverse_LN.amax().clamp(min=LEAST)",
+        "inverse_LN.amax()",
+        triton("all_be_zero"),
+    ),
+    Mutant(
+        "negative-factors", BLOCKS,
+        "factor_R.abs().amax()",
+        "factor_R.amax()",
+        triton("are_odd"),
+    ),
+    Mutant(
+        "dead-tiles-are-read", BLOCKS,
+        "of_chunk, False, transpose=True, **of_live)",
+        "of_chunk, False, transpose=True)",
+        FILTER,
+    ),
+    Mutant(
+        "ranks-columns-of-own-queries-gpu", PASSES,
+        "sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}",
+        "pass",
+        RANKS_IN_TRITON,
+    ),
+    Mutant(
+        "ranks-slopes-of-own-pairs-gpu", PASSES,
+        "            add_ranks_(x, settings)",
+        "            pass",
+        RANKS_IN_TRITON,
+    ),
+]  # fmt: skip

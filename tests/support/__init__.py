@@ -1,0 +1,1 @@
+"""What several test files share: problems, references, bounds, ranks, and runs with few words."""

@@ -1,0 +1,273 @@
+"""Ranks that train, as torchrun starts them, but forked from a process that has imported all.
+
+What a function returns, says on stderr and exits with comes back from every rank; none may hang.
+"""
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers.models.bert.modeling_bert
+import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork has them)
+from torch import nn
+
+from rankpo_fast import cli
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ops import ranks
+from rankpo_fast.train import contrastive, prepare, step
+from rankpo_fast.train.log import MetricsLog
+from rankpo_fast.train.memory import Memory
+from support import stages
+
+SECONDS = 60  # that ranks may take to end
+
+
+class Ended(NamedTuple):
+    code: int  # of the exit; -15 after a SIGTERM that nothing caught
+    said: str
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """Ranks at work."""
+
+    processes: list[multiprocessing.Process]
+    directory: Path
+
+    def ended(self) -> list[Ended]:
+        """Of each rank, once all have ended; TimeoutError if one does not."""
+        end = time.monotonic() + SECONDS
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        for process in self.processes:
+            process.kill()
+        results = []
+        for rank, process in enumerate(self.processes):
+            answer = self.directory / f"answer-{rank}"
+            of_rank = torch.load(answer) if answer.exists() else None
+            said = (self.directory / f"said-{rank}").read_text()
+            results.append(Ended(process.exitcode, said, of_rank))
+        if hanging:
+            raise TimeoutError(f"ranks {hanging} hang: {results}")
+        return results
+
+
+def start(size: int, directory: Path, function: Callable, *args: Any, **options: Any) -> Started:
+    """Have `size` ranks call the function; `directory` is for what they leave."""
+    directory.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    processes = []
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+        for rank in range(size):
+            of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            of_rank = {name: str(value) for name, value in of_rank.items()}
+            target = (of_rank, directory, function, args, options)
+            processes.append(context.Process(target=_be, args=target, daemon=True))
+            processes[-1].start()
+    return Started(processes, directory)
+
+
+def _be(environment, directory, function, args, options) -> None:
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    with open(directory / f"said-{environment['RANK']}", "w") as said:
+        os.dup2(said.fileno(), 2)
+    answer = function(*args, **options)
+    torch.save(answer, directory / f"answer-{environment['RANK']}")
+
+
+# --- what they do ---
+
+
+class Steps:
+    """A context manager: fp64, and optimizer steps as plain gradient descent, so that rounding
+    stays small, where AdamW divides by it; what they got, and what travelled for them.
+
+    Vectors are rounded to fp32 as ever, but `wide`: losses see them in fp64.
+    """
+
+    def __init__(self, wide):
+        self._wide = wide
+        self.gradients: list[dict[int, torch.Tensor]] = []  # by number of the parameter
+        self.losses: list[list[float]] = []
+        self.reductions: list[int] = []  # of gradients, until then
+
+    def __enter__(self):
+        self._count = 0
+        self._patches = contextlib.ExitStack()
+        put = self._patches.enter_context
+        load = prepare.load_encoder
+        put(mock.patch.object(prepare, "load_encoder", lambda *a, **k: load(*a, **k).double()))
+        put(mock.patch.object(Encoder, "forward", self._widened(Encoder.forward)))
+        put(mock.patch.object(step, "update", self._update))
+        put(mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)))
+        return self
+
+    def __exit__(self, *error):
+        self._patches.close()
+
+    def _widened(self, forward):
+        def widened(encoder, batch):
+            vectors = forward(encoder, batch)
+            return vectors.double() if self._wide and encoder.training else vectors
+
+        return widened
+
+    def _counted(self, all_reduce):
+        def counted(tensor, *args, **kwargs):
+            self._count += tensor.is_floating_point() and tensor.numel() > 1000
+            return all_reduce(tensor, *args, **kwargs)
+
+        return counted
+
+    def _update(self, optimizer, losses, rate, max_norm):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
+        self.gradients.append(gradients)
+        self.losses.append([loss.item() for loss in losses])
+        self.reductions.append(self._count)
+        with torch.no_grad():
+            for i, gradient in gradients.items():
+                parameters[i] -= 1e-3 * gradient
+        optimizer.zero_grad(set_to_none=True)
+        return nn.utils.get_total_norm(list(gradients.values()))
+
+
+def descend(stage, wide=True, **flags):
+    """(gradients, losses, reductions so far) of every step."""
+    with Steps(wide) as steps:
+        stages.run(stage, **flags)
+    return steps.gradients, steps.losses, steps.reductions
+
+
+def train(stage, stop=None, **flags):
+    """`stop`: SIGTERM comes to the last rank in that step."""
+    say = MetricsLog.step
+
+    def said(self, done, *args):
+        say(self, done, *args)
+        if done == stop and dist.get_rank() == dist.get_world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(MetricsLog, "step", said):
+        stages.run(stage, **flags)
+
+
+def command(*flags):
+    """The command line."""
+    sys.exit(cli.main(list(flags)))
+
+
+def command_with_nan(*flags):
+    """It comes up in the last rank's part of the loss."""
+    compute = contrastive.info_nce_loss_and_grads
+
+    def loss(*args, **kwargs):
+        loss, *others = compute(*args, **kwargs)
+        last = dist.get_rank() == dist.get_world_size() - 1
+        return loss * (math.nan if last else 1), *others
+
+    with mock.patch.object(contrastive, "info_nce_loss_and_grads", loss):
+        command(*flags)
+
+
+def command_on_a_full_disk(*flags):
+    """As the first rank finds it when it saves a checkpoint."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with mock.patch("rankpo_fast.train.checkpoint._optimizer_tensors", fail):
+        command(*flags)
+
+
+def command_with_own(own, *flags):
+    """The last rank has more flags than the others."""
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    command(*flags, *(own if last else []))
+
+
+def train_out_of_memory(stage, stop=None, **flags):
+    """The second batch fails on the last rank, on the first, on the second, each time further on
+    and with the work done."""
+    places = [
+        (step, "CachedVectors"),
+        (contrastive, "info_nce_loss_and_grads"),
+        (step.CachedVectors, "backward"),
+    ]
+    with contextlib.ExitStack() as patches:
+        for number, (owner, name) in enumerate(places):
+            function = getattr(owner, name)
+            if int(os.environ["RANK"]) == (number - 1) % len(places):
+                function = _failing(function, 2 + number)
+            patches.enter_context(mock.patch.object(owner, name, function))
+        train(stage, stop, **flags)
+
+
+def _failing(function, at):
+    calls = itertools.count(1)
+
+    def failing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        return result
+
+    return failing
+
+
+def command_out_of_memory(*flags):
+    """Of the last rank, whatever the step does."""
+    vectors = step.CachedVectors
+
+    def fail(*args, **kwargs):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return vectors(*args, **kwargs)
+
+    with mock.patch.object(step, "CachedVectors", fail):
+        command(*flags)
+
+
+def connected(stage, **flags):
+    """The collectives that the devices' group had been used for when memory was measured."""
+    with contextlib.ExitStack() as patches:
+        spies = {
+            name: patches.enter_context(mock.patch.object(owner, name, wraps=getattr(owner, name)))
+            for owner, name in [
+                (dist, "all_reduce"),
+                (dist, "all_to_all_single"),
+                (ranks, "_all_gather"),
+            ]
+        }
+        used, measure = set(), Memory.measure
+
+        def measured(*args):
+            for name, spy in spies.items():
+                if any(call.kwargs["group"] is dist.group.WORLD for call in spy.mock_calls):
+                    used.add(name)
+            return measure(*args)
+
+        patches.enter_context(mock.patch.object(Memory, "measure", measured))
+        stages.run(stage, **flags)
+    return used
