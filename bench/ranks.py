@@ -52,8 +52,8 @@ class Account(TorchDispatchMode):
         self._patch(dist, "all_to_all_single", self._all_to_all)
         self._patch(c10d, "all_reduce", lambda x, op, of: 2 * x.nbytes * (1 - 1 / of.size()))
         self._patch(dist, "batch_isend_irecv", self._point_to_point)
-        launcher = info_nce._launcher
-        self._put(info_nce, "_launcher", lambda *of: self._watched(launcher(*of)))
+        launcher = info_nce.launcher_of
+        self._put(info_nce, "launcher_of", lambda *of: self._watched(launcher(*of)))
         self._put(in_batch, "in_batch", self._watched(in_batch.in_batch))
         super().__enter__()
         return self

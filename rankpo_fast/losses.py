@@ -4,7 +4,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +64,11 @@ class InfoNCELoss(nn.Module):
         """queries [M, D], passages [N, D]; `batch`: weights, query_ids, passage_ids, excluded,
         positives, own_negatives, own_offsets, curated, guide of this batch."""
         if self.log_scale is None:
-            temperature = {"temperature": self.temperature}
+            temperature: dict[str, Any] = {"temperature": self.temperature}
         else:
             temperature = {"scale": self.log_scale.exp()}
-        return info_nce_loss(queries, passages, labels, **temperature, **self.options, **batch)
+        given = cast(dict[str, Any], batch)
+        return info_nce_loss(queries, passages, labels, **temperature, **self.options, **given)
 
 
 class RankPOLoss(nn.Module):
@@ -89,7 +90,7 @@ class RankPOLoss(nn.Module):
         weights: Tensor | None = None,
     ) -> Tensor:
         """queries, chosen, rejected [B, D]; reference_margins and weights [B] of this batch."""
-        rows = {"reference_margins": reference_margins, "weights": weights}
+        rows: dict[str, Any] = {"reference_margins": reference_margins, "weights": weights}
         return rankpo_loss(queries, chosen, rejected, **self.options, **rows)
 
 
@@ -113,7 +114,10 @@ class RankPOGroupLoss(nn.Module):
     ) -> Tensor:
         """queries [B, D], passages [B, K, D], grades [B, K]; reference_similarities [B, K] and
         weights [B] of this batch."""
-        rows = {"reference_similarities": reference_similarities, "weights": weights}
+        rows: dict[str, Any] = {
+            "reference_similarities": reference_similarities,
+            "weights": weights,
+        }
         return rankpo_group_loss(queries, passages, grades, **self.options, **rows)
 
 
@@ -139,7 +143,8 @@ class InBatchRankPOLoss(nn.Module):
     ) -> Tensor:
         """queries [M, D], passages [N, D]; `batch`: reference_queries, reference_passages, weights,
         query_ids, passage_ids, excluded of this batch."""
-        return in_batch_rankpo_loss(queries, passages, labels, **self.options, **batch)
+        given = cast(dict[str, Any], batch)
+        return in_batch_rankpo_loss(queries, passages, labels, **self.options, **given)
 
 
 class SigLIPLoss(nn.Module):
@@ -167,5 +172,6 @@ class SigLIPLoss(nn.Module):
     ) -> Tensor:
         """queries [M, D], passages [N, D]; `batch`: weights, query_ids, passage_ids, excluded of
         this batch."""
-        numbers = {"scale": self.log_scale.exp(), "bias": self.bias}
-        return siglip_loss(queries, passages, labels, **numbers, **self.options, **batch)
+        numbers: dict[str, Any] = {"scale": self.log_scale.exp(), "bias": self.bias}
+        given = cast(dict[str, Any], batch)
+        return siglip_loss(queries, passages, labels, **numbers, **self.options, **given)

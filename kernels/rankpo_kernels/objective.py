@@ -18,7 +18,7 @@ M queries, N passages, P positive pairs.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ def limits(positive: Tensor, settings: InfoNCEOptions) -> Tensor:
     A passage with the positive's text is as similar, not more, whatever rounding says: two ways to
     sum a product differ by less than eight units.
     """
-    reach = settings.false_negative_margin
-    if settings.margin_type == "relative":
-        reach = positive.abs() * reach
+    margin = settings.false_negative_margin
+    assert margin is not None
+    reach = positive.abs() * margin if settings.margin_type == "relative" else margin
     rounding = 8 * torch.finfo(positive.dtype).eps * positive.abs().clamp(min=1)
     return positive - reach + rounding
 
@@ -66,7 +66,7 @@ class Stats(NamedTuple):
     lse: Tensor
     mean: Tensor  # mean logit under the softmax
     sum: Tensor  # of the logits
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks
     top: Tensor  # largest logit
 
 
@@ -97,7 +97,7 @@ def add_ranks_(of_columns: Tensor, settings: InfoNCESettings) -> Tensor:
 
 
 def _reduced(x: Tensor, how: str, group: str) -> Tensor:
-    c10d.all_reduce(x, getattr(c10d.ReduceOp, how), c10d._resolve_process_group(group))
+    c10d.all_reduce(x, getattr(c10d.ReduceOp, how), c10d._resolve_process_group(cast(Any, group)))
     return x
 
 
@@ -123,7 +123,7 @@ def combine(
     parts = [tuple(stats)] if settings.joint else [(direction,) for direction in stats]
     omega_P = weights_M if labels_alone else weights_M[rows_P] * pairs.share_P
     omega_P = omega_P / len(parts)
-    loss_P, slope_P = 0.0, 0.0
+    loss_P, slope_P = cast(Tensor, 0.0), cast(Tensor, 0.0)  # until there is a sum
     for part in parts:
         listed = max(1, (QP in part) + (PQ in part))  # how often a joint softmax has the positive
         lse_of = {d: _at(stats[d].lse, row_of[d]) for d in part}
@@ -135,7 +135,9 @@ def combine(
         slope_P -= pull_P
         finite_P = None if alone else lse_P.masked_fill(lse_P == -torch.inf, 0)
         for direction in part:
-            share_P = pull_P if alone else pull_P * (lse_of[direction] - finite_P).exp()
+            share_P = pull_P
+            if finite_P is not None:
+                share_P = pull_P * (lse_of[direction] - finite_P).exp()
             rows, size = row_of[direction], len(stats[direction].lse)
             slopes[direction] = Slopes(_summed(share_P, rows, size), None)
         if settings.label_smoothing:  # a mean over all candidates, the positive among them
@@ -147,8 +149,8 @@ def combine(
             slope_P += omega_P * smooth_P * count_P
             for direction in part:
                 rows, size = row_of[direction], len(stats[direction].lse)
-                flat = _summed(omega_P * smooth_P, rows, size)
-                slopes[direction] = slopes[direction]._replace(flat=flat)
+                flat_R = _summed(omega_P * smooth_P, rows, size)
+                slopes[direction] = slopes[direction]._replace(flat=flat_R)
     loss_P = loss_P / len(parts)
     loss_M = loss_P if labels_alone else _summed(loss_P * pairs.share_P, rows_P, len(weights_M))
     if not need_scale:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "p
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 LossType = Literal["sigmoid", "hinge"]
 
-QP, PQ = "query_to_passage", "passage_to_query"
-QQ, PP = "query_to_query", "passage_to_passage"
-DIRECTIONS = (QP, PQ, QQ, PP)
+QP: Final = "query_to_passage"
+PQ: Final = "passage_to_query"
+QQ: Final = "query_to_query"
+PP: Final = "passage_to_passage"
+DIRECTIONS: tuple[Direction, ...] = (QP, PQ, QQ, PP)
 IN_BATCH, HARD, ALL_NEGATIVES = HARDNESS_MODES = (
     "in_batch_negatives", "hard_negatives", "all_negatives",
 )  # fmt: skip
@@ -287,6 +289,15 @@ class InfoNCEProblem(NamedTuple):
     scale: Tensor  # one number, on the CPU or with the embeddings
     relations: Relations
     settings: InfoNCESettings
+
+
+class Needs(NamedTuple):
+    """Which gradients of InfoNCE are asked for."""
+
+    q: bool = False
+    p: bool = False
+    own: bool = False
+    scale: bool = False
 
 
 class InfoNCEResult(NamedTuple):

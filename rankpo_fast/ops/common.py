@@ -7,15 +7,17 @@ w_i loss_i.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from rankpo_fast.ops.options import Reduction
 from rankpo_kernels.problem import compute_dtype
 
-Grads, Stats = TypeVar("Grads"), TypeVar("Stats")
+Grads = TypeVar("Grads")
+Stats = TypeVar("Stats")
 
 
 class LossAndGrads(NamedTuple, Generic[Grads, Stats]):
@@ -99,7 +101,7 @@ def in_own_memory(*rows: Tensor) -> list[Tensor]:
     ]
 
 
-def register_gradients(losses: Callable, with_grads: Callable) -> None:
+def register_gradients(losses: CustomOpDef, with_grads: CustomOpDef) -> None:
     """Autograd of two ops. `losses` has the arguments (*leaves, relations, settings) and gives
     losses [M]; `with_grads` has row weights and needs besides, and gives (weighted sum, three
     outputs for the log, *gradients of the leaves)."""
@@ -107,13 +109,13 @@ def register_gradients(losses: Callable, with_grads: Callable) -> None:
     with_grads.register_autograd(_scaled_grads, setup_context=_save_grads)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     *leaves, relations, ctx.settings = inputs
     ctx.leaves = len(leaves)
     ctx.save_for_backward(*leaves, *relations)
 
 
-def _second_pass(with_grads, ctx, grad_loss_M):
+def _second_pass(with_grads: Callable, ctx: Any, grad_loss_M: Tensor) -> tuple:
     """One more pass with the upstream gradients as row weights."""
     saved = ctx.saved_tensors
     leaves, relations = saved[: ctx.leaves], list(saved[ctx.leaves :])
@@ -132,7 +134,7 @@ def _no_grad_of(relations: list[Tensor | None]) -> list[None] | None:
     return [None] * len(relations) if all(x is not None for x in relations) else None
 
 
-def _save_grads(ctx, inputs, output):
+def _save_grads(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros for every output
     *leaves, relations, _, _, ctx.needs = inputs
     ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
@@ -141,7 +143,7 @@ def _save_grads(ctx, inputs, output):
     ctx.save_for_backward(*grads)
 
 
-def _scaled_grads(ctx, grad_loss, *others):
+def _scaled_grads(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple:
     if any(other is not None for other in others):
         raise RuntimeError("the loss has no second derivative")
     grads = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)

@@ -12,7 +12,7 @@ gradient needs its own score and the positive's, so one pass over chunks of them
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,35 +112,40 @@ def _in_batch_grads(
         for grad, empty in zip(made, _no_grads(q, scale, bias), strict=True)
     ]
     total = (weights * result.loss_M).sum()
-    return total, *in_own_memory(result.loss_M, result.positive_M), stats_4M, *grads
+    (loss_M, positive_M), (dq, dp, d_scale, d_bias) = (
+        in_own_memory(result.loss_M, result.positive_M), grads,
+    )  # fmt: skip
+    return total, loss_M, positive_M, stats_4M, dq, dp, d_scale, d_bias
 
 
 def _launch(
-    q, p, scale, bias, relations, settings, weights=None, needs=(False,) * 4
-) -> tuple[InBatchResult, Tensor]:
+    q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list[Tensor | None],
+    settings: str, weights: Tensor | None = None, needs: Sequence[bool] = (False,) * 4,
+) -> tuple[InBatchResult, Tensor]:  # fmt: skip
     """What a row's sum is divided by joins its weight: kernels know sums alone. With it the number
     of pairs [M]."""
-    relations, settings = Relations(*relations), InBatchSettings.parse(settings)
-    problem = InBatchProblem(q, p, scale, bias, relations, settings)
+    problem = InBatchProblem(
+        q, p, scale, bias, Relations._make(relations), InBatchSettings.parse(settings)
+    )
     if q.device.type == "cpu":
-        check_values(relations, len(p), 0)
+        check_values(problem.relations, len(p), 0)
     keys, dtype = None, compute_dtype(q.dtype)
     count_M = q.new_full((len(q),), len(p) - 1, dtype=dtype)
-    if not relations.labels_alone:
-        keys = known(relations, len(p))
+    if not problem.relations.labels_alone:
+        keys = known(problem.relations, len(p))
         count_M = count_others(keys).to(dtype)
-    share = 1.0  # of a pair in its row's loss: a number where all rows have as many
-    if settings.kind != SIGLIP:
+    share: Tensor | float = 1.0  # of a pair in its row's loss: a number where all rows have as many
+    if problem.settings.kind != SIGLIP:
         share = 1 / max(len(p) - 1, 1) if keys is None else 1 / count_M.clamp(min=1)
     if weights is not None:
         weights = objective.row_weights(weights, len(q), q.device, dtype) * share
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        result = _launcher(problem)(problem, keys, weights, needs)
+        result = launcher_of(problem)(problem, keys, weights, needs)
     return result._replace(loss_M=result.loss_M * share), count_M
 
 
-def _launcher(problem: InBatchProblem) -> Callable[..., InBatchResult]:
+def launcher_of(problem: InBatchProblem) -> Callable[..., InBatchResult]:
     if not takes_triton(problem.q_MD, problem.settings):
         return chunked.in_batch
     from rankpo_kernels.triton import in_batch as triton  # Linux alone has it
@@ -155,12 +160,15 @@ def _no_grads(q: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
 
 
 @_in_batch.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype))
 
 
 @_in_batch_grads.register_fake
-def _(q, p, scale, bias, relations, settings, weights, needs):
+def _(
+    q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list, settings: str,
+    weights: Tensor, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows = [q.new_empty(*size, q.shape[0], dtype=compute_dtype(q.dtype)) for size in ((), (), (4,))]
     grads = [
         empty.new_empty(x.shape) if need else empty
@@ -310,10 +318,15 @@ def _checked(
     dtype = widest_dtype(embeddings.values())
     q, p = call.queries.to(dtype), call.passages.to(dtype)
     check_workspace(call, N, q)
+    labels = call.labels
+    if labels is None:
+        labels, _ = group_labels(M, N, device)
+    excluded_offsets, excluded_columns = call.excluded or (None, None)
+    guide_queries, guide_passages = in_one_dtype(reference, dtype) or (None, None)
     relations = Relations(
-        group_labels(M, N, device)[0] if call.labels is None else call.labels,
-        None, None, call.query_ids, call.passage_ids, *(call.excluded or (None, None)), None, None,
-        *(in_one_dtype(reference, dtype) or (None, None)),
+        labels, query_ids_M=call.query_ids, passage_ids_N=call.passage_ids,
+        excluded_offsets=excluded_offsets, excluded_columns=excluded_columns,
+        guide_queries=guide_queries, guide_passages=guide_passages,
     )  # fmt: skip
     shared = several(call.process_group)
     check_relations(relations, call, shared)

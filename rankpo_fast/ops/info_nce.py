@@ -11,9 +11,9 @@ scores are never stored: the launchers walk chunks of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ def info_nce_definition(
         hardness_MN = torch.where(mine_MN, chosen * s_MN, other * s_MN)
         hardness_PN = hardness_MN.masked_fill(masked_MN, 0)[i_P]
         if own_HD is not None:
+            assert relations.own_offsets is not None
             owner_H = expand(relations.own_offsets.diff(), len(own_HD))
             own_PH, others_PH = (q @ unit(own_HD[:, :prefix]).T)[i_P], owner_H != i_P[:, None]
             hardness_PH = (chosen * own_PH.detach()).masked_fill(others_PH, 0)
@@ -163,23 +164,27 @@ def _info_nce_grads(
         if weights.dim():  # else it is a number for the kernel; a copy would make the host wait
             weights = weights.to(q.device, result.loss_M.dtype)
         total = (weights * result.loss_M).sum()
-    return total, *in_own_memory(result.loss_M, result.positive_M, result.hardest_M), *grads
+    rows = in_own_memory(result.loss_M, result.positive_M, result.hardest_M)
+    (loss_M, positive_M, hardest_M), (dq, dp, d_own, d_scale) = rows, grads
+    return total, loss_M, positive_M, hardest_M, dq, dp, d_own, d_scale
 
 
 def _launch(
-    q, p, own, scale, relations, settings, weights=None, needs=(False,) * 4
-) -> InfoNCEResult:
-    settings = InfoNCESettings.parse(settings)
-    problem = InfoNCEProblem(q, p, own, scale, Relations(*relations), settings)
+    q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor, relations: list[Tensor | None],
+    settings: str, weights: Tensor | None = None, needs: Sequence[bool] = (False,) * 4,
+) -> InfoNCEResult:  # fmt: skip
+    problem = InfoNCEProblem(
+        q, p, own, scale, Relations._make(relations), InfoNCESettings.parse(settings)
+    )
     if q.device.type == "cpu":
-        own_rows = problem.relations.rows(settings.window)
+        own_rows = problem.relations.rows(problem.settings.window)
         check_values(own_rows, len(p), 0 if own is None else len(own))
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        return _launcher(problem)(problem, weights, needs)
+        return launcher_of(problem)(problem, weights, needs)
 
 
-def _launcher(problem: InfoNCEProblem) -> Callable[..., InfoNCEResult]:
+def launcher_of(problem: InfoNCEProblem) -> Callable[..., InfoNCEResult]:
     q, settings = problem.q_MD, problem.settings
     # The kernels have no queries besides those with a loss, and a rank without queries takes part
     # in the collectives.
@@ -198,7 +203,7 @@ def _no_grads(q: Tensor, scale: Tensor) -> list[Tensor]:
 
 
 @_info_nce.register_fake
-def _(q, p, own, scale, relations, settings):
+def _(q: Tensor, p: Tensor, own: Any, scale: Tensor, relations: Any, settings: str) -> Tensor:
     return q.new_empty(_losses(q, settings), dtype=compute_dtype(q.dtype))
 
 
@@ -208,7 +213,10 @@ def _losses(q: Tensor, settings: str) -> int:
 
 
 @_info_nce_grads.register_fake
-def _(q, p, own, scale, relations, settings, weights, needs):
+def _(
+    q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor, relations: list, settings: str,
+    weights: Tensor, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype, M = compute_dtype(q.dtype), _losses(q, settings)
     rows = [q.new_empty(M, dtype=dtype) for _ in range(3)]
     shapes = (q.shape, p.shape, own.shape if own is not None else (0,), ())
@@ -408,11 +416,22 @@ def check_info_nce(
             "hardness_mode='hard_negatives' finds none: give curated, own_negatives, or (without "
             "labels) more than one passage per query"
         )
+    positive_offsets, positive_columns = call.positives or (None, None)
+    excluded_offsets, excluded_columns = call.excluded or (None, None)
+    guide_queries, guide_passages = in_one_dtype(call.guide, dtype) or (None, None)
     relations = Relations(
-        labels, *(call.positives or (None, None)), call.query_ids, call.passage_ids,
-        *(call.excluded or (None, None)), own_offsets, curated,
-        *(in_one_dtype(call.guide, dtype) or (None, None)),
-    )  # fmt: skip
+        labels,
+        positive_offsets,
+        positive_columns,
+        call.query_ids,
+        call.passage_ids,
+        excluded_offsets,
+        excluded_columns,
+        own_offsets,
+        curated,
+        guide_queries,
+        guide_passages,
+    )
     settings = InfoNCESettings.of(call)
     if settings.gradient_filter and (settings.hardness_mode or not is_plain(relations, settings)):
         raise ValueError(

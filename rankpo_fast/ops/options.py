@@ -25,7 +25,9 @@ Form = Literal["pairs", "plackett_luce"]
 Reduction = Literal["mean", "sum", "none"]
 Lists = tuple[Tensor, Tensor]  # (offsets [M + 1], columns): of query i offsets[i] : offsets[i + 1]
 
-P, Record, R = ParamSpec("P"), TypeVar("Record"), TypeVar("R")
+P = ParamSpec("P")
+Record = TypeVar("Record")
+R = TypeVar("R")
 
 
 def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Callable[P, R]]:
@@ -43,7 +45,7 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
             return function(record(*args, **kwargs))
 
         returns = inspect.signature(function).return_annotation
-        public.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        vars(public)["__signature__"] = signature.replace(return_annotation=returns)  # for help()
         return public
 
     return decorate

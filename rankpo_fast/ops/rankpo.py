@@ -9,9 +9,9 @@ B pairs, K passages of a query, D dims. The op reads the embeddings once and wri
 in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_group`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,14 +94,17 @@ def _rankpo_grads(
     return (weights * result.loss_B).sum(), result.similarity_BK, grads
 
 
-def _launch(q, passages, grades, reference, settings, weights=None, needs=()) -> RankPOResult:
+def _launch(
+    q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
+    settings: str, weights: Tensor | None = None, needs: Sequence[bool] = (),
+) -> RankPOResult:  # fmt: skip
     problem = RankPOProblem(q, passages, grades, reference, RankPOSettings.parse(settings))
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        return _launcher(problem)(problem, weights, needs)
+        return launcher_of(problem)(problem, weights, needs)
 
 
-def _launcher(problem: RankPOProblem) -> Callable[..., RankPOResult]:
+def launcher_of(problem: RankPOProblem) -> Callable[..., RankPOResult]:
     """Triton on CUDA, except in fp64 and for groups that do not fit a tile."""
     q = problem.q_BD
     if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -117,12 +120,15 @@ def _similarities(q: Tensor, passages: list[Tensor]) -> Tensor:
 
 
 @_rankpo.register_fake
-def _(q, passages, *rest):
+def _(q: Tensor, passages: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape[0], dtype=compute_dtype(q.dtype)), _similarities(q, passages)
 
 
 @_rankpo_grads.register_fake
-def _(q, passages, grades, reference, settings, weights, needs):
+def _(
+    q: Tensor, passages: list[Tensor], grades: Tensor | None, reference: Tensor | None,
+    settings: str, weights: Tensor, needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     similarity_BK, dtype = _similarities(q, passages), gradient_dtype(q.dtype)
     grads = [
         q.new_empty(x.shape if need else (0,), dtype=dtype)
@@ -131,14 +137,14 @@ def _(q, passages, grades, reference, settings, weights, needs):
     return similarity_BK.new_empty(()), similarity_BK, grads
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     q, passages, grades, reference, ctx.settings = inputs
     ctx.save_for_backward(q, grades, reference, *passages)
 
 
-def _grads(ctx, loss_grads_B, _):
+def _grads(ctx: Any, loss_grads_B: Tensor | None, _: Any) -> tuple:
     """One more pass with the upstream gradients as weights."""
     q, grades, reference, *passages = ctx.saved_tensors
     if loss_grads_B is None:
@@ -154,7 +160,7 @@ def _grads(ctx, loss_grads_B, _):
     return dq, dps, None, None, None
 
 
-def _save_grads(ctx, inputs, output):
+def _save_grads(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     q, passages, *_, ctx.needs = inputs
@@ -162,7 +168,7 @@ def _save_grads(ctx, inputs, output):
     ctx.save_for_backward(*output[2])
 
 
-def _scaled_grads(ctx, grad_loss, *others):
+def _scaled_grads(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple:
     if any(x is not None for x in torch.utils._pytree.tree_leaves(others)):
         raise RuntimeError("rankpo_loss has no second derivative")
     dq, *dps = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)

@@ -8,6 +8,8 @@ The second is the likelihood of the ranking under Plackett and Luce's model (Raf
 appendix A.3), in which ties are not compared with each other. B queries, K passages, D dims.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from rankpo_kernels.problem import RankPOProblem, RankPOSettings
 def rankpo_group_definition(
     q_BD: Tensor, p_BKD: Tensor, grades_BK: Tensor, reference_BK: Tensor | None = None,
     *, form: Form = "pairs", normalize: bool = True, beta: float = 2.0, temperature: float = 0.1,
-    **options,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
     """Losses [B], a query, a passage at a time: what the op must equal."""
     unit = unit_rows if normalize else Tensor.clone
@@ -30,11 +32,11 @@ def rankpo_group_definition(
         s_K, g_K = unit(p_BKD[b, there]) @ unit(q_BD[b : b + 1])[0], grades_K[there]
         ref_K = s_K.new_zeros(len(s_K)) if reference_BK is None else reference_BK[b, there]
         r_K = beta * (s_K - ref_K) / temperature
-        terms = []
+        terms: list[Tensor] = []
         for a in range(len(s_K)):
             lower = g_K < g_K[a]
             if form == "pairs":
-                margins = {"reference_margins": ref_K[a] - ref_K[lower]}
+                margins: dict[str, Any] = {"reference_margins": ref_K[a] - ref_K[lower]}
                 options |= {"beta": beta, "temperature": temperature}
                 terms += margin_loss(s_K[a] - s_K[lower], **margins, **options)
             elif lower.any():

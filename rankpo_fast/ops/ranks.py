@@ -137,15 +137,17 @@ def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Check
     """What `check` returns and the rows of all ranks; or an error on every rank, where one refuses
     its arguments or they do not go together. The host waits for one small collective."""
     local, refusal, group, device = None, None, call.process_group, call.queries.device
-    numbers, said = torch.zeros(5 + TERMS, dtype=torch.int64), {}
+    assert group is not None
+    numbers = torch.zeros(5 + TERMS, dtype=torch.int64)
+    said: dict[str, Any] = {}
     try:
         call.check()
         local = check(replace(call, reduction="sum"))
         q, p, relations = _sides(local)
         said = _comparable(local) | terms(call) | local.terms
-        digests = [zlib.crc32(repr(value).encode()) for value in said.values()]
-        rows = len(q), len(p), key_count(relations)
-        numbers[1 : 4 + len(digests)] = torch.tensor([*rows, *digests])
+        known = [len(q), len(p), key_count(relations)]
+        known += [zlib.crc32(repr(value).encode()) for value in said.values()]
+        numbers[1 : 1 + len(known)] = torch.tensor(known)
         weight = local.weights_M.expand(len(q)).sum(dtype=torch.float64).view(torch.int64)
     except Exception as error:  # raised below: the others, who wait, are told first
         refusal = error
@@ -156,18 +158,20 @@ def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Check
     table = _gathered(numbers[None], [1] * group.size(), group).cpu()
     if refusal is not None:
         raise refusal
+    columns: list[list[int]]
     accepted, queries, passages, keys, *columns = table.T.tolist()
     if not all(accepted):
         refused = [rank for rank, yes in enumerate(accepted) if not yes]
         raise ValueError(f"arguments were refused on ranks {refused} of the process_group")
-    for (name, value), digests in zip(said.items(), columns, strict=False):
-        if len(set(digests)) > 1:
-            unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    for (name, value), of_ranks in zip(said.items(), columns, strict=False):
+        if len(set(of_ranks)) > 1:
+            unlike = [rank for rank, digest in enumerate(of_ranks) if digest != of_ranks[0]]
             raise ValueError(
                 f"{name} must be the same on all ranks: those of ranks {unlike} and rank 0 differ; "
                 f"rank {group.rank()} has {value!r}"
             )
     total = table[:, -1].clone().view(torch.float64).sum().item()
+    assert local is not None
     return local, Ranks(group, queries, passages, keys, total)
 
 
@@ -226,13 +230,13 @@ def gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> T
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, counts, group):
+    def forward(ctx: Any, x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.counts, ctx.group = counts, group
         return _gathered(x, counts, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return sum_rows(grad, ctx.counts, ctx.group), None, None
 
 
@@ -296,7 +300,8 @@ def relations_of_all(
     }
     relations = relations._replace(**shifted)
     query_ids, passage_ids = relations.query_ids_M, relations.passage_ids_N
-    lists, counts = [], []
+    lists: list[Tensor] = []
+    counts: list[Sequence[int]] = []
     if passage_ids is not None:
         lists, counts = [passage_ids], [ranks.passages]
     if query_ids is not None:
@@ -329,7 +334,7 @@ def relations_of_all(
         changes["curated_N"] = curated_N
     if relations.guide_passages is not None:
         changes["guide_passages"] = _gathered(relations.guide_passages, ranks.passages, group)
-        if all_queries:
+        if all_queries and relations.guide_queries is not None:
             changes["guide_queries"] = _gathered(relations.guide_queries, ranks.queries, group)
     return relations._replace(**changes)
 
@@ -361,7 +366,9 @@ def ring_losses(problem: InfoNCEProblem, ranks: Ranks) -> tuple[Tensor, Tensor, 
 
 class _RingLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, p, scale, ring):
+    def forward(
+        ctx: Any, q: Tensor, p: Tensor, scale: Tensor, ring: Ring
+    ) -> tuple[Tensor, Tensor, Tensor]:
         number = scale.to(q.device, compute_dtype(q.dtype))
         with torch.autocast(q.device.type, enabled=False):
             logits, stats = ring.statistics(q, p, number)
@@ -373,7 +380,7 @@ class _RingLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, weights_M, *_):
+    def backward(ctx: Any, weights_M: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, p, scale, logits, stats = ctx.saved_tensors
         number, (need_q, need_p, *_) = scale.to(q.device, logits.dtype), ctx.needs_input_grad
         with torch.autocast(q.device.type, enabled=False):

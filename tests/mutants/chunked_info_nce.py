@@ -96,8 +96,10 @@ MUTANTS = [
     ),
     Mutant(
         "ranks-queries-of-own-as-columns", GENERAL,
-        "column_lists(keys, self.problem.relations.labels_M)\n            sides = (queries, self.all_queries,",
-        "column_lists(keys, relations.labels_M)\n            sides = (queries, queries,",
+        "column_lists(keys, self.problem.relations.labels_M)\n            blocks.append(block(\n"
+        "                queries, self.all_queries,",
+        "column_lists(keys, relations.labels_M)\n            blocks.append(block(\n"
+        "                queries, queries,",
         RANKS_OPTIONS,
     ),
 ]  # fmt: skip

@@ -28,7 +28,7 @@ def test_backend_is_chosen_by_device_dtype_and_option(monkeypatch):
     def launcher(device, dtype, backend):
         q = torch.empty(1, 1, dtype=dtype, device=device)
         settings = InfoNCESettings(workspace_bytes=0, backend=backend)
-        return module._launcher(InfoNCEProblem(q, q, None, q, Relations(q), settings))
+        return module.launcher_of(InfoNCEProblem(q, q, None, q, Relations(q), settings))
 
     assert launcher("cpu", torch.float32, None) is chunked.info_nce
     assert launcher("meta", torch.float32, "torch") is chunked.info_nce

@@ -11,7 +11,7 @@ columns. The workspace is R x C per prefix.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,13 @@ class Side:
 
     def add(self, rows: slice | Tensor, d_unit: Tensor) -> None:
         """Gradients of unit vectors."""
+        assert self.grad_ND is not None
         d_unit = d_unit * self.inverse_LN[-1, rows, None]
         add_rows(self.grad_ND, rows, d_unit)
 
     def gradient(self, bounds: list, D: int, normalize: bool) -> Tensor:
         """What was added, which took the norms for constants, less what they take away."""
+        assert self.grad_ND is not None
         if normalize and len(bounds) == 1:
             tangent_(self.grad_ND, self.x_ND, self.inverse_LN[0])
         elif normalize:
@@ -252,7 +254,8 @@ class Block:
                     torch.addmm(before, *factors, out=scores_RC)
                 before = scores_RC
             if self.guides is not None:
-                torch.mm(self.guides[0].unit(vectors), self.guides[1].x_ND.T, out=scores[L])
+                judge_a, judge_b = self.guides
+                torch.mm(judge_a.unit(vectors), judge_b.x_ND.T, out=scores[L])
             yield Chunk(self, rows, vectors, unit_RD, scores[:L], scores[L:])
 
 
@@ -280,7 +283,9 @@ class Chunk:
             if block.along_rows == PP:
                 mine_rC |= block.curated_C == APART
         if self.judge:
-            above_rC = self.judge[0][slab].mul_(block.guides[1].inverse_LN[0])
+            assert block.guides is not None and block.limit_LM is not None
+            _, judge_b = block.guides
+            above_rC = self.judge[0][slab].mul_(judge_b.inverse_LN[0])
             above_rC = above_rC > block.limit_LM[0, query_r, None]
         for level, scores_RC in enumerate(self.scores):
             x_rC = self._times_scale(scores_RC[slab], level, slab, out=scores_RC[slab])
@@ -316,7 +321,7 @@ class Chunk:
 
     def stats(self, columns: list[ColumnStats], *want: bool) -> list[Stats]:
         """Of the rows, for each prefix; those of columns are added to `columns`."""
-        rows = [[] for _ in self.scores]
+        rows: list[list[Stats]] = [[] for _ in self.scores]
         for slab in self.slabs():
             self.to_logits(slab)
             for level, scores_RC in enumerate(self.scores):
@@ -338,7 +343,7 @@ class Chunk:
                 picked.append((self.hardened(x_rC, slab), of_rows))
             if block.along_columns:
                 picked.append((x_rC, of_level[block.along_columns]))
-            slopes_rC = 0
+            slopes_rC = cast(Tensor, 0)  # until there is a sum
             for logits_rC, (lse, soft, _) in picked:
                 slopes_rC += (logits_rC - lse).exp_().mul_(soft)
             if settings.label_smoothing:

@@ -13,6 +13,9 @@ s_ij and s_i,label alone, so one look at a score gives its loss and its gradient
 M queries, N passages, D dims; R rows of a chunk, r rows of a slab.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -57,10 +60,10 @@ def in_batch(
     dq_MD = q_MD.new_empty(M, D, dtype=dtype) if need_q else None
     # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
     dp_ND = q_MD.new_empty(N, D, dtype=dtype) if need_p else None
-    if need_p and not M:
+    if dp_ND is not None and not M:
         dp_ND.zero_()
-    numbers, memory = [on_device(x, q_MD.device, dtype) for x in (scale, bias)], None
-    row_pass = _torch_rows
+    numbers: list[Any] = [on_device(x, q_MD.device, dtype) for x in (scale, bias)]
+    memory, row_pass = None, cast(Callable[..., None], _torch_rows)
     if native.usable(rows_7M):
         row_pass, numbers = native.in_batch_rows, [x.item() for x in numbers]
     for rows in row_chunks(M, N, buffers, rows_7M, settings.workspace(q_MD.device)):
@@ -80,22 +83,23 @@ def in_batch(
             reference_RN, weights_M[rows], [x[rows] for x in rows_7M], *numbers, settings,
         )  # fmt: skip
         grad_RN = scores_RN  # d(sum_i w_i loss_i) / d<unit_i, p_j>
-        if need_q:
+        if dq_MD is not None:
             torch.mm(grad_RN, p_gemm_ND, out=dq_MD[rows])
-            if settings.normalize:
+            if inverse_q_R is not None:
                 tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
-        if need_p:
+        if dp_ND is not None:
             dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if rows.start == 0 else 1)
-    if need_p and settings.normalize:
+    if dp_ND is not None and settings.normalize:
         tangent_(dp_ND, p_gemm_ND, inverse_p_N)  # the scores' gradient has 1 / |p| already
     *statistics, d_scale_M, d_bias_M = rows_7M
-    grads = [
+    loss_M, positive_M, hardest_M, wins_M, total_M = statistics
+    dq, dp = (
         None if grad is None else grad.to(gradient_dtype(x.dtype))
         for x, grad in ((q_MD, dq_MD), (p_ND, dp_ND))
-    ]
+    )
     _, _, need_scale, need_bias = needs
     d_scale, d_bias = d_scale_M.sum() if need_scale else None, d_bias_M.sum() if need_bias else None
-    return InBatchResult(*statistics, *grads, d_scale, d_bias)
+    return InBatchResult(loss_M, positive_M, hardest_M, wins_M, total_M, dq, dp, d_scale, d_bias)
 
 
 def _columns(x_ND: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -139,7 +143,9 @@ def _torch_rows(
             slope_rN += settings.sft_weight * settings.sft_scale * sft_rN.sigmoid_()
         loss_r = loss_rN.masked_fill_(closed_rN, 0).sum(1)
         slope_rN.masked_fill_(closed_rN, 0)
-        label_slope_r1, d_scale_r, d_bias_r = -slope_rN.sum(1, keepdim=True), 0, 0
+        label_slope_r1 = -slope_rN.sum(1, keepdim=True)
+        d_scale_r: Tensor | int = 0
+        d_bias_r: Tensor | int = 0
         if siglip:
             z_r1 = x_rN.gather(1, label_r1)
             loss_r += softplus(-z_r1)[:, 0]
@@ -150,7 +156,9 @@ def _torch_rows(
         hardest_r = s_rN.masked_fill(closed_rN, -torch.inf).amax(1)
         wins_r = ((x_rN < 0) & ~closed_rN).sum(1)
         total_r = x_rN.masked_fill_(closed_rN, 0).sum(1)
-        values = (loss_r, positive_r1[:, 0], hardest_r, wins_r, total_r, d_scale_r, d_bias_r)
+        values: tuple[Tensor | int, ...] = (
+            loss_r, positive_r1[:, 0], hardest_r, wins_r, total_r, d_scale_r, d_bias_r,
+        )  # fmt: skip
         for out_R, value_r in zip(out_7R, values, strict=True):
             out_R[rows] = value_r
         torch.mul(slope_rN, column_scale_N, out=s_rN)

@@ -18,6 +18,7 @@ from rankpo_kernels.objective import on_device, row_weights
 from rankpo_kernels.problem import (
     InfoNCEProblem,
     InfoNCEResult,
+    Needs,
     compute_dtype,
     gradient_dtype,
     is_plain,
@@ -38,18 +39,16 @@ def info_nce(
     q_MD, p_ND, own_HD, scale, relations, settings = problem
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device
     problem = problem._replace(scale=on_device(scale, device, dtype))
-    if weights_M is None:
-        needs = (False,) * 4
-    else:
+    asked = Needs() if weights_M is None else Needs(*needs)
+    asked = asked._replace(own=asked.own and own_HD is not None)
+    if weights_M is not None:
         M = len(relations.rows(settings.window).labels_M)
         weights_M = row_weights(weights_M, M, device, dtype)
-    need_q, need_p, need_own, need_scale = needs
-    needs = need_q, need_p, need_own and own_HD is not None, need_scale
     native_rows = is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype))
-    result = (plain if native_rows else general)(problem, weights_M, needs)
+    result = (plain if native_rows else general)(problem, weights_M, asked)
     stored = {"dq_MD": q_MD, "dp_ND": p_ND, "d_own_HD": own_HD}
     return result._replace(**{
         name: grad.to(gradient_dtype(x.dtype))
         for name, x in stored.items()
-        if (grad := getattr(result, name)) is not None
+        if x is not None and (grad := getattr(result, name)) is not None
     })  # fmt: skip

@@ -36,6 +36,7 @@ from rankpo_kernels.problem import (
     InfoNCEProblem,
     InfoNCEResult,
     InfoNCESettings,
+    Needs,
 )
 from rankpo_kernels.relations import Pairs, Relations, expand, known, positive_pairs
 
@@ -44,9 +45,7 @@ from rankpo_kernels.relations import Pairs, Relations, expand, known, positive_p
 KEPT_BYTES = 64 * 2**20
 
 
-def general(
-    problem: InfoNCEProblem, weights_M: Tensor | None, needs: tuple[bool, bool, bool, bool]
-) -> InfoNCEResult:
+def general(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> InfoNCEResult:
     """As `chunked.info_nce`, whose scale and weights are of the dtype of computing by now."""
     passes = Passes.of(problem, weights_M, needs)
     if problem.settings.directions == (QP,):
@@ -76,6 +75,7 @@ class OwnNegatives:
         bounds: list[tuple[int, int]], settings: InfoNCESettings,
     ) -> "OwnNegatives":  # fmt: skip
         H, M = len(side.x_ND), len(queries.x_ND)
+        assert relations.own_offsets is not None
         owner_H = expand(relations.own_offsets.diff(), H)
         each_H = torch.arange(H, device=owner_H.device)
         logit_LH = pair_logits(queries, side, owner_H, each_H, scale, bounds)
@@ -98,7 +98,7 @@ class Passes:
     problem: InfoNCEProblem
     relations: Relations  # of the queries that have a loss
     weights_M: Tensor
-    needs: tuple[bool, bool, bool, bool]
+    needs: Needs
     bounds: list[tuple[int, int]]  # dims of each prefix that the one before has not
     all_queries: Side
     queries: Side  # those that have a loss
@@ -115,21 +115,23 @@ class Passes:
     @classmethod
     def of(
         cls, problem: InfoNCEProblem, weights_M: Tensor | None,
-        needs: tuple[bool, bool, bool, bool],
+        needs: Needs,
     ) -> "Passes":  # fmt: skip
         q_MD, p_ND, own_HD, scale, of_all, settings = problem
         relations = of_all.rows(settings.window)
         prefixes = [prefix for prefix, _ in settings.levels(q_MD.shape[1])]
         bounds = list(zip((0, *prefixes), prefixes, strict=False))
-        all_queries, passages, side = (
-            None if x is None else Side.of(x, bounds, scale.dtype, settings.normalize, need)
-            for x, need in zip((q_MD, p_ND, own_HD), needs, strict=False)
-        )
+
+        def side_of(x: Tensor, need: bool) -> Side:
+            return Side.of(x, bounds, scale.dtype, settings.normalize, need)
+
+        all_queries, passages = side_of(q_MD, needs.q), side_of(p_ND, needs.p)
         queries = all_queries.part(ALL if settings.window is None else slice(*settings.window))
         pairs = positive_pairs(relations, scale.dtype)
         s_LP = pair_logits(queries, passages, pairs.rows_P, pairs.columns_P, scale, bounds)
         own = None
-        if side is not None:
+        if own_HD is not None:
+            side = side_of(own_HD, needs.own)
             own = OwnNegatives.of(side, queries, relations, scale, bounds, settings)
         loss_M = s_LP.new_zeros(len(relations.labels_M))
         return cls(
@@ -142,7 +144,7 @@ class Passes:
     @property
     def want(self) -> tuple[bool, bool]:
         """(the softmax mean, for the scale's gradient; sum and count, for smoothing)."""
-        return self.needs[3], self.problem.settings.label_smoothing > 0
+        return self.needs.scale, self.problem.settings.label_smoothing > 0
 
     @property
     def similarity_LM(self) -> Tensor:
@@ -157,24 +159,34 @@ class Passes:
         keys = known(relations, len(passages.x_ND))
         passage_lists, each_M = column_lists(keys), self.pairs.rows_P[: len(self.loss_M)]
         guides = self._guides()
-        limit_LM = self._limits(guides)
-        rest = (limit_LM, self.problem.scale, self.bounds, settings)
         # each block is judged by the same sides of the guide as it has of the embeddings
-        guide, all_guides, guide_passages = guides or (None, None, None)
+        judges: dict[str, tuple[Side, Side] | None] = dict.fromkeys((QP, QQ, PP))
+        if guides is not None:
+            guide, all_guides, guide_passages = guides
+            judges = {QP: (guide, guide_passages), QQ: (guide, all_guides),
+                      PP: (guide_passages, guide_passages)}  # fmt: skip
+        block = functools.partial(
+            Block, limit_LM=self._limits(guides), scale=self.problem.scale, bounds=self.bounds,
+            settings=settings,
+        )  # fmt: skip
         blocks = []
-        along = [d if d in settings.directions else None for d in (QP, PQ)]
-        if any(along):
-            sides = (queries, passages, None, each_M, passage_lists, relations.curated_N)
-            blocks.append(Block(*sides, *along, guide and (guide, guide_passages), *rest))
+        rows, columns = (d if d in settings.directions else None for d in (QP, PQ))
+        if rows or columns:
+            blocks.append(block(
+                queries, passages, None, each_M, passage_lists, relations.curated_N, rows, columns,
+                judges[QP],
+            ))  # fmt: skip
         if QQ in settings.directions:
             labels = column_lists(keys, self.problem.relations.labels_M)
-            sides = (queries, self.all_queries, None, each_M, labels, None)
-            blocks.append(Block(*sides, QQ, None, guide and (guide, all_guides), *rest))
+            blocks.append(block(
+                queries, self.all_queries, None, each_M, labels, None, QQ, None, judges[QQ]
+            ))  # fmt: skip
         if PP in settings.directions:
             pairs = self.pairs
-            sides = (passages, passages, pairs.columns_P, pairs.rows_P, passage_lists)
-            judges = guide and (guide_passages, guide_passages)
-            blocks.append(Block(*sides, relations.curated_N, PP, None, judges, *rest))
+            blocks.append(block(
+                passages, passages, pairs.columns_P, pairs.rows_P, passage_lists,
+                relations.curated_N, PP, None, judges[PP],
+            ))  # fmt: skip
         return blocks
 
     def _guides(self) -> tuple[Side, Side, Side] | None:
@@ -210,7 +222,7 @@ class Passes:
         for chunk in block.chunks():
             stats = [{QP: rows} for rows in chunk.stats([], *self.want)]
             lines = self.losses(chunk.rows, self._pairs_of(chunk.rows), stats)
-            if any(self.needs[:2]):
+            if self.needs.q or self.needs.p:
                 chunk.add_gradients(lines, logits=True)
             of_chunks.append(lines)
         levels = zip(*of_chunks, strict=True)
@@ -259,7 +271,7 @@ class Passes:
                 of[QP] = merge(of[QP], take(rows, self.own.stats[level]))
             loss_R, slopes, self.slope_LP[level, at_P], d_scale = combine(
                 part, self.s_LP[level, at_P], of, self.weights_M[rows] * weight, scale, settings,
-                self.needs[3],
+                self.needs.scale,
             )  # fmt: skip
             self.loss_M[rows] += weight * loss_R
             if d_scale is not None:
@@ -308,13 +320,13 @@ class Passes:
             add_pairs(
                 self.queries, own.side, own.owner_H, each_H, slope_LH, own.logit_LH, scale, bounds
             )
-        D, (need_q, need_p, need_own, need_scale) = self.problem.q_MD.shape[1], self.needs
+        D, needs = self.problem.q_MD.shape[1], self.needs
         gradient = lambda side: side.gradient(bounds, D, settings.normalize)  # noqa: E731
         return result._replace(
-            dq_MD=gradient(self.all_queries) if need_q else None,
-            dp_ND=gradient(self.passages) if need_p else None,
-            d_own_HD=gradient(own.side) if need_own and own is not None else None,
-            d_scale=self.d_scale if need_scale else None,
+            dq_MD=gradient(self.all_queries) if needs.q else None,
+            dp_ND=gradient(self.passages) if needs.p else None,
+            d_own_HD=gradient(own.side) if needs.own and own is not None else None,
+            d_scale=self.d_scale if needs.scale else None,
         )
 
     def _pairs_of(self, rows: slice) -> Tensor:

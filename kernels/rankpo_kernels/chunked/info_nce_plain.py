@@ -13,29 +13,26 @@ from rankpo_kernels.chunked import native
 from rankpo_kernels.chunked.chunks import Lists, column_lists, row_chunks, slab_rows, slices
 from rankpo_kernels.chunked.norms import inverse_norms, tangent_
 from rankpo_kernels.objective import limits
-from rankpo_kernels.problem import InfoNCEProblem, InfoNCEResult, InfoNCESettings
+from rankpo_kernels.problem import InfoNCEProblem, InfoNCEResult, InfoNCESettings, Needs
 from rankpo_kernels.relations import known
 
 
-def plain(
-    problem: InfoNCEProblem, weights_M: Tensor, needs: tuple[bool, bool, bool, bool]
-) -> InfoNCEResult:
+def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> InfoNCEResult:
     """As `chunked.info_nce`, whose scale and weights are of the dtype of computing by now."""
     q_MD, p_ND, _, scale, relations, settings = problem
     (M, D), N, dtype = q_MD.shape, len(p_ND), scale.dtype
-    need_q, need_p, _, need_scale = needs
     masks = Masks.of(problem)
     labels_M = relations.labels_M.contiguous()
     p_gemm_ND = p_ND.to(dtype)
     inverse_p_N = inverse_norms(p_ND, dtype) if settings.normalize else None
 
     loss_M, positive_M, hardest_M = q_MD.new_empty(3, M, dtype=dtype)
-    dq_MD = q_MD.new_empty(M, D, dtype=dtype) if need_q else None
+    dq_MD = q_MD.new_empty(M, D, dtype=dtype) if needs.q else None
     # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
-    dp_ND = q_MD.new_empty(N, D, dtype=dtype) if need_p else None
+    dp_ND = q_MD.new_empty(N, D, dtype=dtype) if needs.p else None
     if dp_ND is not None and not M:
         dp_ND.zero_()
-    d_logits_M = torch.empty_like(loss_M) if need_scale else None
+    d_logits_M = torch.empty_like(loss_M) if needs.scale else None
 
     scale_number, memory, buffers = scale.item(), None, 1 + (masks.guide is not None)
     for rows in row_chunks(M, N, buffers, loss_M, settings.workspace(q_MD.device)):
@@ -51,7 +48,9 @@ def plain(
         ]  # scores, and after the row pass d(sum_i w_i loss_i) / d<unit_i, p_j>
         torch.mm(unit_RD, p_gemm_ND.T, out=grad_RN)
         limit_R, judge = masks.limit_of(rows, grad_RN, memory[-1, :R], inverse_p_N)
-        weights_R = weights_M[rows] if need_q or need_p or need_scale else None
+        weights_R = None
+        if weights_M is not None and (needs.q or needs.p or needs.scale):
+            weights_R = weights_M[rows]
         native.info_nce_rows(
             grad_RN, inverse_p_N, labels_M[rows], masks.lists and masks.lists.rows(rows),
             limit_R, judge, masks.curated_N, weights_R,
@@ -60,7 +59,7 @@ def plain(
             rows.start, scale_number, *settings.hardness,
         )  # fmt: skip
         columns, p_CD = None, p_gemm_ND
-        if settings.gradient_filter and weights_R is not None and (need_q or need_p):
+        if settings.gradient_filter and weights_R is not None and (needs.q or needs.p):
             pull_R = weights_R * -torch.expm1(-loss_M[rows])  # w sigmoid(gap), loss = softplus(gap)
             least_R = pull_R.abs() * (scale_number * settings.gradient_filter / N)
             columns = _kept(grad_RN, least_R, inverse_p_N)
@@ -72,7 +71,7 @@ def plain(
                 tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
         if dp_ND is not None and columns is None:
             dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if rows.start == 0 else 1)
-        elif dp_ND is not None:
+        elif dp_ND is not None and columns is not None:
             if rows.start == 0:
                 dp_ND.zero_()
             dp_ND.index_add_(0, columns, grad_RN.T @ unit_RD)

@@ -145,6 +145,13 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def _loaded() -> ctypes.CDLL:
+    """For whoever has asked whether it is `usable`."""
+    lib = library()
+    assert lib is not None
+    return lib
+
+
 def instruction_sets() -> dict[str, str]:
     """By which sums on the CPU are rounded: of our rows ("avx2", or "torch" without the library),
     and of torch's own kernels ("AVX2")."""
@@ -185,7 +192,7 @@ def info_nce_rows(
         curated, row_weights, loss, positive, hardest, d_logits,
     )  # fmt: skip
     chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale, *hardness)
-    library().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+    _loaded().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
 
 
 def in_batch_rows(
@@ -203,19 +210,19 @@ def in_batch_rows(
         *map(_pointer, tensors), *scores_RN.shape, KINDS.index(settings.kind), scale, bias,
         settings.label_smoothing, settings.rankpo_weight, settings.sft_weight, settings.sft_scale,
     )  # fmt: skip
-    library().rankpo_in_batch_rows(ctypes.byref(chunk), torch.get_num_threads())
+    _loaded().rankpo_in_batch_rows(ctypes.byref(chunk), torch.get_num_threads())
 
 
 def inverse_norms(x_ND: Tensor, inverse_N: Tensor) -> None:
     """Fill 1 / |x_n|; 0 for a zero vector."""
     rows = _Rows(x_ND.data_ptr(), x_ND.stride(0), *x_ND.shape)
-    library().rankpo_inverse_norms(ctypes.byref(rows), _pointer(inverse_N), torch.get_num_threads())
+    _loaded().rankpo_inverse_norms(ctypes.byref(rows), _pointer(inverse_N), torch.get_num_threads())
 
 
 def tangent_(grad_ND: Tensor, x_ND: Tensor, inverse_N: Tensor, factor_N: Tensor | None) -> None:
     """In place: grad_n := factor_n (grad_n - <grad_n, u_n> u_n), u_n = x_n / |x_n|."""
     rows = _Rows(x_ND.data_ptr(), x_ND.stride(0), *x_ND.shape)
-    library().rankpo_tangent(
+    _loaded().rankpo_tangent(
         ctypes.byref(rows), *map(_pointer, (inverse_N, factor_N, grad_ND)), torch.get_num_threads()
     )
 
@@ -224,7 +231,7 @@ def new_empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous memory of the same shape, in huge pages where the kernel has some."""
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
     if out.device.type == "cpu" and usable():
-        library().rankpo_will_be_written(out.data_ptr(), out.nbytes)
+        _loaded().rankpo_will_be_written(out.data_ptr(), out.nbytes)
     return out
 
 
@@ -242,7 +249,7 @@ def rankpo_rows(
         pointers(*map(address, passages)), integers(*map(stride, passages)),
         pointers(*map(address, passage_grads)), integers(*map(stride, passage_grads)),
     )  # fmt: skip
-    p, p_strides, dp, dp_strides = map(ctypes.addressof, lists)
+    p, p_strides, dp, dp_strides = (ctypes.addressof(values) for values in lists)
     rows = map(_pointer, (grades_BK, reference_BC, weights_B, loss_B, similarity_BK))
     chunk = _RankPORows(
         q_BD.data_ptr(), p, p_strides, *rows, address(dq_BD), dp, dp_strides,
@@ -252,4 +259,4 @@ def rankpo_rows(
         settings.sft_weight, settings.rankpo_weight, TYPES[q_BD.dtype], int(settings.hinge),
         int(settings.listwise), int(settings.normalize),
     )  # fmt: skip
-    library().rankpo_rankpo_rows(ctypes.byref(chunk), torch.get_num_threads())
+    _loaded().rankpo_rankpo_rows(ctypes.byref(chunk), torch.get_num_threads())

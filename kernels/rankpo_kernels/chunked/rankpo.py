@@ -46,8 +46,9 @@ def rankpo(
         )
         dq, *dps = result.grads
         each = [of for x, dx in zip(passages, dps, strict=True) for of in _each(x, dx)]
+        rows, grads = zip(*each, strict=True)
         native.rankpo_rows(
-            q_BD, *zip(*each, strict=True), problem.grades_BK, problem.reference_BC, weights_B,
+            q_BD, rows, grads, problem.grades_BK, problem.reference_BC, weights_B,
             result.loss_B, result.similarity_BK, dq, problem.settings,
         )  # fmt: skip
     else:
@@ -95,7 +96,8 @@ def _in_slabs(problem: RankPOProblem, weights_B: Tensor | None, result: RankPORe
         absent_RK = None if grades_RK is None else grades_RK.isnan()
         if absent_RK is not None:
             p_RKD = p_RKD.masked_fill(absent_RK[:, :, None], 0)
-        inverse_q, inverse_p = 1.0, 1.0
+        inverse_q: Tensor | float = 1.0
+        inverse_p: Tensor | None = None
         if rule.normalize:
             inverse_q = inverse_norms(q_R1D[:, 0], dtype)[:, None, None]
             inverse_p = inverse_norms(p_RKD.flatten(0, 1), dtype).view(-1, K, 1)
@@ -116,7 +118,7 @@ def _in_slabs(problem: RankPOProblem, weights_B: Tensor | None, result: RankPORe
             k = slice(first, first := first + part.shape[1])
             if dp is not None:
                 dp_RkD = slope_RK[:, k] * q_R1D - along_RK[:, k] * p_RKD[:, k]
-                if rule.normalize:
+                if inverse_p is not None:
                     dp_RkD *= inverse_p[:, k]
                 dp[rows] = dp_RkD.view_as(dp[rows]).to(dp.dtype)
 

@@ -9,25 +9,28 @@ round 2 also gradients in fp32: what it adds, what comes, what goes. M queries, 
 ranks, D dims, L prefixes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankpo_kernels.chunked.blocks import Block, Line, Side, add_pairs, pair_logits, take
+from rankpo_kernels.chunked.blocks import Block, Line, Lines, Side, add_pairs, pair_logits, take
 from rankpo_kernels.chunked.chunks import column_lists
 from rankpo_kernels.objective import Stats, combine, merge
 from rankpo_kernels.problem import QP, InfoNCEResult, InfoNCESettings, compute_dtype
 from rankpo_kernels.relations import Relations, known, positive_pairs
 
 
-def travel(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Iterator:
+def travel(
+    x: Tensor, counts: Sequence[int], group: dist.ProcessGroup
+) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows) of all ranks, the own first; the next are on their way meanwhile."""
     size, rank, block = group.size(), group.rank(), x.contiguous()
     for step in range(size):
-        owner, coming, flights = (rank - step) % size, None, []
+        owner, coming = (rank - step) % size, block
+        flights: list[dist.Work] = []
         if step < size - 1:
             coming, flights = pass_on(block, counts[owner - 1], group)
         yield owner, block
@@ -53,7 +56,9 @@ class Ring:
     counts: tuple[int, ...]  # passages of each rank
     group: dist.ProcessGroup
 
-    def sides(self, q: Tensor, needs: tuple[bool, bool]):
+    def sides(
+        self, q: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[list[tuple[int, int]], Side, Callable[[Tensor], Side], Tensor]:
         """(bounds of the prefixes, the queries, how to look at a block of passages, the labels
         within the own block)."""
         prefixes = [prefix for prefix, _ in self.settings.levels(q.shape[1])]
@@ -63,7 +68,10 @@ class Ring:
         passages = lambda p: Side.of(p, *like, needs[1])  # noqa: E731
         return bounds, Side.of(q, *like, needs[0]), passages, self.relations.labels_M - first
 
-    def visits(self, queries: Side, passages, p: Tensor, scale: Tensor, bounds) -> Iterator[Block]:
+    def visits(
+        self, queries: Side, passages: Callable[[Tensor], Side], p: Tensor, scale: Tensor,
+        bounds: list[tuple[int, int]],
+    ) -> Iterator[Block]:  # fmt: skip
         """The own scores against the passages of every rank."""
         keys = known(self.relations, sum(self.counts))
         each_M = torch.arange(len(queries.x_ND), device=scale.device)
@@ -90,16 +98,20 @@ class Ring:
                 stats = merge(stats, Stats(*(torch.cat(part, 1) for part in parts)))
         return s_LM, torch.stack(stats)
 
-    def settle(self, s_LM: Tensor, stats_5LM: Tensor, weights_M: Tensor, scale: Tensor, D: int):
+    def settle(
+        self, s_LM: Tensor, stats_5LM: Tensor, weights_M: Tensor, scale: Tensor, D: int
+    ) -> tuple[Tensor, Lines, Tensor, Tensor]:
         """(losses, lines of each level, slopes of the labels, d total / d scale)."""
         pairs = positive_pairs(self.relations, scale.dtype)
-        loss_M, d_scale, lines = torch.zeros_like(weights_M), torch.zeros_like(scale), []
+        loss_M, d_scale = torch.zeros_like(weights_M), torch.zeros_like(scale)
+        lines: Lines = []
         slope_LM = torch.zeros_like(s_LM)
         for level, (_, weight) in enumerate(self.settings.levels(D)):
             of = {QP: Stats(*stats_5LM[:, level])}
             level_loss, slopes, slope_LM[level], level_scale = combine(
                 pairs, s_LM[level], of, weights_M * weight, scale, self.settings, True
             )
+            assert level_scale is not None
             loss_M, d_scale = loss_M + weight * level_loss, d_scale + level_scale
             lines.append({QP: Line.of(of[QP], slopes[QP])})
         return loss_M, lines, slope_LM, d_scale
@@ -118,7 +130,8 @@ class Ring:
         bounds, queries, passages, labels_M = self.sides(q, needs)
         _, lines, slope_LM, d_scale = self.settle(s_LM, stats_5LM, weights_M, scale, D)
         each_M, normalize = torch.arange(len(q), device=q.device), self.settings.normalize
-        dp, flights = None, []
+        dp: Tensor | None = None
+        flights: list[dist.Work] = []
         for step, block in enumerate(self.visits(queries, passages, p, scale, bounds)):
             for chunk in block.chunks():
                 local = [{QP: take(chunk.rows, of[QP])} for of in lines]

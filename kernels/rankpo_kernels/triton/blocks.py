@@ -66,7 +66,8 @@ def _side(
         x = x[part]
         inverse_L = None if inverse_L is None else inverse_L[:, part]
     stride = 0 if inverse_L is None or len(inverse_L) == 1 else inverse_L.stride(0)
-    return Side(x, *x.stride(), index, inverse_L, stride)
+    stride_x, stride_d = x.stride()
+    return Side(x, stride_x, stride_d, index, inverse_L, stride)
 
 
 class Guide(NamedTuple):
@@ -89,7 +90,8 @@ class Block(NamedTuple):
 
     a: Tensor
     inverse_a: Tensor | None
-    index: Tensor | None  # rows of a, None for all
+    # rows of a, None for all; the name hides tuple.index, which nobody asks
+    index: Tensor | None  # type: ignore[assignment]
     b: Tensor
     inverse_b: Tensor | None
     guide: Guide | None
@@ -135,6 +137,7 @@ def product(
     """out = (or +=) g b, or g' b, in fp32; of g the live tiles alone where they are told."""
     a = g_RN.T if transpose else g_RN
     if live is not None:
+        assert tiles is not None
         blocks = (tiles.BLOCK_M, tiles.BLOCK_N)
         products.filtered(
             a, b, live.T if transpose else live, out, add, tiles,

@@ -262,7 +262,7 @@ def in_batch(
 
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q_MD.device)  # noqa: E731,E501
     wanted = (True,) * 4 + (need_scale, need_bias, relative, relative)
-    outcome = Outcome(*[new(M) if want else None for want in wanted])
+    outcome = Outcome._make(new(M) if want else None for want in wanted)
     dq_MD = new(M, D, dtype=gradient_dtype(dtype)) if need_q else None
     dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
     if dp_out is not None and not M:
@@ -276,7 +276,7 @@ def in_batch(
     top = largest_inverse(inverse_p, p_ND) if relative else None
     for part in chunks:
         R, first = part.stop - part.start, part.start == 0
-        local = Outcome(*[None if x is None else x[part] for x in outcome])
+        local = Outcome._make(None if x is None else x[part] for x in outcome)
         reference_R = None if reference_M is None else reference_M[part]
         sums = Sums.empty(launch.tiles_n, R, need_scale, q_MD.device)
         for look in range(1 + relative):
@@ -287,15 +287,16 @@ def in_batch(
         ready = []
         out = None if out_RN is None else out_RN[:R, :N]
         q_RD, inverse = q_MD[part], None if inverse_q is None else inverse_q[:, part]
-        if need_q:
+        if dq_MD is not None and dq_RD is not None and out is not None:
             product(out, p_ND, dq_RD[:R], False)
             ready.append(Rows.of(dq_RD[:R], q_RD, inverse, local.factor_R, None, dq_MD[part]))
-        if need_p and relative:
+        if dp_ND is not None and out is not None and relative:
+            assert local.factor_R is not None
             inverse_R = None if inverse is None else inverse[0]
             add_relative(out, q_RD, local.factor_R, inverse_R, dp_ND, first)
-        elif need_p:
+        elif dp_ND is not None and out is not None:
             product(out, q_RD, dp_ND, not first, transpose=True)
-        if need_p and part.stop == M:
+        if dp_ND is not None and dp_out is not None and part.stop == M:
             ready.append(Rows.of(dp_ND, p_ND, inverse_p, None, None, dp_out))
         rows.finish(ready, (D,), top, Scale(1.0, None))
     return InBatchResult(

@@ -58,17 +58,18 @@ def info_nce(
         return _nothing(problem, needs)
     problem = _addressable(problem)
     q_MD, p_ND, own_HD, _, relations, settings = problem
+    (M, D), N = q_MD.shape, len(p_ND)
     weights = Scale(1.0, None)  # of all rows, or [M]
     if weights_M is not None:
         on_device = weights_M.dim() or weights_M.device.type != "cpu"
         weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
     one_softmax, (need_q, need_p, *_) = is_plain(relations, settings), needs
     if stored is None:
-        stored = stores_scores(*q_MD.shape, len(p_ND))
+        stored = stores_scores(M, D, N)
     stored = stored and one_softmax and (need_q or need_p) and q_MD.dtype == torch.bfloat16
     stored = stored and not settings.gradient_filter
     if few is None:
-        few = takes_few_launches(q_MD.dtype, *q_MD.shape, len(p_ND))
+        few = takes_few_launches(q_MD.dtype, M, D, N)
     few = few and not stored and (need_q or need_p)
     tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored, few)
     p = Problem.of(problem, tiles)
@@ -93,11 +94,11 @@ def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:
 def _nothing(problem: InfoNCEProblem, needs: tuple[bool, bool, bool, bool]) -> InfoNCEResult:
     """Of no queries."""
     leaves, row = (problem.q_MD, problem.p_ND, problem.own_HD), problem.q_MD.new_empty(0).float()
-    grads = [
+    dq_MD, dp_ND, d_own_HD = (
         torch.zeros_like(x, dtype=gradient_dtype(x.dtype)) if need and x is not None else None
         for x, need in zip(leaves, needs, strict=False)
-    ]
-    return InfoNCEResult(row, row, row, *grads, row.new_zeros(()))
+    )
+    return InfoNCEResult(row, row, row, dq_MD, dp_ND, d_own_HD, row.new_zeros(()))
 
 
 def _is_one_chunk(p: Problem) -> bool:

@@ -5,14 +5,14 @@ block
 R rows of a chunk, M queries, N passages, P positive pairs, H own negatives, D dims, L prefixes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, gradient_dtype
-from rankpo_kernels.relations import expand
+from rankpo_kernels.relations import Pairs, expand
 from rankpo_kernels.triton import products, rows, scores
 from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, product, torch_number
 from rankpo_kernels.triton.passes import (
@@ -54,7 +54,7 @@ def general(
     if own_HD is not None and own is not None:
         _add_own(p, own_HD, own, outputs.qp, grads)
     dq_MD, dp_ND = _finished(p, grads)
-    d_scale = outputs.d_scale_LM.sum() if need_scale else None
+    d_scale = None if outputs.d_scale_LM is None else outputs.d_scale_LM.sum()
     return result._replace(dq_MD=dq_MD, dp_ND=dp_ND, d_own_HD=grads.d_own_HD, d_scale=d_scale)
 
 
@@ -80,6 +80,7 @@ class OwnNegatives(NamedTuple):
 
     @staticmethod
     def of(p: Problem, own_HD: Tensor) -> "OwnNegatives":
+        assert p.relations.own_offsets is not None
         owner_H = expand(p.relations.own_offsets.diff(), len(own_HD))
         inverse_LH, _, similarity_LH = rows.prepare(
             own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
@@ -97,7 +98,7 @@ class OwnNegatives(NamedTuple):
         e_LH = (hard_LH - floor_LM[:, owner_H]).exp()
         terms = (e_LH, e_LH * s_LH, s_LH, torch.ones_like(s_LH))
         sums = [top_LM, *(_add_at(zeros_LM.clone(), owner_H, x) for x in terms), hardest_LM]
-        parts = Partials(*(x if x is None else x[:, None] for x in sums))
+        parts = Partials._make(x if x is None else x[:, None] for x in sums)
         return OwnNegatives(owner_H, inverse_LH, s_LH, hard_LH, parts)
 
 
@@ -147,7 +148,9 @@ def _add_block(
         return
     L, N = len(p.dims), len(block.b)
     scored = block.row_direction not in (QQ, PP)  # queries against passages
-    row_slopes = {QP: outputs.qp, QQ: outputs.qq, PP: outputs.pp}.get(block.row_direction)
+    slopes: dict[str | None, Slopes] = {QP: outputs.qp, QQ: outputs.qq, PP: outputs.pp}
+    row_slopes, slope_LP = slopes.get(block.row_direction), outputs.slope_LP
+    assert slope_LP is not None  # with gradients
     # Without one bound of both rows and columns, fp16 could overflow: its gradients stay fp32.
     dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
     row_bytes = L * padded(N) * dtype.itemsize
@@ -156,25 +159,26 @@ def _add_block(
     for part in chunks:
         R = part.stop - part.start
         G_LRN = out[:, :R]
-        along = (None, None) if along_a is None else along_parts(p, block, R)
+        along = None if along_a is None else along_parts(p, block, R)
         launch_gradients(
-            p, block, part, G_LRN, along=along,
+            p, block, part, G_LRN, along=along or (None, None),
             row_slopes=row_slopes and _part_of_slopes(row_slopes, part),
             column_slopes=column_slopes if block.column_direction else None,
-            label_slope_LR=outputs.slope_LP[:, part] if scored else None,
+            label_slope_LR=slope_LP[:, part] if scored else None,
         )  # fmt: skip
         if scored and p.pairs is not None:
-            _scatter_pairs(p, G_LRN, outputs.slope_LP, part)
+            _scatter_pairs(p, p.pairs, G_LRN, slope_LP, part)
         _add_products(p, block, part, G_LRN[:, :, :N], d_a, d_b)
-        if along_a is not None:
-            along_b += along[1].sum(1)
+        if along is not None and along_a is not None and along_b is not None:
+            of_rows, of_columns = along
+            along_b += of_columns.sum(1)
             if block.index is None:
-                along_a[:, part] += along[0].sum(1)
+                along_a[:, part] += of_rows.sum(1)
             else:
-                _add_at(along_a, block.index[part], along[0].sum(1))
-    if along_a is not None and scored and p.pairs is not None:
+                _add_at(along_a, block.index[part], of_rows.sum(1))
+    if along_a is not None and along_b is not None and scored and p.pairs is not None:
         more = slice(len(p.q_MD), None)
-        gs_LK = (outputs.slope_LP * p.similarity_LP * torch_number(p.scale))[:, more]
+        gs_LK = (slope_LP * p.similarity_LP * torch_number(p.scale))[:, more]
         _add_at(along_a, p.pairs.rows_P[more], gs_LK)
         _add_at(along_b, p.pairs.columns_P[more], gs_LK)
 
@@ -202,16 +206,19 @@ def _add_products(
 
 
 def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:
-    pick = lambda x: None if x is None else x[:, part]  # noqa: E731
+
+    def pick(x: Any) -> Any:
+        return None if x is None else x[:, part]
+
     return slopes._replace(lse=pick(slopes.lse), soft=pick(slopes.soft), flat=pick(slopes.flat))
 
 
-def _scatter_pairs(p: Problem, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
+def _scatter_pairs(p: Problem, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
     """Write the gradients of further positives into a chunk; the labels' are there already."""
     more = slice(len(p.q_MD), None)
-    rows_K, columns_K = p.pairs.rows_P[more], p.pairs.columns_P[more]
+    rows_K, columns_K = pairs.rows_P[more], pairs.columns_P[more]
     value_LK = slope_LP[:, more] * torch_number(p.scale)
-    if p.inverse_q is not None:
+    if p.inverse_q is not None and p.inverse_p is not None:
         value_LK = value_LK * p.inverse_q[:, rows_K] * p.inverse_p[:, columns_K]
     value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes
     (L, R, _), K = G_LRN.shape, len(rows_K)
@@ -228,12 +235,13 @@ def _add_own(
     """Gradients of own negatives and of their queries."""
     if grads.dq_MD is None and grads.d_own_HD is None:
         return
-    owner_H = own.owner_H
+    owner_H, offsets = own.owner_H, p.relations.own_offsets
+    assert offsets is not None
     g_LH = slopes.soft[:, owner_H] * (own.hard_LH - slopes.lse[:, owner_H]).exp()
     if slopes.flat is not None:
         g_LH = g_LH - slopes.flat[:, owner_H]  # d total / d logit
     products.own_gradients(
-        p.q_MD, own_HD, p.inverse_q, own.inverse_LH, p.relations.own_offsets,
+        p.q_MD, own_HD, p.inverse_q, own.inverse_LH, offsets,
         g_LH * torch_number(p.scale), g_LH * own.logit_LH, grads.dq_MD, grads.d_own_HD, p.dims,
     )  # fmt: skip
     if grads.along_q is not None:

@@ -7,7 +7,7 @@
 R rows of a chunk, M queries, N passages, D dims.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,7 +59,7 @@ def plain(
             _add_products(p, part, local, memory, live)
     return InfoNCEResult(
         outputs.loss_LM[0], p.similarity_LP[0], outputs.hardest_M, memory.dq_MD, memory.dp_out,
-        None, outputs.d_scale_LM.sum() if need_scale else None,
+        None, None if outputs.d_scale_LM is None else outputs.d_scale_LM.sum(),
     )  # fmt: skip
 
 
@@ -116,14 +116,17 @@ def _settle_chunk(
     memory: Memory,
 ) -> None:  # fmt: skip
     """Statistics of a chunk, and what the pairs make of them."""
-    keep, beside = {}, None
+    keep: dict[str, Any] = {}
+    beside = None
     if memory.weighted_RD is not None:
+        assert memory.G_RN is not None and memory.inverse_top is not None
         G_RN, top = memory.G_RN[: part.stop - part.start], memory.inverse_top
         keep = {"positive_R": p.similarity_LP[0, part], "inverse_top": top, "stored": G_RN}
         q_RD, inverse_q = _query_rows(p, part)
-        inverses = (None if x is None else x[0] for x in (inverse_q, p.inverse_p))
+        of_q, of_p = (None if x is None else x[0] for x in (inverse_q, p.inverse_p))
+        stride_q, stride_qd = q_RD.stride()
         beside = Stored(
-            G_RN, G_RN.stride(0), memory.weighted_RD, q_RD, *q_RD.stride(), *inverses, top
+            G_RN, G_RN.stride(0), memory.weighted_RD, q_RD, stride_q, stride_qd, of_q, of_p, top
         )
     launch_statistics(p, block, part, parts, None, **keep)
     of_rows = weights if weights.at is None else Scale(0.0, weights.at[part])
@@ -136,6 +139,7 @@ def _write_gradients(
     """d total / d dot of a chunk; of stored exponentials, of those rows alone that overflowed.
     Returns which tiles are not filtered away."""
     R, N, tiles, live = part.stop - part.start, len(p.p_ND), p.tiles, None
+    assert memory.G_RN is not None
     if p.settings.gradient_filter:
         live = p.new(triton.cdiv(R, tiles.BLOCK_M), _tiles_n(p), dtype=torch.int32)
     launch_gradients(
@@ -152,6 +156,7 @@ def _add_products(
 ) -> None:
     """dq of a chunk, and its part of dp."""
     R, N, first = part.stop - part.start, len(p.p_ND), part.start == 0
+    assert memory.G_RN is not None
     G_RN, (q_RD, inverse_q) = memory.G_RN[:R, :N], _query_rows(p, part)
     ready, tiles = [], p.tiles
     if memory.dq_MD is not None:
@@ -159,6 +164,7 @@ def _add_products(
         product(G_RN, p.p_ND, dq_RD, False, live=live, tiles=tiles)
         ready.append(Rows.of(dq_RD, q_RD, inverse_q, local.factor_M, None, memory.dq_MD[part]))
     if memory.dp_ND is not None and memory.relative and memory.weighted_RD is None:
+        assert local.factor_M is not None
         inverse_R = None if inverse_q is None else inverse_q[0]
         add_relative(
             G_RN, q_RD, local.factor_M, inverse_R, memory.dp_ND, first, live=live, tiles=tiles
@@ -166,6 +172,7 @@ def _add_products(
     elif memory.dp_ND is not None:
         left_RD = q_RD if memory.weighted_RD is None else memory.weighted_RD[:R]
         product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, live=live, tiles=tiles)
-    if memory.dp_ND is not None and part.stop == len(p.q_MD):
+    last = part.stop == len(p.q_MD)
+    if memory.dp_ND is not None and memory.dp_out is not None and last:
         ready.append(Rows.of(memory.dp_ND, p.p_ND, p.inverse_p, None, None, memory.dp_out))
     rows.finish(ready, p.dims, memory.inverse_top, p.scale)

@@ -4,7 +4,9 @@ pairs make of them, gradients; and the memory that they fill.
 R rows of a chunk, M queries, N passages, P positive pairs, L prefixes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import triton
@@ -27,15 +29,16 @@ def partials(
     """`want`: the moment, for the scale's gradient; sum and count, for smoothing. `hard`: with
     hardness."""
     moment, counted = want
-    return Partials(*[
+    return Partials._make(
         p.new(len(p.dims), parts, rows) if wanted else None
         for wanted in (True, True, moment, counted, counted, hard)
-    ])  # fmt: skip
+    )
 
 
 def launch_statistics(
     p: Problem, block: Block, part: slice, row_parts: Partials | None,
-    column_parts: Partials | None, positive_R=None, inverse_top=None, stored=None,
+    column_parts: Partials | None, positive_R: Tensor | None = None,
+    inverse_top: Tensor | None = None, stored: Tensor | None = None,
 ) -> None:  # fmt: skip
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
@@ -49,9 +52,11 @@ def launch_statistics(
 
 
 def launch_gradients(
-    p: Problem, block: Block, part: slice, out_LRN: Tensor, *, row_slopes=None,
-    column_slopes=None, label_slope_LR=None, inverse_top=None, tile_parts=None, live=None,
-    along=(None, None), filter_mass: float = 0.0, only_over: bool = False,
+    p: Problem, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
+    column_slopes: Slopes | None = None, label_slope_LR: Tensor | None = None,
+    inverse_top: Tensor | None = None, tile_parts: Partials | None = None,
+    live: Tensor | None = None, along: tuple[Tensor | None, Tensor | None] = (None, None),
+    filter_mass: float = 0.0, only_over: bool = False,
 ) -> None:  # fmt: skip
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
     if only_over:  # a row that overflows works for all rows of its tile
@@ -103,7 +108,10 @@ def pair_outputs(p: Problem, gradients: bool, need_scale: bool) -> PairOutputs:
 def output_rows(outputs: PairOutputs, part: slice) -> PairOutputs:
     """Of a plain loss, which has one level and a pair a row."""
     names = ("loss_LM", "hardest_M", "slope_LP", "d_scale_LM", "factor_M")
-    pick = lambda x: None if x is None else x[..., part]  # noqa: E731
+
+    def pick(x: Any) -> Any:
+        return None if x is None else x[..., part]
+
     of_rows = outputs.qp._replace(lse=pick(outputs.qp.lse), soft=pick(outputs.qp.soft))
     return outputs._replace(qp=of_rows, **{name: pick(getattr(outputs, name)) for name in names})
 
@@ -153,10 +161,10 @@ def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
     lse, mean = top + z.log(), zs / z.masked_fill(z == 0, 1)  # z = 0: log is -inf, and so is top
     stats = of_all_ranks(Stats(lse, mean, total, count, top), p.settings)
     whole = (stats.lse, (stats.lse != -torch.inf).float(), stats.mean, stats.sum, stats.count, None)
-    return Partials(*(x if y is not None else None for x, y in zip(whole, one, strict=True)))
+    return Partials._make(x if y is not None else None for x, y in zip(whole, one, strict=True))
 
 
-def hardest(outputs: PairOutputs, directions: tuple[str, ...]) -> Tensor:
+def hardest(outputs: PairOutputs, directions: Sequence[str]) -> Tensor:
     of_rows = QP in directions or QQ in directions
     return outputs.hardest_M if of_rows else outputs.hardest_M.fill_(-torch.inf)
 
@@ -172,7 +180,8 @@ def statistics(
     of_row = 4 * (2 + want[0] + 2 * want[1] + hard) * L
     row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
     chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, tiles.BLOCK_M)
-    sums, row_parts = {}, []
+    sums: dict[str, Partials] = {}
+    row_parts: list[Partials] = []
     columns = partials(p, len(chunks), N, want) if block.column_direction else None
     for at, part in enumerate(chunks):
         R = part.stop - part.start
@@ -183,16 +192,16 @@ def statistics(
             of_columns = partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
         launch_statistics(p, block, part, of_rows, of_columns)
         if in_tiles and len(chunks) == 1:
-            row_parts, columns = [of_rows], of_columns
+            row_parts, columns = [] if of_rows is None else [of_rows], of_columns
             break
         if of_rows is not None:
             row_parts.append(slopes.reduce(of_rows, partials(p, 1, R, want, hard)))
-        if of_columns is not None:
+        if of_columns is not None and columns is not None:
             slopes.reduce(of_columns, columns, at)
     if block.row_direction:
-        sums[block.row_direction] = row_parts[0] if len(row_parts) == 1 else Partials(*(
+        sums[block.row_direction] = row_parts[0] if len(row_parts) == 1 else Partials._make(
             None if x[0] is None else torch.cat(x, 2) for x in zip(*row_parts, strict=True)
-        ))  # fmt: skip
-    if block.column_direction:
+        )  # fmt: skip
+    if block.column_direction and columns is not None:
         sums[block.column_direction] = columns
     return sums

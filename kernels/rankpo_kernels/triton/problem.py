@@ -100,6 +100,7 @@ def score_block(p: Problem, row: str | None, column: str | None) -> Block:
 def query_block(p: Problem) -> Block:
     """Queries against queries, who stand for the texts of their labels."""
     labels_M = p.relations.labels_M
+    assert p.known is not None
     keys = p.known._replace(start_N=p.known.start_N[labels_M], stop_N=p.known.stop_N[labels_M])
     masks = Masks.of(None, keys, p.limit_LM, None, None)
     guide = p.guide and p.guide.among_queries()
@@ -110,6 +111,7 @@ def passage_block(p: Problem) -> Block:
     """The passage of every positive pair against all passages."""
     rows_P, owner_N = p.rows_P, p.relations.curated_N
     limit_LP = None if p.limit_LM is None else p.limit_LM[:, rows_P].contiguous()
+    assert p.known is not None
     keys = p.known._replace(class_M=p.known.class_M[rows_P])
     masks = Masks.of(None, keys, limit_LP, None if owner_N is None else rows_P, owner_N)
     guide = p.guide and p.guide.among_passages()

@@ -52,8 +52,9 @@ class Product(NamedTuple):
             return absent(Product)
         width, parts = g_MN.stride(0), 0 if along is None else along.shape[1]
         of_g = (1, width, width, len(g_MN)) if transpose else (width, 1, len(g_MN), width)
-        return Product(*of_g, b_ND, *b_ND.stride(), x_RD, *x_RD.stride(), inverse_LR, along,
-                       parts, out_RD, len(x_RD), len(b_ND))  # fmt: skip
+        (stride_b, stride_bd), (stride_x, stride_xd) = b_ND.stride(), x_RD.stride()
+        return Product(*of_g, b_ND, stride_b, stride_bd, x_RD, stride_x, stride_xd, inverse_LR,
+                       along, parts, out_RD, len(x_RD), len(b_ND))  # fmt: skip
 
 
 class Totals(NamedTuple):

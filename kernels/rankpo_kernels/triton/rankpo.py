@@ -67,8 +67,8 @@ class Passages(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, out: Tensor | None) -> "Passages":
-        stride_b, *stride_k, stride_d = x.stride()
-        return Passages(x, stride_b, *(stride_k or [0]), stride_d, out)
+        stride_b, *between, stride_d = x.stride()
+        return Passages(x, stride_b, between[0] if between else 0, stride_d, out)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ normalisation after them. Bound by memory: each reads its rows once or twice and
 A, B rows, P pairs, D dims, L prefixes d_0 < ... < d_L-1 = D (DIMS).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -28,9 +28,13 @@ class Scale(NamedTuple):
     at: Tensor | None
 
 
-def absent(kind: type) -> tuple:
+Record = TypeVar("Record", bound=tuple)
+
+
+def absent(kind: type[Record]) -> Record:
     """Arguments a launch goes without: Triton 3.6 cannot ask of a tuple whether it is None."""
-    return kind(*[None] * len(kind._fields))
+    record: Any = kind
+    return record(*[None] * len(record._fields))
 
 
 @triton.jit

@@ -32,7 +32,7 @@ class Side(NamedTuple):
     x: Tensor
     stride: int
     stride_d: int
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody asks
     inverse_L: Tensor | None  # [L, rows of x], or none
     inverse_stride: int
 
@@ -56,10 +56,12 @@ class Masks(NamedTuple):
         id_R: Tensor | None, owner_N: Tensor | None,
     ) -> "Masks":  # fmt: skip
         """Of all rows, whose classes are those of `known`."""
-        keys: tuple[Tensor | None, ...] = (None,) * 4
-        if known is not None:
-            keys = (known.class_M, known.start_N, known.stop_N, known.keys)
-        return Masks(label_R, *keys, limit_LR, 0, id_R, owner_N)
+        masks = Masks(label_R, None, None, None, None, limit_LR, 0, id_R, owner_N)
+        if known is None:
+            return masks
+        return masks._replace(
+            class_R=known.class_M, start_N=known.start_N, stop_N=known.stop_N, keys=known.keys
+        )
 
 
 class Hardness(NamedTuple):
@@ -77,7 +79,7 @@ class Partials(NamedTuple):
     z: Tensor  # sum of exp(s - top)
     zs: Tensor | None  # sum of exp(s - top) * s, for the scale's gradient
     sum: Tensor | None  # of s, for label smoothing
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # as above, tuple.count
     hardest: Tensor | None  # largest s where, with hardness, top is not it
 
 

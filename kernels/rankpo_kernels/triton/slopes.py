@@ -51,7 +51,7 @@ class PairOutputs(NamedTuple):
     """What the pairs leave: losses, and without gradients no more."""
 
     loss_LM: Tensor
-    hardest_M: Tensor | None  # of the last level
+    hardest_M: Tensor  # of the last level
     slope_LP: Tensor | None  # d total / d s_k
     qp: Slopes
     qq: Slopes
