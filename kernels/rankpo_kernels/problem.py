@@ -107,8 +107,9 @@ class ScoreOptions(Settings):
 
     def workspace(self, device: torch.device) -> int:
         """Bytes for one chunk of scores."""
-        default = DEFAULT_WORKSPACE[device.type]
-        return default if self.workspace_bytes is None else self.workspace_bytes
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
+        return DEFAULT_WORKSPACE[device.type]
 
 
 @dataclass(frozen=True, kw_only=True)

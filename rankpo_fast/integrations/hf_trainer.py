@@ -32,7 +32,7 @@ from rankpo_fast.integrations.hf_rows import (
 )
 from rankpo_fast.losses import InfoNCELoss
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
-from rankpo_fast.ops.options import InfoNCEBatch
+from rankpo_fast.ops.options import InfoNCEBatch, RankPOOptions
 from rankpo_fast.ops.rankpo import (
     pair_similarities,
     rankpo_loss,
@@ -215,7 +215,7 @@ class RankPOTrainer(EmbeddingTrainer):
         if (ref_model is None) != args.reference_free:
             raise ValueError("ref_model goes with reference_free=False, and may be model itself")
         self.args = args  # which options are read from
-        MixtureOptions(**self.options)  # names what is wrong
+        RankPOOptions(**self.options)  # names what is wrong
         if peft_config is not None:
             from peft import get_peft_model
 

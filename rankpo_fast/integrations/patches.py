@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from rankpo_fast.integrations.overrides import warn_unfused
+from rankpo_fast.ops.checks import several
 from rankpo_fast.ops.info_nce import info_nce_loss
-from rankpo_fast.ops.ranks import several
 
 
 def replaced(

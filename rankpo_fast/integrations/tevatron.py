@@ -24,7 +24,7 @@ from rankpo_fast.integrations.patches import (
     refuse_other_losses,
     replaced,
 )
-from rankpo_fast.ops.ranks import several
+from rankpo_fast.ops.checks import several
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from rankpo_fast.ops.options import Batch, InfoNCECall
+from rankpo_fast.ops.options import Batch, InfoNCECall, ScoreCall
 from rankpo_kernels.problem import DEFAULT_WORKSPACE, PP, QP, ScoreOptions, compute_dtype
 from rankpo_kernels.relations import APART, Relations, expand, positive_pairs
 
@@ -58,6 +59,15 @@ def check_embeddings(tensors: Mapping[str, Tensor | None]) -> None:
 
 def widest_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
     return functools.reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
+
+
+def several(group: ProcessGroup | None) -> bool:
+    """Whether there is anyone to talk to."""
+    if group is None:
+        return False
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"process_group must be one that this rank is in, got {group!r}")
+    return group.size() > 1
 
 
 def check_sides(batch: Batch) -> None:
@@ -138,6 +148,19 @@ def own_negatives(call: InfoNCECall) -> tuple[Tensor | None, Tensor | None]:
 # --- who belongs to whom ---
 
 
+def relations_of(
+    batch: Batch, labels: Tensor, guide: tuple[Tensor, Tensor] | None, **more: Tensor | None
+) -> Relations:
+    """`more`: what the batch itself has not, by their names in `Relations`."""
+    excluded_offsets, excluded_columns = batch.excluded or (None, None)
+    guide_queries, guide_passages = guide or (None, None)
+    return Relations(
+        labels_M=labels, query_ids_M=batch.query_ids, passage_ids_N=batch.passage_ids,
+        excluded_offsets=excluded_offsets, excluded_columns=excluded_columns,
+        guide_queries=guide_queries, guide_passages=guide_passages, **more,
+    )  # fmt: skip
+
+
 def group_labels(M: int, N: int, device: torch.device) -> tuple[Tensor, int]:
     """(labels of passages in equal groups per query, positive first; passages a group)."""
     if M and (N < M or N % M):
@@ -156,8 +179,9 @@ def group_owners(call: InfoNCECall, group: int) -> Tensor | None:
     return torch.arange(N, device=call.queries.device) // group if M and asked else None
 
 
-def check_relations(relations: Relations, batch: Batch, across_ranks: bool) -> None:
-    """Dtypes, shapes and devices; on CUDA the device asserts what it can of the values."""
+def check_relations(relations: Relations, batch: ScoreCall) -> None:
+    """Dtypes, shapes and devices; on CUDA the device asserts what it can of the values, which
+    several ranks look at before their passages meet."""
     M, N, device = len(batch.queries), len(batch.passages), batch.queries.device
     for name, tensor, length in (
         ("labels", relations.labels_M, M),
@@ -178,7 +202,7 @@ def check_relations(relations: Relations, batch: Batch, across_ranks: bool) -> N
                 f"{name} must be int64 {list(shape)} on {device}, got {tensor.dtype} "
                 f"{list(tensor.shape)} on {tensor.device}"
             )
-    if device.type == "cuda" and not across_ranks:
+    if device.type == "cuda" and not several(batch.process_group):
         assert_values(relations, batch.labels is not None, N)
 
 

@@ -30,6 +30,7 @@ from rankpo_fast.ops.checks import (
     in_one_dtype,
     known_definition,
     one_number,
+    relations_of,
     takes_triton,
     widest_dtype,
 )
@@ -44,7 +45,7 @@ from rankpo_fast.ops.common import (
 )
 from rankpo_fast.ops.options import InBatchRankPOCall, Reduction, SigLIPCall, takes
 from rankpo_fast.ops.rankpo import margin_loss
-from rankpo_fast.ops.ranks import Checked, across_ranks, several, sum_rows
+from rankpo_fast.ops.ranks import across_ranks
 from rankpo_kernels import objective
 from rankpo_kernels.chunked import in_batch as chunked
 from rankpo_kernels.objective import softplus
@@ -213,8 +214,8 @@ def in_batch_rankpo_loss(call: InBatchRankPOCall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    problem, weights, _ = across_ranks(call, check_in_batch_rankpo)
-    return _reduced(problem, weights, call.reduction)
+    share = across_ranks(call, check_in_batch_rankpo)
+    return _reduced(share.problem, share.weights_M, call.reduction)
 
 
 class InBatchRankPOStats(NamedTuple):
@@ -246,15 +247,14 @@ def in_batch_rankpo_loss_and_grads(
         (loss, grads, stats): `InBatchRankPOGrads` in the dtypes of their inputs, and
         `InBatchRankPOStats` of a rank's own queries.
     """
-    problem, weights, ranks = across_ranks(call, check_in_batch_rankpo)
+    share = across_ranks(call, check_in_batch_rankpo)
     if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _in_batch_grads(
-        problem.q_MD, problem.p_ND, problem.scale, problem.bias, list(problem.relations),
-        problem.settings.text(), weights, [True, True, False, False],
-    )  # fmt: skip
-    if ranks is not None:
-        dp = sum_rows(dp, ranks.passages, ranks.group)
+    *leaves, relations, settings = share.problem
+    crossing = (*leaves, list(relations), settings.text())
+    outputs = _in_batch_grads(*crossing, share.weights_M, [True, True, False, False])
+    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = outputs
+    dq, dp = share.home(dq, dp)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
@@ -287,11 +287,11 @@ def siglip_loss(call: SigLIPCall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    problem, weights, _ = across_ranks(call, check_siglip)
-    return _reduced(problem, weights, call.reduction)
+    share = across_ranks(call, check_siglip)
+    return _reduced(share.problem, share.weights_M, call.reduction)
 
 
-def check_in_batch_rankpo(call: InBatchRankPOCall) -> Checked[InBatchProblem]:
+def check_in_batch_rankpo(call: InBatchRankPOCall) -> tuple[InBatchProblem, Tensor]:
     """x = -beta * margin, see `rankpo_kernels.chunked.in_batch`."""
     return _checked(
         call, _both(call.reference_queries, call.reference_passages),
@@ -302,15 +302,16 @@ def check_in_batch_rankpo(call: InBatchRankPOCall) -> Checked[InBatchProblem]:
     )  # fmt: skip
 
 
-def check_siglip(call: SigLIPCall) -> Checked[InBatchProblem]:
+def check_siglip(call: SigLIPCall) -> tuple[InBatchProblem, Tensor]:
     return _checked(call, None, call.scale, call.bias, kind=SIGLIP)
 
 
 def _checked(
     call: InBatchRankPOCall | SigLIPCall, reference: tuple[Tensor, Tensor] | None,
     scale: float | Tensor, bias: float | Tensor, **form: Any,
-) -> Checked[InBatchProblem]:  # fmt: skip
-    """`form`: what tells the losses apart, as fields of `InBatchSettings`."""
+) -> tuple[InBatchProblem, Tensor]:  # fmt: skip
+    """The problem and the weights of its rows; `form`: what tells the losses apart, as fields of
+    `InBatchSettings`."""
     check_sides(call)
     M, N, device = len(call.queries), len(call.passages), call.queries.device
     embeddings = {"queries": call.queries, "passages": call.passages}
@@ -321,17 +322,8 @@ def _checked(
     labels = call.labels
     if labels is None:
         labels, _ = group_labels(M, N, device)
-    excluded_offsets, excluded_columns = call.excluded or (None, None)
-    guide_queries, guide_passages = in_one_dtype(reference, dtype) or (None, None)
-    relations = Relations(
-        labels, query_ids_M=call.query_ids, passage_ids_N=call.passage_ids,
-        excluded_offsets=excluded_offsets, excluded_columns=excluded_columns,
-        guide_queries=guide_queries, guide_passages=guide_passages,
-    )  # fmt: skip
-    shared = several(call.process_group)
-    check_relations(relations, call, shared)
-    if shared:
-        check_values(relations, N, 0)
+    relations = relations_of(call, labels, in_one_dtype(reference, dtype))
+    check_relations(relations, call)
     weights = uniform_weight(M, call.reduction)
     if call.weights is not None:
         weights = row_weights(q, call.weights, M, call.reduction)
@@ -339,7 +331,7 @@ def _checked(
         normalize=call.normalize, workspace_bytes=call.workspace_bytes, backend=call.backend, **form
     )
     numbers = as_scale(None, scale, "cpu", device), _as_bias(bias, device)
-    return Checked(InBatchProblem(q, p, *numbers, relations, settings), weights)
+    return InBatchProblem(q, p, *numbers, relations, settings), weights
 
 
 def _both(

@@ -31,6 +31,7 @@ from rankpo_fast.ops.checks import (
     in_one_dtype,
     known_definition,
     own_negatives,
+    relations_of,
     takes_triton,
     widest_dtype,
 )
@@ -45,13 +46,9 @@ from rankpo_fast.ops.common import (
 )
 from rankpo_fast.ops.options import InfoNCECall, takes
 from rankpo_fast.ops.ranks import (
-    Checked,
     across_ranks,
-    for_ranks,
     ring_grads,
     ring_losses,
-    several,
-    sum_rows,
 )
 from rankpo_kernels.chunked import info_nce as chunked
 from rankpo_kernels.objective import limits, softplus
@@ -310,9 +307,10 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    problem, weights, ranks = across_ranks(call, check_info_nce)
-    if ranks is not None and call.exchange == "ring":
-        loss_M = ring_losses(problem, ranks)[0] * weights
+    share = across_ranks(call, check_info_nce)
+    problem, weights = share.problem, share.weights_M
+    if share.ring:
+        loss_M = ring_losses(share)[0] * weights
         return loss_M if call.reduction == "none" else loss_M.sum()
     leaves = (problem.q_MD, problem.p_ND, problem.own_HD, problem.scale)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
@@ -353,22 +351,18 @@ def info_nce_loss_and_grads(call: InfoNCECall) -> LossAndGrads[InfoNCEGrads, Inf
     """
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
     check = partial(check_info_nce, scale_on=call.queries.device)
-    problem, weights, ranks = across_ranks(call, check)
+    share, own = across_ranks(call, check), call.own_negatives
     if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    own = call.own_negatives
-    if ranks is not None and call.exchange == "ring":
-        outputs = ring_grads(problem, ranks, weights)
+    if share.ring:
+        outputs = ring_grads(share)
     else:
-        outputs = _info_nce_grads(
-            problem.q_MD, problem.p_ND, problem.own_HD, problem.scale, list(problem.relations),
-            problem.settings.text(), weights, [True, True, own is not None, True],
-        )  # fmt: skip
+        *leaves, relations, settings = share.problem
+        needs = [True, True, own is not None, True]
+        crossing = (*leaves, list(relations), settings.text())
+        outputs = _info_nce_grads(*crossing, share.weights_M, needs)
     loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = outputs
-    if ranks is not None and call.exchange != "ring":
-        dp = sum_rows(dp, ranks.passages, ranks.group)
-        if len(dq) != len(call.queries):
-            dq = sum_rows(dq, ranks.queries, ranks.group)
+    dq, dp = share.home(dq, dp)
     has_negative_M = hardest_M > -torch.inf
     stats = InfoNCEStats(
         mean((positive_M > hardest_M).float()),
@@ -386,9 +380,9 @@ def info_nce_loss_and_grads(call: InfoNCECall) -> LossAndGrads[InfoNCEGrads, Inf
 
 def check_info_nce(
     call: InfoNCECall, scale_on: torch.device | str = "cpu"
-) -> Checked[InfoNCEProblem]:
-    """Everything that can be told without looking at values on a device. `scale_on`: where a scale
-    that is a number becomes a tensor."""
+) -> tuple[InfoNCEProblem, Tensor]:
+    """The problem and the weights of its rows. Refused is what can be told without looking at
+    values on a device. `scale_on`: where a scale that is a number becomes a tensor."""
     check_sides(call)
     (M, D), N, device = call.queries.shape, len(call.passages), call.queries.device
     if call.guide is not None and call.false_negative_margin is None:
@@ -417,33 +411,20 @@ def check_info_nce(
             "labels) more than one passage per query"
         )
     positive_offsets, positive_columns = call.positives or (None, None)
-    excluded_offsets, excluded_columns = call.excluded or (None, None)
-    guide_queries, guide_passages = in_one_dtype(call.guide, dtype) or (None, None)
-    relations = Relations(
-        labels,
-        positive_offsets,
-        positive_columns,
-        call.query_ids,
-        call.passage_ids,
-        excluded_offsets,
-        excluded_columns,
-        own_offsets,
-        curated,
-        guide_queries,
-        guide_passages,
-    )
+    relations = relations_of(
+        call, labels, in_one_dtype(call.guide, dtype), positive_offsets=positive_offsets,
+        positive_columns=positive_columns, own_offsets=own_offsets, curated_N=curated,
+    )  # fmt: skip
     settings = InfoNCESettings.of(call)
     if settings.gradient_filter and (settings.hardness_mode or not is_plain(relations, settings)):
         raise ValueError(
             "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "
             "label_smoothing, matryoshka_dims or hardness_mode"
         )
-    shared = several(call.process_group)
-    check_relations(relations, call, shared)
+    check_relations(relations, call)
     weights = uniform_weight(M, call.reduction)
     if call.weights is not None:
         weights = row_weights(q, call.weights, M, call.reduction)
     scale = as_scale(call.temperature, call.scale, scale_on, device)
     own = None if own is None else own.to(dtype)
-    problem = InfoNCEProblem(q, p, own, scale, relations, settings)
-    return for_ranks(problem, call, weights) if shared else Checked(problem, weights)
+    return InfoNCEProblem(q, p, own, scale, relations, settings), weights

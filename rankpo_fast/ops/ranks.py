@@ -11,15 +11,15 @@ its passes (`rankpo_kernels.objective`). M queries, N passages of a rank, K keys
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankpo_fast.ops.checks import check_values, check_workspace
+from rankpo_fast.ops.checks import check_values, check_workspace, several
 from rankpo_fast.ops.options import InfoNCECall, ScoreCall, terms
 from rankpo_kernels.chunked.ring import Ring
 from rankpo_kernels.problem import (
@@ -29,7 +29,6 @@ from rankpo_kernels.problem import (
     QQ,
     InBatchProblem,
     InfoNCEProblem,
-    InfoNCESettings,
     compute_dtype,
 )
 from rankpo_kernels.relations import Relations, listed
@@ -44,17 +43,14 @@ Problem = TypeVar("Problem", InfoNCEProblem, InBatchProblem)
 Call = TypeVar("Call", bound=ScoreCall)
 
 
-@dataclass(frozen=True, eq=False)
-class Checked(Generic[Problem]):
-    """A batch whose arguments are right, and what it needs of other ranks if there are any."""
+@dataclass(frozen=True)
+class Needs:
+    """What a rank's problem needs of other ranks."""
 
-    problem: Problem
-    weights_M: Tensor  # [M], or [] for all; a rank brings those of a sum
-    all_queries: bool = False  # those of all ranks, with labels and guide
+    all_queries: bool = False  # with labels and guide
     all_passages: bool = True
     column_sums: bool = False  # over the queries of all ranks
     apart: bool = False  # which passages of others are APART
-    terms: dict[str, Any] = field(default_factory=dict)  # what must be the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -73,67 +69,74 @@ class Ranks:
         return slice(start, start + counts[self.group.rank()])
 
 
-def several(group: dist.ProcessGroup | None) -> bool:
-    """Whether there is anyone to talk to."""
-    if group is None:
-        return False
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"process_group must be one that this rank is in, got {group!r}")
-    return group.size() > 1
-
-
-class Share(NamedTuple, Generic[Problem]):
+@dataclass(frozen=True, eq=False)
+class Share(Generic[Problem]):
     """A rank's part of a loss: the problem of its own queries, with the passages of all."""
 
     problem: Problem
-    weights_M: Tensor
+    weights_M: Tensor  # [M], or [] for all
     ranks: Ranks | None  # None: there are no others
+    needs: Needs
+
+    @property
+    def ring(self) -> bool:
+        """Whether passages travel from rank to rank."""
+        return self.ranks is not None and not self.needs.all_passages
+
+    def home(self, dq: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the rank's own rows, summed over what all ranks have for them."""
+        if self.ranks is not None and self.needs.all_passages:
+            dp = sum_rows(dp, self.ranks.passages, self.ranks.group)
+        if self.ranks is not None and self.needs.all_queries:
+            dq = sum_rows(dq, self.ranks.queries, self.ranks.group)
+        return dq, dp
 
 
-def across_ranks(call: Call, check: Callable[[Call], Checked[Problem]]) -> Share[Problem]:
-    """The problem of a call, once `check` has nothing against it; with the passages of all ranks
-    where it has a process group."""
+def across_ranks(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> Share[Problem]:
+    """The problem of a call and the weights of its rows, once `check` has nothing against it; with
+    the passages of all ranks where it has a process group."""
     if several(call.process_group):
         return _spread(call, check)
     call.check()
-    checked = check(call)
-    return Share(checked.problem, checked.weights_M, None)
+    problem, weights_M = check(call)
+    return Share(problem, weights_M, None, Needs())
 
 
 @_uncompiled
-def _spread(call: Call, check: Callable[[Call], Checked[Problem]]) -> Share[Problem]:
+def _spread(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> Share[Problem]:
     """With relations to the passages of all ranks, the rows of others that are needed, and the
-    weights of the reduction. What can be refused is refused in `check`, on all ranks then.
+    weights of the reduction. What can be refused is refused first, on all ranks then.
 
     No collective is overlapped: what needs no passages yet are a few sorts of integers.
     """
     local, ranks = _agree(call, check)
-    (q, p, relations), weights_M = _sides(local), local.weights_M
-    relations = relations_of_all(relations, ranks, all_queries=local.all_queries, apart=local.apart)
-    if local.all_passages:
+    problem, weights_M, needs = local.problem, local.weights_M, local.needs
+    relations = relations_of_all(
+        problem.relations, ranks, all_queries=needs.all_queries, apart=needs.apart
+    )
+    q, p = problem.q_MD, problem.p_ND
+    if needs.all_passages:
         p = gather_rows(p, ranks.passages, ranks.group)
-    if local.all_queries:
+    if needs.all_queries:
         q = gather_rows(q, ranks.queries, ranks.group)
     if call.reduction == "mean":  # so that the mean over ranks is the mean over all queries
         weights_M = weights_M * (ranks.group.size() / ranks.weight if ranks.weight else 0.0)
-    problem = local.problem._replace(q_MD=q, p_ND=p, relations=relations)
+    problem = problem._replace(q_MD=q, p_ND=p, relations=relations)
     check_workspace(problem.settings, max(len(p), *ranks.passages), q)
     if isinstance(problem, InfoNCEProblem):
         own = ranks.own(ranks.queries)
         settings = replace(
             problem.settings,
-            group=ranks.group.group_name if local.column_sums else None,
-            window=(own.start, own.stop) if local.all_queries else None,
+            group=ranks.group.group_name if needs.column_sums else None,
+            window=(own.start, own.stop) if needs.all_queries else None,
         )
         problem = problem._replace(settings=settings)
-    return Share(problem, weights_M, ranks)
+    return Share(problem, weights_M, ranks, needs)
 
 
-def _sides(local: Checked) -> tuple[Tensor, Tensor, Relations]:
-    return local.problem.q_MD, local.problem.p_ND, local.problem.relations
-
-
-def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Checked[Problem], Ranks]:
+def _agree(
+    call: Call, check: Callable[[Call], tuple[Problem, Tensor]]
+) -> tuple[Share[Problem], Ranks]:
     """What `check` returns and the rows of all ranks; or an error on every rank, where one refuses
     its arguments or they do not go together. The host waits for one small collective."""
     local, refusal, group, device = None, None, call.process_group, call.queries.device
@@ -142,13 +145,13 @@ def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Check
     said: dict[str, Any] = {}
     try:
         call.check()
-        local = check(replace(call, reduction="sum"))
-        q, p, relations = _sides(local)
-        said = _comparable(local) | terms(call) | local.terms
-        known = [len(q), len(p), key_count(relations)]
+        problem, weights_M = check(replace(call, reduction="sum"))  # a rank brings those of a sum
+        local = Share(problem, weights_M, None, _needs_of(problem, call))
+        said = _comparable(problem) | terms(call)
+        known = [len(problem.q_MD), len(problem.p_ND), key_count(problem.relations)]
         known += [zlib.crc32(repr(value).encode()) for value in said.values()]
         numbers[1 : 1 + len(known)] = torch.tensor(known)
-        weight = local.weights_M.expand(len(q)).sum(dtype=torch.float64).view(torch.int64)
+        weight = weights_M.expand(len(problem.q_MD)).sum(dtype=torch.float64).view(torch.int64)
     except Exception as error:  # raised below: the others, who wait, are told first
         refusal = error
     numbers[0] = refusal is None
@@ -175,40 +178,42 @@ def _agree(call: Call, check: Callable[[Call], Checked[Problem]]) -> tuple[Check
     return local, Ranks(group, queries, passages, keys, total)
 
 
-def _comparable(local: Checked) -> dict[str, Any]:
-    q, p, relations = _sides(local)
+def _comparable(problem: InfoNCEProblem | InBatchProblem) -> dict[str, Any]:
+    q, p, relations = problem.q_MD, problem.p_ND, problem.relations
     guide = relations.guide_passages
+    leaves = [q, p, *([] if isinstance(problem, InBatchProblem) else [problem.own_HD])]
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p)]
+    any_needs = [x.requires_grad for x in (*leaves, problem.scale) if x is not None]
     return {
         "D": q.shape[1],
         "dtype": q.dtype,
         "requires_grad of queries and passages": needs,  # who gives none would not be there
+        "whether there are gradients": torch.is_grad_enabled() and any(any_needs),
         "whether query_ids are given": relations.query_ids_M is not None,
         "whether passage_ids are given": relations.passage_ids_N is not None,
         "the guide or reference": None if guide is None else (guide.shape[1], guide.dtype),
     }
 
 
-def for_ranks(
-    problem: InfoNCEProblem, call: InfoNCECall, weights: Tensor
-) -> Checked[InfoNCEProblem]:
-    """With what the problem needs of other ranks."""
-    own, directions, ring = problem.own_HD, call.directions, call.exchange == "ring"
+def _needs_of(problem: InfoNCEProblem | InBatchProblem, call: ScoreCall) -> Needs:
+    """ValueError for what several ranks cannot do."""
+    own = problem.own_HD if isinstance(problem, InfoNCEProblem) else None
     check_values(problem.relations, len(problem.p_ND), 0 if own is None else len(own))
+    if not isinstance(problem, InfoNCEProblem) or not isinstance(call, InfoNCECall):
+        return Needs()
+    directions, ring = call.directions, call.exchange == "ring"
     if ring:
-        _check_ring(problem.relations, problem.settings)
+        _check_ring(problem)
     if QQ in directions and call.backend == "triton":
         raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
-    leaves = (problem.q_MD, problem.p_ND, own, problem.scale)
-    needs = torch.is_grad_enabled() and any(x.requires_grad for x in leaves if x is not None)
-    return Checked(
-        problem, weights, all_queries=QQ in directions, all_passages=not ring,
-        column_sums=PQ in directions, apart=PP in directions,
-        terms={"whether there are gradients": needs},
+    return Needs(
+        all_queries=QQ in directions, all_passages=not ring, column_sums=PQ in directions,
+        apart=PP in directions,
     )  # fmt: skip
 
 
-def _check_ring(relations: Relations, settings: InfoNCESettings) -> None:
+def _check_ring(problem: InfoNCEProblem) -> None:
+    relations, settings = problem.relations, problem.settings
     unlike = (relations.positive_offsets, relations.own_offsets, settings.false_negative_margin)
     if (
         settings.directions != (QP,)
@@ -357,9 +362,11 @@ def _excluded(
 
 
 @_uncompiled
-def ring_losses(problem: InfoNCEProblem, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+def ring_losses(share: Share[InfoNCEProblem]) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, similarity of the label, of the hardest negative) [M] of a rank's own passages and
     relations with those of all."""
+    problem, ranks = share.problem, share.ranks
+    assert ranks is not None
     ring = Ring(problem.relations, problem.settings, tuple(ranks.passages), ranks.group)
     return _RingLosses.apply(problem.q_MD, problem.p_ND, problem.scale, ring)
 
@@ -391,11 +398,14 @@ class _RingLosses(torch.autograd.Function):
 
 
 @torch.enable_grad()
-def ring_grads(problem: InfoNCEProblem, ranks: Ranks, weights_M: Tensor) -> tuple[Tensor, ...]:
+def ring_grads(share: Share[InfoNCEProblem]) -> tuple[Tensor, ...]:
     """As the op `info_nce_grads` has it."""
+    problem = share.problem
     leaves = [x.detach().requires_grad_() for x in (problem.q_MD, problem.p_ND, problem.scale)]
     q, p, scale = leaves
-    loss_M, *rows = ring_losses(problem._replace(q_MD=q, p_ND=p, scale=scale), ranks)
-    loss = (weights_M * loss_M).sum()
+    loss_M, *rows = ring_losses(
+        replace(share, problem=problem._replace(q_MD=q, p_ND=p, scale=scale))
+    )
+    loss = (share.weights_M * loss_M).sum()
     dq, dp, d_scale = torch.autograd.grad(loss, leaves)
     return loss.detach(), loss_M, *rows, dq, dp, q.new_empty(0), d_scale

@@ -94,15 +94,15 @@ MUTANTS = [
         RANKS_PAIRS,
     ),
     Mutant(
-        "ranks-pairs-gradients-forgotten", OP,
-        "dp = sum_rows(dp, ranks.passages, ranks.group)",
-        "dp = dp[ranks.own(ranks.passages)]",
+        "ranks-pairs-gradients-forgotten", RANKS,
+        "dp = sum_rows(dp, self.ranks.passages, self.ranks.group)",
+        "dp = dp[self.ranks.own(self.ranks.passages)]",
         RANKS_PAIRS,
     ),
     Mutant(
         "ranks-pairs-of-two-losses", RANKS,
-        '_comparable(local) | terms(call) | local.terms',
-        '_comparable(local) | local.terms',
+        '_comparable(problem) | terms(call)',
+        '_comparable(problem)',
         RANKS_PAIRS,
     ),
 ]  # fmt: skip

@@ -412,8 +412,8 @@ def arguments_of(name, *, needs=(True,) * 4, **options):
         needs = (*needs[:2], False, False)
     else:
         checked = module.check_siglip(SigLIPCall(q, p, scale=8.0, bias=-3.0, **given))
-    *leaves, relations, settings = checked.problem
-    return (*leaves, list(relations), settings.text(), checked.weights_M, needs)
+    (*leaves, relations, settings), weights = checked
+    return (*leaves, list(relations), settings.text(), weights, needs)
 
 
 @pytest.mark.parametrize("name", ["everything", "siglip-everything"])

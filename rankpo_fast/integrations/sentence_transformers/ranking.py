@@ -25,8 +25,8 @@ from rankpo_fast.integrations.sentence_transformers.inputs import (
     is_cosine,
     named_if_unpooled,
 )
+from rankpo_fast.ops.checks import several
 from rankpo_fast.ops.info_nce import info_nce_loss
-from rankpo_fast.ops.ranks import several
 from rankpo_kernels.problem import Direction, HardnessMode
 
 if TYPE_CHECKING:
