@@ -61,7 +61,7 @@ class Meter(TorchDispatchMode):
             taken, flops, again = of, 0, 0
             if name == "pairs_kernel":  # writes one element a row
                 taken = of | {"stored": of["stored"]._replace(exponentials=None)}
-            elif name == "_finished_kernel":
+            elif name == "finished_kernel":
                 sides = [side for side in (of["first"], of["second"]) if side.R]
                 flops = sum(2 * side.R * side.N * of["D"] for side in sides)
             elif of.get("ONLY_OVER"):

@@ -40,7 +40,7 @@ def on_device(number: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     return number.to(device, dtype)
 
 
-def row_weights(weights: Tensor, M: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def expanded_weights(weights: Tensor, M: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[M] of [M], or of a weight of all rows."""
     weights = weights.to(device, dtype) if weights.dim() else on_device(weights, device, dtype)
     return weights.expand(M).contiguous()

@@ -60,6 +60,17 @@ class Settings:
     def check(self) -> None:
         """ValueError that names what is wrong."""
 
+    def check_one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
+        if (value := getattr(self, name)) not in allowed:
+            names = ", ".join([repr(value) for value in allowed])
+            raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+    @classmethod
+    def of(cls, options: "Settings", **more: Any) -> Self:
+        """From options that have all its fields but `more`."""
+        names = [name for name in cls.__dataclass_fields__ if name not in more]
+        return cls(**{name: _plain(getattr(options, name)) for name in names}, **more)
+
     def text(self) -> str:
         """In steps that torch.compile can trace, which json's encoder is not."""
         items = [f'"{of.name}": {_json(getattr(self, of.name))}' for of in fields(self)]
@@ -68,22 +79,28 @@ class Settings:
     @classmethod
     @functools.lru_cache(maxsize=256)
     def parse(cls, text: str) -> Self:
-        return cls(**{name: _tuples(value) for name, value in json.loads(text).items()})
+        return cls(**{name: _plain(value) for name, value in json.loads(text).items()})
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other types as Python's, lists and arrays as tuples."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Tensor):
+        return value.item() if value.dim() == 0 else tuple(value.tolist())
+    if hasattr(value, "__iter__"):
+        return tuple([_plain(element) for element in value])
+    return int(value) if hasattr(value, "__index__") else float(value)
 
 
 def _json(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ", ".join([_json(element) for element in value]) + "]"
-    if isinstance(value, str):
-        return f'"{value}"'
-    text = f"{value}"
-    return text.lower() if text in ("True", "False") else text
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +116,6 @@ class ScoreOptions(Settings):
         self.check_one_of("backend", (None, "torch", "triton"))
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
-
-    def check_one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
-        if (value := getattr(self, name)) not in allowed:
-            names = ", ".join([repr(value) for value in allowed])
-            raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
     def workspace(self, device: torch.device) -> int:
         """Bytes for one chunk of scores."""
@@ -195,19 +207,12 @@ class InfoNCEOptions(ScoreOptions):
         return sorted(zip(self.matryoshka_dims, weights, strict=True))
 
 
-_INFO_NCE = tuple(of.name for of in fields(InfoNCEOptions))  # torch.compile cannot ask a class
-
-
 @dataclass(frozen=True, kw_only=True)
 class InfoNCESettings(InfoNCEOptions):
     """Options, and where the queries stand among those of several ranks."""
 
     group: str | None = None  # the process group whose queries all count in a column
     window: tuple[int, int] | None = None  # a rank's own rows of q, where q holds those of all
-
-    @classmethod
-    def of(cls, options: InfoNCEOptions) -> Self:
-        return cls(**{name: _tuples(getattr(options, name)) for name in _INFO_NCE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +296,11 @@ class InfoNCEProblem(NamedTuple):
     relations: Relations
     settings: InfoNCESettings
 
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient."""
+        return self.q_MD, self.p_ND, self.own_HD, self.scale
+
 
 class Needs(NamedTuple):
     """Which gradients of InfoNCE are asked for."""
@@ -323,6 +333,11 @@ class InBatchProblem(NamedTuple):
     bias: Tensor
     relations: Relations  # its guide is the reference
     settings: InBatchSettings
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What may have a gradient."""
+        return self.q_MD, self.p_ND, self.scale, self.bias
 
 
 class InBatchResult(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from rankpo_fast.ops.options import Reduction
-from rankpo_kernels.problem import compute_dtype
+from rankpo_kernels.problem import InBatchProblem, InfoNCEProblem, compute_dtype
 
 Grads = TypeVar("Grads")
 Stats = TypeVar("Stats")
@@ -48,8 +48,6 @@ def uniform_weight(rows: int, reduction: Reduction) -> Tensor:
 
 def row_weights(like: Tensor, weights: Tensor | None, rows: int, reduction: Reduction) -> Tensor:
     """[rows] factors whose weighted sum of losses is the reduction; computed in fp32 (fp64)."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     dtype = compute_dtype(like.dtype)
     if weights is None:
         return torch.full(
@@ -91,6 +89,11 @@ def scaled_grads(
         times(grad, by.to(grad.device)).to(dtype) if need else None
         for grad, need, dtype in zip(grads, needs, dtypes, strict=True)
     ]
+
+
+def crossing(problem: InfoNCEProblem | InBatchProblem) -> tuple:
+    """The arguments by which an op takes a problem."""
+    return (*problem.leaves, list(problem.relations), problem.settings.text())
 
 
 def in_own_memory(*rows: Tensor) -> list[Tensor]:

@@ -36,6 +36,7 @@ from rankpo_fast.ops.checks import (
 )
 from rankpo_fast.ops.common import (
     LossAndGrads,
+    crossing,
     in_own_memory,
     mean,
     register_gradients,
@@ -46,9 +47,8 @@ from rankpo_fast.ops.common import (
 from rankpo_fast.ops.options import InBatchRankPOCall, Reduction, SigLIPCall, takes
 from rankpo_fast.ops.rankpo import margin_loss
 from rankpo_fast.ops.ranks import across_ranks
-from rankpo_kernels import objective
 from rankpo_kernels.chunked import in_batch as chunked
-from rankpo_kernels.objective import softplus
+from rankpo_kernels.objective import expanded_weights, softplus
 from rankpo_kernels.problem import (
     SIGLIP,
     InBatchProblem,
@@ -139,7 +139,7 @@ def _launch(
     if problem.settings.kind != SIGLIP:
         share = 1 / max(len(p) - 1, 1) if keys is None else 1 / count_M.clamp(min=1)
     if weights is not None:
-        weights = objective.row_weights(weights, len(q), q.device, dtype) * share
+        weights = expanded_weights(weights, len(q), q.device, dtype) * share
     # Triton launches on the current device, which need not be the tensors'
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         result = launcher_of(problem)(problem, keys, weights, needs)
@@ -184,13 +184,11 @@ register_gradients(_in_batch, _in_batch_grads)
 
 
 def _reduced(problem: InBatchProblem, weights: Tensor, reduction: Reduction) -> Tensor:
-    leaves = (problem.q_MD, problem.p_ND, problem.scale, problem.bias)
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
-    crossing = (*leaves, list(problem.relations), problem.settings.text())
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in problem.leaves]
     if reduction == "none" or not any(needs):
-        loss_M = _in_batch(*crossing) * weights
+        loss_M = _in_batch(*crossing(problem)) * weights
         return loss_M if reduction == "none" else loss_M.sum()
-    return _in_batch_grads(*crossing, weights, needs)[0]
+    return _in_batch_grads(*crossing(problem), weights, needs)[0]
 
 
 @takes(InBatchRankPOCall)
@@ -214,8 +212,8 @@ def in_batch_rankpo_loss(call: InBatchRankPOCall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    share = across_ranks(call, check_in_batch_rankpo)
-    return _reduced(share.problem, share.weights_M, call.reduction)
+    part = across_ranks(call, check_in_batch_rankpo)
+    return _reduced(part.problem, part.weights_M, call.reduction)
 
 
 class InBatchRankPOStats(NamedTuple):
@@ -247,14 +245,13 @@ def in_batch_rankpo_loss_and_grads(
         (loss, grads, stats): `InBatchRankPOGrads` in the dtypes of their inputs, and
         `InBatchRankPOStats` of a rank's own queries.
     """
-    share = across_ranks(call, check_in_batch_rankpo)
+    part = across_ranks(call, check_in_batch_rankpo)
     if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    *leaves, relations, settings = share.problem
-    crossing = (*leaves, list(relations), settings.text())
-    outputs = _in_batch_grads(*crossing, share.weights_M, [True, True, False, False])
-    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = outputs
-    dq, dp = share.home(dq, dp)
+    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _in_batch_grads(
+        *crossing(part.problem), part.weights_M, [True, True, False, False]
+    )
+    dq, dp = part.home(dq, dp)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0
     stats = InBatchRankPOStats(
         wins_M.sum() / pairs,
@@ -287,31 +284,31 @@ def siglip_loss(call: SigLIPCall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    share = across_ranks(call, check_siglip)
-    return _reduced(share.problem, share.weights_M, call.reduction)
+    part = across_ranks(call, check_siglip)
+    return _reduced(part.problem, part.weights_M, call.reduction)
 
 
 def check_in_batch_rankpo(call: InBatchRankPOCall) -> tuple[InBatchProblem, Tensor]:
     """x = -beta * margin, see `rankpo_kernels.chunked.in_batch`."""
-    return _checked(
-        call, _both(call.reference_queries, call.reference_passages),
-        call.beta / call.temperature, call.beta * call.gamma_beta_ratio,
-        kind=call.loss_type, label_smoothing=float(call.label_smoothing),
-        rankpo_weight=float(call.rankpo_weight), sft_weight=float(call.sft_weight),
-        sft_scale=1 / call.temperature,
-    )  # fmt: skip
+    reference = _both(call.reference_queries, call.reference_passages)
+    scale, bias = call.beta / call.temperature, call.beta * call.gamma_beta_ratio
+    settings = InBatchSettings.of(call, kind=call.loss_type, sft_scale=1 / call.temperature)
+    return _check(call, reference, scale, bias, settings)
 
 
 def check_siglip(call: SigLIPCall) -> tuple[InBatchProblem, Tensor]:
-    return _checked(call, None, call.scale, call.bias, kind=SIGLIP)
+    settings = InBatchSettings(
+        normalize=bool(call.normalize), workspace_bytes=call.workspace_bytes,
+        backend=call.backend, kind=SIGLIP,
+    )  # fmt: skip
+    return _check(call, None, call.scale, call.bias, settings)
 
 
-def _checked(
+def _check(
     call: InBatchRankPOCall | SigLIPCall, reference: tuple[Tensor, Tensor] | None,
-    scale: float | Tensor, bias: float | Tensor, **form: Any,
+    scale: float | Tensor, bias: float | Tensor, settings: InBatchSettings,
 ) -> tuple[InBatchProblem, Tensor]:  # fmt: skip
-    """The problem and the weights of its rows; `form`: what tells the losses apart, as fields of
-    `InBatchSettings`."""
+    """The problem and the weights of its rows."""
     check_sides(call)
     M, N, device = len(call.queries), len(call.passages), call.queries.device
     embeddings = {"queries": call.queries, "passages": call.passages}
@@ -327,9 +324,6 @@ def _checked(
     weights = uniform_weight(M, call.reduction)
     if call.weights is not None:
         weights = row_weights(q, call.weights, M, call.reduction)
-    settings = InBatchSettings(
-        normalize=call.normalize, workspace_bytes=call.workspace_bytes, backend=call.backend, **form
-    )
     numbers = as_scale(None, scale, "cpu", device), _as_bias(bias, device)
     return InBatchProblem(q, p, *numbers, relations, settings), weights
 

@@ -37,6 +37,7 @@ from rankpo_fast.ops.checks import (
 )
 from rankpo_fast.ops.common import (
     LossAndGrads,
+    crossing,
     in_own_memory,
     mean,
     register_gradients,
@@ -307,18 +308,14 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
         ValueError: shapes, dtypes, devices, values or options that do not fit; across ranks on all
             of them. On CUDA without a group, columns out of range are a device-side assertion.
     """
-    share = across_ranks(call, check_info_nce)
-    problem, weights = share.problem, share.weights_M
-    if share.ring:
-        loss_M = ring_losses(share)[0] * weights
-        return loss_M if call.reduction == "none" else loss_M.sum()
-    leaves = (problem.q_MD, problem.p_ND, problem.own_HD, problem.scale)
+    part = across_ranks(call, check_info_nce)
+    problem, weights, leaves = part.problem, part.weights_M, part.problem.leaves
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    crossing = (*leaves, list(problem.relations), problem.settings.text())
-    if call.reduction == "none" or not any(needs):
-        loss_M = _info_nce(*crossing) * weights
+    if part.ring or call.reduction == "none" or not any(needs):
+        loss_M = ring_losses(part)[0] if part.ring else _info_nce(*crossing(problem))
+        loss_M = loss_M * weights
         return loss_M if call.reduction == "none" else loss_M.sum()
-    return _info_nce_grads(*crossing, weights, needs)[0]
+    return _info_nce_grads(*crossing(problem), weights, needs)[0]
 
 
 class InfoNCEStats(NamedTuple):
@@ -351,18 +348,16 @@ def info_nce_loss_and_grads(call: InfoNCECall) -> LossAndGrads[InfoNCEGrads, Inf
     """
     # The scale's gradient lies where the scale does: on the CPU the host would wait for it.
     check = partial(check_info_nce, scale_on=call.queries.device)
-    share, own = across_ranks(call, check), call.own_negatives
+    part, own = across_ranks(call, check), call.own_negatives
     if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("info_nce_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    if share.ring:
-        outputs = ring_grads(share)
-    else:
-        *leaves, relations, settings = share.problem
-        needs = [True, True, own is not None, True]
-        crossing = (*leaves, list(relations), settings.text())
-        outputs = _info_nce_grads(*crossing, share.weights_M, needs)
-    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = outputs
-    dq, dp = share.home(dq, dp)
+    needs = [True, True, own is not None, True]
+    loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = (
+        ring_grads(part)
+        if part.ring
+        else _info_nce_grads(*crossing(part.problem), part.weights_M, needs)
+    )
+    dq, dp = part.home(dq, dp)
     has_negative_M = hardest_M > -torch.inf
     stats = InfoNCEStats(
         mean((positive_M > hardest_M).float()),
@@ -415,7 +410,7 @@ def check_info_nce(
         call, labels, in_one_dtype(call.guide, dtype), positive_offsets=positive_offsets,
         positive_columns=positive_columns, own_offsets=own_offsets, curated_N=curated,
     )  # fmt: skip
-    settings = InfoNCESettings.of(call)
+    settings = InfoNCESettings.of(call, group=None, window=None)
     if settings.gradient_filter and (settings.hardness_mode or not is_plain(relations, settings)):
         raise ValueError(
             "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "

@@ -34,7 +34,7 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
     """Make of a function of a record one of the record's fields."""
 
     signature = inspect.signature(record)
-    names = frozenset(signature.parameters)
+    names, kind = frozenset(signature.parameters), getattr(record, "__name__", "")
 
     def decorate(function: Callable[[Record], R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -42,7 +42,12 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
             for name in kwargs:
                 if name not in names:
                     raise TypeError(f"{function.__name__} has no option {name}")
-            return function(record(*args, **kwargs))
+            try:
+                call = record(*args, **kwargs)
+            except TypeError as error:  # of too many arguments or too few
+                words = str(error).replace(f"{kind}.__init__", function.__name__)
+                raise TypeError(words) from None
+            return function(call)
 
         returns = inspect.signature(function).return_annotation
         vars(public)["__signature__"] = signature.replace(return_annotation=returns)  # for help()
@@ -175,32 +180,33 @@ def _warn_of_smoothing(margin: MarginOptions) -> None:
 
 
 class Unchecked:
-    """A call is checked where other ranks can hear of what is refused (`across_ranks`)."""
+    """First of the bases of a call: it is checked not when it is made but by `across_ranks`, where
+    other ranks hear of what is refused."""
 
     def __post_init__(self) -> None:
         pass
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class InfoNCECall(Unchecked, InfoNCEBatch, InfoNCELossOptions):
     tensors: ClassVar[type] = InfoNCEBatch
     temperature: float | None = None
     scale: float | Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class InBatchRankPOCall(Unchecked, InBatchRankPOBatch, InBatchRankPOOptions):
     tensors: ClassVar[type] = InBatchRankPOBatch
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SigLIPCall(Unchecked, Batch, CommonOptions):
     tensors: ClassVar[type] = Batch
     scale: float | Tensor = 10.0
     bias: float | Tensor = -10.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RankPOCall(RankPOOptions):
     queries: Tensor
     chosen: Tensor
@@ -210,7 +216,7 @@ class RankPOCall(RankPOOptions):
     weights: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RankPOGroupCall(RankPOGroupOptions):
     queries: Tensor
     passages: Tensor

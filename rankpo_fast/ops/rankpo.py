@@ -10,7 +10,6 @@ in the same pass; it serves pairs and graded groups (`rankpo_fast.ops.rankpo_gro
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from rankpo_fast.ops.options import RankPOCall, Reduction, takes
 from rankpo_kernels.chunked import rankpo as chunked
 from rankpo_kernels.problem import (
     LossType,
-    MixtureOptions,
     RankPOProblem,
     RankPOResult,
     RankPOSettings,
@@ -203,8 +201,8 @@ def check_ranking(
 
 def crossing(problem: RankPOProblem) -> tuple:
     """The ops' arguments."""
-    *tensors, settings = problem
-    return *tensors, settings.text()
+    tensors = (problem.q_BD, problem.passages, problem.grades_BK, problem.reference_BC)
+    return *tensors, problem.settings.text()
 
 
 def ranking_loss(problem: RankPOProblem, weights: Tensor | None, reduction: Reduction) -> Tensor:
@@ -219,9 +217,6 @@ def ranking_loss(problem: RankPOProblem, weights: Tensor | None, reduction: Redu
     return _rankpo_grads(*crossing(problem), weights_B, needs)[0]
 
 
-_MARGIN = tuple(of.name for of in fields(MixtureOptions))
-
-
 def check_pairs(call: RankPOCall) -> RankPOProblem:
     queries, chosen, rejected = call.queries, call.chosen, call.rejected
     if queries.dim() != 2 or not queries.shape == chosen.shape == rejected.shape:
@@ -229,8 +224,7 @@ def check_pairs(call: RankPOCall) -> RankPOProblem:
         raise ValueError(
             "queries, chosen and rejected must all be [B, D], got {}, {}, {}".format(*shapes)
         )
-    margin = {name: getattr(call, name) for name in _MARGIN}
-    settings = RankPOSettings(**margin, normalize=call.normalize)
+    settings = RankPOSettings.of(call, listwise=False)
     passages = {"chosen": chosen, "rejected": rejected}
     reference = ("reference_margins", call.reference_margins)
     return check_ranking(queries, passages, None, reference, settings)

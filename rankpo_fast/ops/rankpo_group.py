@@ -88,10 +88,8 @@ def check_group(call: RankPOGroupCall) -> RankPOProblem:
             f"grades must be {[B, K]} on {queries.device}, got {list(grades.shape)} on "
             f"{grades.device}"
         )
-    settings = RankPOSettings(
-        beta=call.beta, temperature=call.temperature, gamma_beta_ratio=call.gamma_beta_ratio,
-        label_smoothing=call.label_smoothing, loss_type=call.loss_type,
-        listwise=call.form == "plackett_luce", normalize=call.normalize,
-    )  # fmt: skip
+    settings = RankPOSettings.of(
+        call, listwise=call.form == "plackett_luce", sft_weight=0.0, rankpo_weight=1.0
+    )
     reference = ("reference_similarities", call.reference_similarities)
     return check_ranking(queries, {"passages": passages}, grades, reference, settings)

@@ -44,7 +44,7 @@ Call = TypeVar("Call", bound=ScoreCall)
 
 
 @dataclass(frozen=True)
-class Needs:
+class FromOthers:
     """What a rank's problem needs of other ranks."""
 
     all_queries: bool = False  # with labels and guide
@@ -54,7 +54,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RowCounts:
     """How many rows each rank has."""
 
     group: dist.ProcessGroup
@@ -70,13 +70,13 @@ class Ranks:
 
 
 @dataclass(frozen=True, eq=False)
-class Share(Generic[Problem]):
+class RankPart(Generic[Problem]):
     """A rank's part of a loss: the problem of its own queries, with the passages of all."""
 
     problem: Problem
     weights_M: Tensor  # [M], or [] for all
-    ranks: Ranks | None  # None: there are no others
-    needs: Needs
+    ranks: RowCounts | None  # None: there are no others
+    needs: FromOthers
 
     @property
     def ring(self) -> bool:
@@ -92,18 +92,18 @@ class Share(Generic[Problem]):
         return dq, dp
 
 
-def across_ranks(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> Share[Problem]:
+def across_ranks(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> RankPart[Problem]:
     """The problem of a call and the weights of its rows, once `check` has nothing against it; with
     the passages of all ranks where it has a process group."""
     if several(call.process_group):
         return _spread(call, check)
     call.check()
     problem, weights_M = check(call)
-    return Share(problem, weights_M, None, Needs())
+    return RankPart(problem, weights_M, None, FromOthers())
 
 
 @_uncompiled
-def _spread(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> Share[Problem]:
+def _spread(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> RankPart[Problem]:
     """With relations to the passages of all ranks, the rows of others that are needed, and the
     weights of the reduction. What can be refused is refused first, on all ranks then.
 
@@ -131,12 +131,12 @@ def _spread(call: Call, check: Callable[[Call], tuple[Problem, Tensor]]) -> Shar
             window=(own.start, own.stop) if needs.all_queries else None,
         )
         problem = problem._replace(settings=settings)
-    return Share(problem, weights_M, ranks, needs)
+    return RankPart(problem, weights_M, ranks, needs)
 
 
 def _agree(
     call: Call, check: Callable[[Call], tuple[Problem, Tensor]]
-) -> tuple[Share[Problem], Ranks]:
+) -> tuple[RankPart[Problem], RowCounts]:
     """What `check` returns and the rows of all ranks; or an error on every rank, where one refuses
     its arguments or they do not go together. The host waits for one small collective."""
     local, refusal, group, device = None, None, call.process_group, call.queries.device
@@ -146,7 +146,7 @@ def _agree(
     try:
         call.check()
         problem, weights_M = check(replace(call, reduction="sum"))  # a rank brings those of a sum
-        local = Share(problem, weights_M, None, _needs_of(problem, call))
+        local = RankPart(problem, weights_M, None, _needs_of(problem, call))
         said = _comparable(problem) | terms(call)
         known = [len(problem.q_MD), len(problem.p_ND), key_count(problem.relations)]
         known += [zlib.crc32(repr(value).encode()) for value in said.values()]
@@ -175,38 +175,38 @@ def _agree(
             )
     total = table[:, -1].clone().view(torch.float64).sum().item()
     assert local is not None
-    return local, Ranks(group, queries, passages, keys, total)
+    return local, RowCounts(group, queries, passages, keys, total)
 
 
 def _comparable(problem: InfoNCEProblem | InBatchProblem) -> dict[str, Any]:
     q, p, relations = problem.q_MD, problem.p_ND, problem.relations
     guide = relations.guide_passages
-    leaves = [q, p, *([] if isinstance(problem, InBatchProblem) else [problem.own_HD])]
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p)]
-    any_needs = [x.requires_grad for x in (*leaves, problem.scale) if x is not None]
+    collective = [problem] if isinstance(problem, InfoNCEProblem) else []  # its backward
     return {
         "D": q.shape[1],
         "dtype": q.dtype,
+        "whether there are gradients": torch.is_grad_enabled()
+        and any(x.requires_grad for of in collective for x in of.leaves if x is not None),
         "requires_grad of queries and passages": needs,  # who gives none would not be there
-        "whether there are gradients": torch.is_grad_enabled() and any(any_needs),
         "whether query_ids are given": relations.query_ids_M is not None,
         "whether passage_ids are given": relations.passage_ids_N is not None,
         "the guide or reference": None if guide is None else (guide.shape[1], guide.dtype),
     }
 
 
-def _needs_of(problem: InfoNCEProblem | InBatchProblem, call: ScoreCall) -> Needs:
+def _needs_of(problem: InfoNCEProblem | InBatchProblem, call: ScoreCall) -> FromOthers:
     """ValueError for what several ranks cannot do."""
     own = problem.own_HD if isinstance(problem, InfoNCEProblem) else None
     check_values(problem.relations, len(problem.p_ND), 0 if own is None else len(own))
     if not isinstance(problem, InfoNCEProblem) or not isinstance(call, InfoNCECall):
-        return Needs()
+        return FromOthers()
     directions, ring = call.directions, call.exchange == "ring"
     if ring:
         _check_ring(problem)
     if QQ in directions and call.backend == "triton":
         raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
-    return Needs(
+    return FromOthers(
         all_queries=QQ in directions, all_passages=not ring, column_sums=PQ in directions,
         apart=PP in directions,
     )  # fmt: skip
@@ -292,7 +292,7 @@ def key_count(relations: Relations) -> int:
 
 
 def relations_of_all(
-    relations: Relations, ranks: Ranks, *, all_queries: bool, apart: bool
+    relations: Relations, ranks: RowCounts, *, all_queries: bool, apart: bool
 ) -> Relations:
     """A rank's relations with the passages of all ranks; labels and guide are those of the queries
     of all ranks where `all_queries` says so, and others' passages that are APART so with `apart`.
@@ -362,10 +362,10 @@ def _excluded(
 
 
 @_uncompiled
-def ring_losses(share: Share[InfoNCEProblem]) -> tuple[Tensor, Tensor, Tensor]:
+def ring_losses(part: RankPart[InfoNCEProblem]) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, similarity of the label, of the hardest negative) [M] of a rank's own passages and
     relations with those of all."""
-    problem, ranks = share.problem, share.ranks
+    problem, ranks = part.problem, part.ranks
     assert ranks is not None
     ring = Ring(problem.relations, problem.settings, tuple(ranks.passages), ranks.group)
     return _RingLosses.apply(problem.q_MD, problem.p_ND, problem.scale, ring)
@@ -398,14 +398,14 @@ class _RingLosses(torch.autograd.Function):
 
 
 @torch.enable_grad()
-def ring_grads(share: Share[InfoNCEProblem]) -> tuple[Tensor, ...]:
+def ring_grads(part: RankPart[InfoNCEProblem]) -> tuple[Tensor, ...]:
     """As the op `info_nce_grads` has it."""
-    problem = share.problem
+    problem = part.problem
     leaves = [x.detach().requires_grad_() for x in (problem.q_MD, problem.p_ND, problem.scale)]
     q, p, scale = leaves
     loss_M, *rows = ring_losses(
-        replace(share, problem=problem._replace(q_MD=q, p_ND=p, scale=scale))
+        replace(part, problem=problem._replace(q_MD=q, p_ND=p, scale=scale))
     )
-    loss = (share.weights_M * loss_M).sum()
+    loss = (part.weights_M * loss_M).sum()
     dq, dp, d_scale = torch.autograd.grad(loss, leaves)
     return loss.detach(), loss_M, *rows, dq, dp, q.new_empty(0), d_scale

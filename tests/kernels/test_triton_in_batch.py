@@ -179,7 +179,7 @@ def test_launches_of_one_chunk(dtype, needs, kernels, products):
     *case, _ = case_of("rankpo", PLAIN, dtype, rows=99)
     with launches() as names, Work() as work:
         launch((*case, (needs, needs, False, False)))
-    assert names == [f"_{name}_kernel" for name in kernels.split()]
+    assert names == [f"{name}_kernel" for name in kernels.split()]
     assert sum("mm" in op for op in work.ops) == products
     if dtype != torch.float16:
         assert [op for op in work.ops if "mm" not in op and "copy" not in op] == []

@@ -133,7 +133,7 @@ def test_options_in_few_launches(name):
     """What it cannot do falls back, and is no case of FEW."""
     with launches() as names:
         assert_equals_definition(named(name, rows=99), TIGHT, few=True)
-    assert names[-1] == "_finished_kernel"
+    assert names[-1] == "finished_kernel"
 
 
 @pytest.mark.long

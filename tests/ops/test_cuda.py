@@ -125,12 +125,12 @@ def option_case(name: str, dtype: torch.dtype):
     """Tiles of 128 x 128 and smaller, none of them full at the end; gradients in chunks."""
     M, N, D = 150, 200, 72
     names, options = GRID[name]
-    levels = len(options.get("dims", (D,)))
+    levels = len(options.get("matryoshka_dims", (D,)))
     settings = replace(ROOMY, workspace_bytes=64 * levels * N * 4, **options)
-    for seed in range(20 if settings.margin is not None else 1):
+    for seed in range(20 if settings.false_negative_margin is not None else 1):
         case = *problem(*names, M=M, N=N, D=D, dtype=dtype, seed=seed), settings
         try:
-            if settings.margin is not None:
+            if settings.false_negative_margin is not None:
                 exact(*case, torch.ones(M), scale=20.0)
         except AssertionError:  # a similarity so near a margin that rounding decides
             continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankpo_kernels.chunked import native
 from rankpo_kernels.chunked.info_nce_general import general
 from rankpo_kernels.chunked.info_nce_plain import plain
-from rankpo_kernels.objective import on_device, row_weights
+from rankpo_kernels.objective import expanded_weights, on_device
 from rankpo_kernels.problem import (
     InfoNCEProblem,
     InfoNCEResult,
@@ -39,13 +39,13 @@ def info_nce(
     q_MD, p_ND, own_HD, scale, relations, settings = problem
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device
     problem = problem._replace(scale=on_device(scale, device, dtype))
-    asked = Needs() if weights_M is None else Needs(*needs)
-    asked = asked._replace(own=asked.own and own_HD is not None)
+    needed = Needs() if weights_M is None else Needs(*needs)
+    needed = needed._replace(own=needed.own and own_HD is not None)
     if weights_M is not None:
         M = len(relations.rows(settings.window).labels_M)
-        weights_M = row_weights(weights_M, M, device, dtype)
+        weights_M = expanded_weights(weights_M, M, device, dtype)
     native_rows = is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype))
-    result = (plain if native_rows else general)(problem, weights_M, asked)
+    result = (plain if native_rows else general)(problem, weights_M, needed)
     stored = {"dq_MD": q_MD, "dp_ND": p_ND, "d_own_HD": own_HD}
     return result._replace(**{
         name: grad.to(gradient_dtype(x.dtype))

@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
 
 
 @triton.jit
-def _tiles_kernel(
+def tiles_kernel(
     a, b, reference_a, reference_b, no_guide, masks, sums, positive_R, reference_R, weights_R, by_R,
     inverse_top, out,
     numbers, R, N, out_stride,
@@ -177,7 +177,7 @@ def _tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["n_parts", "N"])
-def _settle_kernel(
+def settle_kernel(
     sums, outcome, label_R, positive_R, weights_R, inverse_q, inverse_p, inverse_top, out,
     numbers, n_parts, R, N, out_stride,
     SIGLIP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -339,14 +339,14 @@ class Launch(NamedTuple):
         R, siglip = part.stop - part.start, settings.kind == SIGLIP
         weights_R = None if self.weights_M is None else self.weights_M[part]
         sizes = (R, len(block.b), 0 if out is None else out.stride(0))
-        _tiles_kernel[(triton.cdiv(R, tiles.BLOCK_M) * self.tiles_n,)](
+        tiles_kernel[(triton.cdiv(R, tiles.BLOCK_M) * self.tiles_n,)](
             a, b, *references, absent(Side), masks, sums, positive_R, reference_R, weights_R,
             outcome.by_R if again else None, top, out, self.numbers, *sizes,
             HINGE=settings.kind == HINGE, SIGLIP=siglip, SFT=settings.sft_weight > 0,
             DIMS=(block.a.shape[1],), REFERENCE_DIMS=block.guide_dims,
             **asdict(tiles), **FUSION,
         )  # fmt: skip
-        _settle_kernel[(triton.cdiv(R, BLOCK_R),)](
+        settle_kernel[(triton.cdiv(R, BLOCK_R),)](
             sums, outcome, masks.label_R, positive_R, weights_R,
             None if block.inverse_a is None else block.inverse_a[0, part],
             None if block.inverse_b is None else block.inverse_b[0],

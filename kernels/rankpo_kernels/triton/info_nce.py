@@ -25,6 +25,7 @@ from rankpo_kernels.problem import (
     QQ,
     InfoNCEProblem,
     InfoNCEResult,
+    Needs,
     gradient_dtype,
     is_plain,
 )
@@ -32,6 +33,7 @@ from rankpo_kernels.triton import products
 from rankpo_kernels.triton.blocks import addressable, as_number, padded
 from rankpo_kernels.triton.info_nce_general import general
 from rankpo_kernels.triton.info_nce_plain import plain
+from rankpo_kernels.triton.inputs import Inputs, score_block
 from rankpo_kernels.triton.passes import (
     along_parts,
     hardest,
@@ -40,7 +42,6 @@ from rankpo_kernels.triton.passes import (
     settle,
     statistics,
 )
-from rankpo_kernels.triton.problem import Problem, score_block
 from rankpo_kernels.triton.products import Product, Totals
 from rankpo_kernels.triton.rows import Scale
 from rankpo_kernels.triton.tiles import Tiles, score_tiles, stores_scores, takes_few_launches
@@ -53,9 +54,9 @@ def info_nce(
 ) -> InfoNCEResult:  # fmt: skip
     """Losses and gradients as `chunked.info_nce`; `tiles`, `stored` and `few` (launches) override
     the tables."""
-    needs = (False,) * 4 if weights_M is None else needs
+    needed = Needs() if weights_M is None else Needs(*needs)
     if not len(problem.q_MD):
-        return _nothing(problem, needs)
+        return _nothing(problem, needed)
     problem = _addressable(problem)
     q_MD, p_ND, own_HD, _, relations, settings = problem
     (M, D), N = q_MD.shape, len(p_ND)
@@ -63,21 +64,21 @@ def info_nce(
     if weights_M is not None:
         on_device = weights_M.dim() or weights_M.device.type != "cpu"
         weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
-    one_softmax, (need_q, need_p, *_) = is_plain(relations, settings), needs
+    one_softmax, products_needed = is_plain(relations, settings), needed.q or needed.p
     if stored is None:
         stored = stores_scores(M, D, N)
-    stored = stored and one_softmax and (need_q or need_p) and q_MD.dtype == torch.bfloat16
+    stored = stored and one_softmax and products_needed and q_MD.dtype == torch.bfloat16
     stored = stored and not settings.gradient_filter
     if few is None:
         few = takes_few_launches(q_MD.dtype, M, D, N)
-    few = few and not stored and (need_q or need_p)
+    few = few and not stored and products_needed
     tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored, few)
-    p = Problem.of(problem, tiles)
+    p = Inputs.of(problem, tiles)
     if few and _is_one_chunk(p):
-        return _in_few_launches(p, weights, needs)
+        return _in_few_launches(p, weights, needed)
     if one_softmax:
-        return plain(p, weights, needs, stored)
-    return general(p, own_HD, weights, needs)
+        return plain(p, weights, needed, stored)
+    return general(p, own_HD, weights, needed)
 
 
 def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:
@@ -91,7 +92,7 @@ def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:
     )
 
 
-def _nothing(problem: InfoNCEProblem, needs: tuple[bool, bool, bool, bool]) -> InfoNCEResult:
+def _nothing(problem: InfoNCEProblem, needs: Needs) -> InfoNCEResult:
     """Of no queries."""
     leaves, row = (problem.q_MD, problem.p_ND, problem.own_HD), problem.q_MD.new_empty(0).float()
     dq_MD, dp_ND, d_own_HD = (
@@ -101,7 +102,7 @@ def _nothing(problem: InfoNCEProblem, needs: tuple[bool, bool, bool, bool]) -> I
     return InfoNCEResult(row, row, row, dq_MD, dp_ND, d_own_HD, row.new_zeros(()))
 
 
-def _is_one_chunk(p: Problem) -> bool:
+def _is_one_chunk(p: Inputs) -> bool:
     """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
     filter, further positives or own negatives."""
     settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
@@ -116,13 +117,12 @@ def _is_one_chunk(p: Problem) -> bool:
     )
 
 
-def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> InfoNCEResult:
+def _in_few_launches(p: Inputs, weights: Scale, needs: Needs) -> InfoNCEResult:
     """All rows at once: where launches cost what flops do."""
     M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
-    need_q, need_p, _, need_scale = needs
     block = score_block(p, *(d if d in directions else None for d in (QP, PQ)))
-    sums = statistics(p, block, (need_scale, p.settings.label_smoothing > 0), True)
-    outputs = pair_outputs(p, True, need_scale)
+    sums = statistics(p, block, (needs.scale, p.settings.label_smoothing > 0), True)
+    outputs = pair_outputs(p, True, needs.scale)
     column_slopes = settle(p, sums, None, weights, outputs)
     del sums
     along = along_parts(p, block, M) if p.inverse_q is not None else (None, None)
@@ -132,8 +132,8 @@ def _in_few_launches(p: Problem, weights: Scale, needs: tuple[bool, ...]) -> Inf
         column_slopes=column_slopes, label_slope_LR=outputs.slope_LP, along=along,
     )  # fmt: skip
     new = lambda x, need: p.new(*x.shape, dtype=gradient_dtype(x.dtype)) if need else None  # noqa: E731
-    dq_MD, dp_ND = new(p.q_MD, need_q), new(p.p_ND, need_p)
-    total, d_scale = p.new(), p.new() if need_scale else None
+    dq_MD, dp_ND = new(p.q_MD, needs.q), new(p.p_ND, needs.p)
+    total, d_scale = p.new(), p.new() if needs.scale else None
     products.finished(
         G_MN,
         Product.of(G_MN, p.q_MD, p.p_ND, p.inverse_q, along[0], dq_MD, transpose=False),

@@ -11,10 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, gradient_dtype
+from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, Needs, gradient_dtype
 from rankpo_kernels.relations import Pairs, expand
 from rankpo_kernels.triton import products, rows, scores
 from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, product, torch_number
+from rankpo_kernels.triton.inputs import Inputs, passage_block, query_block, score_block
 from rankpo_kernels.triton.passes import (
     along_parts,
     hardest,
@@ -23,24 +24,20 @@ from rankpo_kernels.triton.passes import (
     settle,
     statistics,
 )
-from rankpo_kernels.triton.problem import Problem, passage_block, query_block, score_block
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs
 from rankpo_kernels.triton.tiles import FUSION
 
 
-def general(
-    p: Problem, own_HD: Tensor | None, weights: Scale, needs: tuple[bool, bool, bool, bool]
-) -> InfoNCEResult:
-    *_, need_scale = needs
+def general(p: Inputs, own_HD: Tensor | None, weights: Scale, needs: Needs) -> InfoNCEResult:
     directions, blocks = p.settings.directions, _blocks(p)
-    want = (need_scale, p.settings.label_smoothing > 0)
+    want = (needs.scale, p.settings.label_smoothing > 0)
     sums: dict[str, Partials] = {}
     for block in blocks:
         sums |= statistics(p, block, want, len(blocks) == 1 and p.pairs is None)
     own = None if own_HD is None or QP not in directions else OwnNegatives.of(p, own_HD)
-    outputs = pair_outputs(p, any(needs), need_scale)
+    outputs = pair_outputs(p, any(needs), needs.scale)
     column_slopes = settle(p, sums, own and own.sums, weights, outputs)
     del sums  # as much memory as the chunk that comes now
     loss_M = outputs.loss_LM[0] if len(p.dims) == 1 else outputs.loss_LM.sum(0)
@@ -48,17 +45,20 @@ def general(
     result = InfoNCEResult(loss_M, positive_M, hardest(outputs, directions))
     if not any(needs):
         return result
-    grads = Gradients.zeros(p, own_HD, needs)
+    grads = Gradients.zeros(p, needs)
     for block in blocks:
         _add_block(p, block, outputs, column_slopes, grads)
+    d_own_HD = None
+    if own_HD is not None and needs.own:
+        d_own_HD = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
     if own_HD is not None and own is not None:
-        _add_own(p, own_HD, own, outputs.qp, grads)
+        _add_own(p, own_HD, own, outputs.qp, grads, d_own_HD)
     dq_MD, dp_ND = _finished(p, grads)
     d_scale = None if outputs.d_scale_LM is None else outputs.d_scale_LM.sum()
-    return result._replace(dq_MD=dq_MD, dp_ND=dp_ND, d_own_HD=grads.d_own_HD, d_scale=d_scale)
+    return result._replace(dq_MD=dq_MD, dp_ND=dp_ND, d_own_HD=d_own_HD, d_scale=d_scale)
 
 
-def _blocks(p: Problem) -> list[Block]:
+def _blocks(p: Inputs) -> list[Block]:
     """The blocks that the directions read."""
     directions = p.settings.directions
     blocks = [score_block(p, *(d if d in directions else None for d in (QP, PQ)))]
@@ -79,7 +79,7 @@ class OwnNegatives(NamedTuple):
     sums: Partials
 
     @staticmethod
-    def of(p: Problem, own_HD: Tensor) -> "OwnNegatives":
+    def of(p: Inputs, own_HD: Tensor) -> "OwnNegatives":
         assert p.relations.own_offsets is not None
         owner_H = expand(p.relations.own_offsets.diff(), len(own_HD))
         inverse_LH, _, similarity_LH = rows.prepare(
@@ -114,36 +114,32 @@ class Gradients(NamedTuple):
 
     dq_MD: Tensor | None
     dp_ND: Tensor | None
-    d_own_HD: Tensor | None
     along_q: Tensor | None  # what `finish` takes out along each row, of several levels
     along_p: Tensor | None
 
     @staticmethod
-    def zeros(p: Problem, own_HD: Tensor | None, needs: tuple[bool, ...]) -> "Gradients":
-        need_q, need_p, need_own, _ = needs
+    def zeros(p: Inputs, needs: Needs) -> "Gradients":
         (M, D), N, L = p.q_MD.shape, len(p.p_ND), len(p.dims)
         zeros = lambda *shape: p.new(*shape).zero_()  # noqa: E731
-        d_own, along = None, L > 1 and p.settings.normalize
-        if own_HD is not None and need_own:
-            d_own = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
+        along = L > 1 and p.settings.normalize
         return Gradients(
-            zeros(M, D) if need_q else None, zeros(N, D) if need_p else None, d_own,
+            zeros(M, D) if needs.q else None, zeros(N, D) if needs.p else None,
             zeros(L, M) if along else None, zeros(L, N) if along else None,
         )  # fmt: skip
 
-    def of_sides(self, block: Block) -> tuple[Tensor | None, ...]:
+    def sides(self, block: Block) -> tuple[Tensor | None, ...]:
         """(d a, d b, along a, along b) of a block."""
         queries, passages = (self.dq_MD, self.along_q), (self.dp_ND, self.along_p)
-        a = passages if block.row_direction == PP else queries
-        b = queries if block.row_direction == QQ else passages
-        return a[0], b[0], a[1], b[1]
+        d_a, along_a = passages if block.row_direction == PP else queries
+        d_b, along_b = queries if block.row_direction == QQ else passages
+        return d_a, d_b, along_a, along_b
 
 
 def _add_block(
-    p: Problem, block: Block, outputs: PairOutputs, column_slopes: Slopes | None, grads: Gradients
+    p: Inputs, block: Block, outputs: PairOutputs, column_slopes: Slopes | None, grads: Gradients
 ) -> None:
     """A block's gradients, and what is along the rows."""
-    d_a, d_b, along_a, along_b = grads.of_sides(block)
+    d_a, d_b, along_a, along_b = grads.sides(block)
     if d_a is None and d_b is None:
         return
     L, N = len(p.dims), len(block.b)
@@ -184,7 +180,7 @@ def _add_block(
 
 
 def _add_products(
-    p: Problem, block: Block, part: slice, G_LRN: Tensor, d_a: Tensor | None, d_b: Tensor | None
+    p: Inputs, block: Block, part: slice, G_LRN: Tensor, d_a: Tensor | None, d_b: Tensor | None
 ) -> None:
     """d a += G b and d b += G' a, of a chunk of rows."""
     index = None if block.index is None else block.index[part]
@@ -213,7 +209,7 @@ def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:
     return slopes._replace(lse=pick(slopes.lse), soft=pick(slopes.soft), flat=pick(slopes.flat))
 
 
-def _scatter_pairs(p: Problem, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
+def _scatter_pairs(p: Inputs, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
     """Write the gradients of further positives into a chunk; the labels' are there already."""
     more = slice(len(p.q_MD), None)
     rows_K, columns_K = pairs.rows_P[more], pairs.columns_P[more]
@@ -230,10 +226,11 @@ def _scatter_pairs(p: Problem, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, pa
 
 
 def _add_own(
-    p: Problem, own_HD: Tensor, own: OwnNegatives, slopes: Slopes, grads: Gradients
-) -> None:
+    p: Inputs, own_HD: Tensor, own: OwnNegatives, slopes: Slopes, grads: Gradients,
+    d_own_HD: Tensor | None,
+) -> None:  # fmt: skip
     """Gradients of own negatives and of their queries."""
-    if grads.dq_MD is None and grads.d_own_HD is None:
+    if grads.dq_MD is None and d_own_HD is None:
         return
     owner_H, offsets = own.owner_H, p.relations.own_offsets
     assert offsets is not None
@@ -242,13 +239,13 @@ def _add_own(
         g_LH = g_LH - slopes.flat[:, owner_H]  # d total / d logit
     products.own_gradients(
         p.q_MD, own_HD, p.inverse_q, own.inverse_LH, offsets,
-        g_LH * torch_number(p.scale), g_LH * own.logit_LH, grads.dq_MD, grads.d_own_HD, p.dims,
+        g_LH * torch_number(p.scale), g_LH * own.logit_LH, grads.dq_MD, d_own_HD, p.dims,
     )  # fmt: skip
     if grads.along_q is not None:
         _add_at(grads.along_q, owner_H, g_LH * own.logit_LH)
 
 
-def _finished(p: Problem, grads: Gradients) -> list[Tensor | None]:
+def _finished(p: Inputs, grads: Gradients) -> list[Tensor | None]:
     """Those of queries and passages in their last form, past the last prefix 0."""
     outs: list[Tensor | None] = []
     ready = []

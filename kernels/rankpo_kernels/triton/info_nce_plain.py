@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rankpo_kernels.problem import QP, InfoNCEResult, gradient_dtype
+from rankpo_kernels.problem import QP, InfoNCEResult, Needs, gradient_dtype
 from rankpo_kernels.triton import rows
 from rankpo_kernels.triton.blocks import (
     Block,
@@ -23,6 +23,7 @@ from rankpo_kernels.triton.blocks import (
     padded,
     product,
 )
+from rankpo_kernels.triton.inputs import Inputs, score_block
 from rankpo_kernels.triton.passes import (
     launch_gradients,
     launch_statistics,
@@ -31,26 +32,22 @@ from rankpo_kernels.triton.passes import (
     partials,
     settle,
 )
-from rankpo_kernels.triton.problem import Problem, score_block
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials
 from rankpo_kernels.triton.slopes import PairOutputs, Stored
 
 
-def plain(
-    p: Problem, weights: Scale, needs: tuple[bool, bool, bool, bool], stored: bool
-) -> InfoNCEResult:
-    need_q, need_p, _, need_scale = needs
+def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResult:
     M, block = len(p.q_MD), score_block(p, QP, None)
     chunks = chunks_of(
-        M, len(p.p_ND), _row_bytes(p, block, need_q or need_p), p.workspace_bytes, p.tiles.BLOCK_M
+        M, len(p.p_ND), _row_bytes(p, block, needs.q or needs.p), p.workspace_bytes, p.tiles.BLOCK_M
     )
-    outputs = pair_outputs(p, need_q or need_p, need_scale)
-    memory = Memory.of(p, chunks[0].stop, need_q, need_p, stored)
+    outputs = pair_outputs(p, needs.q or needs.p, needs.scale)
+    memory = Memory.of(p, chunks[0].stop, needs, stored)
     if memory.relative:
         outputs = outputs._replace(factor_M=p.new(M))
     for part in chunks:
-        parts = partials(p, _tiles_n(p), part.stop - part.start, (need_scale, False),
+        parts = partials(p, _tiles_n(p), part.stop - part.start, (needs.scale, False),
                          block.hardness is not None)  # fmt: skip
         local = output_rows(outputs, part)
         _settle_chunk(p, block, part, parts, weights, local, memory)
@@ -63,11 +60,11 @@ def plain(
     )  # fmt: skip
 
 
-def _tiles_n(p: Problem) -> int:
+def _tiles_n(p: Inputs) -> int:
     return triton.cdiv(len(p.p_ND), p.tiles.BLOCK_N)
 
 
-def _row_bytes(p: Problem, block: Block, with_gradients: bool) -> int:
+def _row_bytes(p: Inputs, block: Block, with_gradients: bool) -> int:
     """Of the workspace, that a row takes."""
     statistics = 4 * (3 + (block.hardness is not None)) * _tiles_n(p)
     return statistics + (padded(len(p.p_ND)) * p.q_MD.element_size() if with_gradients else 0)
@@ -86,33 +83,33 @@ class Memory(NamedTuple):
     relative: bool  # rows of G are divided by their slopes, or by what exponentials leave out
 
     @staticmethod
-    def of(p: Problem, R: int, need_q: bool, need_p: bool, stored: bool) -> "Memory":
+    def of(p: Inputs, R: int, needs: Needs, stored: bool) -> "Memory":
         (M, D), N, dtype = p.q_MD.shape, len(p.p_ND), p.q_MD.dtype
-        products = need_q or need_p
+        products = needs.q or needs.p
         # fp16 keeps rows divided by their slopes, or small gradients of converged rows underflow
         relative = products and (stored or dtype == torch.float16)
         out_dtype = gradient_dtype(dtype)
         in_fp32 = out_dtype == torch.float32  # then sums become results where they are
-        dp_out = p.new(N, D, dtype=out_dtype) if need_p else None
+        dp_out = p.new(N, D, dtype=out_dtype) if needs.p else None
         return Memory(
             p.new(R, padded(N), dtype=dtype) if products else None,
-            p.new(M, D, dtype=out_dtype) if need_q else None,
-            p.new(R, D) if need_q and not in_fp32 else None,
+            p.new(M, D, dtype=out_dtype) if needs.q else None,
+            p.new(R, D) if needs.q and not in_fp32 else None,
             dp_out,
-            dp_out if in_fp32 or not need_p else p.new(N, D),
+            dp_out if in_fp32 or not needs.p else p.new(N, D),
             p.new(R, D, dtype=dtype) if stored else None,
             largest_inverse(p.inverse_p, p.p_ND) if relative else None,
             relative,
         )
 
 
-def _query_rows(p: Problem, part: slice) -> tuple[Tensor, Tensor | None]:
+def _query_rows(p: Inputs, part: slice) -> tuple[Tensor, Tensor | None]:
     """(q of a chunk, inverse norms [1, R])."""
     return p.q_MD[part], None if p.inverse_q is None else p.inverse_q[:, part]
 
 
 def _settle_chunk(
-    p: Problem, block: Block, part: slice, parts: Partials, weights: Scale, local: PairOutputs,
+    p: Inputs, block: Block, part: slice, parts: Partials, weights: Scale, local: PairOutputs,
     memory: Memory,
 ) -> None:  # fmt: skip
     """Statistics of a chunk, and what the pairs make of them."""
@@ -134,7 +131,7 @@ def _settle_chunk(
 
 
 def _write_gradients(
-    p: Problem, block: Block, part: slice, parts: Partials, local: PairOutputs, memory: Memory
+    p: Inputs, block: Block, part: slice, parts: Partials, local: PairOutputs, memory: Memory
 ) -> Tensor | None:
     """d total / d dot of a chunk; of stored exponentials, of those rows alone that overflowed.
     Returns which tiles are not filtered away."""
@@ -152,7 +149,7 @@ def _write_gradients(
 
 
 def _add_products(
-    p: Problem, part: slice, local: PairOutputs, memory: Memory, live: Tensor | None
+    p: Inputs, part: slice, local: PairOutputs, memory: Memory, live: Tensor | None
 ) -> None:
     """dq of a chunk, and its part of dp."""
     R, N, first = part.stop - part.start, len(p.p_ND), part.start == 0

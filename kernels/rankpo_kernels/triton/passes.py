@@ -16,7 +16,7 @@ from rankpo_kernels.objective import Stats, add_ranks_, of_all_ranks
 from rankpo_kernels.problem import PP, PQ, QP, QQ
 from rankpo_kernels.triton import rows, scores, slopes
 from rankpo_kernels.triton.blocks import Block, chunks_of
-from rankpo_kernels.triton.problem import Problem
+from rankpo_kernels.triton.inputs import Inputs
 from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs, Softmax, Softmaxes, Stored
@@ -24,7 +24,7 @@ from rankpo_kernels.triton.tiles import FUSION, Tiles
 
 
 def partials(
-    p: Problem, parts: int, rows: int, want: tuple[bool, bool], hard: bool = False
+    p: Inputs, parts: int, rows: int, want: tuple[bool, bool], hard: bool = False
 ) -> Partials:
     """`want`: the moment, for the scale's gradient; sum and count, for smoothing. `hard`: with
     hardness."""
@@ -36,7 +36,7 @@ def partials(
 
 
 def launch_statistics(
-    p: Problem, block: Block, part: slice, row_parts: Partials | None,
+    p: Inputs, block: Block, part: slice, row_parts: Partials | None,
     column_parts: Partials | None, positive_R: Tensor | None = None,
     inverse_top: Tensor | None = None, stored: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -52,7 +52,7 @@ def launch_statistics(
 
 
 def launch_gradients(
-    p: Problem, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
+    p: Inputs, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
     column_slopes: Slopes | None = None, label_slope_LR: Tensor | None = None,
     inverse_top: Tensor | None = None, tile_parts: Partials | None = None,
     live: Tensor | None = None, along: tuple[Tensor | None, Tensor | None] = (None, None),
@@ -72,7 +72,7 @@ def launch_gradients(
     )  # fmt: skip
 
 
-def along_parts(p: Problem, block: Block, R: int) -> tuple[Tensor, Tensor]:
+def along_parts(p: Inputs, block: Block, R: int) -> tuple[Tensor, Tensor]:
     """Memory for the parts of gradients along R rows and along all columns."""
     L, N = len(p.dims), len(block.b)
     tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
@@ -83,7 +83,7 @@ def tile_arguments(tiles: Tiles) -> dict[str, int]:
     return asdict(tiles) | FUSION
 
 
-def pair_outputs(p: Problem, gradients: bool, need_scale: bool) -> PairOutputs:
+def pair_outputs(p: Inputs, gradients: bool, need_scale: bool) -> PairOutputs:
     """Memory for what the pairs leave."""
     L, M, P = len(p.dims), len(p.q_MD), len(p.columns_P)
     directions, smooth = p.settings.directions, p.settings.label_smoothing > 0
@@ -117,7 +117,7 @@ def output_rows(outputs: PairOutputs, part: slice) -> PairOutputs:
 
 
 def settle(
-    p: Problem, sums: dict[str, Partials], own: Partials | None, weights: Scale,
+    p: Inputs, sums: dict[str, Partials], own: Partials | None, weights: Scale,
     outputs: PairOutputs, stored: Stored | None = None, part: slice = slice(None),
 ) -> Slopes | None:  # fmt: skip
     """Fill `outputs` from the statistics of all directions; returns the slopes of columns."""
@@ -151,7 +151,7 @@ def settle(
     return out
 
 
-def _of_all_ranks(p: Problem, parts: Partials) -> Partials:
+def _of_all_ranks(p: Inputs, parts: Partials) -> Partials:
     """Of columns, over the queries of all ranks: one part."""
     want = (parts.zs is not None, parts.sum is not None)
     one = slopes.reduce(parts, partials(p, 1, len(p.p_ND), want))
@@ -170,7 +170,7 @@ def hardest(outputs: PairOutputs, directions: Sequence[str]) -> Tensor:
 
 
 def statistics(
-    p: Problem, block: Block, want: tuple[bool, bool], in_tiles: bool
+    p: Inputs, block: Block, want: tuple[bool, bool], in_tiles: bool
 ) -> dict[str, Partials]:
     """Of a block's directions, each in parts: of its chunks, or of its tiles where they may be (no
     other block needs the memory, and a column is merged once) and there is one chunk alone."""

@@ -116,7 +116,7 @@ def _summed(x, weights, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finished_kernel(
+def finished_kernel(
     g, first, second, totals, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -143,14 +143,14 @@ def finished(g_MN: Tensor, first: Product, second: Product, totals: Totals) -> N
     """Gradients of both sides (each may be absent) in their last form, and the sums."""
     D = next(side.x.shape[1] for side in (first, second) if side.out is not None)
     rows = sum(triton.cdiv(side.R, PRODUCT.BLOCK_M) for side in (first, second) if side.R)
-    _finished_kernel[(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)](
+    finished_kernel[(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)](
         g_MN, first, second, totals, D, PRODUCT.BLOCK_M, PRODUCT.BLOCK_N, PRODUCT.BLOCK_K, 1024,
         num_warps=PRODUCT.num_warps, num_stages=PRODUCT.num_stages, **FUSION,
     )  # fmt: skip
 
 
 @triton.jit
-def _filtered_kernel(
+def filtered_kernel(
     g, b, out, order, counts, R, N, D, stride_gm, stride_gn, stride_b, stride_bd, max_tiles,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def filtered(
     (R, N), D = g_RN.shape, b_ND.shape[1]
     counts = live.sum(1, dtype=torch.int32)
     order = live.argsort(dim=1, descending=True, stable=True).to(torch.int32).contiguous()
-    _filtered_kernel[(live.shape[0], triton.cdiv(D, BLOCK_D))](
+    filtered_kernel[(live.shape[0], triton.cdiv(D, BLOCK_D))](
         g_RN, b_ND, out_RD, order, counts, R, N, D, *g_RN.stride(), *b_ND.stride(), live.shape[1],
         add, row_block, column_block, BLOCK_D,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSION,
@@ -194,7 +194,7 @@ def filtered(
 
 
 @triton.jit(do_not_specialize=["M", "H"])
-def _own_kernel(
+def own_kernel(
     q, own, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq, d_own,
     M, H, stride_q, stride_qd, stride_o, stride_od, stride_dq, stride_do,
     NEED_Q: tl.constexpr, NEED_OWN: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -244,7 +244,7 @@ def own_gradients(
     tangent is left to `rows.finish`, d own is projected here."""
     (M, D), H = q_MD.shape, len(own_HD)
     block = block_d(D)
-    _own_kernel[(M, triton.cdiv(D, block))](
+    own_kernel[(M, triton.cdiv(D, block))](
         q_MD, own_HD, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq_MD, d_own_HD,
         M, H, *q_MD.stride(), *own_HD.stride(), 0 if dq_MD is None else dq_MD.stride(0),
         0 if d_own_HD is None else d_own_HD.stride(0),

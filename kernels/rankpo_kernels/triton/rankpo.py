@@ -168,7 +168,7 @@ def _plackett_luce(s_k, ref_k, above_kk, rule):
 
 
 @triton.jit
-def _rankpo_kernel(
+def rankpo_kernel(
     q_ptr, first, second, grades_ptr, reference_ptr, weights_ptr,
     loss_ptr, similarity_ptr, dq_ptr,
     stride_q, stride_qd, D, K, C, rule,
@@ -254,7 +254,7 @@ def rankpo(
     shape = shape or tile(K, D)
     dq, *dps = result.grads
     sides = [Passages.of(x, dx) for x, dx in zip(passages, dps, strict=True)]
-    _rankpo_kernel[(B,)](
+    rankpo_kernel[(B,)](
         q_BD, *sides, *[absent(Passages)] * (2 - len(sides)), grades_BK, reference_BC, weights_B,
         result.loss_B, result.similarity_BK, dq,
         *q_BD.stride(), D, K, 0 if reference_BC is None else reference_BC.shape[1],

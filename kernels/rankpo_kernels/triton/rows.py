@@ -59,7 +59,7 @@ def sum_of_parts(parts, n_parts, R, rows, mask):
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_kernel(
     a_ptr, b_ptr, rows_ptr, columns_ptr,
     inverse_a_ptr, inverse_b_ptr, similarity_ptr,
     A, B, P, stride_a, stride_ad, stride_b, stride_bd,
@@ -135,7 +135,7 @@ def prepare(
     similarity_LP = new(L, P)
     programs = sum(triton.cdiv(n, BLOCK_R) for n in ((P, A, B) if norms else (P,)))
     if programs:
-        _prepare_kernel[(programs,)](
+        prepare_kernel[(programs,)](
             a_AD, b_BD, rows_P, columns_P, inverse_a, inverse_b, similarity_LP,
             A, B, P, *a_AD.stride(), *b_BD.stride(),
             normalize, tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
@@ -225,7 +225,7 @@ def _finish(
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     first, second, constant, scale,
     DIMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +253,7 @@ def finish(
     tensors = [rows for rows in tensors if rows.R]
     if tensors:
         programs = sum(triton.cdiv(rows.R, BLOCK_R) for rows in tensors)
-        _finish_kernel[(programs,)](
+        finish_kernel[(programs,)](
             *tensors, *[absent(Rows)] * (2 - len(tensors)), constant, scale or absent(Scale),
             tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,
         )  # fmt: skip

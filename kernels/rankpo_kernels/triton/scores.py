@@ -4,7 +4,7 @@ stored whole.
     statistics   per row (or column): logsumexp, softmax mean, top of the unmasked scores
     gradients    G_ij = scale / (|a_i| |b_j|) * (soft_i exp(s_ij - lse_i) - flat_i, + the same of j)
 
-Both recompute a tile by `_tile`, so a mask is decided by the same arithmetic in both. What is no
+Both recompute a tile by `dots` and `similarity`, so a mask is decided by the same arithmetic in both. What is no
 negative of row i: a column whose keys hold the row's class, or one whose similarity (or a guide's)
 lies above the row's limit and that was not curated for the row. Along the rows of query_to_passage
 hardness adds its share of the similarity to the scores, in exponentials alone.
@@ -300,6 +300,20 @@ def statistics_kernel(
 
 
 @triton.jit
+def _heavy(
+    row_slopes, tile_parts, masks, pid_n, rows, R, filter_mass, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Rows with a pull of which the tile of columns holds the label, or more of the softmax's mass
+    than may be left out."""
+    at_m = pid_n * R + rows
+    lse_m, pulls_m = tl.load(row_slopes.lse + rows), tl.load(row_slopes.soft + rows) != 0
+    mass_m = tl.load(tile_parts.z + at_m) * tl.exp(tl.load(tile_parts.top + at_m) - lse_m)
+    holds_label = tl.load(masks.label_R + rows) // BLOCK_N == pid_n
+    # NaN compares false and must not be filtered away
+    return (((mass_m > filter_mass) | holds_label) & pulls_m) | (mass_m != mass_m)
+
+
+@triton.jit
 def gradients_kernel(
     a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR, inverse_top,
     tile_parts, live, out, along_rows, along_columns,
@@ -326,12 +340,7 @@ def gradients_kernel(
         write_m = mask_m & (tl.load(row_slopes.soft + safe_m) != 0)
         work = tl.max(write_m.to(tl.int32)) > 0
     if live is not None:
-        at_m = pid_n * R + safe_m
-        lse_m, pulls_m = tl.load(row_slopes.lse + safe_m), tl.load(row_slopes.soft + safe_m) != 0
-        mass_m = tl.load(tile_parts.z + at_m) * tl.exp(tl.load(tile_parts.top + at_m) - lse_m)
-        holds_label = tl.load(masks.label_R + safe_m) // BLOCK_N == pid_n
-        # NaN compares false and must not be filtered away
-        heavy_m = (((mass_m > filter_mass) | holds_label) & pulls_m) | (mass_m != mass_m)
+        heavy_m = _heavy(row_slopes, tile_parts, masks, pid_n, safe_m, R, filter_mass, BLOCK_N)
         work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
         tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
     if work:

@@ -134,23 +134,25 @@ def _merged(softmax, level, R, rows):
 @triton.jit
 def _union(a, b):
     """Of two disjoint sets of negatives."""
-    top = tl.maximum(a[0], b[0])
+    top_a, z_a, zs_a, sum_a, count_a, hardest_a = a
+    top_b, z_b, zs_b, sum_b, count_b, hardest_b = b
+    top = tl.maximum(top_a, top_b)
     floor = _finite(top)
-    by_a, by_b = tl.exp(a[0] - floor), tl.exp(b[0] - floor)
-    z, zs = a[1] * by_a + b[1] * by_b, a[2] * by_a + b[2] * by_b
-    return top, z, zs, a[3] + b[3], a[4] + b[4], tl.maximum(a[5], b[5])
+    by_a, by_b = tl.exp(top_a - floor), tl.exp(top_b - floor)
+    z, zs = z_a * by_a + z_b * by_b, zs_a * by_a + zs_b * by_b
+    return top, z, zs, sum_a + sum_b, count_a + count_b, tl.maximum(hardest_a, hardest_b)
 
 
 @triton.jit
 def _lse(sums):
-    z = sums[1]
-    return tl.where(z == 0, -float("inf"), sums[0] + tl.log(tl.where(z == 0, 1.0, z)))
+    top, z, _, _, _, _ = sums
+    return tl.where(z == 0, -float("inf"), top + tl.log(tl.where(z == 0, 1.0, z)))
 
 
 @triton.jit
 def _mean(sums):
-    z = sums[1]
-    return tl.where(z == 0, 0.0, sums[2] / tl.where(z == 0, 1.0, z))
+    _, z, zs, _, _, _ = sums
+    return tl.where(z == 0, 0.0, zs / tl.where(z == 0, 1.0, z))
 
 
 @triton.jit
@@ -166,9 +168,10 @@ def _pair(s, sums, whole, omega, smoothing, COPIES: tl.constexpr, JOINT: tl.cons
     soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), -pull
     flat = tl.zeros_like(pull)
     if smoothing is not None:  # a mean over all candidates, the positive among them
-        flat = smoothing / (whole[4] + COPIES)
-        loss += flat * (whole[4] * s - whole[3])
-        slope += flat * whole[4]
+        _, _, _, total, count, _ = whole
+        flat = smoothing / (count + COPIES)
+        loss += flat * (count * s - total)
+        slope += flat * count
     return loss, slope, omega * soft, omega * flat
 
 
@@ -184,7 +187,8 @@ def _keep(slopes, level, offs, mask, lse, soft, flat):
 @triton.jit
 def _along_scale(sums, soft, flat):
     """sum_j s_j d total / d s_j over negatives."""
-    return soft * _mean(sums) - flat * sums[3]
+    _, _, _, total, _, _ = sums
+    return soft * _mean(sums) - flat * total
 
 
 @triton.jit
@@ -354,8 +358,8 @@ def pairs_kernel(
         _keep_slope(outputs, level, P, k, live_m, slope_k)
 
     tl.store(outputs.loss_LM + level * M + offs_m, weight * loss_m, mask=mask_m)
-    if outputs.hardest_M is not None and (QP or QQ):
-        top_m = (of_rows if QP else of_qq)[5]
+    if QP or QQ:
+        _, _, _, _, _, top_m = of_rows if QP else of_qq
         rows_of_last = tl.where(level == len(LEVELS) - 1, M, 0)
         tl.store(outputs.hardest_M + offs_m, top_m / scale, mask=offs_m < rows_of_last)
     if outputs.d_scale_LM is not None:
@@ -405,7 +409,7 @@ def columns_kernel(
 
 
 @triton.jit(do_not_specialize=["out_part", "out_parts", "R"])
-def _reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
+def reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
     """Many parts of a softmax to part `out_part` of `out`; one program BLOCK rows of a level."""
     level = tl.program_id(1)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -426,7 +430,7 @@ def _reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
 def reduce(parts: Partials, out: Partials, out_part: int = 0) -> Partials:
     """Sum the parts up to one part of `out`."""
     L, _, R = parts.top.shape
-    _reduce_kernel[(triton.cdiv(R, BLOCK), L)](
+    reduce_kernel[(triton.cdiv(R, BLOCK), L)](
         Softmax.of(parts), out, out_part, out.top.shape[1], R, BLOCK, **FUSION
     )
     return out

@@ -18,7 +18,9 @@ from rankpo_kernels.triton.scores import EXEMPT, MASKED, Hardness, Masks
 from rankpo_kernels.triton.tiles import Tiles
 
 
-class Problem(NamedTuple):
+class Inputs(NamedTuple):
+    """An `InfoNCEProblem` with norms, keys and limits."""
+
     q_MD: Tensor
     p_ND: Tensor
     scale: Scale
@@ -35,7 +37,7 @@ class Problem(NamedTuple):
     guide: Guide | None
 
     @staticmethod
-    def of(problem: InfoNCEProblem, tiles: Tiles) -> "Problem":
+    def of(problem: InfoNCEProblem, tiles: Tiles) -> "Inputs":
         q_MD, p_ND, _, scale, relations, settings = problem
         M, N, labels_M = len(q_MD), len(p_ND), relations.labels_M
         dims = tuple(prefix for prefix, _ in settings.levels(q_MD.shape[1]))
@@ -55,7 +57,7 @@ class Problem(NamedTuple):
             guide = Guide(gq, inverses[0], gp, inverses[1])
         margin = settings.false_negative_margin is not None
         keyed = not relations.labels_alone or {QQ, PP} & set(settings.directions)
-        return Problem(
+        return Inputs(
             q_MD, p_ND, as_number(scale), relations, settings, tiles, dims, pairs,
             known(relations, N) if keyed else None, inverse_q, inverse_p, similarity_LP,
             limits(judged_LM, settings).contiguous() if margin else None, guide,
@@ -79,7 +81,7 @@ class Problem(NamedTuple):
         return torch.empty(shape, dtype=dtype, device=self.q_MD.device)
 
 
-def score_block(p: Problem, row: str | None, column: str | None) -> Block:
+def score_block(p: Inputs, row: str | None, column: str | None) -> Block:
     """Queries against passages."""
     keys = None if p.relations.labels_alone else p.known
     M, owner_N, (chosen, other) = len(p.q_MD), p.relations.curated_N, p.settings.hardness
@@ -97,7 +99,7 @@ def score_block(p: Problem, row: str | None, column: str | None) -> Block:
     )  # fmt: skip
 
 
-def query_block(p: Problem) -> Block:
+def query_block(p: Inputs) -> Block:
     """Queries against queries, who stand for the texts of their labels."""
     labels_M = p.relations.labels_M
     assert p.known is not None
@@ -107,7 +109,7 @@ def query_block(p: Problem) -> Block:
     return Block(p.q_MD, p.inverse_q, None, p.q_MD, p.inverse_q, guide, masks, 0, QQ, None)
 
 
-def passage_block(p: Problem) -> Block:
+def passage_block(p: Inputs) -> Block:
     """The passage of every positive pair against all passages."""
     rows_P, owner_N = p.rows_P, p.relations.curated_N
     limit_LP = None if p.limit_LM is None else p.limit_LM[:, rows_P].contiguous()
