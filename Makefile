@@ -31,7 +31,7 @@ test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller mach
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 
 aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails on spills and the like
 	$(BIN)/python -m bench.aot

@@ -1,7 +1,4 @@
-"""One short script for each trainer, on a small job-talent world:
-
-python examples/plain_loop.py
-"""
+"""The rows and the untrained model that the scripts beside this one train on."""
 
 from collections.abc import Callable
 from pathlib import Path

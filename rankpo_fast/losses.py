@@ -4,7 +4,8 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ from rankpo_fast.ops.options import (
 from rankpo_fast.ops.rankpo import rankpo_loss
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
+R = TypeVar("R")
 
-def _named(record: type, loss: Callable, options: dict[str, Any]) -> None:
+
+def _named(record: Callable[..., R], loss: Callable, options: dict[str, Any]) -> R:
     """Names what is wrong, and what belongs to other losses."""
     if unknown := options.keys() - inspect.signature(record).parameters.keys():
         raise TypeError(f"{loss.__name__} has no option {', '.join(sorted(unknown))}")
-    record(**options)
+    return record(**options)
 
 
 class InfoNCELoss(nn.Module):
@@ -77,8 +80,7 @@ class RankPOLoss(nn.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        _named(RankPOOptions, rankpo_loss, options)
-        self.options = options
+        self.options = asdict(_named(RankPOOptions, rankpo_loss, options))
 
     def forward(
         self,

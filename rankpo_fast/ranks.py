@@ -47,7 +47,7 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """This process among those that train together; without groups it is alone."""
+    """This process among those that work together; without groups it is alone."""
 
     device: torch.device
     group: dist.ProcessGroup | None = None  # moves what lies on the devices

@@ -16,16 +16,27 @@ LOSSES = ("info_nce", "in_batch", "rankpo")
 SOURCES = [path for folder in PACKAGES.values() for path in (ROOT / folder).rglob("*.py")]
 NATIVE = [path for path in (ROOT / "kernels/native").iterdir() if path.suffix in (".cpp", ".h")]
 TESTS = list((ROOT / "tests").rglob("*.py"))
-# A floor imports from those below it, a wing nothing of the other but what they share.
-NOT_FROM = {
-    "kernels/rankpo_kernels": ("rankpo_fast", "bench"),
-    "kernels/rankpo_kernels/chunked": ("rankpo_kernels.triton",),
-    "rankpo_fast": ("bench", "rankpo_bench"),
-    "rankpo_fast/ops": ("rankpo_fast.losses", "rankpo_fast.train", "rankpo_fast.model"),
-    "rankpo_fast/data": ("rankpo_fast.train", "rankpo_fast.model", "rankpo_fast.ops"),
-    "rankpo_fast/model": ("rankpo_fast.train", "rankpo_fast.ops", "rankpo_fast.retrieval"),
-    "rankpo_fast/train": ("rankpo_fast.cli", "rankpo_fast.commands", "rankpo_fast.integrations"),
-}
+# Each takes from those before it alone.
+LAYERS = (
+    "rankpo_kernels.relations",
+    "rankpo_kernels.problem",
+    "rankpo_kernels.objective",
+    "rankpo_kernels.chunked",
+    "rankpo_kernels.triton",
+    "rankpo_fast.ops",
+    "rankpo_fast.losses",
+    "rankpo_fast.data",
+    "rankpo_fast.model",
+    "rankpo_fast.ranks",
+    "rankpo_fast.retrieval",
+    "rankpo_fast.train",
+    "rankpo_fast.integrations",
+    "rankpo_fast.commands",
+    "rankpo_fast.demo",
+    "rankpo_fast.cli",
+    "bench",
+)
+SIDE_BY_SIDE = {"rankpo_kernels.chunked", "rankpo_kernels.triton"}  # and nothing of each other
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
@@ -47,22 +58,54 @@ def test_a_file_can_be_read_at_a_sitting(paths, most):
     assert {name: count for name, count in lines.items() if count > most} == {}
 
 
+def attributes(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of what is taken of imported modules by a dot."""
+    modules = {
+        name: module for module, name in imports(path) if (ROOT / _file(module, name)).exists()
+    }
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            continue
+        if node.value.id in modules:
+            yield f"{modules[node.value.id]}.{node.value.id}", node.attr
+
+
+def _file(module: str, name: str) -> str:
+    package, *rest = module.split(".")
+    return "/".join([PACKAGES.get(package, package), *rest, f"{name}.py"])
+
+
 def test_no_module_takes_what_another_keeps_to_itself():
     taken = [
         (str(path.relative_to(ROOT)), module, name)
         for path in SOURCES
-        for module, name in imports(path)
+        for module, name in [*imports(path), *attributes(path)]
         if module.split(".")[0] in PACKAGES and name.startswith("_") and not name.startswith("__")
     ]
     assert taken == []
 
 
-@pytest.mark.parametrize("folder", NOT_FROM)
-def test_imports_point_one_way(folder):
-    for path in (ROOT / folder).rglob("*.py"):
+def layer(module: str) -> str | None:
+    """The one that a module belongs to; None for what all may take, as errors and paths."""
+    return next((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), None)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:] if parts[0] == "kernels" else parts)
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in SOURCES:
+        own = layer(module_of(path))
         for module, name in imports(path):
-            full = f"{module}.{name}"
-            assert not full.startswith(tuple(f"{other}." for other in NOT_FROM[folder])), path
+            other = layer(f"{module}.{name}")
+            if own is None or other is None or own == other:
+                continue
+            if LAYERS.index(other) > LAYERS.index(own) or {own, other} == SIDE_BY_SIDE:
+                wrong.append((str(path.relative_to(ROOT)), f"{module}.{name}"))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("loss", LOSSES)

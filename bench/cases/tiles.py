@@ -1,4 +1,4 @@
-"""Which tile, and which pipeline, is fastest on this card? The tables of `triton/tiles.py` rest on it.
+"""Which tile, and which pipeline, is fastest on this card? `triton/tiles.py` rests on it.
 
 Floor: three GEMMs. A row is a tile under one pipeline: exact (8MND) or stored (6MND). From 2k x 2k
 on they stand side by side with the tiles as shipped, and with exact in few launches, for the size

@@ -7,7 +7,7 @@ namespace RANKPO_ISA {
 namespace {
 
 template <bool kHinge, bool kReference, bool kSft>
-void pair_row(const InBatchRows& in, int64_t i) {
+void in_batch_row(const InBatchRows& in, int64_t i) {
     float* s = in.scores + i * in.columns;  // [N] dots, then similarities, then gradients
     const float* r = kReference ? in.reference + i * in.columns : nullptr;
     const float *column_scale = in.column_scale, *reference_scale = in.reference_scale;
@@ -80,17 +80,17 @@ void pair_row(const InBatchRows& in, int64_t i) {
 }
 
 template <bool kHinge>
-void pair_rows_of(const InBatchRows& in, int64_t i) {
+void row_of_kind(const InBatchRows& in, int64_t i) {
     if (in.reference)
-        in.sft_weight ? pair_row<kHinge, true, true>(in, i) : pair_row<kHinge, true, false>(in, i);
+        in.sft_weight ? in_batch_row<kHinge, true, true>(in, i) : in_batch_row<kHinge, true, false>(in, i);
     else
-        in.sft_weight ? pair_row<kHinge, false, true>(in, i) : pair_row<kHinge, false, false>(in, i);
+        in.sft_weight ? in_batch_row<kHinge, false, true>(in, i) : in_batch_row<kHinge, false, false>(in, i);
 }
 
 }  // namespace
 
 void in_batch_rows(const InBatchRows& chunk, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) chunk.kind == 1 ? pair_rows_of<true>(chunk, i) : pair_rows_of<false>(chunk, i);
+    for (int64_t i = begin; i < end; ++i) chunk.kind == 1 ? row_of_kind<true>(chunk, i) : row_of_kind<false>(chunk, i);
 }
 
 }  // namespace RANKPO_ISA

@@ -254,7 +254,7 @@ void gradients(
 }
 
 template <typename T>
-void ranked_row(const RankPORows& in, int64_t i) {
+void rankpo_row(const RankPORows& in, int64_t i) {
     const int64_t count = in.count;
     const float* grades = in.grades ? in.grades + i * count : nullptr;
     float* s = in.similarities + i * count;
@@ -292,7 +292,7 @@ void ranked_row(const RankPORows& in, int64_t i) {
 }  // namespace
 
 void rankpo_rows(const RankPORows& in, int64_t begin, int64_t end) {
-    auto* row = in.type == 0 ? ranked_row<float> : in.type == 1 ? ranked_row<BF16> : ranked_row<FP16>;
+    auto* row = in.type == 0 ? rankpo_row<float> : in.type == 1 ? rankpo_row<BF16> : rankpo_row<FP16>;
     for (int64_t i = begin; i < end; ++i) row(in, i);
 #if defined(__AVX2__)
     _mm_sfence();  // streamed stores are seen by who waits for this thread

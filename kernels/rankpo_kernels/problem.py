@@ -10,7 +10,7 @@ D dims, L prefixes.
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, Self
 
@@ -29,9 +29,8 @@ PQ: Final = "passage_to_query"
 QQ: Final = "query_to_query"
 PP: Final = "passage_to_passage"
 DIRECTIONS: tuple[Direction, ...] = (QP, PQ, QQ, PP)
-IN_BATCH, HARD, ALL_NEGATIVES = HARDNESS_MODES = (
-    "in_batch_negatives", "hard_negatives", "all_negatives",
-)  # fmt: skip
+IN_BATCH, HARD = "in_batch_negatives", "hard_negatives"
+HARDNESS_MODES = (IN_BATCH, HARD, "all_negatives")
 SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
 
 DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
@@ -367,6 +366,25 @@ class RankPOProblem(NamedTuple):
     def K(self) -> int:
         """How many passages a query has."""
         return sum([x.shape[1] if x.dim() == 3 else 1 for x in self.passages])
+
+    def prepared(
+        self, weights_B: Tensor | None, needs: Sequence[bool], new: Callable[..., Tensor]
+    ) -> tuple["RankPOProblem", Tensor | None, "RankPOResult"]:
+        """Grades, reference and weights as launchers read them, and a result to be filled, whose
+        gradients are made by new(like, dtype=...), contiguous."""
+        q_BD, dtype = self.q_BD, compute_dtype(self.q_BD.dtype)
+        grades_BK, reference_BC, weights_B = (
+            None if x is None else x.to(dtype).contiguous()
+            for x in (self.grades_BK, self.reference_BC, weights_B)
+        )
+        tensors = (q_BD, *self.passages)
+        grads = [
+            new(x, dtype=gradient_dtype(x.dtype)) if need else None
+            for x, need in zip(tensors, needs or [False] * len(tensors), strict=True)
+        ]
+        loss_B = q_BD.new_empty(len(q_BD), dtype=dtype)
+        result = RankPOResult(loss_B, q_BD.new_empty(len(q_BD), self.K, dtype=dtype), grads)
+        return self._replace(grades_BK=grades_BK, reference_BC=reference_BC), weights_B, result
 
 
 class RankPOResult(NamedTuple):

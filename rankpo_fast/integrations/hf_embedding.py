@@ -18,7 +18,7 @@ from rankpo_fast.ops.common import unit_rows
 from rankpo_kernels.problem import compute_dtype
 
 POOLINGS = ("last", "mean", "cls")
-LossAndGrads = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+LossParts = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 class EmbeddingTrainer(Trainer):
@@ -110,7 +110,7 @@ class EmbeddingTrainer(Trainer):
         mask = torch.ones_like(features["input_ids"]) if mask is None else mask
         return pool_padded(states, mask, self.pooling)
 
-    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossParts:
         """(loss, d_queries [B, D], d_passages [B * G, D], means over the rows by name) of vectors
         without graph."""
         raise NotImplementedError
@@ -163,10 +163,13 @@ class EmbeddingTrainer(Trainer):
             logs |= self._means(training=True)
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(*args, **kwargs)
-        prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means(training=False)
-        cast(dict, output.metrics).update({f"{prefix}_{name}": x for name, x in means.items()})
+        means = {f"{metric_key_prefix}_{k}": x for k, x in self._means(training=False).items()}
+        cast(dict, output.metrics).update(means)
         return output
 
     def _means(self, training: bool) -> dict[str, float]:

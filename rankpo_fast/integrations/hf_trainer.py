@@ -46,7 +46,7 @@ require("accelerate", "1.1", tried="1.15.0")
 from accelerate.utils import gather_object  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
-from rankpo_fast.integrations.hf_embedding import EmbeddingTrainer, LossAndGrads  # noqa: E402
+from rankpo_fast.integrations.hf_embedding import EmbeddingTrainer, LossParts  # noqa: E402
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,7 +114,7 @@ class ContrastiveTrainer(EmbeddingTrainer):
             raise ValueError(f"{type(self.model).__name__} returns no loss in evaluation")
         return (loss, None) if return_outputs else loss
 
-    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossParts:
         more = {name: value for name, value in batch.items() if name not in ("query", "passage")}
         if unknown := ", ".join(sorted(more.keys() - {*MORE})):
             raise ValueError(
@@ -279,7 +279,7 @@ class RankPOTrainer(EmbeddingTrainer):
             similarities += pair_similarities(q, p[::2], p[1::2]).T.tolist()
         return rows.add_column("reference", gather_object(similarities))
 
-    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossAndGrads:
+    def loss_and_grads(self, queries: Tensor, passages: Tensor, batch: dict) -> LossParts:
         if len(passages) != 2 * len(queries):
             raise ValueError(
                 f"a batch of {len(queries)} queries has {len(passages)} passages, not chosen and "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rankpo_fast.ops.options import Batch, InfoNCECall, ScoreCall
+from rankpo_fast.ops.options import InfoNCECall, ScoreBatch, ScoreCall
 from rankpo_kernels.problem import DEFAULT_WORKSPACE, PP, QP, ScoreOptions, compute_dtype
 from rankpo_kernels.relations import APART, Relations, expand, positive_pairs
 
@@ -70,7 +70,7 @@ def several(group: ProcessGroup | None) -> bool:
     return group.size() > 1
 
 
-def check_sides(batch: Batch) -> None:
+def check_sides(batch: ScoreBatch) -> None:
     """[M, D] and [N, D], where the losses run."""
     queries, passages = batch.queries, batch.passages
     if queries.dim() != 2 or passages.dim() != 2:
@@ -149,7 +149,7 @@ def own_negatives(call: InfoNCECall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def relations_of(
-    batch: Batch, labels: Tensor, guide: tuple[Tensor, Tensor] | None, **more: Tensor | None
+    batch: ScoreBatch, labels: Tensor, guide: tuple[Tensor, Tensor] | None, **more: Tensor | None
 ) -> Relations:
     """`more`: what the batch itself has not, by their names in `Relations`."""
     excluded_offsets, excluded_columns = batch.excluded or (None, None)

@@ -23,7 +23,9 @@ from rankpo_kernels.problem import InfoNCEOptions, MarginOptions, MixtureOptions
 
 Form = Literal["pairs", "plackett_luce"]
 Reduction = Literal["mean", "sum", "none"]
-Lists = tuple[Tensor, Tensor]  # (offsets [M + 1], columns): of query i offsets[i] : offsets[i + 1]
+ListPerQuery = tuple[
+    Tensor, Tensor
+]  # (offsets [M + 1], columns): of query i offsets[i] : offsets[i + 1]
 
 P = ParamSpec("P")
 Record = TypeVar("Record")
@@ -60,7 +62,7 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class ScoreBatch:
     """[M, D], [N, D] and what relates them."""
 
     queries: Tensor
@@ -70,12 +72,12 @@ class Batch:
     weights: Tensor | None = None
     query_ids: Tensor | None = None
     passage_ids: Tensor | None = None
-    excluded: Lists | None = None
+    excluded: ListPerQuery | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class InfoNCEBatch(Batch):
-    positives: Lists | None = None
+class InfoNCEBatch(ScoreBatch):
+    positives: ListPerQuery | None = None
     own_negatives: Tensor | None = None
     own_offsets: Tensor | None = None
     curated: Tensor | None = None
@@ -83,7 +85,7 @@ class InfoNCEBatch(Batch):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class InBatchRankPOBatch(Batch):
+class InBatchRankPOBatch(ScoreBatch):
     reference_queries: Tensor | None = None
     reference_passages: Tensor | None = None
 
@@ -179,6 +181,14 @@ def _warn_of_smoothing(margin: MarginOptions) -> None:
 # --- calls ---
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Of similarities; a tensor receives a gradient."""
+
+    temperature: float | None = None
+    scale: float | Tensor | None = None
+
+
 class Unchecked:
     """First of the bases of a call: it is checked not when it is made but by `across_ranks`, where
     other ranks hear of what is refused."""
@@ -188,10 +198,8 @@ class Unchecked:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class InfoNCECall(Unchecked, InfoNCEBatch, InfoNCELossOptions):
+class InfoNCECall(Unchecked, InfoNCEBatch, InfoNCELossOptions, Scale):
     tensors: ClassVar[type] = InfoNCEBatch
-    temperature: float | None = None
-    scale: float | Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -200,8 +208,8 @@ class InBatchRankPOCall(Unchecked, InBatchRankPOBatch, InBatchRankPOOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class SigLIPCall(Unchecked, Batch, CommonOptions):
-    tensors: ClassVar[type] = Batch
+class SigLIPCall(Unchecked, ScoreBatch, CommonOptions):
+    tensors: ClassVar[type] = ScoreBatch
     scale: float | Tensor = 10.0
     bias: float | Tensor = -10.0
 

@@ -9,6 +9,7 @@ index), so that a run can stop after any step and go on bit by bit.
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from signal import Signals
 from typing import Any
 
@@ -25,7 +26,7 @@ from rankpo_fast.train.card import model_card
 from rankpo_fast.train.checkpointer import Checkpointer
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import AdamW, adamw, learning_rate
-from rankpo_fast.train.prefetch import PackedBatch, Prefetcher, pack_step
+from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.resume import compare_ranks
 from rankpo_fast.train.run import Run
@@ -58,14 +59,11 @@ def train(
     compare_ranks(run)
     optimizer = _start(run, encoder)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks])
-
-    def pack(step: int, max_tokens: int) -> list[PackedBatch]:
-        return pack_step(tasks, schedule.batches(step), encoder, max_tokens, ranks)
-
+    pack = partial(pack_step, tasks, encoder, ranks)
     with (
         output.opened(run) as reporters,  # now that nothing else speaks against it
         freed_memory_kept(encoder.device),
-        Prefetcher(pack, range(first, total), memory) as batches,
+        Prefetcher(pack, map(schedule.batches, range(first, total)), memory) as steps,
         MetricsLog(run.path, config, reporters, first, total, silent=not ranks.first) as log,
         profile,
         StopSignal() as signals,
@@ -73,7 +71,7 @@ def train(
         checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log)
         for done in range(first + 1, total + 1):
             rate, clip = learning_rate(done - 1, total, config), config.max_grad_norm
-            metrics = train_step(encoder, batches, optimizer, rate, clip, memory, ranks)
+            metrics = train_step(encoder, steps, optimizer, rate, clip, memory, ranks)
             log.step(done, schedule.epochs(done), metrics)
             if (table := profile.step(metrics.tokens)) is not None:
                 log.say(table)

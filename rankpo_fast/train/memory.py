@@ -25,8 +25,9 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.train.meters import Meter, meter_of, release
+from rankpo_kernels.problem import DEFAULT_WORKSPACE
 
-LOSS_WORKSPACE = 256 << 20  # bytes, the default of rankpo_fast.ops
+LOSS_WORKSPACE = DEFAULT_WORKSPACE["cuda"]
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
 # elements still counted in 31 bits.
 MOST_TOKENS = 65536

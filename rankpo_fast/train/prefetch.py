@@ -1,6 +1,6 @@
 """The batches of a step, packed into micro-batches in the background while another step is taken.
 
-U and N distinct query and passage texts of a batch, n distinct texts in all, D dims.
+U and N distinct query and passage texts of a batch.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ class PackedBatch(Movable):
 
     task: TrainingTask[Any]
     weight: float  # of its loss in the step's
-    batch: Batch  # with this rank's rows of it
+    own: Batch  # this rank's rows of it
     micro_batches: list[MicroBatch]
     order: Tensor  # places of the rank's texts, as dealt, among the vectors of its micro-batches
     query_places: Tensor  # [U] among the vectors of all ranks
@@ -44,10 +44,10 @@ class PackedBatch(Movable):
 
 def pack_step(
     tasks: Sequence[TrainingTask[Any]],
-    numbers: range,
     encoder: Encoder,
-    max_tokens: int,
     ranks: Ranks,
+    numbers: range,
+    max_tokens: int,
 ) -> list[PackedBatch]:
     """The batches `numbers` of every task, which make a step; pinned if they go to a card."""
     batches = [
@@ -78,7 +78,7 @@ def _pack_batch(
     return PackedBatch(
         task=task,
         weight=weight,
-        batch=part,
+        own=part,
         micro_batches=[pack(table, texts.rows[own[group]]) for group in groups],
         order=torch.cat([own[:0], *groups]).argsort(),
         query_places=place[texts.query_places],
@@ -93,20 +93,19 @@ def _pack_batch(
 
 @dataclass(frozen=True, eq=False)
 class _Packing:
-    step: int
+    numbers: range
     max_tokens: int
     batches: Future[list[PackedBatch]]
 
 
 class Prefetcher:
-    """pack(step, memory.max_tokens) for each step, some of them early and in the background."""
+    """The batches of each step, for the budget as it stands; some early and in the background."""
 
     def __init__(
-        self,
-        pack: Callable[[int, int], list[PackedBatch]],
-        steps: Iterable[int],
+        self, pack: Callable[[range, int], list[PackedBatch]], steps: Iterable[range],
         memory: Memory,
-    ):
+    ):  # fmt: skip
+        """`steps`: the numbers of the batches of each; pack(numbers, max_tokens)."""
         self._pack, self._steps, self._memory = pack, iter(steps), memory
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[_Packing] = deque()
@@ -122,16 +121,16 @@ class Prefetcher:
 
     def __next__(self) -> list[PackedBatch]:
         budget = self._memory.max_tokens
-        for step in islice(self._steps, 1 + STEPS_EARLY - len(self._waiting)):
-            future = self._thread.submit(self._pack, step, budget)
-            self._waiting.append(_Packing(step, budget, future))
+        for numbers in islice(self._steps, 1 + STEPS_EARLY - len(self._waiting)):
+            future = self._thread.submit(self._pack, numbers, budget)
+            self._waiting.append(_Packing(numbers, budget, future))
         if not self._waiting:
             raise StopIteration
         packing = self._waiting.popleft()
-        self._step = packing.step
+        self._numbers = packing.numbers
         batches = packing.batches.result()
         return batches if packing.max_tokens == budget else self.repacked()
 
     def repacked(self) -> list[PackedBatch]:
         """The last step's once more, packed for the budget as it is now."""
-        return self._pack(self._step, self._memory.max_tokens)
+        return self._pack(self._numbers, self._memory.max_tokens)

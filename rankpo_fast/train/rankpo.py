@@ -70,17 +70,18 @@ def train_rankpo(
             pairs, texts = _tokenized(pairs, number, encoder, compute)
             number -= pairs.equal_pairs
             rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
-            about, tasks = {"rows": rows, "loss": _describe(loss)}, []
+            about = {"rows": rows, "loss": _describe(loss)}
+            replays = []
             if replayed is not None:
-                tasks.append(replay_task(replay, replayed, encoder, compute))
-                about["replay"] = describe_replay(replay, tasks[0].data)
+                replays.append(replay_task(replay, replayed, encoder, compute))
+                about["replay"] = describe_replay(replay, replays[0].data)
             if loss.uses_reference and other is None:
                 reference = reference_similarities(encoder, texts, pairs, compute)
             if reference is not None:
                 chosen, rejected = reference
                 pairs = pairs.with_reference(chosen - rejected)
                 reference = reference.to(run.device)
-        train(run, encoder, [RankPOTask(pairs, texts, loss, reference), *tasks], about)
+        train(run, encoder, [RankPOTask(pairs, texts, loss, reference), *replays], about)
     return run.path
 
 

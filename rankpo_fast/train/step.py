@@ -180,7 +180,7 @@ def _gradients(
         vectors = ranks.gathered(vectors, batch.counts)  # [n, D]
         with ranks.together(), record_function("loss"):
             result = batch.task.loss(
-                vectors[batch.query_places], vectors[batch.passage_places], batch.batch
+                vectors[batch.query_places], vectors[batch.passage_places], batch.own
             )
             gradient = scatter_sum(
                 len(vectors),

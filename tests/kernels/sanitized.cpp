@@ -46,7 +46,7 @@ void fill(void* to, int64_t size, int32_t type) {
     }
 }
 
-void ranked() {
+void rankpo() {
     RankPORows in{};
     in.type = static_cast<int32_t>(draw(0, 2));
     const int64_t item = in.type == 0 ? 4 : 2, grad_item = in.type == 1 ? 2 : 4;
@@ -110,7 +110,7 @@ void norms() {
 int main(int, char** arguments) {
     generator.seed(static_cast<unsigned>(std::atoi(arguments[1])));
     const int calls = 500;
-    for (int i = 0; i < calls; ++i) draw(0, 3) ? ranked() : norms();
+    for (int i = 0; i < calls; ++i) draw(0, 3) ? rankpo() : norms();
     std::vector<char> fresh(5 << 20);
     rankpo_will_be_written(fresh.data() + 7, (5 << 20) - 7);
     std::printf("%d calls, %s\n", calls, rankpo_instruction_set());

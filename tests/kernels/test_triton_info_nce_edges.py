@@ -1,7 +1,7 @@
 """InfoNCE's Triton launcher at its edges: norms, gaps and numbers at the ends of a dtype, NaN, how
 often it launches and waits, what it stores, and each address in another order of programs.
 
-As beside it (`test_gpu_info_nce.py`), in the interpreter where there is no GPU; there they take
+As beside it (`test_triton_info_nce.py`), in the interpreter where there is no GPU; there they take
 minutes.
 """
 

@@ -108,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         "unasked-gradient", GENERAL,
-        "if own_HD is not None and need_own:",
+        "if own_HD is not None and needs.own:",
         "if own_HD is not None:",
         triton("without_the_others"),
     ),
@@ -120,7 +120,7 @@ MUTANTS = [
     ),
     Mutant(
         "few-launches-with-a-sum", LAUNCHER,
-        "(need_q or need_p)\n    tiles",
+        "products_needed\n    tiles",
         "False\n    tiles",
         triton("launches"),
     ),

@@ -81,8 +81,8 @@ MUTANTS = [
     ),
     Mutant(
         "filter-takes-negative-rows", SCORES,
-        "tl.load(row_slopes.soft + safe_m) != 0\n        mass_m",
-        "tl.load(row_slopes.soft + safe_m) > 0\n        mass_m",
+        "tl.load(row_slopes.soft + rows) != 0\n    mass_m",
+        "tl.load(row_slopes.soft + rows) > 0\n    mass_m",
         FILTER,
     ),
     Mutant(

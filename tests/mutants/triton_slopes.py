@@ -62,20 +62,20 @@ MUTANTS = [
     ),
     Mutant(
         "union-keeps-the-first-top", SLOPES,
-        "tl.maximum(a[0], b[0])\n    floor",
-        "a[0]\n    floor",
+        "tl.maximum(top_a, top_b)\n    floor",
+        "top_a\n    floor",
         FAR_APART,
     ),
     Mutant(
         "union-keeps-the-first-hardest", SLOPES,
-        "tl.maximum(a[5], b[5])",
-        "a[5]",
+        "tl.maximum(hardest_a, hardest_b)",
+        "hardest_a",
         triton("hardest"),
     ),
     Mutant(
         "hardest-by-its-logit", SLOPES,
-        "(of_rows if QP else of_qq)[5]",
-        "(of_rows if QP else of_qq)[0]",
+        "_, _, _, _, _, top_m = of_rows if QP else of_qq",
+        "top_m, _, _, _, _, _ = of_rows if QP else of_qq",
         triton("hardest"),
     ),
     Mutant(

@@ -47,16 +47,16 @@ KEPT_BYTES = 64 * 2**20
 
 def general(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> InfoNCEResult:
     """As `chunked.info_nce`, whose scale and weights are of the dtype of computing by now."""
-    passes = Passes.of(problem, weights_M, needs)
+    form = GeneralForm.of(problem, weights_M, needs)
     if problem.settings.directions == (QP,):
-        lines = passes.chunk_by_chunk()
+        lines = form.chunk_by_chunk()
     else:
-        stats, kept = passes.read()
-        lines = passes.losses(slice(0, len(passes.loss_M)), ALL, stats)
+        stats, kept = form.read()
+        lines = form.losses(slice(0, len(form.loss_M)), ALL, stats)
         if any(needs):
-            passes.add_columns_of_ranks(lines)
-            passes.write(lines, kept)
-    return passes.result(lines)
+            form.add_columns_of_ranks(lines)
+            form.write(lines, kept)
+    return form.result(lines)
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class OwnNegatives:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What they share, and what they fill in."""
+class GeneralForm:
+    """What its passes share, and what they fill in."""
 
     problem: InfoNCEProblem
     relations: Relations  # of the queries that have a loss
@@ -116,7 +116,7 @@ class Passes:
     def of(
         cls, problem: InfoNCEProblem, weights_M: Tensor | None,
         needs: Needs,
-    ) -> "Passes":  # fmt: skip
+    ) -> "GeneralForm":  # fmt: skip
         q_MD, p_ND, own_HD, scale, of_all, settings = problem
         relations = of_all.rows(settings.window)
         prefixes = [prefix for prefix, _ in settings.levels(q_MD.shape[1])]
@@ -203,9 +203,10 @@ class Passes:
 
     def _limits(self, guides: tuple[Side, Side, Side] | None) -> Tensor | None:
         """[L, M]: the similarity above which nothing is a negative; of a guide [1, M]."""
-        settings, similarity_LM = self.problem.settings, self.similarity_LM
+        settings = self.problem.settings
         if settings.false_negative_margin is None:
             return None
+        similarity_LM = self.similarity_LM
         if guides is not None:
             queries, _, passages = guides
             labels_M, one = self.relations.labels_M, torch.ones_like(self.problem.scale)
@@ -246,7 +247,7 @@ class Passes:
                 rows.append(chunk.stats(columns, *self.want))
                 if keep:
                     kept[number] = chunk
-                del chunk  # its memory is free for the next, and for the second reading
+                del chunk  # its unit vectors need not outlast the next one's
             if block.along_columns:  # of all prefixes at once: across ranks it is a collective
                 whole = Stats(*map(torch.stack, zip(*(x.result() for x in columns), strict=True)))
                 whole = of_all_ranks(whole, settings)

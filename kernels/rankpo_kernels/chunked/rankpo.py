@@ -25,8 +25,6 @@ from rankpo_kernels.problem import (
     RankPOProblem,
     RankPOResult,
     RankPOSettings,
-    compute_dtype,
-    gradient_dtype,
 )
 
 SLAB = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of the torch form's temporaries
@@ -37,7 +35,7 @@ def rankpo(
 ) -> RankPOResult:
     """Losses and similarities and, given weights, the gradients of sum_b w_b loss_b that `needs`
     names, for queries and each of the passages."""
-    problem, weights_B, result = prepared(problem, weights_B, needs)
+    problem, weights_B, result = problem.prepared(weights_B, needs, native.new_empty)
     q_BD, on_cpu = problem.q_BD, problem.q_BD.device.type == "cpu"
     few = problem.K <= native.MOST_PASSAGES
     if on_cpu and q_BD.dtype in native.TYPES and few and native.usable():
@@ -56,26 +54,6 @@ def rankpo(
     return result
 
 
-def prepared(
-    problem: RankPOProblem, weights_B: Tensor | None, needs: Sequence[bool]
-) -> tuple[RankPOProblem, Tensor | None, RankPOResult]:
-    """Grades, reference and weights as launchers read them, and a result to be filled."""
-    q_BD, dtype = problem.q_BD, compute_dtype(problem.q_BD.dtype)
-    grades_BK, reference_BC, weights_B = (
-        None if x is None else x.to(dtype).contiguous()
-        for x in (problem.grades_BK, problem.reference_BC, weights_B)
-    )
-    tensors = (q_BD, *problem.passages)
-    grads = [
-        native.new_empty(x, gradient_dtype(x.dtype)) if need else None
-        for x, need in zip(tensors, needs or [False] * len(tensors), strict=True)
-    ]
-    loss_B = q_BD.new_empty(len(q_BD), dtype=dtype)
-    result = RankPOResult(loss_B, q_BD.new_empty(len(q_BD), problem.K, dtype=dtype), grads)
-    problem = problem._replace(grades_BK=grades_BK, reference_BC=reference_BC)
-    return problem, weights_B, result
-
-
 def _each(x: Tensor, dx: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     """[B, D] of every passage of a query, with its gradient."""
     if x.dim() == 2:
@@ -84,7 +62,7 @@ def _each(x: Tensor, dx: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _in_slabs(problem: RankPOProblem, weights_B: Tensor | None, result: RankPOResult) -> None:
-    q_BD, passages, grades_BK, reference_BC, rule = problem
+    q_BD, passages, grades_BK, reference_BC, settings = problem
     (B, D), K, dtype = q_BD.shape, problem.K, result.loss_B.dtype
     size = max(1, SLAB[q_BD.device.type] // max(1, K * max(K, D)))  # [K, D] and [K, K] a query
     for rows in (slice(start, start + size) for start in range(0, B, size)):
@@ -98,17 +76,17 @@ def _in_slabs(problem: RankPOProblem, weights_B: Tensor | None, result: RankPORe
             p_RKD = p_RKD.masked_fill(absent_RK[:, :, None], 0)
         inverse_q: Tensor | float = 1.0
         inverse_p: Tensor | None = None
-        if rule.normalize:
+        if settings.normalize:
             inverse_q = inverse_norms(q_R1D[:, 0], dtype)[:, None, None]
             inverse_p = inverse_norms(p_RKD.flatten(0, 1), dtype).view(-1, K, 1)
             q_R1D, p_RKD = q_R1D * inverse_q, p_RKD * inverse_p
         s_RK = (q_R1D * p_RKD).sum(2)
-        loss_R, slope_RK = loss_and_slopes(s_RK, grades_RK, reference_RC, rule)
+        loss_R, slope_RK = loss_and_slopes(s_RK, grades_RK, reference_RC, settings)
         result.loss_B[rows], result.similarity_BK[rows] = loss_R, s_RK
         if weights_B is None:
             continue
         slope_RK = (slope_RK * weights_B[rows, None])[:, :, None]
-        along_RK = slope_RK * s_RK[:, :, None] if rule.normalize else torch.zeros_like(slope_RK)
+        along_RK = slope_RK * s_RK[:, :, None] if settings.normalize else torch.zeros_like(slope_RK)
         dq, *dps = result.grads
         if dq is not None:
             sum_RD = (slope_RK * p_RKD).sum(1, keepdim=True) - along_RK.sum(1, keepdim=True) * q_R1D
@@ -124,7 +102,7 @@ def _in_slabs(problem: RankPOProblem, weights_B: Tensor | None, result: RankPORe
 
 
 def loss_and_slopes(
-    s_RK: Tensor, grades_RK: Tensor | None, reference_RC: Tensor | None, rule: RankPOSettings
+    s_RK: Tensor, grades_RK: Tensor | None, reference_RC: Tensor | None, settings: RankPOSettings
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] of similarities, and d loss/d s [R, K]."""
     R, K = s_RK.shape
@@ -135,32 +113,32 @@ def loss_and_slopes(
     ref_RK = torch.zeros_like(s_RK)
     if reference_RC is not None:
         ref_RK = F.pad(reference_RC, (0, K - reference_RC.shape[1]))
-    if rule.listwise:
-        r_RK = rule.beta / rule.temperature * (s_RK - ref_RK)
+    if settings.listwise:
+        r_RK = settings.beta / settings.temperature * (s_RK - ref_RK)
         lower_RKK = r_RK[:, None].masked_fill(~above_RKK, -torch.inf)
         lse_RK1 = lower_RKK.logsumexp(2, keepdim=True)
         counts_RK = above_RKK.any(2)
         gap_RK = lse_RK1[:, :, 0] - r_RK
         pull_RK = gap_RK.sigmoid().where(counts_RK, 0)
         push_RKK = (pull_RK[:, :, None] * (lower_RKK - lse_RK1).exp()).where(above_RKK, 0)
-        slope_RK = rule.beta / rule.temperature * (push_RKK.sum(1) - pull_RK)
+        slope_RK = settings.beta / settings.temperature * (push_RKK.sum(1) - pull_RK)
         return softplus(gap_RK).where(counts_RK, 0).sum(1), slope_RK
     advantage_RKK = s_RK[:, :, None] - s_RK[:, None]
     over_RKK = advantage_RKK - (ref_RK[:, :, None] - ref_RK[:, None])
     loss_RKK, slope_RKK = torch.zeros_like(over_RKK), torch.zeros_like(over_RKK)
-    if rule.rankpo_weight:
-        x = rule.beta * (over_RKK / rule.temperature - rule.gamma_beta_ratio)
-        if rule.hinge:
+    if settings.rankpo_weight:
+        x = settings.beta * (over_RKK / settings.temperature - settings.gamma_beta_ratio)
+        if settings.hinge:
             loss, slope = (1 - x).relu(), torch.where(x < 1, -1.0, 0.0 * x)  # NaN stays NaN
         else:
-            loss = softplus(-x) + rule.label_smoothing * x
-            slope = rule.label_smoothing - (-x).sigmoid()
-        loss_RKK += rule.rankpo_weight * loss
-        slope_RKK += rule.rankpo_weight * rule.beta / rule.temperature * slope
-    if rule.sft_weight:
-        x = advantage_RKK / rule.temperature
-        loss_RKK += rule.sft_weight * softplus(-x)
-        slope_RKK -= rule.sft_weight / rule.temperature * (-x).sigmoid()
+            loss = softplus(-x) + settings.label_smoothing * x
+            slope = settings.label_smoothing - (-x).sigmoid()
+        loss_RKK += settings.rankpo_weight * loss
+        slope_RKK += settings.rankpo_weight * settings.beta / settings.temperature * slope
+    if settings.sft_weight:
+        x = advantage_RKK / settings.temperature
+        loss_RKK += settings.sft_weight * softplus(-x)
+        slope_RKK -= settings.sft_weight / settings.temperature * (-x).sigmoid()
     share = 1 / above_RKK.sum((-2, -1)).clamp(min=1).to(s_RK.dtype)
     slope_RKK = slope_RKK.where(above_RKK, 0)
     slope_RK = slope_RKK.sum(2) - slope_RKK.sum(1)

@@ -258,7 +258,7 @@ def in_batch(
     inverse_q, inverse_p = block.inverse_a, block.inverse_b
     if tiles is None:
         tiles = _tiles(dtype, reference_M is not None or settings.sft_weight > 0 or need_scale)
-    launch = Launch.of(problem, block, tiles, weights_M)
+    kernels = ChunkKernels.of(problem, block, tiles, weights_M)
 
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q_MD.device)  # noqa: E731,E501
     wanted = (True,) * 4 + (need_scale, need_bias, relative, relative)
@@ -267,7 +267,7 @@ def in_batch(
     dp_out = new(N, D, dtype=gradient_dtype(dtype)) if need_p else None
     if dp_out is not None and not M:
         dp_out.zero_()
-    row_bytes = 24 * launch.tiles_n + (padded(N) * q_MD.element_size() if products_needed else 0)
+    row_bytes = 24 * kernels.tiles_n + (padded(N) * q_MD.element_size() if products_needed else 0)
     workspace = settings.workspace(q_MD.device)
     chunks = chunks_of(M, N, row_bytes, workspace, tiles.BLOCK_M) if M else []
     R0 = chunks[0].stop if chunks else 0
@@ -278,9 +278,9 @@ def in_batch(
         R, first = part.stop - part.start, part.start == 0
         local = Outcome._make(None if x is None else x[part] for x in outcome)
         reference_R = None if reference_M is None else reference_M[part]
-        sums = Sums.empty(launch.tiles_n, R, need_scale, q_MD.device)
+        sums = Sums.empty(kernels.tiles_n, R, need_scale, q_MD.device)
         for look in range(1 + relative):
-            launch.tiles_and_settle(
+            kernels.tiles_and_settle(
                 part, sums, local, positive_M[part], reference_R, top,
                 None if out_RN is None or look != relative else out_RN[:R], again=look > 0,
             )  # fmt: skip
@@ -305,7 +305,7 @@ def in_batch(
     )  # fmt: skip
 
 
-class Launch(NamedTuple):
+class ChunkKernels(NamedTuple):
     """The two kernels with what is the same for every chunk."""
 
     block: Block
@@ -317,13 +317,13 @@ class Launch(NamedTuple):
     @staticmethod
     def of(
         problem: InBatchProblem, block: Block, tiles: Tiles, weights_M: Tensor | None
-    ) -> "Launch":
+    ) -> "ChunkKernels":
         settings = problem.settings
         numbers = Numbers(
             as_number(problem.scale), as_number(problem.bias), settings.label_smoothing,
             settings.rankpo_weight, settings.sft_weight, settings.sft_scale,
         )  # fmt: skip
-        return Launch(block, tiles, numbers, settings, weights_M)
+        return ChunkKernels(block, tiles, numbers, settings, weights_M)
 
     @property
     def tiles_n(self) -> int:

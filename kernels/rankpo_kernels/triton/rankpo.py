@@ -9,13 +9,14 @@ B queries, K passages of each, D dims.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankpo_kernels.chunked.rankpo import prepared
 from rankpo_kernels.problem import RankPOProblem, RankPOResult, RankPOSettings
 from rankpo_kernels.triton.rows import TINY, absent
 from rankpo_kernels.triton.slopes import sigmoid, softplus
@@ -245,7 +246,8 @@ def rankpo(
 ) -> RankPOResult:  # fmt: skip
     """As `chunked.rankpo`; passages are one tensor, or two of one passage each, and of
     MOST_PASSAGES at most. `shape` overrides the table."""
-    problem, weights_B, result = prepared(problem, weights_B, needs)
+    new = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    problem, weights_B, result = problem.prepared(weights_B, needs, new)
     q_BD, passages, grades_BK, reference_BC, settings = problem
     (B, D), K = q_BD.shape, problem.K
     assert len(passages) == 1 or [x.dim() for x in passages] == [2, 2]

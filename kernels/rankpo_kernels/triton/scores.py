@@ -4,10 +4,11 @@ stored whole.
     statistics   per row (or column): logsumexp, softmax mean, top of the unmasked scores
     gradients    G_ij = scale / (|a_i| |b_j|) * (soft_i exp(s_ij - lse_i) - flat_i, + the same of j)
 
-Both recompute a tile by `dots` and `similarity`, so a mask is decided by the same arithmetic in both. What is no
-negative of row i: a column whose keys hold the row's class, or one whose similarity (or a guide's)
-lies above the row's limit and that was not curated for the row. Along the rows of query_to_passage
-hardness adds its share of the similarity to the scores, in exponentials alone.
+Both recompute a tile by `dots` and `similarity`, so a mask is decided by the same arithmetic in
+both. What is no negative of row i: a column whose keys hold the row's class, or one whose
+similarity (or a guide's) lies above the row's limit and that was not curated for the row. Along the
+rows of query_to_passage hardness adds its share of the similarity to the scores, in exponentials
+alone.
 
 R rows of A, N rows of B (columns of S), D dims, L prefixes of D (DIMS), W walks over a row's tiles.
 """
