@@ -182,13 +182,14 @@ def _comparable(problem: InfoNCEProblem | InBatchProblem) -> dict[str, Any]:
     q, p, relations = problem.q_MD, problem.p_ND, problem.relations
     guide = relations.guide_passages
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, p)]
-    collective = [problem] if isinstance(problem, InfoNCEProblem) else []  # its backward
+    # those whose backward has collectives inside
+    leaves = problem.leaves if isinstance(problem, InfoNCEProblem) else ()
+    any_needs = any(x.requires_grad for x in leaves if x is not None)
     return {
         "D": q.shape[1],
         "dtype": q.dtype,
-        "whether there are gradients": torch.is_grad_enabled()
-        and any(x.requires_grad for of in collective for x in of.leaves if x is not None),
         "requires_grad of queries and passages": needs,  # who gives none would not be there
+        "whether there are gradients": torch.is_grad_enabled() and any_needs,
         "whether query_ids are given": relations.query_ids_M is not None,
         "whether passage_ids are given": relations.passage_ids_N is not None,
         "the guide or reference": None if guide is None else (guide.shape[1], guide.dtype),

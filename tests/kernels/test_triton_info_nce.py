@@ -26,6 +26,7 @@ from support.launcher import (
     launch,
     launches,
     named,
+    option_case,
     rows_fit,
     uneven,
 )  # fmt: skip
@@ -270,3 +271,10 @@ def test_with_own_negatives_and_prefixes_a_zero_vector_has_gradient_zero():
     result = launch(q, p, own, relations, settings, torch.ones(M), scale=20.0)
     assert all(x.isfinite().all() for x in (result.loss_M, *gradients(result)))
     assert not result.dq_MD[2].any() and not result.dp_ND[2].any() and not result.d_own_HD[1].any()
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_what_a_card_is_asked_can_be_drawn(name):
+    """`tests/ops/test_cuda.py` runs it, where there is one."""
+    q, p, *_, settings = option_case(name, torch.float32)
+    assert len(q) == 150 and settings.workspace_bytes < 150 * len(p) * 4 * 2

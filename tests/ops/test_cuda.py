@@ -4,7 +4,6 @@ GPU."""
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from rankpo_fast import (
 from rankpo_kernels.problem import DIRECTIONS
 from rankpo_kernels.triton import info_nce as module
 from support.gates import draw, error, gates
-from support.info_nce_problems import GRID, exact, problem
-from support.launcher import LOW, ROOMY, TIGHT, assert_equals_definition
+from support.info_nce_problems import GRID
+from support.launcher import LOW, TIGHT, assert_equals_definition, option_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,23 +118,6 @@ def test_every_option_at_the_shipped_tiles(name, dtype):
 def test_every_mask_where_exponentials_are_stored(name):
     dtype = torch.bfloat16
     assert_equals_definition(option_case(name, dtype), LOW[dtype], tiles=None, stored=True)
-
-
-def option_case(name: str, dtype: torch.dtype):
-    """Tiles of 128 x 128 and smaller, none of them full at the end; gradients in chunks."""
-    M, N, D = 150, 200, 72
-    names, options = GRID[name]
-    levels = len(options.get("matryoshka_dims", (D,)))
-    settings = replace(ROOMY, workspace_bytes=64 * levels * N * 4, **options)
-    for seed in range(20 if settings.false_negative_margin is not None else 1):
-        case = *problem(*names, M=M, N=N, D=D, dtype=dtype, seed=seed), settings
-        try:
-            if settings.false_negative_margin is not None:
-                exact(*case, torch.ones(M), scale=20.0)
-        except AssertionError:  # a similarity so near a margin that rounding decides
-            continue
-        return case
-    raise AssertionError("no such draw")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -148,6 +148,11 @@ def test_gradients_without_autograd_are_the_same(ranks, name, exchange):
     assert worst(ranks(compare_without_autograd, name, exchange)) < 1e-12
 
 
+def test_one_rank_may_have_all_queries(ranks):
+    """Whose gradients the others still have to send."""
+    assert worst(ranks(compare_without_autograd, "everything-joint", "gather", "one")) < 1e-12
+
+
 @pytest.mark.parametrize(
     "options", [{"directions": (QP, QQ)}, {"directions": (QP, PQ)}, {"exchange": "ring"}], ids=str
 )

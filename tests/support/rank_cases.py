@@ -27,6 +27,7 @@ SIZES = {
     "even": [(5, 9)] * 4,
     "uneven": [(5, 9), (8, 13), (0, 4), (1, 1)],
     "empty": [(7, 11), (0, 0), (3, 3), (0, 0)],
+    "one": [(7, 11), (0, 0), (0, 0), (0, 0)],
 }
 
 
@@ -196,12 +197,12 @@ def against_one(losses, cases, reduction, group, autocast=False, **more):
     return errors
 
 
-def compare_without_autograd(name, exchange):
+def compare_without_autograd(name, exchange, sizes="uneven"):
     """`info_nce_loss_and_grads` against autograd, on the same ranks; its statistics are of the own
     queries."""
     group = dist.group.WORLD
     names, settings = GRID[name]
-    case = problems(names, "uneven", group.size(), torch.float64)[group.rank()]
+    case = problems(names, sizes, group.size(), torch.float64)[group.rank()]
     options = {"process_group": group, "exchange": exchange, "reduction": "sum"}
     options |= {k: v for k, v in public(case[3], settings).items() if v is not None}
     want = losses(case, None, torch.tensor(1.0), **options)
