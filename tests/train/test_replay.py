@@ -62,7 +62,7 @@ def test_the_gradient_is_the_weighted_sum_of_both(tasks, monkeypatch):
 
         seen = {}
         monkeypatch.setattr("rankpo_fast.train.step.update", keep)
-        steps = iter([pack_step(tasks, range(2, 4), encoder, MEMORY.max_tokens, ALONE)])
+        steps = iter([pack_step(tasks, encoder, ALONE, range(2, 4), MEMORY.max_tokens)])
         train_step(encoder, steps, adamw(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
         return seen
 
@@ -79,8 +79,8 @@ def test_the_gradient_is_the_weighted_sum_of_both(tasks, monkeypatch):
 def test_its_rows_have_epochs_and_orders_of_their_own(tasks):
     """Both files have 24 rows and the run one seed: that gives 6 batches of pairs, 4 of replay."""
     encoder, *both = tasks
-    packed = pack_step(both, range(8), encoder, MEMORY.max_tokens, ALONE)
-    pairs, replayed = (torch.cat([p.batch.rows for p in part]) for part in (packed[:8], packed[8:]))
+    packed = pack_step(both, encoder, ALONE, range(8), MEMORY.max_tokens)
+    pairs, replayed = (torch.cat([p.own.rows for p in part]) for part in (packed[:8], packed[8:]))
     orders = [pairs[:24], replayed[:24], replayed[24:]]
     assert all(torch.equal(order.sort().values, torch.arange(24)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3

@@ -46,7 +46,7 @@ def packed(tiny_llama_dir, tmp_path):
     compute = ComputeConfig(cache_dir=str(tmp_path))
     texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
     task = ContrastiveTask(data, texts, ContrastiveLossConfig(), weight=3.0)
-    batches = pack_step([task], range(2, 4), encoder, 40, ALONE)  # of epoch 1
+    batches = pack_step([task], encoder, ALONE, range(2, 4), 40)  # of epoch 1
     return batches, encoder, data, texts
 
 
@@ -55,14 +55,14 @@ def test_each_distinct_text_of_a_batch_is_encoded_once_and_found_again(packed):
     seen = set()
     for batch in batches:
         vectors = torch.cat([encoder(group) for group in batch.micro_batches])[batch.order]
-        queries = [data.query_texts[i] for i in batch.batch.query_texts]
-        passages = [data.passage_texts[i] for i in batch.batch.passage_texts]
+        queries = [data.query_texts[i] for i in batch.own.query_texts]
+        passages = [data.passage_texts[i] for i in batch.own.passage_texts]
         assert len(vectors) == len({*queries, *passages})
         for found, names in ((batch.query_places, queries), (batch.passage_places, passages)):
             table = encoder.tokenize_passages(names)
             expected = encoder.embed(table, max_tokens=4096)
             torch.testing.assert_close(vectors[found], expected, rtol=0, atol=1e-5)
-        seen |= {int(row) for row in batch.batch.rows}
+        seen |= {int(row) for row in batch.own.rows}
         assert all(sum(group.lengths) <= 40 for group in batch.micro_batches)
     assert seen == set(range(6))
     assert [batch.weight for batch in batches] == [1.5, 1.5]
@@ -103,7 +103,7 @@ def test_rows_that_fall_on_one_place_are_summed():
 def test_a_packed_batch_moves_with_all_its_tensors(packed):
     [[batch, _], *_] = packed
     moved = to_device(batch, torch.device("meta"))
-    values = [moved.order, moved.query_places, *vars(moved.batch).values()]
+    values = [moved.order, moved.query_places, *vars(moved.own).values()]
     values += [value for group in moved.micro_batches for value in vars(group).values()]
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 10 and all(x.is_meta for x in tensors)
@@ -163,7 +163,7 @@ def test_a_step_does_not_ask_the_device(
         texts = Texts.tokenize(encoder, pairs.query_texts, pairs.passage_texts, compute)
         config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
         task = RankPOTask(pairs, texts, config, reference)
-    steps = iter([pack_step([task], range(2), encoder.train(), 60, ALONE) for _ in range(2)])
+    steps = iter([pack_step([task], encoder.train(), ALONE, range(2), 60) for _ in range(2)])
     optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
     for _ in range(2):
         with NoAnswers():
