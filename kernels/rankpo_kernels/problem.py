@@ -68,7 +68,8 @@ class Settings:
     def of(cls, options: "Settings", **more: Any) -> Self:
         """From options that have all its fields but `more`."""
         names = [name for name in cls.__dataclass_fields__ if name not in more]
-        return cls(**{name: _plain(getattr(options, name)) for name in names}, **more)
+        values = {name: getattr(options, name) for name in names} | more
+        return cls(**{name: _plain(value) for name, value in values.items()})
 
     def text(self) -> str:
         """In steps that torch.compile can trace, which json's encoder is not."""
@@ -83,8 +84,10 @@ class Settings:
 
 def _plain(value: Any) -> Any:
     """Numbers of other types as Python's, lists and arrays as tuples."""
-    if value is None or isinstance(value, (str, bool, int, float)):
+    if value is None or isinstance(value, (str, bool)):
         return value
+    if isinstance(value, (int, float)):  # under torch.compile maybe a symbol, and a number by this
+        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Tensor):
         return value.item() if value.dim() == 0 else tuple(value.tolist())
     if hasattr(value, "__iter__"):
