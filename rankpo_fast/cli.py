@@ -20,6 +20,7 @@ from typing import Any
 
 from rankpo_fast import config as configs
 from rankpo_fast.commands import config as command_configs
+from rankpo_fast.commands import refusals
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import InputError, NotFiniteVectors
@@ -37,6 +38,7 @@ class Command:
 
     summary: str
     settings: list[type]
+    check: Callable[..., None] | None = None  # refuses by the settings alone, before the body
 
 
 TRAINING = [configs.TrainingConfig, configs.EvaluationConfig, configs.ComputeConfig]
@@ -68,14 +70,17 @@ COMMANDS = {
             command_configs.EvaluateOutputConfig,
             configs.ComputeConfig,
         ],
+        refusals.check_evaluate,
     ),
     "mine": Command(
         "find hard negatives for stage 1",
         [configs.EncoderConfig, command_configs.MineConfig, configs.ComputeConfig],
+        refusals.check_mine,
     ),
     "encode": Command(
         "turn the texts of a JSONL file into vectors",
         [configs.EncoderConfig, command_configs.EncodeConfig, configs.ComputeConfig],
+        refusals.check_encode,
     ),
 }
 # Those that read their flags themselves.
@@ -136,10 +141,12 @@ def _run_command(name: str, flags: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    body = importlib.import_module(f"rankpo_fast.commands.{name}")
     for model, *settings in runs:
         if len(runs) > 1:
             print(f"{model.model_name_or_path}:")
+        if command.check is not None:
+            command.check(model, *settings)
+        body = importlib.import_module(f"rankpo_fast.commands.{name}")
         try:
             body.run(model, *settings)
         except NotFiniteVectors as error:  # which all ranks raise

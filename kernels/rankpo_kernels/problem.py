@@ -64,6 +64,11 @@ class Settings:
             names = ", ".join([repr(value) for value in allowed])
             raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
+    def check_no_tensor(self, *names: str) -> None:
+        for name in names:
+            if isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
+
     @classmethod
     def of(cls, options: "Settings", **more: Any) -> Self:
         """From options that have all its fields but `more`."""
@@ -216,6 +221,11 @@ class InfoNCESettings(InfoNCEOptions):
     group: str | None = None  # the process group whose queries all count in a column
     window: tuple[int, int] | None = None  # a rank's own rows of q, where q holds those of all
 
+    @property
+    def own(self) -> slice:
+        """The queries that have a loss, among all of q."""
+        return slice(None) if self.window is None else slice(*self.window)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InBatchSettings(ScoreOptions):
@@ -240,9 +250,9 @@ class MarginOptions(Settings):
 
     def check(self) -> None:
         super().check()
-        for name in ("beta", "temperature", "gamma_beta_ratio", "label_smoothing", "loss_type"):
-            if isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
+        self.check_no_tensor(
+            "beta", "temperature", "gamma_beta_ratio", "label_smoothing", "loss_type"
+        )
         for name in ("beta", "temperature"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {value}")
@@ -263,9 +273,7 @@ class MixtureOptions(MarginOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("sft_weight", "rankpo_weight"):
-            if isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"{name} must be a number: as a tensor it would get no gradient")
+        self.check_no_tensor("sft_weight", "rankpo_weight")
         sft, rankpo = self.sft_weight, self.rankpo_weight
         if not (sft >= 0 and rankpo >= 0 and 0 < sft + rankpo < math.inf):
             raise ValueError(

@@ -10,20 +10,16 @@ from torch import Tensor
 
 from rankpo_fast.commands.config import EncodeConfig
 from rankpo_fast.config import ComputeConfig, EncoderConfig
-from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.rows import read_texts
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import check_length
-from rankpo_fast.paths import check_output
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.encode import encode_texts
 
 
 def run(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
-    check_cache(compute)
-    check_output("--output", config.output, model, config)
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
             read = read_texts(config.input, config.text_key)

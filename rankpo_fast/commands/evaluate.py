@@ -6,13 +6,11 @@ from typing import Any
 
 from rankpo_fast.commands.config import EvaluateOutputConfig
 from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig
-from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.retrieval import RetrievalSet
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import check_lengths
-from rankpo_fast.paths import check_output
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.evaluate import (
     EvaluationData,
@@ -33,12 +31,6 @@ def run(
     compute: ComputeConfig,
 ) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
-    if not evaluation.asked:
-        raise InputError("nothing to measure: give --query_data, --preference_data, or both")
-    check_cache(compute)
-    for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
-        if path is not None:
-            check_output(flag, path, model, evaluation)
     with Ranks.joined(compute) as ranks:
         with ranks.first_ahead():
             data = read_evaluation_data(evaluation)

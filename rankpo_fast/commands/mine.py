@@ -6,18 +6,14 @@ from collections.abc import Sequence
 
 from rankpo_fast.commands.config import MineConfig
 from rankpo_fast.config import ComputeConfig, EncoderConfig
-from rankpo_fast.data.cache import check_cache
 from rankpo_fast.data.rows import ContrastiveRow, read_contrastive, read_texts, write_jsonl
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import check_lengths
-from rankpo_fast.paths import check_output
 from rankpo_fast.retrieval.mining import Limits, mine_hard_negatives
 
 
 def run(model: EncoderConfig, config: MineConfig, compute: ComputeConfig) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
-    check_cache(compute)
-    check_output("--output_file", config.output_file, model, config)
     device = compute.torch_device()
     rows = read_contrastive(config.train_data)
     corpus = _passages(rows, config.corpus_data)

@@ -40,9 +40,12 @@ def mean(x: Tensor) -> Tensor:
     return x.sum() / max(x.numel(), 1)
 
 
-def uniform_weight(rows: int, reduction: Reduction) -> Tensor:
-    """The factor of every row, a number on the CPU: no launch fills it."""
-    value = 1 / max(rows, 1) if reduction == "mean" else 1.0
+def batch_weights(queries: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
+    """`row_weights`; without weights one factor of all rows, on the CPU: no launch fills it."""
+    M = len(queries)
+    if weights is not None:
+        return row_weights(queries, weights, M, reduction)
+    value = 1 / max(M, 1) if reduction == "mean" else 1.0
     return torch.tensor(value, dtype=torch.float64)
 
 

@@ -36,12 +36,11 @@ from rankpo_fast.ops.checks import (
 )
 from rankpo_fast.ops.common import (
     LossAndGrads,
+    batch_weights,
     crossing,
     in_own_memory,
     mean,
     register_gradients,
-    row_weights,
-    uniform_weight,
     unit_rows,
 )
 from rankpo_fast.ops.options import InBatchRankPOCall, Reduction, SigLIPCall, takes
@@ -321,9 +320,7 @@ def _check(
         labels, _ = group_labels(M, N, device)
     relations = relations_of(call, labels, in_one_dtype(reference, dtype))
     check_relations(relations, call)
-    weights = uniform_weight(M, call.reduction)
-    if call.weights is not None:
-        weights = row_weights(q, call.weights, M, call.reduction)
+    weights = batch_weights(q, call.weights, call.reduction)
     numbers = as_scale(None, scale, "cpu", device), _as_bias(bias, device)
     return InBatchProblem(q, p, *numbers, relations, settings), weights
 

@@ -37,12 +37,11 @@ from rankpo_fast.ops.checks import (
 )
 from rankpo_fast.ops.common import (
     LossAndGrads,
+    batch_weights,
     crossing,
     in_own_memory,
     mean,
     register_gradients,
-    row_weights,
-    uniform_weight,
     unit_rows,
 )
 from rankpo_fast.ops.options import InfoNCECall, takes
@@ -417,9 +416,7 @@ def check_info_nce(
             "label_smoothing, matryoshka_dims or hardness_mode"
         )
     check_relations(relations, call)
-    weights = uniform_weight(M, call.reduction)
-    if call.weights is not None:
-        weights = row_weights(q, call.weights, M, call.reduction)
+    weights = batch_weights(q, call.weights, call.reduction)
     scale = as_scale(call.temperature, call.scale, scale_on, device)
     own = None if own is None else own.to(dtype)
     return InfoNCEProblem(q, p, own, scale, relations, settings), weights

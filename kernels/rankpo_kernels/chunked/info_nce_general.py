@@ -126,7 +126,7 @@ class GeneralForm:
             return Side.of(x, bounds, scale.dtype, settings.normalize, need)
 
         all_queries, passages = side_of(q_MD, needs.q), side_of(p_ND, needs.p)
-        queries = all_queries.part(ALL if settings.window is None else slice(*settings.window))
+        queries = all_queries.part(settings.own)
         pairs = positive_pairs(relations, scale.dtype)
         s_LP = pair_logits(queries, passages, pairs.rows_P, pairs.columns_P, scale, bounds)
         own = None
@@ -198,8 +198,7 @@ class GeneralForm:
         queries, passages = (
             Side.of(x, [(0, x.shape[1])], dtype, settings.normalize, False) for x in guide
         )
-        own = ALL if settings.window is None else slice(*settings.window)
-        return queries.part(own), queries, passages
+        return queries.part(settings.own), queries, passages
 
     def _limits(self, guides: tuple[Side, Side, Side] | None) -> Tensor | None:
         """[L, M]: the similarity above which nothing is a negative; of a guide [1, M]."""

@@ -1,0 +1,36 @@
+"""What commands refuse by their settings alone, before they are imported: InputError each."""
+
+from rankpo_fast.commands.config import EncodeConfig, EvaluateOutputConfig, MineConfig
+from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig
+from rankpo_fast.errors import InputError
+from rankpo_fast.paths import check_output
+
+
+def check_evaluate(
+    model: EncoderConfig,
+    evaluation: EvaluationConfig,
+    output: EvaluateOutputConfig,
+    compute: ComputeConfig,
+) -> None:
+    if not evaluation.asked:
+        raise InputError("nothing to measure: give --query_data, --preference_data, or both")
+    _check_cache(compute)
+    for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
+        if path is not None:
+            check_output(flag, path, model, evaluation)
+
+
+def check_encode(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
+    _check_cache(compute)
+    check_output("--output", config.output, model, config)
+
+
+def check_mine(model: EncoderConfig, config: MineConfig, compute: ComputeConfig) -> None:
+    _check_cache(compute)
+    check_output("--output_file", config.output_file, model, config)
+
+
+def _check_cache(compute: ComputeConfig) -> None:
+    from rankpo_fast.data.cache import check_cache  # imports torch
+
+    check_cache(compute)
