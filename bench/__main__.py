@@ -1,12 +1,12 @@
-"""The bench: what the losses and the training cost, beside their peers and the hardware's floor.
+"""The bench: what the losses and the training cost, beside peers and lower bounds.
 
     rankpo-fast bench [run] [--quick | --full]   measure, print, write a result file and a report
     rankpo-fast bench compare BEFORE AFTER       did it get worse? [--threshold 0.05]
     rankpo-fast bench report FILE                the report of a result file: one page, its pictures
-    rankpo-fast bench history [DIRECTORY]        what became of the figures, over result files
+    rankpo-fast bench history [DIRECTORY]        the figures over time, from result files
 
-Exit codes: 0; 1 if a gate is red, a contender raised, or ours got worse; 2 for bad input, which is
-named.
+Exit codes: 0; 1 if a gate is red, an implementation raised, or ours got worse; 2 for bad input,
+which is named.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rankpo_fast.flags import closest
 if TYPE_CHECKING:
     from .questions import Question, Shape
 
-CARD_SECONDS = 3.0  # rounds of a loss on a card stop then
+GPU_SECONDS = 3.0  # rounds of a loss on a GPU stop then
 TRAINING_SHARE = 0.1  # of --minutes: rounds of a training stop then
 RESULTS = Path("bench/results")
 ROUNDS = {"quick": 3, "default": 7, "full": 7}
@@ -87,7 +87,9 @@ def _run_parser() -> _Parser:
     much.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("--list", action="store_true", help="say what can be asked")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these, and the floors")
+    parser.add_argument(
+        "--implementations", nargs="+", metavar="NAME", help="these, and the lower bounds"
+    )
     parser.add_argument(
         "--shapes", nargs="+", metavar="SHAPE",
         help="of the cases that have such: 4096x4096x1024, or 4096x4096x1024:float16",
@@ -95,7 +97,7 @@ def _run_parser() -> _Parser:
     parser.add_argument("--model", metavar="DIRECTORY", help="to train, in case pretrained")
     parser.add_argument("--texts", metavar="FILE", help="rows of stage 1 for it, as JSONL")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=_positive, help="timed runs of each contender")
+    parser.add_argument("--rounds", type=_positive, help="timed runs of each implementation")
     parser.add_argument(
         "--minutes", type=_minutes, default=math.inf, help="start no case later than this"
     )
@@ -145,17 +147,17 @@ def _asked(args: argparse.Namespace, device: str, level: str) -> list[tuple]:
             raise InputError(f"--cases: unknown case {name!r}{closest(name, list(QUESTIONS))}")
     questions = [q for q in QUESTIONS.values() if not args.cases or q.name in args.cases]
     questions = [_of_users_model(args, question) for question in questions]
-    of = {question.name: question.contenders(device) for question in questions}
+    of = {question.name: question.implementations(device) for question in questions}
     names = {name for known in of.values() for name in known}
-    for name in args.contenders or []:
+    for name in args.implementations or []:
         if name not in names:
             raise InputError(
-                f"--contenders: {name!r} is in none of these cases{closest(name, list(names))}"
+                f"--implementations: {name!r} is in none of these cases{closest(name, list(names))}"
             )
     shapes = [
         [(question, shape) for shape in _shapes(question, args.shapes, device, level)]
         for question in questions
-        if not args.contenders or set(args.contenders) & set(of[question.name])
+        if not args.implementations or set(args.implementations) & set(of[question.name])
     ]
     found = [pair for wave in itertools.zip_longest(*shapes) for pair in wave if pair is not None]
     if not found:
@@ -215,8 +217,8 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
     print("\n".join(f"{key:22}{value}" for key, value in said.items()) + "\n")
     settings = Settings(
         device, level, args.rounds or ROUNDS[level], rates,
-        frozenset(args.contenders) if args.contenders else None, without,
-        CARD_SECONDS if device == "cuda" else math.inf, 60 * args.minutes * TRAINING_SHARE,
+        frozenset(args.implementations) if args.implementations else None, without,
+        GPU_SECONDS if device == "cuda" else math.inf, 60 * args.minutes * TRAINING_SHARE,
     )  # fmt: skip
     now = datetime.now(UTC)
     path = args.output_dir / f"{now:%Y-%m-%d-%H%M%S}-{_slug(about['device'], device)}.json"
@@ -230,7 +232,7 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
             left_out.append(f"after {args.minutes:g} minutes: {', '.join(left)}")
             break
         gc.collect()
-        gc.freeze()  # what libraries hold: to look through it at every peak takes longer than runs
+        gc.freeze()  # what libraries hold: to go through it at every peak takes longer than runs
         notes: dict[str, str] = {}
         with noting(OURS, notes):
             result = question.answer(shape, settings)
@@ -259,20 +261,20 @@ def _measure(args: argparse.Namespace, device: str, level: str, asked: list[tupl
 def _what_time_allows(
     args: argparse.Namespace, device: str, level: str, asked: list[tuple], slow: dict[str, float]
 ) -> tuple[list[tuple], frozenset[str], list[str]]:
-    """(question, shape) that are measured, contenders that are not, and words on what is left out:
-    all that nobody named and that compiles for seconds, or is emulated, in one of the dtypes `slow`
-    for minutes."""
+    """(question, shape) that are measured, implementations that are not, and words on what is left
+    out: all that nobody named and that compiles for seconds, or is emulated, in one of the dtypes
+    `slow` for minutes."""
     from .peers import COMPILED
     from .questions import described
     from .training.steps import IN_BF16
 
     without: set[str] = set()
     left_out = []
-    names = {name for q, _ in asked for name in q.contenders(device)}
-    if level == "quick" and device == "cpu" and not args.contenders:
+    names = {name for q, _ in asked for name in q.implementations(device)}
+    if level == "quick" and device == "cpu" and not args.implementations:
         without |= COMPILED & names
         left_out += [f"{name} (compiles for seconds)" for name in sorted(without)]
-    if "bfloat16" in slow and level != "quick" and not args.contenders:
+    if "bfloat16" in slow and level != "quick" and not args.implementations:
         without |= IN_BF16 & names
         left_out += [f"{name} (emulated here)" for name in sorted(IN_BF16 & names)]
     if not args.shapes:

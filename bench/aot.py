@@ -1,8 +1,8 @@
-"""What every Triton kernel takes on the cards it is shipped for, asked of the compiler without one.
+"""What every Triton kernel takes on the GPUs it is shipped for, asked of the compiler without one.
 
 `python -m bench.aot [--arch 80 90 100] [--output build/aot.json]` compiles the launches that
 `rankpo_kernels.triton.launches` lists, as their launchers specialise them, and runs nothing. It
-exits with 1 where a kernel does not compile or would be refused or slow on its card: see `faults`.
+exits with 1 where a kernel does not compile or would be refused or slow on its GPU: see `faults`.
 What was compiled before, by the same Triton from the same source, is read from a file beside the
 output.
 """
@@ -64,8 +64,8 @@ class Job:
         return blocks | {name: self.options[name] for name in ("num_warps", "num_stages")}
 
 
-class Card:
-    """Stands in for Triton's driver: a card that is asked for its kind and for nothing else."""
+class Driver:
+    """Stands in for Triton's driver: a GPU that is asked for its kind and for nothing else."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -102,7 +102,7 @@ def recording(arch: int) -> Iterator[list[Job]]:
 
         return launch
 
-    triton.runtime.driver.set_active(Card(arch))
+    triton.runtime.driver.set_active(Driver(arch))
     with (
         mock.patch.object(triton.compiler, "compile", record),
         mock.patch.object(KernelInterface, "__getitem__", launcher),
@@ -137,7 +137,7 @@ def measure(job: Job) -> dict:
 
 
 def faults(row: dict) -> Iterator[str]:
-    """Why a kernel must not be shipped for its card."""
+    """Why a kernel must not be shipped for its GPU."""
     if "error" in row:
         yield f"does not compile: {row['error']}"
         return

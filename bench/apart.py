@@ -1,4 +1,4 @@
-"""A process for each contender: the memory it takes is its own, and if it dies, only it does."""
+"""A process for each implementation: its memory is its own, and if it dies, only it does."""
 
 import functools
 import gc
@@ -24,7 +24,7 @@ IMPORTED = [
     "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
     "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",
 ]  # fmt: skip
-# Whether there is a card is then asked without touching it: a process forked from one that has
+# Whether there is a GPU is then asked without touching it: a process forked from one that has
 # touched it could not use it.
 UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 ANSWER_S, END_S = 1200, 20  # that an answer may take, and a process's end after its last one
@@ -47,7 +47,7 @@ def answers_of_a_process(
     fails there, as it would on a machine of that size.
     """
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what this process has of the card is not the other's
+        torch.cuda.empty_cache()  # what this process has of the GPU is not the other's
     context = server()
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there, answers, arguments, memory))
@@ -96,7 +96,7 @@ def _once(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
 
 def _answer(pipe: Connection, answers: Answers, arguments: tuple, memory: int | None) -> None:
     """Sends (answer, None) of each, then (None, note)."""
-    gc.freeze()  # what the server has imported: to look through it would copy it, at every peak
+    gc.freeze()  # what the server has imported: to go through it would copy it, at every peak
     Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this one's turn
     if memory is not None:
         most = status_bytes("VmData") + memory

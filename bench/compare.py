@@ -1,8 +1,9 @@
 """Whether it got worse: two result files, row by row.
 
-Times are compared as ratios to the floor, which every run takes within its own rounds: neither a
-slower machine nor a noisy hour is a regression. Only the floor itself, and what has no floor, since
-it stands beside a peer that may have changed, is compared in seconds, and only on the same device.
+Times are compared as ratios to the lower bound, which every run takes within its own rounds:
+neither a slower machine nor a noisy hour is a regression. Only the lower bound itself, and what has
+none, since it stands beside a peer that may have changed, is compared in seconds, and only on the
+same device.
 A change is called one if it is
 
 * larger than the threshold: the median of all quotients of a round after over a round before (the
@@ -52,10 +53,10 @@ NOT_COMPARED = {"date", "rates", "left out", "emulated", "level"}  # of what is 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one contender at one shape in one respect: `quotient` is after over before."""
+    """Of one implementation at one shape in one respect: `quotient` is after over before."""
 
     result: str
-    contender: str
+    implementation: str
     respect: str  # time, memory, error, converged, nDCG, sizes, flops, messages, sent, note
     verdict: str
     says: str
@@ -89,7 +90,7 @@ class _Key(NamedTuple):
 
     case: str
     shape: str
-    contender: str
+    implementation: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Side:
 
 
 def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison:
-    """Rows are matched by case, shape and contender.
+    """Rows are matched by case, shape and implementation.
 
     threshold: the least share by which a change counts. InputError if it is none, or if the runs
     have no row in common.
@@ -111,7 +112,7 @@ def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> Comparison
     was, now = _sides(before), _sides(after)
     both = [key for key in was if key in now]
     if not both:
-        raise InputError("nothing to compare: no case, shape and contender is in both files")
+        raise InputError("nothing to compare: no case, shape and implementation is in both files")
     changes = [change for key in both for change in _changes(was[key], now[key], threshold)]
     changes += _gone(was, now)
     keys = dict.fromkeys([*before.machine, *after.machine])
@@ -136,13 +137,13 @@ def table(found: Comparison) -> str:
     ours = [change for change in found.changes if change.fails]
     for head, changes in (
         ("WORSE", ours),
-        ("worse, not ours: peers, and floors, which are the machine", _of(found, WORSE, but=ours)),
+        ("worse, not ours: peers, and the machine's lower bounds", _of(found, WORSE, but=ours)),
         ("unclear: maybe noise, more --rounds would tell", _of(found, UNCLEAR)),
         ("better", _of(found, BETTER)),
     ):
         if changes:
             lines += ["", head, *_aligned(changes)]
-    rest = found.rows - len({(change.result, change.contender) for change in found.changes})
+    rest = found.rows - len({(change.result, change.implementation) for change in found.changes})
     within = f"within {100 * found.threshold:g} %, or noise"
     return "\n".join([*lines, "", f"{rest} of {found.rows} rows: no change ({within})"]) + "\n"
 
@@ -152,7 +153,7 @@ def _of(found: Comparison, verdict: str, but: Sequence[Change] = ()) -> list[Cha
 
 
 def _aligned(changes: Sequence[Change]) -> Iterator[str]:
-    names = [f"{change.result}: {change.contender}" for change in changes]
+    names = [f"{change.result}: {change.implementation}" for change in changes]
     width = max(map(len, names))
     for name, change in zip(names, changes, strict=True):
         by = "" if change.quotient is None else times(change.quotient)
@@ -161,7 +162,7 @@ def _aligned(changes: Sequence[Change]) -> Iterator[str]:
 
 def _sides(run: Run) -> dict[_Key, _Side]:
     return {
-        _Key(result.case, json.dumps(result.shape, sort_keys=True), row.contender): _Side(
+        _Key(result.case, json.dumps(result.shape, sort_keys=True), row.implementation): _Side(
             result, row, run.machine.get("device"), run.machine.get(SETS)
         )
         for result in run.results
@@ -174,12 +175,12 @@ def _gone(was: Mapping[_Key, _Side], now: Mapping[_Key, _Side]) -> Iterator[Chan
     measured = {(key.case, key.shape) for key in now}
     for key, side in was.items():
         if side.row.ours and key not in now and (key.case, key.shape) in measured:
-            name, contender = side.result.name, side.row.contender
-            yield Change(name, contender, "note", WORSE, "no row any more", ours=True)
+            name, implementation = side.result.name, side.row.implementation
+            yield Change(name, implementation, "note", WORSE, "no row any more", ours=True)
 
 
 def _name(side: _Side) -> str:
-    return f"{side.result.name}: {side.row.contender}"
+    return f"{side.result.name}: {side.row.implementation}"
 
 
 # --- one row ---
@@ -198,7 +199,7 @@ def _changes(was: _Side, now: _Side, threshold: float) -> Iterator[Change]:
         respect: str, worse: bool, says: str, quotient: float | None = None, sure: bool = True
     ) -> Change:
         verdict = UNCLEAR if not sure else WORSE if worse else BETTER
-        return Change(now.result.name, b.contender, respect, verdict, says, b.ours, quotient)
+        return Change(now.result.name, b.implementation, respect, verdict, says, b.ours, quotient)
 
     if (found := _time(was, now, threshold)) is not None:
         quotient, says, sure = found
@@ -238,7 +239,7 @@ def _scaling(
     """Size by size; each respect by its worst."""
     a, b = was.row, now.row
     if len(a.times or ()) != len(b.times or ()):
-        says = " -> ".join(row.falls_over or "every size" for row in (a, b))
+        says = " -> ".join(row.limit or "every size" for row in (a, b))
         yield change("sizes", len(b.times or ()) < len(a.times or ()), f"{b.axis}: {says}")
 
     def quotients(field: str, least: float = 0.0) -> list[float]:
@@ -268,10 +269,10 @@ def _time(was: _Side, now: _Side, threshold: float) -> tuple[float, str, bool] |
     if a.seconds is None or b.seconds is None:
         return None
     says = f"{duration(a.seconds)} -> {duration(b.seconds)}"
-    floor = now.result.floor
-    alike = floor is not None and was.result.floor == floor != b.contender
+    bound = now.result.lower_bound
+    alike = bound is not None and was.result.lower_bound == bound != b.implementation
     if alike and a.ratio is not None and b.ratio is not None:
-        says = f"{times(a.ratio)} -> {times(b.ratio)} of {floor} ({says})"
+        says = f"{times(a.ratio)} -> {times(b.ratio)} of {bound} ({says})"
         if a.ratios is not None and b.ratios is not None:
             quotient = shift(a.ratios, b.ratios)
             apart = beyond_noise(*((a.ratios, b.ratios) if quotient > 1 else (b.ratios, a.ratios)))

@@ -1,5 +1,5 @@
-"""`pytest bench/ [--level quick|default|full]` measures every contender of every loss, one test
-each, by pytest-benchmark: --benchmark-save, --benchmark-compare, --benchmark-compare-fail."""
+"""`pytest bench/ [--level quick|default|full]` measures every implementation of every loss, one
+test each, by pytest-benchmark: --benchmark-save, --benchmark-compare, --benchmark-compare-fail."""
 
 import functools
 from collections.abc import Callable
@@ -27,37 +27,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for question in QUESTIONS.values()
         if isinstance(question, LossQuestion)
         for shape in question.shapes(DEVICE, level)
-        for name in question.contenders(DEVICE)
+        for name in question.implementations(DEVICE)
     ]
-    metafunc.parametrize(("asked", "contender"), asked)
+    metafunc.parametrize(("asked", "implementation"), asked)
 
 
-@functools.lru_cache(maxsize=1)  # the contenders of a case stand side by side
+@functools.lru_cache(maxsize=1)  # the implementations of a case stand side by side
 def _case(question: LossQuestion, shape: tuple) -> Case:
     torch.manual_seed(0)
     return question.case(dict(shape), DEVICE)
 
 
 @pytest.fixture
-def run(asked: tuple[LossQuestion, Shape], contender: str, benchmark: Any) -> Callable[[], None]:
-    """One forward and backward of the contender, awaited; red where its gate is."""
+def run(
+    asked: tuple[LossQuestion, Shape], implementation: str, benchmark: Any
+) -> Callable[[], None]:
+    """One forward and backward of the implementation, awaited; red where its gate is."""
     question, shape = asked
     stopped: dict[str, str] = {}
     with noting(question.name, stopped):
         case = _case(question, tuple(shape.items()))
     if not stopped:
-        if (note := above_the_gate(case, contender)) is not None:
+        if (note := above_the_gate(case, implementation)) is not None:
             pytest.fail(note)
-        with noting(contender, stopped):
-            case.contenders[contender]()
+        with noting(implementation, stopped):
+            case.implementations[implementation]()
     for name, note in stopped.items():
         (pytest.fail if Row(name, note).red else pytest.skip)(note)
     benchmark.group = f"{question.name} {described(shape)}"
     benchmark.extra_info |= {"flops": case.flops, "bytes": case.bytes}
-    benchmark.extra_info |= {"error": case.errors.get(contender)}
+    benchmark.extra_info |= {"error": case.errors.get(implementation)}
 
     def awaited() -> None:
-        case.contenders[contender]()
+        case.implementations[implementation]()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 

@@ -4,9 +4,9 @@
 
 The launchers themselves run, on tensors that hold nothing: chunks and tiles are theirs, and each
 kernel and torch op is counted as it comes. A launch takes its flops at a rate that cuBLAS reaches,
-or its bytes at the memory's rate, whichever is longer, and a fixed time more: the sum is a floor.
-A tensor that a launch takes counts as moved once; the columns of a score kernel once per group of
-row tiles. M queries, N passages, D dims.
+or its bytes at the memory's rate, whichever is longer, and a fixed time more: the sum is a lower
+bound. A tensor that a launch takes counts as moved once; the columns of a score kernel once per
+group of row tiles. M queries, N passages, D dims.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rankpo_kernels.chunked import info_nce as chunked
 from rankpo_kernels.problem import DIRECTIONS
 from rankpo_kernels.triton.tiles import stores_scores
 
-from .aot import Card
+from .aot import Driver
 from .cases.info_nce import DIMS
 from .launch import SYMMETRIC, launch
 from .meter import Meter
@@ -110,7 +110,7 @@ def crossover(D: int) -> int:
 
 def table(Ms: Sequence[int], Ns: Sequence[int] | None, Ds: Sequence[int]) -> str:
     lines = [f"{'D':>5}{'M':>7}{'N':>7}  {'':16}{'flops/MND':>10}{'GB':>8}{'launches':>9}"
-             f"{'MiB':>8}{'us':>11}{'floors':>7}"]  # fmt: skip
+             f"{'MiB':>8}{'us':>11}{'ratio':>7}"]  # fmt: skip
     for D in Ds:
         for M, N in zip(Ms, Ns or Ms, strict=True):
             for name in PIPELINES:
@@ -138,9 +138,9 @@ def main() -> None:
     if args.N and len(args.N) != len(args.M):
         parser.error(f"{len(args.M)} --M but {len(args.N)} --N")
     if not torch.cuda.is_available():
-        triton.runtime.driver.set_active(Card(90))  # tiles are those of an H100
+        triton.runtime.driver.set_active(Driver(90))  # tiles are those of an H100
     print(f"A MODEL, NOT MEASURED. Assumed of an H100 SXM, bf16: {H100}")
-    print("MiB: peak above inputs and gradients; floors: us over the flops alone at that rate\n")
+    print("MiB: peak above inputs and gradients; ratio: us over the flops alone at that rate\n")
     print(table(args.M, args.N, args.D))
     print("\nstoring exp(s) wins from M = N =, and the launcher stores from:")
     for D in args.D:

@@ -1,5 +1,5 @@
-"""What contenders take at growing sizes, read from a run: its scalings, and its losses that were
-measured at several batches.
+"""What implementations take at growing sizes, read from a run: its scalings, and its losses that
+were measured at several batches.
 """
 
 import math
@@ -11,8 +11,8 @@ from .questions import Result, Row
 from .results import Run
 
 
-class Fall(NamedTuple):
-    """The first size that a contender did not reach, and why."""
+class Limit(NamedTuple):
+    """The first size that an implementation did not reach, and why."""
 
     size: int
     why: str
@@ -20,13 +20,13 @@ class Fall(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """What a contender takes at growing sizes."""
+    """What an implementation takes at growing sizes."""
 
-    contender: str
+    implementation: str
     sizes: tuple[int, ...]
     times: tuple[float, ...]
     peaks: tuple[float, ...]  # MiB; NaN where unknown
-    fell: Fall | None = None
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def _scaling(result: Result) -> Growth:
     curves = []
     for row in rows:
         sizes, reached, peaks = row.sizes or (), row.times or (), row.peaks or ()
-        fell = None
+        limit = None
         if len(reached) < len(sizes):
-            fell = Fall(sizes[len(reached)], row.falls_over or row.note)
+            limit = Limit(sizes[len(reached)], row.limit or row.note)
         unknown = (math.nan,) * (len(reached) - len(peaks))
-        curves.append(Curve(row.contender, sizes[: len(reached)], tuple(reached),
-                            (*peaks[: len(reached)], *unknown), fell))  # fmt: skip
+        curves.append(Curve(row.implementation, sizes[: len(reached)], tuple(reached),
+                            (*peaks[: len(reached)], *unknown), limit))  # fmt: skip
     return Growth(result.name, rows[0].axis or "size", tuple(curves))
 
 
@@ -79,17 +79,17 @@ def _over_batches(group: Sequence[Batched]) -> Growth:
     for batched in ordered:
         for row in batched.result.rows:
             if not row.absent:
-                rows.setdefault(row.contender, []).append((batched.size, row))
+                rows.setdefault(row.implementation, []).append((batched.size, row))
     curves = []
-    for contender, given in rows.items():
+    for implementation, given in rows.items():
         sizes, times, peaks = [], [], []
         for size, row in given:
             if row.seconds is not None:
                 sizes.append(size)
                 times.append(row.seconds)
                 peaks.append(math.nan if row.peak_mib is None else row.peak_mib)
-        fell = next((Fall(size, row.note) for size, row in given if row.note), None)
-        curves.append(Curve(contender, tuple(sizes), tuple(times), tuple(peaks), fell))
+        limit = next((Limit(size, row.note) for size, row in given if row.note), None)
+        curves.append(Curve(implementation, tuple(sizes), tuple(times), tuple(peaks), limit))
     first = ordered[0]
     title = f"{first.result.case}, {_but_the_batch(first)}"
     return Growth(title, first.axis, tuple(curves))

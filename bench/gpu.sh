@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# `make gpu`: on a machine with a card, inside eight minutes and without internet: the tests of losses and kernels,
+# `make gpu`: on a machine with a GPU, inside eight minutes and without internet: the tests of losses and kernels,
 # compute-sanitizer on a few of them, the bench. Leaves one dated file in bench/results, which says how each of them went;
-# what is red makes the exit status 1, but stops nothing: a machine with a card is rare.
+# what is red makes the exit status 1, but stops nothing: a machine with a GPU is rare.
 # Needs torch, triton, transformers, pytest and hypothesis of that machine; takes pytest-xdist and nvidia-ml-py where they
 # are, and cmake for the native library. Where the tree came without .git, COMMIT=... says which it is.
 set -euo pipefail

@@ -41,18 +41,18 @@ def trends(runs: Sequence[Run]) -> list[Result]:
         for result in run.results:
             for row in result.rows:
                 if row.ours:
-                    key = device, result.name, row.contender
+                    key = device, result.name, row.implementation
                     found.setdefault(key, (result, []))[1].append(_dated(row, run))
     lines = [
-        Result(result.case, "history", f"{contender} on {device}", result.shape, tuple(rows))
-        for (device, _, contender), (result, rows) in found.items()
+        Result(result.case, "history", f"{implementation} on {device}", result.shape, tuple(rows))
+        for (device, _, implementation), (result, rows) in found.items()
     ]
     return sorted(lines, key=lambda line: -len(line.rows))
 
 
 def _dated(row: Row, run: Run) -> Row:
     date, commit = (str(run.machine.get(key, "unknown")) for key in ("date", "commit"))
-    return dataclasses.replace(row, contender=f"{date[:10]} {commit}")
+    return dataclasses.replace(row, implementation=f"{date[:10]} {commit}")
 
 
 def write_history(results: Path, directory: Path) -> Path:
@@ -63,7 +63,7 @@ def write_history(results: Path, directory: Path) -> Path:
     body = [
         "<h1>What ours cost, from result file to result file</h1>",
         f"<p class=soft>{escape(f'{len(runs)} files of {results}')}; of each of ours at each shape "
-        "on each device, the oldest first. A ratio is to the floor of the same run.</p>",
+        "on each device, the oldest first. A ratio is to the lower bound of the same run.</p>",
         box("failed", "Not read", unread),
         "" if figure is None else picture(figure, directory / PICTURE, "Trend"),
         *(section(result, SHOWN) for result in found),

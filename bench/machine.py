@@ -17,7 +17,7 @@ import torch
 from rankpo_fast.model.precision import half_speed
 from rankpo_kernels.chunked import native
 
-from .card import limits
+from .gpu import limits
 from .measure import cache_bytes, seconds_of
 from .questions import Rates
 
@@ -40,11 +40,11 @@ HALVES = ("bfloat16", "float16")
 def about(device: str) -> dict[str, Any]:
     """Device, versions, commit and date."""
     if device == "cuda":
-        card = torch.cuda.get_device_properties()
+        gpu = torch.cuda.get_device_properties()
         found = {
-            "device": card.name,
-            "memory": f"{card.total_memory / 2**30:.0f} GiB",
-            "compute capability": f"{card.major}.{card.minor}",
+            "device": gpu.name,
+            "memory": f"{gpu.total_memory / 2**30:.0f} GiB",
+            "compute capability": f"{gpu.major}.{gpu.minor}",
             **limits(device),
             "cuda": torch.version.cuda,
             "host": _processor(),
@@ -89,7 +89,7 @@ def measure_rates(device: str) -> Rates:
 
 
 def lost(device: str) -> str | None:
-    """Why nothing runs on it any more: after an illegal access a process has no card."""
+    """Why nothing runs on it any more: after an illegal access a process has no GPU."""
     if device == "cuda":
         try:
             torch.cuda.synchronize()

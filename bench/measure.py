@@ -1,8 +1,8 @@
-"""Measuring: contenders interleaved in one run, medians and percentiles, peak memory, error against
-fp64.
+"""Measuring: implementations interleaved in one run, medians and percentiles, peak memory, error
+against fp64.
 
-Times are compared within a round, so that a slow minute of a shared machine hits all contenders
-alike.
+Times are compared within a round, so that a slow minute of a shared machine hits all
+implementations alike.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from .questions import (
     Settings,
 )
 
-BUSY_S = 0.01  # a contender is timed over runs of so long, which hides what the first one costs
+BUSY_S = 0.01  # of runs that are timed as one, which hides what the first of them costs
 MOST_RUNS = 20
 LACK = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's words without its class
 Run = Callable[[], Sequence[Tensor]]  # one forward and backward; returns the loss and the gradients
 
 
 class NeedsGPU(Exception):
-    """Raised by a contender that does not run on the CPU."""
+    """Raised by an implementation that does not run on the CPU."""
 
 
 class Unfit(Exception):
-    """Raised by a contender for inputs that it does not take, as the message says."""
+    """Raised by an implementation for inputs that it does not take, as the message says."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Case:
     """Who answers at which cost, and what the answer must be."""
 
     device: str
-    contenders: Mapping[str, Run]
-    floor: str  # the contender that ratios are taken against
-    flops: float  # that any contender has to do; and the bytes it has to move
+    implementations: Mapping[str, Run]
+    lower_bound: str  # the implementation that ratios are taken against
+    flops: float  # that any implementation has to do; and the bytes it has to move
     bytes: float
-    keep_bytes: int = 0  # inputs' gradients, which every contender must make
+    keep_bytes: int = 0  # inputs' gradients, which every implementation must make
     errors: Mapping[str, float] = field(default_factory=dict)  # NaN where it could not be told
     converged: Mapping[str, float] = field(default_factory=dict)  # on data of a finished training
     gate: float = math.inf  # the error above which a time of ours means nothing
@@ -62,9 +62,10 @@ class Case:
 
 
 def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
-    """A row of each contender that is asked for; ours are not timed above the gate, and what memory
-    or an error stops is a row that says so. Where that is the floor, the others have no ratio."""
-    names = [n for n in case.contenders if n == case.floor or settings.takes(n)]
+    """A row of each implementation that is asked for; ours are not timed above the gate, and what
+    memory or an error stops is a row that says so. Where that is the lower bound, the others have
+    no ratio."""
+    names = [n for n in case.implementations if n == case.lower_bound or settings.takes(n)]
     errors: dict[str, dict[str, Any]] = {
         name: {
             "error": _known(case.errors.get(name)),
@@ -76,7 +77,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     peaks, repeats = {}, {}
     evict = evictor(case)
     for name in names:
-        run = case.contenders[name]
+        run = case.implementations[name]
         if (note := above_the_gate(case, name)) is not None:
             notes[name] = note
             with noting(name, notes):  # what it raises says more than that it has no error
@@ -91,7 +92,7 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
     stop = time.perf_counter() + settings.limit_s
     for number in range(settings.rounds):
         for name in turned(list(peaks), number):
-            run = case.contenders[name]
+            run = case.implementations[name]
             with noting(name, notes):
                 hot[name].append(seconds_of(run, case.device, repeats[name]))
                 if evict is not None:
@@ -99,22 +100,22 @@ def measure(case: Case, settings: Settings) -> tuple[Row, ...]:
         if time.perf_counter() > stop:
             break
 
-    of_floor = [] if case.floor in notes else hot[case.floor]
+    of_bound = [] if case.lower_bound in notes else hot[case.lower_bound]
     rows = []
     for name in names:
         if name in notes:
             rows.append(Row(name, notes[name], **errors[name]))
             continue
-        found = _times(hot[name], cold[name], of_floor)
+        found = _times(hot[name], cold[name], of_bound)
         found |= _shares(case, found["seconds"], settings)
-        if name != case.floor:
+        if name != case.lower_bound:
             found["peak_mib"] = max(0, peaks[name]) / 2**20
         rows.append(Row(name, **errors[name], **found))
     return tuple(rows)
 
 
 def turned(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: each begins with another contender."""
+    """The order of a round: each begins with another implementation."""
     first = number % max(1, len(names))
     return [*names[first:], *names[:first]]
 
@@ -142,7 +143,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float | None:
 
 @contextlib.contextmanager
 def noting(name: str, notes: dict[str, str]) -> Iterator[None]:
-    """What stops a contender becomes its note: a machine with a card is too rare to stop for it."""
+    """What stops an implementation is its note: a machine with a GPU is too rare to stop for it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -181,11 +182,11 @@ def _known(error: float | None) -> float | None:
     return None if error is None or math.isnan(error) else error
 
 
-def _times(hot: list[float], cold: list[float], floor: list[float]) -> dict[str, Any]:
-    """floor: its seconds of the same rounds, or none."""
+def _times(hot: list[float], cold: list[float], lower_bound: list[float]) -> dict[str, Any]:
+    """lower_bound: its seconds of the same rounds, or none."""
     found: dict[str, Any] = {**spread(hot, "seconds", "low", "high")}
-    if floor:
-        ratios = [seconds / of_floor for seconds, of_floor in zip(hot, floor, strict=True)]
+    if lower_bound:
+        ratios = [seconds / of_bound for seconds, of_bound in zip(hot, lower_bound, strict=True)]
         found |= spread(ratios, "ratio", "ratio_low", "ratio_high") | {"ratios": tuple(ratios)}
     return found | {"cold": statistics.median(cold) if cold else None}
 
@@ -222,7 +223,7 @@ def evictor(case: Case) -> Callable[[], object] | None:
 def seconds_of(
     run: Run, device: str, repeats: int = 1, before: Callable[[], object] = lambda: None
 ) -> float:
-    """Of one run, over `repeats` of them, after `before`; a card is still busy with that when runs
+    """Of one run, over `repeats` of them, after `before`; a GPU is still busy with that when runs
     are launched, so that it does not wait for the first."""
     if device == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What a call would launch on a card, told without one: the call runs on tensors that hold nothing
+"""What a call would launch on a GPU, told without one: the call runs on tensors that hold nothing
 (meta, or fake for the CPU's form), Triton's and the native library's launches are noted instead.
 """
 
@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """Counts what would run on the card: names, flops and bytes of launches, the peak of memory."""
+    """Counts what would run on the GPU: names, flops and bytes of launches, the peak of memory."""
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()

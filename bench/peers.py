@@ -4,7 +4,7 @@ queries at temperature 1 / SCALE, embeddings normalised inside. M queries, N pas
 Those made for a language model's head take queries as its inputs and passages as its weight. With
 `symmetric` the mean of that and of the same for each positive against all queries, of which they
 know nothing: two losses. A peer that is not installed raises ModuleNotFoundError, one that needs a
-card NeedsGPU and one that does not take these inputs Unfit, all before anything is launched.
+GPU NeedsGPU and one that does not take these inputs Unfit, all before anything is launched.
 """
 
 import functools
@@ -71,7 +71,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, chunked: 
 def liger(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
     """Chunks of about M D logits in the inputs' dtype, gradients in the forward pass: the weight's
     only beside the inputs', and summed over chunks in its dtype unless `accum_dtype` is another."""
-    _on_a_card(x)
+    _on_a_gpu(x)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(x, weight, labels, **options)
@@ -81,7 +81,7 @@ def cut_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, **options: Any)
     """Logits in fp32 that no memory holds, but products of the positive's in the inputs' dtype, in
     which both gradients are summed over tiles too. Tiles of dS below `filter_eps` are left out, by
     default eps / 32 of that dtype."""
-    _on_a_card(x)
+    _on_a_gpu(x)
     _halves(x)
     if max(x.numel(), weight.numel()) >= 2**31:
         raise Unfit("2**31 numbers or more, which its 32-bit offsets do not reach")
@@ -100,7 +100,7 @@ def cut_cross_entropy_compiled(x: Tensor, weight: Tensor, labels: Tensor) -> Ten
 
 def inf_cl(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Inputs are made fp32 and multiplied as tf32. In a process group its passages go round."""
-    _on_a_card(x)
+    _on_a_gpu(x)
     dims = x.shape[1]
     # Its heads are powers of two from 16 on; what is read beyond the last query may be NaN.
     if dims % 16:
@@ -114,10 +114,10 @@ def inf_cl(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def quack(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Chunks of 4,096 rows of logits in the inputs' dtype, gradients in the forward pass."""
-    _on_a_card(x)
+    _on_a_gpu(x)
     _halves(x)
     if torch.cuda.get_device_capability(x.device) < (9, 0):
-        raise Unfit("a card before Hopper")
+        raise Unfit("a GPU before Hopper")
     if sizes := [size for size in (*x.shape, len(weight)) if size % 8]:
         raise Unfit(f"a size of {sizes[0]}, which is no multiple of 8")
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
@@ -166,7 +166,7 @@ class _AtOnce(torch.autograd.Function):
         return None, *(grad * d_value for grad in ctx.saved_tensors)
 
 
-def _on_a_card(x: Tensor) -> None:
+def _on_a_gpu(x: Tensor) -> None:
     if x.device.type == "cpu":
         raise NeedsGPU
 

@@ -1,6 +1,6 @@
 """Pictures of a result file, one question each. A function returns None where the run holds nothing
-for its picture. Ours is one colour everywhere, a floor is grey; what a picture leaves out for want
-of room, its title counts and the tables have.
+for its picture. Ours is one colour everywhere, a lower bound is grey; what a picture leaves out for
+want of room, its title counts and the tables have.
 """
 
 import math
@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from rankpo_fast.demo.figure import DASHED, GREY, LOOK
 
-from .curves import Fall, Growth, growths
+from .curves import Growth, Limit, growths
 from .questions import OUT_OF_MEMORY, Result, Row, described
 from .results import Run
 from .tables import mebibytes, number, times
@@ -32,7 +32,7 @@ WIDTH = 10  # inches; on a page of 800 pixels its letters have ten
 MOST = 8  # panels of a picture
 TICKS = 6
 MARK = 0.09  # the height of one, of its panel
-FLOORS = 5  # of time, where the axis of ratios ends
+MOST_RATIO = 5  # where the axis of ratios ends
 LEAST_MIB, LEAST_ERROR = 0.1, 1e-16  # no less on an axis that has no zero
 MOST_ERROR = 1e9  # where what is not finite stands
 PLAIN = {**LOOK, "text.parse_math": False}  # a note may hold any sign
@@ -41,7 +41,7 @@ Style = Mapping[str, Any]
 
 
 def time_memory(run: Run) -> Figure | None:
-    """Time and peak memory over the batch, a line a contender."""
+    """Time and peak memory over the batch, a line an implementation."""
     growing = growths(run)
     if not growing:
         return None
@@ -51,20 +51,20 @@ def time_memory(run: Run) -> Figure | None:
             2.4 * len(kept),
             "Time (left) and peak memory above inputs and gradients (right) over the batch, both "
             f"axes logarithmic{_left_out(kept, growing)}\n"
-            "lower is better; \N{MULTIPLICATION SIGN}: the first size that a contender did not "
-            "reach",
+            "lower is better; \N{MULTIPLICATION SIGN}: the first size that an implementation did "
+            "not reach",
         )
         axes = figure.subplots(len(kept), 2, squeeze=False)
         for (left, right), growth in zip(axes, kept, strict=True):
             _grow(left, growth, style, "times")
             _grow(right, growth, style, "peaks")
             left.set_title(growth.title)
-        _legend(figure, style, {curve.contender for growth in kept for curve in growth.curves})
+        _legend(figure, style, {curve.implementation for growth in kept for curve in growth.curves})
     return figure
 
 
-def floor(run: Run) -> Figure | None:
-    """Time over that of the floor, a bar a contender, the fastest on top."""
+def lower_bound(run: Run) -> Figure | None:
+    """Time over that of the lower bound, a bar an implementation, the fastest on top."""
     cases = _a_shape_a_case(run, lambda row: row.ratio is not None)
     if not cases:
         return None
@@ -72,13 +72,13 @@ def floor(run: Run) -> Figure | None:
     with matplotlib.rc_context(PLAIN):
         figure, axes = _panels(
             [len(_bars(result)) for result in kept],
-            "Time over the floor's: 1 (dashed) is what the products or copies that any form needs "
-            f"take alone{_left_out(kept, cases)}\n"
+            "Time over the lower bound's: 1 (dashed) is what the products or copies that any form "
+            f"needs take alone{_left_out(kept, cases)}\n"
             "bars: median, whiskers: 20th to 80th percentile of rounds; shorter is better; orange "
             "is ours, deep blue a peer that is faster",
         )
         for axis, result in zip(axes, kept, strict=True):
-            _beside_the_floor(axis, result)
+            _beside_the_bound(axis, result)
     return figure
 
 
@@ -106,13 +106,13 @@ def ladder(run: Run) -> Figure | None:
             _bar(left, rows, [row.peak_mib for row in rows], mebibytes)
             _bar(right, rows, [row.tokens for row in rows], number)
             left.set_title(result.name)
-            left.set_yticks(range(len(rows)), [row.contender for row in rows])
+            left.set_yticks(range(len(rows)), [row.implementation for row in rows])
             right.set_yticks(range(len(rows)), [])
     return figure
 
 
 def accuracy(run: Run) -> Figure | None:
-    """Error against time, a point a contender, fresh data and converged."""
+    """Error against time, a point an implementation, fresh data and converged."""
     cases = _a_shape_a_case(run, lambda row: row.seconds is not None and bool(_errors_of(row)))
     if not cases:
         return None
@@ -127,13 +127,13 @@ def accuracy(run: Run) -> Figure | None:
         )
         for axis, result in zip(axes, kept, strict=True):
             _errors(axis, result, style)
-        _legend(figure, style, {r.contender for result in kept for r in result.rows
+        _legend(figure, style, {r.implementation for result in kept for r in result.rows
                                 if r.seconds is not None and _errors_of(r)})  # fmt: skip
     return figure
 
 
 def trend(trends: Sequence[Result]) -> Figure | None:
-    """Of history.trends: ours beside the floor, from result file to result file."""
+    """Of history.trends: ours beside the lower bound, from result file to result file."""
     lasting = [result for result in trends if sum(r.ratio is not None for r in result.rows) > 1]
     if not lasting:
         return None
@@ -141,7 +141,7 @@ def trend(trends: Sequence[Result]) -> Figure | None:
     with matplotlib.rc_context(PLAIN):
         figure, axes = _panels(
             [7] * len(kept),
-            "Time of ours over the floor's, from result file to result file"
+            "Time of ours over the lower bound's, from result file to result file"
             f"{_left_out(kept, lasting)}\n"
             "lower is better; bars: 20th to 80th percentile of rounds; peak memory beside each",
         )
@@ -151,15 +151,15 @@ def trend(trends: Sequence[Result]) -> Figure | None:
 
 
 def styles(results: Iterable[Result]) -> dict[str, Style]:
-    """Of every contender, the same in all pictures of a run."""
+    """Of every implementation, the same in all pictures of a run."""
     results = list(results)
-    names = dict.fromkeys(row.contender for result in results for row in result.rows)
-    floors = {row.contender for r in results for row in r.rows if r.is_floor(row)}
-    ours = {row.contender for result in results for row in result.rows if row.ours}
+    names = dict.fromkeys(row.implementation for result in results for row in result.rows)
+    bounds = {row.implementation for r in results for row in r.rows if r.is_lower_bound(row)}
+    ours = {row.implementation for result in results for row in result.rows if row.ours}
     our_marks, marks, colors = cycle(MARKS), cycle(MARKS[1:]), cycle(COLORS)
     styled: dict[str, Style] = {}
     for name in names:
-        if name in floors:
+        if name in bounds:
             styled[name] = {"color": GREY, "marker": ".", "linestyle": "--"}
         elif name in ours:
             styled[name] = {"color": OUR_COLOR, "marker": next(our_marks), "zorder": 3}
@@ -169,10 +169,10 @@ def styles(results: Iterable[Result]) -> dict[str, Style]:
 
 
 def _a_shape_a_case(run: Run, tells: Callable[[Row], bool]) -> list[Result]:
-    """Of each loss the shape at which most contenders tell something, the largest of equals."""
+    """Of each loss the shape at which most rows tell something, the largest of equals."""
     best: dict[str, tuple[tuple[int, int], Result]] = {}
     for result in run.results:
-        count = sum(tells(row) for row in result.rows if not result.is_floor(row))
+        count = sum(tells(row) for row in result.rows if not result.is_lower_bound(row))
         size = math.prod(x for x in result.shape.values() if isinstance(x, int))
         if result.family == "loss" and count:
             before = best.get(result.case)
@@ -189,39 +189,39 @@ def _grow(axes: Axes, growth: Growth, style: Mapping[str, Style], field: str) ->
     """`field` of curves: times or peaks."""
     least, tick = (0, _seconds_tick) if field == "times" else (LEAST_MIB, _mib_tick)
     drawn: list[float] = []
-    fallen: list[tuple[str, Fall]] = []
+    limits: list[tuple[str, Limit]] = []
     for curve in growth.curves:
         pairs = zip(curve.sizes, getattr(curve, field), strict=True)
         points = [(x, max(y, least)) for x, y in pairs if not math.isnan(y)]
         if points:
             axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.6,
-                      **style[curve.contender])  # fmt: skip
+                      **style[curve.implementation])  # fmt: skip
             drawn += [y for _, y in points]
-        if curve.fell is not None:
-            fallen.append((curve.contender, curve.fell))
+        if curve.limit is not None:
+            limits.append((curve.implementation, curve.limit))
     axes.loglog()
     reached = {x for curve in growth.curves for x in curve.sizes}
-    sizes = sorted(reached | {fell.size for _, fell in fallen})
+    sizes = sorted(reached | {limit.size for _, limit in limits})
     _ticks(axes.xaxis, sizes[:: math.ceil(len(sizes) / TICKS)], lambda x: f"{x:,.0f}")
     axes.set_xlabel(growth.axis)
     low, high = (min(drawn) / 1.5, max(drawn) * 1.5) if drawn else (1, 10)
-    room = _mark_falls(axes, fallen, style) if fallen else 0
+    room = _mark_limits(axes, limits, style) if limits else 0
     axes.set_ylim(low, high * (high / low) ** (room / (1 - room)))
     _ticks(axes.yaxis, round_numbers(low, high), tick)
 
 
-def _mark_falls(
-    axes: Axes, fallen: Sequence[tuple[str, Fall]], style: Mapping[str, Style]
+def _mark_limits(
+    axes: Axes, limits: Sequence[tuple[str, Limit]], style: Mapping[str, Style]
 ) -> float:
-    """At the top, one over the other where several fall at one size; the share that they need."""
+    """At the top, one over the other where several end at one size; the share that they need."""
     across = axes.get_xaxis_transform()
     stacks: Counter[int] = Counter()
-    for contender, (size, _) in fallen:
-        color = style[contender]["color"]
+    for implementation, (size, _) in limits:
+        color = style[implementation]["color"]
         axes.plot(size, 0.95 - MARK * stacks[size], marker="x", color=color, markersize=8,
                   markeredgewidth=2.2, transform=across, clip_on=False)  # fmt: skip
         stacks[size] += 1
-    full = all(OUT_OF_MEMORY in fell.why for _, fell in fallen)
+    full = all(OUT_OF_MEMORY in limit.why for _, limit in limits)
     axes.annotate(
         OUT_OF_MEMORY if full else "not reached", (min(stacks), 0.95), (-9, 0), xycoords=across,
         textcoords="offset points", ha="right", va="center", fontsize=8, color=GREY,
@@ -257,24 +257,24 @@ def _mib_tick(x: float) -> str:
 
 
 def _bars(result: Result) -> list[Row]:
-    """The fastest first, who gave no time last; without the floor itself."""
-    rows = [row for row in _present(result) if row.contender != result.floor]
+    """The fastest first, who gave no time last; without the lower bound itself."""
+    rows = [row for row in _present(result) if row.implementation != result.lower_bound]
     return sorted(rows, key=lambda row: (row.ratio is None, row.ratio or 0))
 
 
-def _beside_the_floor(axes: Axes, result: Result) -> None:
+def _beside_the_bound(axes: Axes, result: Result) -> None:
     rows = _bars(result)
     ours = [row.cost for row in rows if row.ours and row.cost is not None]
     most = max((row.ratio_high or row.ratio for row in rows if row.ratio is not None), default=1)
-    end = min(FLOORS, max(most, 1.2))
+    end = min(MOST_RATIO, max(most, 1.2))
     for place, row in enumerate(rows):
         if row.ratio is None:
             axes.text(0.03 * end, place, shorten(row.note, 36, placeholder=" ..."), va="center",
                       fontsize=8.5, color=GREY)  # fmt: skip
             continue
-        other_floor = result.is_floor(row)
-        wins = bool(ours) and row.ratio < min(ours) and not (row.ours or other_floor)
-        color = OUR_COLOR if row.ours else GREY if other_floor else WINS if wins else PEER
+        other_bound = result.is_lower_bound(row)
+        wins = bool(ours) and row.ratio < min(ours) and not (row.ours or other_bound)
+        color = OUR_COLOR if row.ours else GREY if other_bound else WINS if wins else PEER
         length = min(row.ratio, end)
         axes.barh(place, length, color=color, height=0.66)
         if row.ratio <= end and row.ratio_low is not None and row.ratio_high is not None:
@@ -289,7 +289,7 @@ def _beside_the_floor(axes: Axes, result: Result) -> None:
     axes.axvline(1, **DASHED)
     axes.set_xlim(0, 1.3 * end)
     axes.xaxis.set_major_locator(FixedLocator(range(math.floor(end) + 1)))
-    axes.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.implementation for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     _name(axes, result)
@@ -318,7 +318,7 @@ def _errors(axes: Axes, result: Result, style: Mapping[str, Style]) -> None:
         found = _errors_of(row)
         if row.seconds is None or not found:
             continue
-        look = {**style[row.contender], "linestyle": "none", "markersize": 8}
+        look = {**style[row.implementation], "linestyle": "none", "markersize": 8}
         axes.plot([row.seconds] * len(found), list(found.values()),
                   color=look["color"], linewidth=1)  # fmt: skip
         for face, error in found.items():
@@ -365,7 +365,7 @@ def _over_time(axes: Axes, result: Result) -> None:
     skipped = math.ceil(len(rows) / TICKS)
     axes.set_xticks(
         range(0, len(rows), skipped),
-        [row.contender.replace(" ", "\n", 1) for row, _ in rows[::skipped]],
+        [row.implementation.replace(" ", "\n", 1) for row, _ in rows[::skipped]],
         fontsize=8,
     )
     axes.set_title(f"{result.name}\n{fill(result.question, 50)}")

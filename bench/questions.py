@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LEVELS = ("quick", "default", "full")  # of how much is asked
-OURS = "rankpo-fast"  # contenders of ours begin so
+OURS = "rankpo-fast"  # implementations of ours begin so
 OUT_OF_MEMORY, NOT_INSTALLED, NEEDS_GPU = "out of memory", "not installed", "needs a GPU"
-DOES_NOT_TAKE = "does not take"  # a dtype, a size, a card
+DOES_NOT_TAKE = "does not take"  # a dtype, a size, a GPU
 NOT_REACHED = "not reached"  # the goal of an end-to-end run
-OUT_OF_RESOURCE = "out of resource"  # of a card: a tile that is too large
+OUT_OF_RESOURCE = "out of resource"  # of a GPU: a tile that is too large
 # A peer's notes that are results begin so, unless it is absent.
 EXCUSES = (OUT_OF_MEMORY, DOES_NOT_TAKE, NOT_REACHED, OUT_OF_RESOURCE)
 TOO_LARGE = "too large for the device"  # a model whose weights alone do not fit: ours is excused
@@ -35,26 +35,27 @@ class Settings:
     level: str
     rounds: int
     rates: Rates
-    contenders: frozenset[str] | None = None  # None: all; the floor always runs
+    implementations: frozenset[str] | None = None  # None: all; the lower bound always runs
     without: frozenset[str] = frozenset()
     limit_s: float = float("inf")  # no round of a loss, or of a training, starts later
     training_s: float = float("inf")
 
-    def takes(self, contender: str) -> bool:
-        asked = self.contenders is None or contender in self.contenders
-        return asked and contender not in self.without
+    def takes(self, implementation: str) -> bool:
+        asked = self.implementations is None or implementation in self.implementations
+        return asked and implementation not in self.without
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's result. What does not apply is None; without `seconds`, `note` says why."""
+    """One implementation's result. What does not apply is None; without `seconds`, `note` says
+    why."""
 
-    contender: str
+    implementation: str
     note: str = ""
     seconds: float | None = None  # the median of rounds; low and high are its 20th, 80th percentile
     low: float | None = None
     high: float | None = None
-    ratio: float | None = None  # to the floor, or to the first contender: taken within each round
+    ratio: float | None = None  # to the lower bound, or to the first: taken within each round
     ratio_low: float | None = None
     ratio_high: float | None = None
     ratios: tuple[float, ...] | None = None  # of all rounds
@@ -74,7 +75,7 @@ class Row:
     ndcg_high: float | None = None
     watts: float | None = None  # mean of the device, whoever else uses it
     joules: float | None = None  # per million tokens; of an end-to-end run: all it took
-    throttled: str | None = None  # why the card slowed down meanwhile
+    throttled: str | None = None  # why the GPU slowed down meanwhile
     axis: str | None = None  # in a scaling: which size grows, its values, and what each took
     sizes: tuple[int, ...] | None = None
     times: tuple[float, ...] | None = None  # as many as were reached
@@ -85,11 +86,11 @@ class Row:
     # time ~ size ** exponent over the upper half of the sizes; without times: what is sent
     exponent: float | None = None
     memory_exponent: float | None = None
-    falls_over: str | None = None  # the first size that was not reached, and why
+    limit: str | None = None  # the first size that was not reached, and why
 
     @property
     def ours(self) -> bool:
-        return self.contender.startswith(OURS)
+        return self.implementation.startswith(OURS)
 
     @property
     def cost(self) -> float | None:
@@ -99,7 +100,7 @@ class Row:
 
     @property
     def absent(self) -> bool:
-        """Whether the machine lacks a card or a package for it, which says nothing about it."""
+        """Whether the machine lacks a GPU or a package for it, which says nothing about it."""
         missing = self.note.endswith(NOT_INSTALLED) and ": " not in self.note  # no error's words
         return missing or self.note.startswith(NEEDS_GPU)
 
@@ -120,8 +121,8 @@ class Result:
     question: str  # in words
     shape: Shape
     rows: tuple[Row, ...]
-    floor: str | None = None  # the contender that ratios are taken against; None: the first
-    flops: float | None = None  # useful ones, the same for every contender
+    lower_bound: str | None = None  # the row that ratios are taken against; None: the first
+    flops: float | None = None  # useful ones, the same for every implementation
     bytes: float | None = None
     gate: float | None = None  # the error above which a time of ours means nothing
     about: Mapping[str, Any] = field(default_factory=dict)  # lengths of texts, clocks, ...
@@ -130,9 +131,11 @@ class Result:
     def name(self) -> str:
         return f"{self.case} {described(self.shape)}"
 
-    def is_floor(self, row: Row) -> bool:
-        """Whether it is the floor, or another form of it: "copy" and "copy, fresh memory"."""
-        return self.floor is not None and row.contender.split(", ")[0] == self.floor
+    def is_lower_bound(self, row: Row) -> bool:
+        """Whether it is the lower bound, or another form of it: "copy" and "copy, fresh memory"."""
+        return (
+            self.lower_bound is not None and row.implementation.split(", ")[0] == self.lower_bound
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Question:
     asks: str
     shapes: Callable[[str, str], list[Shape]]
     answer: Callable[[Shape, Settings], Result]
-    contenders: Callable[[str], Sequence[str]]  # whom it compares on a device, besides floors
+    implementations: Callable[[str], Sequence[str]]  # on a device, besides lower bounds
 
 
 def described(shape: Shape) -> str:

@@ -136,17 +136,19 @@ def count(M: int, N: int, D: int, case: str) -> tuple[Traffic, Traffic]:
 # --- the question ---
 
 NAME, ASKS = "scaling over ranks", __doc__.splitlines()[0].partition("? ")[0] + "?"
-CONTENDERS = {f"{OURS}, {case}": case for case in CASES}
+IMPLEMENTATIONS = {f"{OURS}, {case}": case for case in CASES}
 SIZES = {"quick": (1, 2), "default": (1, 2, 4), "full": (1, 2, 4)}  # ranks
 
 
 def answer(shape: Shape, settings: Settings) -> Result:
-    counts: dict[str, list[Traffic]] = {name: [] for name in CONTENDERS if settings.takes(name)}
+    counts: dict[str, list[Traffic]] = {
+        name: [] for name in IMPLEMENTATIONS if settings.takes(name)
+    }
     method = server().get_start_method()
     for size in SIZES[settings.level]:
         with tempfile.TemporaryDirectory() as place, processes(size, Path(place), method) as ask:
             for name, of_sizes in counts.items():
-                passes = answered(ask(count, **shape, case=CONTENDERS[name]))[0]
+                passes = answered(ask(count, **shape, case=IMPLEMENTATIONS[name]))[0]
                 of_sizes.append(Traffic(*map(sum, zip(*passes, strict=True))))
     rows = (_row(name, shape, settings.level, of_sizes) for name, of_sizes in counts.items())
     about = {"MiB of a rank's passages": 4 * shape["N"] * shape["D"] / 2**20}
@@ -167,6 +169,6 @@ def _row(name: str, shape: Shape, level: str, counts: list[Traffic]) -> Row:
 QUESTIONS = [
     Question(
         NAME, "scaling", ASKS, lambda device, level: [{"M": 256, "N": 512, "D": 64}], answer,
-        lambda device: list(CONTENDERS),
+        lambda device: list(IMPLEMENTATIONS),
     )
 ]  # fmt: skip

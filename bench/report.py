@@ -24,16 +24,16 @@ from .tables import COLUMNS, NEVER_LEFT_OUT, number, shown, times
 
 PICTURES = {  # file beside the page: picture, what it asks
     "time_memory.png": (plots.time_memory, "Time and memory over the batch"),
-    "floor.png": (plots.floor, "Time beside the floor"),
+    "lower_bound.png": (plots.lower_bound, "Time beside the lower bound"),
     "ladder.png": (plots.ladder, "Memory and speed of a training step"),
     "accuracy.png": (plots.accuracy, "Accuracy against speed"),
 }
 DPI = 160
 READING = (
-    "Contenders take turns in one run on one machine, so that a slow minute hits all of them; a "
-    "ratio is taken within each round. Compare ratios rather than times of different pages.",
-    "The floor is what any form of a loss must do: its matrix products, or a copy of what it reads "
-    "and writes. A ratio of 1.1 leaves a tenth to be won, whoever wins it.",
+    "Implementations take turns in one run on one machine, so that a slow minute hits all of them; "
+    "a ratio is taken within each round. Compare ratios rather than times of different pages.",
+    "The lower bound is what any form of a loss must do: its matrix products, or a copy of what it "
+    "reads and writes. A ratio of 1.1 leaves a tenth to be won, whoever wins it.",
     "Orange is ours. A peer that is missing or runs out of memory is a row that says so; a row of "
     "ours without a time, or an error of anyone, is red and makes the run fail.",
 )
@@ -68,7 +68,7 @@ th:first-child, td:first-child, .words { text-align: left; }
 td:first-child { white-space: normal; min-width: 11rem; max-width: 24rem; }
 td small { display: block; font-weight: 400; font-style: normal; color: var(--soft); }
 tr.ours td { background: var(--ours); } tr.ours td:first-child { color: var(--ours-ink);
-  font-weight: 600; } tr.floor td { color: var(--soft); font-style: italic; }
+  font-weight: 600; } tr.bound td { color: var(--soft); font-style: italic; }
 tr.red td { background: var(--red-paper); color: var(--red); font-weight: 600; }
 tr.throttled td { background: var(--warn-paper); color: var(--warn); }
 """
@@ -140,7 +140,7 @@ def section(result: Result, names: Sequence[str] = ()) -> str:
     rows = []
     for row in result.rows:
         said = "; ".join(filter(None, (row.note, row.throttled)))  # where no screen is too narrow
-        name = escape(row.contender) + (f"<small>{escape(said)}</small>" if said else "")
+        name = escape(row.implementation) + (f"<small>{escape(said)}</small>" if said else "")
         cells = "".join(f"<td{_class(c.words)}>{escape(c.text(row))}</td>" for c in columns)
         rows.append(f'<tr class="{_kind(result, row)}"><td>{name}</td>{cells}</tr>')
     about = [result.question, *(f"{key}: {fact(x)}" for key, x in result.about.items())]
@@ -154,7 +154,7 @@ def section(result: Result, names: Sequence[str] = ()) -> str:
 
 def _kind(result: Result, row: Row) -> str:
     kinds = {"red": row.red, "throttled": row.throttled, "ours": row.ours,
-             "floor": result.is_floor(row)}  # fmt: skip
+             "bound": result.is_lower_bound(row)}  # fmt: skip
     return next((kind for kind, holds in kinds.items() if holds), "")
 
 
@@ -163,12 +163,12 @@ def _class(words: bool) -> str:
 
 
 def failures(run: Run) -> list[str]:
-    return [f"{result.name}: {row.contender}: {row.note}"
+    return [f"{result.name}: {row.implementation}: {row.note}"
             for result in run.results for row in result.rows if row.red]  # fmt: skip
 
 
 def throttled(run: Run) -> list[str]:
-    return [f"{result.name}: {row.contender}: {row.throttled}"
+    return [f"{result.name}: {row.implementation}: {row.throttled}"
             for result in run.results for row in result.rows if row.throttled]  # fmt: skip
 
 
@@ -181,15 +181,16 @@ def in_short(run: Run) -> list[str]:
     if ratios:
         said.append(
             f"Losses: ours takes {times(min(ratios))} to {times(max(ratios))} times as long as the "
-            f"floor, {times(statistics.median(ratios))} at the median of {len(ratios)} shapes."
+            f"lower bound, {times(statistics.median(ratios))} at the median of "
+            f"{len(ratios)} shapes."
         )
     for family in dict.fromkeys(result.family for result in run.results):
         said += _beside_peers(family, [r for r in run.results if r.family == family])
-    full = Counter(row.contender for _, row in rows if OUT_OF_MEMORY in row.note)
+    full = Counter(row.implementation for _, row in rows if OUT_OF_MEMORY in row.note)
     if full:
         said.append(f"Out of memory: {_counted(full)}.")
     careless = Counter(
-        row.contender for result, row in rows if result.gate is not None and not row.ours
+        row.implementation for result, row in rows if result.gate is not None and not row.ours
         and max(row.error or 0, row.converged or 0) > result.gate
     )  # fmt: skip
     if careless:
@@ -206,7 +207,7 @@ def _beside_peers(family: str, results: Sequence[Result]) -> list[str]:
     compared, light = 0, 0
     lost: dict[str, list[tuple[float, str]]] = {}  # of each faster peer: its share of our time
     for result in results:
-        timed = [r for r in result.rows if r.seconds is not None and not result.is_floor(r)]
+        timed = [r for r in result.rows if r.seconds is not None and not result.is_lower_bound(r)]
         ours, peers = ([r for r in timed if r.ours is mine] for mine in (True, False))
         if not ours or not peers:
             continue
@@ -214,7 +215,7 @@ def _beside_peers(family: str, results: Sequence[Result]) -> list[str]:
         best, peer = (min(rows, key=_cost) for rows in (ours, peers))
         if _cost(peer) < _cost(best):
             share = _cost(peer) / _cost(best)
-            lost.setdefault(peer.contender, []).append((share, result.name))
+            lost.setdefault(peer.implementation, []).append((share, result.name))
         least, of_peers = (
             min((row.peak_mib for row in rows if row.peak_mib is not None), default=None)
             for rows in (ours, peers)

@@ -14,7 +14,7 @@ from .questions import Result, Row
 
 FORMAT = 2  # of the file; 1 had no number
 DIGITS = 4
-TEXTS = {"contender", "note", "throttled", "axis", "falls_over"}  # of a Row; the rest are numbers
+TEXTS = {"implementation", "note", "throttled", "axis", "limit"}  # of a Row; the rest are numbers
 
 
 @dataclass(frozen=True)

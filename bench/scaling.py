@@ -1,9 +1,9 @@
-"""How do time and memory grow, and where does each contender fall over?
+"""How do time and memory grow, and what is the limit of each implementation?
 
-One size of InfoNCE, forward and backward, doubles until a contender runs out of memory or takes too
-long. On a CPU each runs in a process of its own, whose memory has a limit: no machine is brought
-down, and a contender falls over where it would on a machine of that size. M queries, N passages, D
-dims.
+One size of InfoNCE, forward and backward, doubles until an implementation runs out of memory or
+takes too long: its limit is the first size that it does not reach. On a CPU each runs in a process
+of its own, whose memory is bounded: no machine is brought down, and an implementation ends where it
+would on a machine of that size. M queries, N passages, D dims.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ from .measure import BUSY_S, MOST_RUNS, Run, exponent, peak_bytes_of, seconds_of
 from .peers import PEERS, SCALE
 from .questions import OURS, OUT_OF_MEMORY, Question, Result, Row, Settings, Shape
 from .training.backbones import TINY
-from .training.contenders import (
-    Contender,
+from .training.corpus import workplace
+from .training.implementations import (
+    Implementation,
     Measured,
     measure,
     one_graph,
     rankpo_fast,
     sentence_transformers,
 )
-from .training.corpus import workplace
 from .training.steps import batches_of, task_of
 
-CONTENDERS = {
+IMPLEMENTATIONS = {
     OURS: functools.partial(info_nce_loss, scale=SCALE),
     **{name: functools.partial(peer, symmetric=False) for name, peer in PEERS.items()},
 }
@@ -59,8 +59,8 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a contender has fallen over."""
+class Budget:
+    """What an implementation may take; the size at which it takes more is its limit."""
 
     seconds: float  # that a run may take
     mib: int | None = None  # that a process may have; None: what the device has
@@ -74,9 +74,9 @@ class Limits:
         return {"seconds at most": self.seconds, "MiB at most": self.mib}
 
 
-LIMITS = {
-    "cpu": {"quick": Limits(2.0, 160), "default": Limits(10.0, 512), "full": Limits(60.0, 4096)},
-    "cuda": {"quick": Limits(0.5), "default": Limits(1.0), "full": Limits(5.0)},
+BUDGETS = {
+    "cpu": {"quick": Budget(2.0, 160), "default": Budget(10.0, 512), "full": Budget(60.0, 4096)},
+    "cuda": {"quick": Budget(0.5), "default": Budget(1.0), "full": Budget(5.0)},
 }
 # By axis, what matters most first; by device and level.
 GROWTHS: dict[str, dict[str, dict[str, Growth]]] = {
@@ -155,9 +155,9 @@ def peaks(make: Make, sizes: Iterable[int], device: str) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class LossAt:
-    """A contender's loss, forward and backward, at a size of an axis; shape says the others."""
+    """One's loss, forward and backward, at a size of an axis; shape says the other sizes."""
 
-    contender: str
+    implementation: str
     axis: str
     shape: Shape
     device: str
@@ -165,55 +165,55 @@ class LossAt:
     def __call__(self, size: int) -> tuple[Run, int]:
         at = {**self.shape, **dict.fromkeys(self.axis.split("="), size)}
         q, p, labels = loss.draw(at["M"], at["N"], at["D"], self.device, loss.dtype_of(at))
-        value = functools.partial(CONTENDERS[self.contender], q, p, labels)
+        value = functools.partial(IMPLEMENTATIONS[self.implementation], q, p, labels)
         return loss.forward_backward(value, [q, p]), q.nbytes + p.nbytes
 
 
-def row(make: LossAt, sizes: Sequence[int], limits: Limits) -> Row:
-    if limits.mib is None:
+def row(make: LossAt, sizes: Sequence[int], budget: Budget) -> Row:
+    if budget.mib is None:
         ask = answers_here
     else:
-        ask = functools.partial(answers_of_a_process, memory=limits.bytes)
-    seconds, note = ask(times, make, sizes, make.device, limits.seconds)
-    if seconds and seconds[-1] > limits.seconds:
-        seconds, note = seconds[:-1], f"{OVER} {limits.seconds:g} s"
+        ask = functools.partial(answers_of_a_process, memory=budget.bytes)
+    seconds, note = ask(times, make, sizes, make.device, budget.seconds)
+    if seconds and seconds[-1] > budget.seconds:
+        seconds, note = seconds[:-1], f"{OVER} {budget.seconds:g} s"
     mib, stopped = ask(peaks, make, sizes[: len(seconds)], make.device)
-    return row_of(make.contender, make.axis, sizes, seconds[: len(mib)], mib, stopped or note)
+    return row_of(make.implementation, make.axis, sizes, seconds[: len(mib)], mib, stopped or note)
 
 
 def row_of(
-    contender: str, axis: str, sizes: Sequence[int], seconds: Sequence[float],
+    implementation: str, axis: str, sizes: Sequence[int], seconds: Sequence[float],
     mib: Sequence[float], note: str,
 ) -> Row:  # fmt: skip
-    """note: what stopped the contender; "" if nothing did. To fall over is a result, and no note
+    """note: what stopped the implementation; "" if nothing did. A limit is a result, and no note
     but for an error, or where no size was reached."""
-    fell = bool(seconds) and note.startswith((OVER, OUT_OF_MEMORY))
+    is_result = bool(seconds) and note.startswith((OVER, OUT_OF_MEMORY))
     return Row(
-        contender,
-        "" if fell else note,
+        implementation,
+        "" if is_result else note,
         axis=axis,
         sizes=tuple(sizes),
         times=tuple(seconds),
         peaks=tuple(mib),
         exponent=exponent(sizes, seconds),
         memory_exponent=exponent(sizes, mib),
-        falls_over=f"{sizes[len(seconds)]}: {note}" if note else None,
+        limit=f"{sizes[len(seconds)]}: {note}" if note else None,
     )
 
 
 def answer(axis: str, name: str, asks: str, shape: Shape, settings: Settings) -> Result:
     sizes = GROWTHS[axis][settings.device][settings.level].sizes
-    limits = LIMITS[settings.device][settings.level]
+    budget = BUDGETS[settings.device][settings.level]
     rows = tuple(
-        row(LossAt(contender, axis, shape, settings.device), sizes, limits)
-        for contender in contenders(settings.device)
-        if settings.takes(contender)
+        row(LossAt(implementation, axis, shape, settings.device), sizes, budget)
+        for implementation in implementations(settings.device)
+        if settings.takes(implementation)
     )
-    return Result(name, "scaling", asks, shape, rows, about=limits.about)
+    return Result(name, "scaling", asks, shape, rows, about=budget.about)
 
 
-def contenders(device: str) -> list[str]:
-    return ON_A_CPU if device == "cpu" else list(CONTENDERS)
+def implementations(device: str) -> list[str]:
+    return ON_A_CPU if device == "cpu" else list(IMPLEMENTATIONS)
 
 
 def question(axis: str) -> Question:
@@ -222,9 +222,9 @@ def question(axis: str) -> Question:
         return [] if growth is None else [{**growth.fixed, "dtype": loss.DTYPE[device]}]
 
     name = f"scaling over {axis}"
-    asks = f"How do time and memory grow with {axis}, and where does each fall over?"
+    asks = f"How do time and memory grow with {axis}, and what is the limit of each?"
     return Question(
-        name, "scaling", asks, shapes, functools.partial(answer, axis, name, asks), contenders
+        name, "scaling", asks, shapes, functools.partial(answer, axis, name, asks), implementations
     )
 
 
@@ -238,11 +238,11 @@ BATCHES = {  # rows of a batch
     },
     "cuda": {"full": Growth(64, 4096, {**STEP, "backbone": "Qwen3-0.6B"})},
 }
-LIMITS_OF_STEPS = {
-    "cpu": {"default": Limits(5.0, 640), "full": Limits(20.0, 2048)},
-    "cuda": {"full": Limits(10.0)},
+BUDGETS_OF_STEPS = {
+    "cpu": {"default": Budget(5.0, 640), "full": Budget(20.0, 2048)},
+    "cuda": {"full": Budget(10.0)},
 }
-TRAINERS: dict[str, Contender] = {
+TRAINERS: dict[str, Implementation] = {
     "sentence-transformers": sentence_transformers,
     "sentence-transformers, cached by 32": functools.partial(sentence_transformers, cached=32),
     "one graph, autograd": one_graph,
@@ -250,11 +250,11 @@ TRAINERS: dict[str, Contender] = {
     f"{OURS}, no graph kept": functools.partial(rankpo_fast, activation_memory_gb=0.0),
 }
 OF_STEPS = "scaling over tokens"
-ASKS = "How do time and memory of a training step grow, and where does each trainer fall over?"
+ASKS = "How do time and memory of a training step grow, and what is each trainer's limit?"
 
 
 def answer_of_steps(shape: Shape, settings: Settings) -> Result:
-    limits = LIMITS_OF_STEPS[settings.device][settings.level]
+    budget = BUDGETS_OF_STEPS[settings.device][settings.level]
     sizes = BATCHES[settings.device][settings.level].sizes
     shapes = [{**shape, "batch": batch} for batch in sizes]
     tokens = [round(batches_of(at).tokens) for at in shapes]
@@ -264,22 +264,22 @@ def answer_of_steps(shape: Shape, settings: Settings) -> Result:
             continue
         reached, note = [], ""
         for at in shapes:
-            said = trained(trainer, at, settings.device, limits)
-            if isinstance(said, str) or said.seconds > limits.seconds:
-                note = said if isinstance(said, str) else f"{OVER} {limits.seconds:g} s"
+            said = trained(trainer, at, settings.device, budget)
+            if isinstance(said, str) or said.seconds > budget.seconds:
+                note = said if isinstance(said, str) else f"{OVER} {budget.seconds:g} s"
                 break
             reached.append(said)
         seconds = [one.seconds for one in reached]
         rows.append(
             row_of(name, "tokens", tokens, seconds, [x.peak / 2**20 for x in reached], note)
         )
-    return Result(OF_STEPS, "scaling", ASKS, shape, tuple(rows), about=limits.about)
+    return Result(OF_STEPS, "scaling", ASKS, shape, tuple(rows), about=budget.about)
 
 
-def trained(trainer: Contender, at: Shape, device: str, limits: Limits) -> Measured | str:
+def trained(trainer: Implementation, at: Shape, device: str, budget: Budget) -> Measured | str:
     with tempfile.TemporaryDirectory(dir=workplace()) as place:
         task = dataclasses.replace(task_of(at, device), output=Path(place) / "trained")
-        return in_a_process(measure, trainer, task, memory=limits.bytes)
+        return in_a_process(measure, trainer, task, memory=budget.bytes)
 
 
 QUESTIONS = [

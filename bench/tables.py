@@ -92,8 +92,8 @@ def _exponential(x: float) -> str:
 
 COLUMNS = (
     Column("seconds", "time", "the median of the rounds (their 20th to 80th percentile)", _time),
-    Column("ratio", "ratio", "time over that of the floor, or of the first row where there is no "
-           "floor: taken within each round (20th to 80th percentile)", _spreads("ratio", times)),
+    Column("ratio", "ratio", "time over that of the lower bound, or of the first row where there "
+           "is none: taken within each round (20th to 80th percentile)", _spreads("ratio", times)),
     Column("cold", "cold", "time with the caches emptied before", _one("cold", duration)),
     Column("gemm", "of GEMM", "useful flops a second, over what a large matrix product reached "
            "here at the start of the run", _one("gemm", percent)),
@@ -112,7 +112,7 @@ COLUMNS = (
            _one("mfu", percent)),
     Column("ndcg", "nDCG", "of held-out queries (least to most of the rounds)",
            _spreads("ndcg", lambda x: f"{x:.3f}")),
-    Column("watts", "W", "mean power of the card", _one("watts")),
+    Column("watts", "W", "mean power of the GPU", _one("watts")),
     Column("joules", "J/Mtoken", "energy of a million tokens; of an end-to-end run, all it took",
            _one("joules")),
     Column("sizes", "sizes", "what grows in a scaling, from where to where", _sizes, words=True),
@@ -124,9 +124,9 @@ COLUMNS = (
     Column("exponent", "grows", "^2: four times the time at twice the size; over the upper half of "
            "the sizes. Of ranks: what is sent", _power("exponent")),
     Column("memory_exponent", "memory grows", "the same of peak memory", _power("memory_exponent")),
-    Column("falls_over", "falls over", "the first size that was not reached, and why",
-           _one("falls_over", str), words=True),
-    Column("throttled", "throttled", "why the card slowed down meanwhile: such a time is too long",
+    Column("limit", "limit", "the first size that was not reached, and why: 8192: out of memory",
+           _one("limit", str), words=True),
+    Column("throttled", "throttled", "why the GPU slowed down meanwhile: such a time is too long",
            _one("throttled", str), words=True),
     Column("note", "note", "why there is no time", lambda row: row.note, words=True),
 )  # fmt: skip
@@ -153,7 +153,9 @@ def table(result: Result, names: Sequence[str] = ()) -> str:
     """For the terminal; ends in a newline."""
     columns = shown(result.rows, names)
     lines = [["", *(column.head for column in columns)]]
-    lines += [[row.contender, *(column.text(row) for column in columns)] for row in result.rows]
+    lines += [
+        [row.implementation, *(column.text(row) for column in columns)] for row in result.rows
+    ]
     widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     left = [True, *(column.words for column in columns)]
     return "".join(
@@ -173,7 +175,7 @@ def markdown(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     for result in results:
         lines.append([f"**{_in_a_cell(result.name)}**", *([""] * len(columns))])
         for row in result.rows:
-            texts = [row.contender, *(column.text(row) for column in columns)]
+            texts = [row.implementation, *(column.text(row) for column in columns)]
             lines.append([_in_a_cell(text) for text in texts])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

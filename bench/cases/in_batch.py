@@ -1,7 +1,7 @@
 """Do losses of every pair of a batch cost more than the GEMMs that any form of them needs?
 
-Floor: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops. In-batch RankPO without and with
-a reference, whose scores are a fourth GEMM, and SigLIP's loss. M queries, N passages, D dims.
+Lower bound: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops. In-batch RankPO without and
+with a reference, whose scores are a fourth GEMM, and SigLIP's loss. M queries, N passages, D dims.
 """
 
 import functools
@@ -61,15 +61,15 @@ def ours(form: str, q: Tensor, p: Tensor, labels: Tensor, reference: tuple) -> T
     return in_batch_rankpo_loss(q, p, labels, **dict(zip(names, reference, strict=False)))
 
 
-CONTENDERS: dict[str, Callable] = {OURS: ours, "torch": plain}
+IMPLEMENTATIONS: dict[str, Callable] = {OURS: ours, "torch": plain}
 
 
-def contenders(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Run]:
+def implementations(form: str, q: Tensor, p: Tensor, labels: Tensor) -> dict[str, Run]:
     """Everything that gives (loss, dq, dp), by name; the reference is the model itself, turned."""
     reference = (q.detach().flip(1), p.detach()) if "reference" in form else ()
     return {
         name: loss.forward_backward(functools.partial(of, form, q, p, labels, reference), [q, p])
-        for name, of in CONTENDERS.items()
+        for name, of in IMPLEMENTATIONS.items()
     }
 
 
@@ -77,8 +77,8 @@ def errors(form: str, D: int, device: str, dtype: torch.dtype, **state: bool) ->
     """Against plain torch in fp64."""
     q, p, labels = draw(FOR_ERRORS, FOR_ERRORS, D, device, dtype, **state)
     exact_q, exact_p = loss.exact([q, p])
-    truth = contenders(form, exact_q, exact_p, labels)["torch"]()
-    return loss.Errors(contenders(form, q, p, labels), lambda _: truth)
+    truth = implementations(form, exact_q, exact_p, labels)["torch"]()
+    return loss.Errors(implementations(form, q, p, labels), lambda _: truth)
 
 
 def case(form: str, shape: Shape, device: str) -> Case:
@@ -86,14 +86,14 @@ def case(form: str, shape: Shape, device: str) -> Case:
     fresh, converged = (errors(form, D, device, dtype, converged=c) for c in (False, True))
     q, p, labels = draw(M, N, D, device, dtype)
     return loss.beside_gemms(
-        FORMS[form], q, p, [q, p], contenders(form, q, p, labels), errors=fresh,
+        FORMS[form], q, p, [q, p], implementations(form, q, p, labels), errors=fresh,
         converged=converged, gate=GATE[dtype],
     )  # fmt: skip
 
 
 QUESTIONS = [
     loss_question(
-        form, __doc__.splitlines()[0], "MND", SHAPES, functools.partial(case, form), CONTENDERS
+        form, __doc__.splitlines()[0], "MND", SHAPES, functools.partial(case, form), IMPLEMENTATIONS
     )
     for form in FORMS
 ]

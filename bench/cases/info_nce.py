@@ -1,8 +1,8 @@
 """Does InfoNCE without the score matrix cost more than the GEMMs that any form of it needs?
 
-Floor: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops, which no exact method goes below,
-for one direction or both; for the loss alone 2MND. (A column knows its sum only when all rows are
-through: whoever keeps no scores makes them twice, 8MND.) M queries, N passages, D dims.
+Lower bound: S = QP', dQ = S P, dP = S'Q at the same shapes, 6MND flops, which no exact method goes
+below, for one direction or both; for the loss alone 2MND. (A column knows its sum only when all
+rows are through: whoever keeps no scores makes them twice, 8MND.) M queries, N passages, D dims.
 """
 
 import functools
@@ -26,7 +26,7 @@ from .loss import GATE, loss_question
 OWN = 8  # hard negatives of a query alone
 MOST = {"cpu": 1024, "cuda": 16384}  # rows over which errors are taken: fp64 is slow
 DIMS = [1024, 384, 2048, 4096]
-BOTH_WAYS = {"directions": (QP, PQ), "partition": "per_direction"}
+SYMMETRIC = {"directions": (QP, PQ), "partition": "per_direction"}
 
 
 class Inputs(NamedTuple):
@@ -98,7 +98,7 @@ class Form:
 
     name: str
     asks: str
-    gemms: int  # of 2MND, the floor
+    gemms: int  # of 2MND, the lower bound
     options: Callable[[Inputs], dict[str, Any]] = lambda x: {}
     plain: Plain | None = None
     symmetric: bool = False
@@ -115,7 +115,7 @@ class Form:
         return Inputs(q, p, labels, own.to(dtype).requires_grad_())
 
     @property
-    def contenders(self) -> list[str]:
+    def implementations(self) -> list[str]:
         return [OURS, *(PEERS if self.plain is None else ["torch"])]
 
     def runs(self, x: Inputs) -> dict[str, Run]:
@@ -141,12 +141,12 @@ FORMS = [
     PLAIN,
     Form(
         "info_nce symmetric", "What does the other direction cost, which shares its scores?", 3,
-        lambda x: BOTH_WAYS, symmetric=True,
+        lambda x: SYMMETRIC, symmetric=True,
     ),
     Form("info_nce forward", "What does the loss alone cost?", 1, backward=False),
     Form(
         "info_nce symmetric forward", "What do the losses of both directions cost alone?", 1,
-        lambda x: BOTH_WAYS, symmetric=True, backward=False,
+        lambda x: SYMMETRIC, symmetric=True, backward=False,
     ),
     Form(
         "info_nce masked", "What do masks of equal texts and of listed pairs cost?", 3, masks,
@@ -166,7 +166,7 @@ FORMS = [
 def errors(
     form: Form, M: int, N: int, D: int, device: str, dtype: torch.dtype, converged: bool
 ) -> loss.Errors:
-    """Of each contender against ours in fp64, which the tests hold to the definition."""
+    """Of each implementation against ours in fp64, which the tests hold to the definition."""
     x = form.draw(M, N, D, device, dtype, converged=converged)
     truth = form.runs(x.exact())[OURS]()
     return loss.Errors(form.runs(x), lambda _: truth)
@@ -207,7 +207,7 @@ CUDA: dict[str, Sequence[tuple]] = {
 QUESTIONS = [
     loss_question(
         form.name, form.asks, "MND", {"cpu": CPU_PLAIN if form is PLAIN else CPU, "cuda": CUDA},
-        functools.partial(case, form), form.contenders,
+        functools.partial(case, form), form.implementations,
     )
     for form in FORMS
 ]  # fmt: skip

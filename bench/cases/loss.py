@@ -1,4 +1,4 @@
-"""What the cases of losses share: how a case becomes a question, data, floors, runs.
+"""What the cases of losses share: how a case becomes a question, data, lower bounds, runs.
 
 M queries, N passages, B pairs, D dims.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankpo_fast.errors import InputError
 
-from ..card import watching
+from ..gpu import watching
 from ..measure import Case, Run, measure, noting, relative_error
 from ..peers import SCALE
 from ..questions import NOT_INSTALLED, Question, Result, Row, Settings, Shape
@@ -27,7 +27,7 @@ GATE = {
     torch.float64: 1e-11, torch.float32: 2 * (2e-6 + 8 * 2**-24 * SCALE),
     torch.bfloat16: 8e-3, torch.float16: 2e-3,
 }  # fmt: skip
-SCORE_BYTES = 2**32  # of the floor's S
+SCORE_BYTES = 2**32  # of the lower bound's S
 Shapes = Mapping[str, Mapping[str, Sequence[tuple]]]  # by device and level: sizes, then a dtype
 
 
@@ -60,10 +60,10 @@ def loss_question(
     axes: str,
     shapes: Shapes,
     case: Callable[[Shape, str], Case],
-    contenders: Iterable[str],
+    implementations: Iterable[str],
 ) -> LossQuestion:
     """axes: the letters of a shape's sizes, "MND" or "BD"."""
-    names = tuple(contenders)
+    names = tuple(implementations)
 
     def shapes_of(device: str, level: str) -> list[Shape]:
         return [named(axes, shape, device) for shape in shapes[device][level]]
@@ -77,15 +77,15 @@ def loss_question(
             note = f"{error.name} {NOT_INSTALLED}"  # which ours adapts to
             return Result(name, "loss", asks, shape, (Row(name, note),))
         gate = None if math.isinf(asked.gate) else asked.gate
-        with watching(settings.device) as card:
+        with watching(settings.device) as readings:
             rows = measure(asked, settings)
-        if card.throttled:  # contenders take turns: it was everybody's
+        if readings.throttled:  # implementations take turns: it was everybody's
             rows = tuple(
-                replace(row, throttled=card.throttled if row.seconds else None) for row in rows
+                replace(row, throttled=readings.throttled if row.seconds else None) for row in rows
             )
         return Result(
-            name, "loss", asks, shape, rows, asked.floor, asked.flops, asked.bytes, gate,
-            card.said,
+            name, "loss", asks, shape, rows, asked.lower_bound, asked.flops, asked.bytes, gate,
+            readings.said,
         )  # fmt: skip
 
     return LossQuestion(name, "loss", asks, shapes_of, answer, lambda _: names, case, axes)
@@ -141,8 +141,8 @@ def exact(leaves: Iterable[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Errors(Mapping[str, float]):
-    """Of each contender against what `truth` says for it, taken when it is asked for; NaN for those
-    that do not run."""
+    """Of each implementation against what `truth` says for it, taken when it is asked for; NaN for
+    those that do not run."""
 
     runs: Mapping[str, Run]
     truth: Callable[[str], Sequence[Tensor]]
@@ -166,14 +166,15 @@ def beside_gemms(
     count: int, q: Tensor, p: Tensor, leaves: Iterable[Tensor], runs: Mapping[str, Run], *,
     backward: bool = True, **errors: Any,
 ) -> Case:  # fmt: skip
-    """Runs that read the leaves, and make gradients of them if `backward`, beside their floor of so
-    many products of q [M, D] and p [N, D]; `errors` are errors, converged and gate of the Case."""
-    floor = f"{count} GEMM{'s' * (count > 1)}"
+    """Runs that read the leaves, and make gradients of them if `backward`, beside their lower bound
+    of so many products of q [M, D] and p [N, D]; `errors` are errors, converged and gate of the
+    Case."""
+    lower_bound = f"{count} GEMM{'s' * (count > 1)}"
     moved = sum(leaf.nbytes for leaf in leaves)
     return Case(
         q.device.type,
-        {floor: gemms(count, q, p, backward=backward), **runs},
-        floor,
+        {lower_bound: gemms(count, q, p, backward=backward), **runs},
+        lower_bound,
         flops=2 * count * len(q) * len(p) * q.shape[1],
         bytes=moved * (1 + backward),
         keep_bytes=moved if backward else 0,
@@ -185,8 +186,8 @@ def beside_gemms(
 def gemms(
     count: int, q: Tensor, p: Tensor, *, backward: bool = True, most: int = SCORE_BYTES
 ) -> Run:
-    """The floor, into buffers that exist: dQ = S P and dP = S'Q, and S = QP' for the others; by
-    rows where S has more bytes than `most`, so that it needs no more of a card than that."""
+    """The lower bound, into buffers that exist: dQ = S P and dP = S'Q, and S = QP' for the others;
+    by rows where S has more bytes than `most`, so that it needs no more of a GPU than that."""
     q, p = q.detach(), p.detach()
     rows = max(1, min(len(q), most // (len(p) * q.element_size())))
     scores = q.new_empty(rows, len(p))

@@ -46,7 +46,7 @@ def draw(name: str, B: int, D: int, device: str, dtype: torch.dtype, **state: bo
     return [images, texts, *(x.requires_grad_() for x in numbers)]
 
 
-def contenders(name: str, leaves: list[Tensor]) -> dict[str, Run]:
+def implementations(name: str, leaves: list[Tensor]) -> dict[str, Run]:
     """(loss, gradients) of either."""
 
     def value(module: Callable[[], Any]) -> Tensor:
@@ -59,10 +59,10 @@ def contenders(name: str, leaves: list[Tensor]) -> dict[str, Run]:
 
 
 def errors(name: str, D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
-    """Of each contender against ours in fp64."""
+    """Of each implementation against ours in fp64."""
     leaves = draw(name, FOR_ERRORS, D, device, dtype, **state)
-    truth = contenders(name, loss.exact(leaves))[OURS]()
-    return loss.Errors(contenders(name, leaves), lambda _: truth)
+    truth = implementations(name, loss.exact(leaves))[OURS]()
+    return loss.Errors(implementations(name, leaves), lambda _: truth)
 
 
 def case(name: str, shape: Shape, device: str) -> Case:
@@ -71,7 +71,7 @@ def case(name: str, shape: Shape, device: str) -> Case:
     leaves = draw(name, B, D, device, dtype)
     images, texts, *_ = leaves
     return loss.beside_gemms(
-        3, images, texts, leaves, contenders(name, leaves), errors=fresh,
+        3, images, texts, leaves, implementations(name, leaves), errors=fresh,
         converged=converged, gate=GATE[dtype],
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Is the pairwise RankPO loss bound by memory, as three reads and three writes of [B, D] should be?
 
-Floor: copying the three embeddings, the same bytes, into memory that is there. The gradients are
-fresh memory, whose pages the system has to find on the CPU: "copy, fresh memory" pays for that too.
+Lower bound: copying the three embeddings, the same bytes, into memory that is there. The gradients
+are fresh memory, whose pages the system has to find on the CPU: "copy, fresh memory" pays for that
+too.
 """
 
 import functools
@@ -33,7 +34,7 @@ SHAPES: Shapes = {
 # Against fp64, where logits lie within beta / temperature = 20: as in loss.py.
 GATE = {torch.float32: 2 * (2e-6 + 8 * 2**-24 * 20), torch.bfloat16: 8e-3, torch.float16: 2e-3}
 FOR_ERRORS = 256  # pairs
-FLOOR, FRESH = "copy", "copy, fresh memory"
+LOWER_BOUND, FRESH = "copy", "copy, fresh memory"
 
 
 def draw(
@@ -50,19 +51,19 @@ def definition(q: Tensor, c: Tensor, r: Tensor) -> Tensor:
     return margin_loss(chosen - rejected).mean()
 
 
-CONTENDERS: dict[str, Callable[..., Tensor]] = {OURS: rankpo_loss, "torch": definition}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {OURS: rankpo_loss, "torch": definition}
 
 
-def contenders(tensors: list[Tensor]) -> dict[str, Run]:
+def implementations(tensors: list[Tensor]) -> dict[str, Run]:
     """Everything that gives (loss, dq, dc, dr), by name."""
     return {
         name: loss.forward_backward(functools.partial(of, *tensors), tensors)
-        for name, of in CONTENDERS.items()
+        for name, of in IMPLEMENTATIONS.items()
     }
 
 
 def copies(tensors: list[Tensor]) -> dict[str, Run]:
-    """The floors: into memory that exists, and into memory that does not."""
+    """The lower bounds: into memory that exists, and into memory that does not."""
     sources = [x.detach() for x in tensors]
     targets = [torch.empty_like(x) for x in sources]
 
@@ -71,13 +72,13 @@ def copies(tensors: list[Tensor]) -> dict[str, Run]:
             target.copy_(source)
         return ()
 
-    return {FLOOR: into_existing, FRESH: lambda: [x.clone() for x in sources]}
+    return {LOWER_BOUND: into_existing, FRESH: lambda: [x.clone() for x in sources]}
 
 
 def errors(D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
     tensors = draw(FOR_ERRORS, D, device, dtype, **state)
-    truth = contenders(loss.exact(tensors))["torch"]()
-    return loss.Errors(contenders(tensors), lambda _: truth)
+    truth = implementations(loss.exact(tensors))["torch"]()
+    return loss.Errors(implementations(tensors), lambda _: truth)
 
 
 def case(shape: Shape, device: str) -> Case:
@@ -86,11 +87,11 @@ def case(shape: Shape, device: str) -> Case:
     tensors = draw(B, D, device, dtype)
     moved = sum(x.nbytes for x in tensors)
     return Case(
-        device, copies(tensors) | contenders(tensors), FLOOR, flops=0, bytes=2 * moved,
+        device, copies(tensors) | implementations(tensors), LOWER_BOUND, flops=0, bytes=2 * moved,
         keep_bytes=moved, errors=fresh, converged=converged, gate=GATE[dtype], dtype=dtype,
     )  # fmt: skip
 
 
 QUESTIONS = [
-    loss_question("rankpo", __doc__.splitlines()[0], "BD", SHAPES, case, [FRESH, *CONTENDERS])
+    loss_question("rankpo", __doc__.splitlines()[0], "BD", SHAPES, case, [FRESH, *IMPLEMENTATIONS])
 ]

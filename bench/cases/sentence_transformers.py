@@ -35,7 +35,7 @@ SHAPES = {
 }
 FOR_ERRORS = 512  # queries: fp64 is slow
 THEIRS = "sentence-transformers"
-CONTENDERS = [OURS, f"{OURS}, cached", THEIRS, f"{THEIRS}, cached"]
+IMPLEMENTATIONS = [OURS, f"{OURS}, cached", THEIRS, f"{THEIRS}, cached"]
 
 
 def draw(B: int, D: int, device: str, dtype: torch.dtype, **state: bool) -> list[Tensor]:
@@ -45,7 +45,7 @@ def draw(B: int, D: int, device: str, dtype: torch.dtype, **state: bool) -> list
     return [column.detach().contiguous().requires_grad_() for column in columns]
 
 
-def contenders(columns: list[Tensor]) -> dict[str, Run]:
+def implementations(columns: list[Tensor]) -> dict[str, Run]:
     """(loss, gradients) of each loss, by name."""
     from sentence_transformers.sentence_transformer import losses as theirs
 
@@ -82,10 +82,12 @@ def contenders(columns: list[Tensor]) -> dict[str, Run]:
 
 
 def errors(D: int, device: str, dtype: torch.dtype, **state: bool) -> loss.Errors:
-    """Of each contender against ours in fp64."""
+    """Of each implementation against ours in fp64."""
     columns = draw(FOR_ERRORS, D, device, dtype, **state)
-    truth = {name: run() for name, run in contenders(loss.exact(columns)).items() if OURS in name}
-    return loss.Errors(contenders(columns), lambda name: truth[name.replace(THEIRS, OURS)])
+    truth = {
+        name: run() for name, run in implementations(loss.exact(columns)).items() if OURS in name
+    }
+    return loss.Errors(implementations(columns), lambda name: truth[name.replace(THEIRS, OURS)])
 
 
 def case(shape: Shape, device: str) -> Case:
@@ -94,9 +96,9 @@ def case(shape: Shape, device: str) -> Case:
     columns = draw(B, D, device, dtype)
     queries, passages = columns[0], torch.cat([x.detach() for x in columns[1:]])
     return loss.beside_gemms(
-        3, queries, passages, columns, contenders(columns), errors=fresh, converged=converged,
+        3, queries, passages, columns, implementations(columns), errors=fresh, converged=converged,
         gate=GATE[dtype],
     )  # fmt: skip
 
 
-QUESTIONS = [loss_question(THEIRS, __doc__.splitlines()[0], "BD", SHAPES, case, CONTENDERS)]
+QUESTIONS = [loss_question(THEIRS, __doc__.splitlines()[0], "BD", SHAPES, case, IMPLEMENTATIONS)]

@@ -1,8 +1,8 @@
-"""Which tile, and which pipeline, is fastest on this card? `triton/tiles.py` rests on it.
+"""Which tile, and which pipeline, is fastest on this GPU? `triton/tiles.py` rests on it.
 
-Floor: three GEMMs. A row is a tile under one pipeline: exact (8MND) or stored (6MND). From 2k x 2k
-on they stand side by side with the tiles as shipped, and with exact in few launches, for the size
-from which to store. On a card alone: needs Triton.
+Lower bound: three GEMMs. A row is a tile under one pipeline: exact (8MND) or stored (6MND). From
+2k x 2k on they stand side by side with the tiles as shipped, and with exact in few launches, for
+the size from which to store. On a GPU alone: needs Triton.
 """
 
 import functools
@@ -36,7 +36,7 @@ PIPELINES: Pipelines = {"exact": {"stored": False, "few": False}, "stored": {"st
 SMALLER = PIPELINES | {"exact in few launches": {"stored": False, "few": True}}
 
 
-def contenders(
+def implementations(
     q: Tensor, p: Tensor, labels: Tensor, tiles: dict[str, Tiles | None], pipelines: Pipelines
 ) -> dict[str, Callable[..., Any]]:
     return {
@@ -49,7 +49,7 @@ def contenders(
 def case(tiles: dict[str, Tiles | None], pipelines: Pipelines, shape: Shape, device: str) -> Case:
     M, N, D, dtype = shape["M"], shape["N"], shape["D"], loss.dtype_of(shape)
     q, p, labels = (x.detach() for x in draw(M, N, D, device, dtype))
-    return loss.beside_gemms(3, q, p, [q, p], contenders(q, p, labels, tiles, pipelines))
+    return loss.beside_gemms(3, q, p, [q, p], implementations(q, p, labels, tiles, pipelines))
 
 
 def question(
@@ -71,7 +71,7 @@ def question(
 
 
 QUESTIONS = [
-    question("tiles", "Which tile is fastest on this card?", CANDIDATES, PIPELINES, [16384]),
+    question("tiles", "Which tile is fastest on this GPU?", CANDIDATES, PIPELINES, [16384]),
     question(
         "pipelines", "From which size on does storing pay?", SHIPPED, SMALLER, [4096, 2048, 8192]
     ),
@@ -81,7 +81,7 @@ QUESTIONS = [
 def compile_all(D: int) -> None:
     """Leave the kernels that the bench takes at these dims in Triton's cache: short runs."""
     q, p, labels = (x.detach() for x in draw(512, 4096, D, "cuda", torch.bfloat16))
-    runs = contenders(q, p, labels, CANDIDATES | SHIPPED, SMALLER)
+    runs = implementations(q, p, labels, CANDIDATES | SHIPPED, SMALLER)
     for options in ({}, SYMMETRIC):
         for how in ({"few": False}, {"few": True}, {"grads": False}):
             told: dict[str, Any] = how | {"options": options}

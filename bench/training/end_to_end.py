@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ..apart import in_a_process
-from ..card import Card, watching
+from ..gpu import Readings, watching
 from ..questions import NOT_REACHED, OURS, Question, Result, Settings, Shape
 from .backbones import TINY
-from .contenders import (
-    Contender,
+from .implementations import (
     Done,
+    Implementation,
     Memory,
     Task,
     evaluator,
@@ -29,7 +29,7 @@ from .contenders import (
     rankpo_fast,
     sentence_transformers,
 )
-from .steps import Entrants, batches_of, compare, mean, rows_of, task_of
+from .steps import Implementations, batches_of, compare, mean, rows_of, task_of
 
 ASKS = "How soon does what was held out reach an nDCG@20?"
 
@@ -54,12 +54,12 @@ class Trial:
         self.task, self.target, self.every = task, target, every
         self.steps, self.seconds, self.ndcg = 0, 0.0, 0.0
         self.memory, self.peak = Memory(task.device), 0
-        self.cards: list[Card] = []
+        self.readings: list[Readings] = []
         self.watch = contextlib.ExitStack()
 
     def resume(self) -> None:
         self.memory.settle()  # an evaluation is no part of a training
-        self.cards.append(self.watch.enter_context(watching(self.task.device)))
+        self.readings.append(self.watch.enter_context(watching(self.task.device)))
         self.began = perf_counter()
 
     def pause(self) -> None:
@@ -94,35 +94,35 @@ class Trial:
         self.resume()
 
 
-def reach(target: float, every: int, contender: Contender, task: Task) -> Reached | str:
+def reach(target: float, every: int, implementation: Implementation, task: Task) -> Reached | str:
     """In a process of its own; a note if the steps do not suffice."""
     trial = Trial(task, target, every)
     trial.resume()
     with hooks(trial.first_call, trial.updated, trial.memory.made), contextlib.suppress(Done):
-        contender(task)
+        implementation(task)
     if trial.ndcg < target:
         return f"{NOT_REACHED}: {trial.ndcg:.3f} of {target:g} after {trial.steps} steps"
     return Reached(
-        trial.seconds, trial.steps, trial.ndcg, trial.peak, **_energy(trial.cards,
+        trial.seconds, trial.steps, trial.ndcg, trial.peak, **_energy(trial.readings,
         trial.seconds),
     )  # fmt: skip
 
 
-def _energy(cards: Sequence[Card], seconds: float) -> dict[str, Any]:
+def _energy(readings: Sequence[Readings], seconds: float) -> dict[str, Any]:
     """Of all stretches together; nothing of a device that does not tell."""
-    joules = [card.joules for card in cards if card.joules is not None]
-    if len(joules) < len(cards):
+    joules = [one.joules for one in readings if one.joules is not None]
+    if len(joules) < len(readings):
         return {}
-    throttled = next((card.throttled for card in cards if card.throttled), None)
+    throttled = next((one.throttled for one in readings if one.throttled), None)
     return {"joules": sum(joules), "watts": sum(joules) / seconds, "throttled": throttled}
 
 
 def answer(shape: Shape, settings: Settings) -> Result:
     of, task = batches_of(shape), task_of(shape, settings.device)
     ask = partial(in_a_process, reach, shape["ndcg"], shape["every"])
-    answers = compare(entrants(), ask, task, settings)
+    answers = compare(implementations(), ask, task, settings)
 
-    def figures(contender: str, given: Sequence[Reached]) -> dict[str, Any]:
+    def figures(implementation: str, given: Sequence[Reached]) -> dict[str, Any]:
         return {"joules": mean(one.joules for one in given)}
 
     steps = {name: [getattr(one, "steps", None) for one in said] for name, said in answers.items()}
@@ -131,7 +131,7 @@ def answer(shape: Shape, settings: Settings) -> Result:
     return Result("end to end", "end to end", ASKS, shape, rows, flops=of.flops, about=about)
 
 
-def entrants() -> Entrants:
+def implementations() -> Implementations:
     return {
         "sentence-transformers": partial(sentence_transformers),
         f"{OURS}, padded": partial(rankpo_fast, packing=False),
@@ -155,4 +155,6 @@ def shapes(device: str, level: str) -> list[Shape]:
     return {"quick": [quick], "default": [default], "full": [default, more]}[level]
 
 
-QUESTION = Question("end to end", "end to end", ASKS, shapes, answer, lambda _: list(entrants()))
+QUESTION = Question(
+    "end to end", "end to end", ASKS, shapes, answer, lambda _: list(implementations())
+)

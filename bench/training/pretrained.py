@@ -29,8 +29,8 @@ from rankpo_fast.model.settings import read_settings
 
 from ..apart import in_a_process
 from ..questions import NOT_INSTALLED, OURS, Question, Result, Row, Settings, Shape
-from .contenders import Contender, Measured, Task, measure
 from .corpus import SEED, batches, workplace
+from .implementations import Implementation, Measured, Task, measure
 from .steps import compare, rows_of
 
 NAME, ASKS = "pretrained", __doc__.splitlines()[0]
@@ -95,7 +95,7 @@ def settings_of(model: Path) -> dict[str, Any]:
     return read_settings(model, any_pooling=True)
 
 
-CONTENDERS: dict[str, Contender | str] = {
+IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "sentence-transformers": sentence_transformers, OURS: ours,
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ def _prompts(task: Task) -> dict[str, str]:
 
 
 def first_losses(task: Task) -> dict[str, float]:
-    """Of each contender's encoder and loss on the first batch of rows, in fp32, not in training."""
+    """Of each one's encoder and loss on the first batch of rows, in fp32, not in training."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
@@ -195,9 +195,9 @@ def answer(model: Path, texts: Path, shape: Shape, settings: Settings) -> Result
     losses = in_a_process(first_losses, task)
     in_a_process(write_tokenizer, model, corpus)
     of = batches(rows, corpus, BATCH, negatives, SEED, longest)
-    answers = compare(CONTENDERS, partial(in_a_process, measure), task, settings)
+    answers = compare(IMPLEMENTATIONS, partial(in_a_process, measure), task, settings)
 
-    def figures(contender: str, given: Sequence[Measured]) -> dict[str, Any]:
+    def figures(implementation: str, given: Sequence[Measured]) -> dict[str, Any]:
         seconds = statistics.median(one.seconds for one in given)
         return {"queries": BATCH / seconds, "tokens": of.tokens / seconds}
 
@@ -209,7 +209,7 @@ def answer(model: Path, texts: Path, shape: Shape, settings: Settings) -> Result
 def checked(row: Row, losses: dict[str, float] | str) -> Row:
     """Ours, with its error; without its times where that is above the gate, or not known though
     the peer is there."""
-    if row.contender != OURS or row.note:
+    if row.implementation != OURS or row.note:
         return row
     if isinstance(losses, str):
         return row if losses.endswith(NOT_INSTALLED) else Row(OURS, f"first loss: {losses}")
@@ -242,6 +242,6 @@ def _unasked(shape: Shape, settings: Settings) -> Result:
 
 _WITHOUT = Question(
     NAME, "training", f"{ASKS} (--model, --texts)", lambda *_: [], _unasked,
-    lambda _: list(CONTENDERS),
+    lambda _: list(IMPLEMENTATIONS),
 )  # fmt: skip
 QUESTIONS = [_WITHOUT]

@@ -1,5 +1,5 @@
-"""What a training step costs. A contender trains in a process of its own; contenders take turns,
-and a round is a seed.
+"""What a training step costs. An implementation trains in a process of its own; all take turns, and
+a round is a seed.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ from ..questions import (
     Shape,
 )
 from .backbones import TINY, config_of, state_bytes
-from .contenders import (
-    Contender,
+from .corpus import SEED, Batches, batches, corpus_of, model_of, workplace
+from .implementations import (
+    Implementation,
     Measured,
     Task,
     measure,
@@ -43,29 +44,29 @@ from .contenders import (
     rankpo_fast,
     sentence_transformers,
 )
-from .corpus import SEED, Batches, batches, corpus_of, model_of, workplace
 
 MOST_ROUNDS = 3
 LEARNING_RATE, OF_MANY_WEIGHTS = 3e-3, 1e-4  # of the tiny one, and of all others
-CARDS_OWN = "Qwen3-0.6B"  # what a card is asked about: the tiny one would time its launches
-Entrants = dict[str, Contender | str]  # a str is the note of one that cannot run here
-Answers = dict[str, list[Any]]  # of each contender, in the order of rounds; a str is a note
+GPU_BACKBONE = "Qwen3-0.6B"  # what a GPU is asked about: the tiny one would time its launches
+Implementations = dict[str, Implementation | str]  # a str is the note of one that cannot run here
+Answers = dict[str, list[Any]]  # of each implementation, in the order of rounds; a str is a note
 
 
 def answer(
     name: str,
     asks: str,
-    entrants: Callable[[Shape, Settings], Entrants],
+    implementations: Callable[[Shape, Settings], Implementations],
     shape: Shape,
     settings: Settings,
 ) -> Result:
     of = batches_of(shape)
-    asked = entrants(shape, settings)
+    asked = implementations(shape, settings)
     task = task_of(shape, settings.device, ndcg=name == "learning")
     answers = compare(asked, partial(in_a_process, measure), task, settings)
 
-    def figures(contender: str, given: Sequence[Measured]) -> dict[str, Any]:
-        rate = settings.rates.gemm.get("bfloat16" if _bf16(asked[contender], task) else "float32")
+    def figures(implementation: str, given: Sequence[Measured]) -> dict[str, Any]:
+        dtype = "bfloat16" if _bf16(asked[implementation], task) else "float32"
+        rate = settings.rates.gemm.get(dtype)
         seconds = statistics.median(one.seconds for one in given)
         joules = [one.joules and one.joules / (of.tokens * one.counted / 1e6) for one in given]
         return {
@@ -109,26 +110,29 @@ def task_of(shape: Shape, device: str, **more: Any) -> Task:
 
 
 def compare(
-    entrants: Entrants, ask: Callable[[Contender, Task], Any], task: Task, settings: Settings
+    implementations: Implementations,
+    ask: Callable[[Implementation, Task], Any],
+    task: Task,
+    settings: Settings,
 ) -> Answers:
-    """What every contender answers in every round, or the note why not; once stopped, it is not
-    asked again."""
-    first = next(iter(entrants))
-    names = [name for name in entrants if name == first or settings.takes(name)]
+    """What every implementation answers in every round, or the note why not; once stopped, it is
+    not asked again."""
+    first = next(iter(implementations))
+    names = [name for name in implementations if name == first or settings.takes(name)]
     answers: Answers = {name: [] for name in names}
     stop = time.perf_counter() + settings.training_s
     for seed in range(1 if settings.level == "quick" else min(settings.rounds, MOST_ROUNDS)):
         for name in turned(names, seed):
-            contender, said = entrants[name], answers[name]
-            if isinstance(contender, str):
-                said.append(contender)
+            implementation, said = implementations[name], answers[name]
+            if isinstance(implementation, str):
+                said.append(implementation)
                 continue
             if notes := [one for one in said if isinstance(one, str)]:
                 said.append(notes[0])
                 continue
             with tempfile.TemporaryDirectory(dir=workplace()) as place:
                 own = dataclasses.replace(task, seed=seed, output=Path(place) / "trained")
-                said.append(ask(contender, own))
+                said.append(ask(implementation, own))
         if time.perf_counter() > stop:
             break
     return answers
@@ -137,19 +141,19 @@ def compare(
 def rows_of(
     answers: Answers, figures: Callable[[str, Sequence[Any]], dict[str, Any]]
 ) -> tuple[Row, ...]:
-    """A row a contender; a round that failed anywhere fails it.
+    """A row an implementation; a round that failed anywhere fails it.
 
-    figures: more fields of a contender's row, of what it answered in all rounds.
+    figures: more fields of an implementation's row, of what it answered in all rounds.
     """
-    floor = next(iter(answers.values()))
+    first = next(iter(answers.values()))
     rows = []
     for name, given in answers.items():
         if notes := [one for one in given if isinstance(one, str)]:
             rows.append(Row(name, notes[-1]))
             continue
         ratios = []
-        if not any(isinstance(one, str) for one in floor):
-            ratios = [x.seconds / of.seconds for x, of in zip(given, floor, strict=True)]
+        if not any(isinstance(one, str) for one in first):
+            ratios = [x.seconds / of.seconds for x, of in zip(given, first, strict=True)]
         learnt = [one.ndcg for one in given if one.ndcg is not None]
         fields: dict[str, Any] = {
             **spread([one.seconds for one in given], "seconds", "low", "high")
@@ -183,8 +187,8 @@ def _repeating(shape: Shape) -> bool:
     return shape.get("texts") == "repeating"
 
 
-def _bf16(contender: Contender | str, task: Task) -> bool:
-    return getattr(contender, "keywords", {}).get("bf16", task.bf16)
+def _bf16(implementation: Implementation | str, task: Task) -> bool:
+    return getattr(implementation, "keywords", {}).get("bf16", task.bf16)
 
 
 def _excused(row: Row, config: Any, device: str) -> Row:
@@ -195,7 +199,7 @@ def _excused(row: Row, config: Any, device: str) -> Row:
     if needed < there:
         return row
     gib = f"{needed / 2**30:.1f} GiB before the first text, of {there / 2**30:.1f}"
-    return Row(row.contender, f"{OUT_OF_MEMORY}, {TOO_LARGE}: {gib}")
+    return Row(row.implementation, f"{OUT_OF_MEMORY}, {TOO_LARGE}: {gib}")
 
 
 def _memory_bytes(device: str) -> int:
@@ -214,11 +218,11 @@ CACHED = {"sentence-transformers, cached by 32": partial(sentence_transformers, 
 BUSY = {"sentence-transformers, cached by 256": partial(sentence_transformers, cached=256)}
 
 
-def _against(shape: Shape, settings: Settings) -> Entrants:
+def _against(shape: Shape, settings: Settings) -> Implementations:
     return {**ST, OURS: partial(rankpo_fast)}
 
 
-def _gradient_cache(shape: Shape, settings: Settings) -> Entrants:
+def _gradient_cache(shape: Shape, settings: Settings) -> Implementations:
     return {
         "one graph, autograd": partial(one_graph),
         OURS: partial(rankpo_fast),
@@ -229,7 +233,7 @@ def _gradient_cache(shape: Shape, settings: Settings) -> Entrants:
     }
 
 
-def _padding(shape: Shape, settings: Settings) -> Entrants:
+def _padding(shape: Shape, settings: Settings) -> Implementations:
     return {f"{OURS}, padded": partial(rankpo_fast, packing=False), OURS: partial(rankpo_fast)}
 
 
@@ -252,9 +256,9 @@ SLOW = ["+ torch.compile", "+ bf16"]  # on a CPU, to start or altogether: they c
 IN_BF16 = {"+ bf16"}  # which nobody waits for on a CPU that emulates it
 
 
-def ladder(shape: Shape, settings: Settings) -> Entrants:
+def ladder(shape: Shape, settings: Settings) -> Implementations:
     """Each rung has the levers of all before it, but for those that are not to be had here."""
-    rungs: Entrants = {}
+    rungs: Implementations = {}
     given: dict[str, Any] = {}
     train: Callable[..., None] = one_graph
     on_cpu = settings.device == "cpu"
@@ -271,26 +275,27 @@ def ladder(shape: Shape, settings: Settings) -> Entrants:
     return rungs
 
 
-def _attention(shape: Shape, settings: Settings) -> Entrants:
+def _attention(shape: Shape, settings: Settings) -> Implementations:
     config, device = config_of(shape["backbone"]), settings.device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     needs = Needs(torch.device(device), device == "cuda", head_dim, False, False, False)
-    entrants: Entrants = {
+    implementations: Implementations = {
         f"{name}, padded": partial(rankpo_fast, attn_implementation=name, packing=False)
         for name in ("eager", "sdpa")
     }
     for kernel in reversed(KERNELS):
         reason = kernel.why_not(needs)
         if reason is None:
-            entrants[kernel.name] = partial(rankpo_fast, attn_implementation=kernel.name)
+            implementations[kernel.name] = partial(rankpo_fast, attn_implementation=kernel.name)
         elif NOT_INSTALLED in reason:
-            entrants[kernel.name] = f"{kernel.distribution} {NOT_INSTALLED}"
+            implementations[kernel.name] = f"{kernel.distribution} {NOT_INSTALLED}"
         else:
-            entrants[kernel.name] = NEEDS_GPU + (f" for it: {reason}" if device == "cuda" else "")
-    return entrants
+            why = f" for it: {reason}" if device == "cuda" else ""
+            implementations[kernel.name] = f"{NEEDS_GPU}{why}"
+    return implementations
 
 
-def _liger(shape: Shape, settings: Settings) -> Entrants:
+def _liger(shape: Shape, settings: Settings) -> Implementations:
     return {
         "Liger off": partial(rankpo_fast, use_liger_kernel=False),
         "Liger on": _no_liger(settings.device) or partial(rankpo_fast, use_liger_kernel=True),
@@ -308,18 +313,18 @@ def _no_liger(device: str) -> str | None:
     return None
 
 
-def _backbones(shape: Shape, settings: Settings) -> Entrants:
-    entrants: Entrants = {**ST, **CACHED, OURS: partial(rankpo_fast)}
+def _backbones(shape: Shape, settings: Settings) -> Implementations:
+    implementations: Implementations = {**ST, **CACHED, OURS: partial(rankpo_fast)}
     if settings.device == "cpu":
-        return entrants
+        return implementations
     for name, train in (("sentence-transformers", sentence_transformers), (OURS, rankpo_fast)):
         # where a step does not fit without
-        entrants[f"{name}, checkpointing"] = partial(train, gradient_checkpointing=True)
+        implementations[f"{name}, checkpointing"] = partial(train, gradient_checkpointing=True)
     if is_flash_attn_2_available():  # which ours takes by itself
-        entrants["sentence-transformers, flash_attention_2"] = partial(
+        implementations["sentence-transformers, flash_attention_2"] = partial(
             sentence_transformers, attn_implementation="flash_attention_2"
         )
-    return entrants
+    return implementations
 
 
 # --- what is asked ---
@@ -332,7 +337,7 @@ def _shape(batch: int, negatives: int, steps: int, backbone: str = TINY, **more:
 def _question(
     name: str,
     asks: str,
-    entrants: Callable[[Shape, Settings], Entrants],
+    implementations: Callable[[Shape, Settings], Implementations],
     cpu: tuple[list[Shape], list[Shape], list[Shape]],
     cuda: tuple[list[Shape], list[Shape], list[Shape]],
 ) -> Question:
@@ -342,21 +347,21 @@ def _question(
         quick, default, more = cuda if device == "cuda" else cpu
         return {"quick": quick, "default": default, "full": [*default, *more]}[level]
 
-    def contenders(device: str) -> list[str]:
+    def names(device: str) -> list[str]:
         settings = Settings(device, "full", 1, Rates({}, 1.0))
-        names = (entrants(shape, settings) for shape in shapes(device, "full"))
-        return list(dict.fromkeys(name for of_shape in names for name in of_shape))
+        asked = (implementations(shape, settings) for shape in shapes(device, "full"))
+        return list(dict.fromkeys(name for of_shape in asked for name in of_shape))
 
-    of_shape = partial(answer, name, asks, entrants)
-    return Question(name, "training", asks, shapes, of_shape, contenders)
+    of_shape = partial(answer, name, asks, implementations)
+    return Question(name, "training", asks, shapes, of_shape, names)
 
 
 LEARNING = [_shape(64, 1, 100), _shape(64, 1, 100, texts="repeating")]
-SMALL = ["MiniLM-L6", "bge-base", CARDS_OWN, "Llama-3.2-1B", "Llama-3.2-3B"]
+SMALL = ["MiniLM-L6", "bge-base", GPU_BACKBONE, "Llama-3.2-1B", "Llama-3.2-3B"]
 LARGE = ["Qwen3-4B", "Llama-3.1-8B"]
-ON_CARD = (
-    [_shape(64, 1, 4, CARDS_OWN)],
-    [_shape(64, 1, 8, CARDS_OWN)],
+ON_GPU = (
+    [_shape(64, 1, 4, GPU_BACKBONE)],
+    [_shape(64, 1, 8, GPU_BACKBONE)],
     [_shape(64, 1, 8, "Llama-3.2-1B")],
 )
 QUESTIONS = [
@@ -364,32 +369,32 @@ QUESTIONS = [
         "backbones", "What does a step cost, and how large a model fits?", _backbones,
         ([_shape(16, 1, 4)], [_shape(64, 1, 8), _shape(8, 1, 3, "MiniLM-L6")],
          [_shape(8, 1, 3, "bge-base")]),
-        ([_shape(64, 1, 4), _shape(64, 1, 4, CARDS_OWN)],
+        ([_shape(64, 1, 4), _shape(64, 1, 4, GPU_BACKBONE)],
          [_shape(256, 1, 8), *(_shape(256, 1, 4, backbone) for backbone in SMALL)],
          [_shape(256, 1, 4, backbone) for backbone in LARGE]),
     ),
     _question(
         "ladder", "What does each lever on memory do, on top of those before it?", ladder,
-        ([_shape(32, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([_shape(32, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_GPU,
     ),
     _question(
         "gradient cache", "What does a batch cost with one graph, with kept ones, with none?",
         _gradient_cache,
         ([_shape(64, 0, 3)], [_shape(256, 0, 3)], [_shape(1024, 0, 3)]),
-        ([_shape(256, 0, 4, CARDS_OWN)], [_shape(1024, 0, 4, CARDS_OWN)],
-         [_shape(4096, 0, 3, CARDS_OWN)]),
+        ([_shape(256, 0, 4, GPU_BACKBONE)], [_shape(1024, 0, 4, GPU_BACKBONE)],
+         [_shape(4096, 0, 3, GPU_BACKBONE)]),
     ),
     _question(
         "padding", "What does padding cost?", _padding,
-        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_GPU,
     ),
     _question(
         "attention", "Which attention is the fastest?", _attention,
-        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_CARD,
+        ([], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_GPU,
     ),
     _question(
         "liger", "What do Liger's kernels bring?", _liger,
-        ([], [_shape(16, 1, 4)], []), ([], *ON_CARD[1:]),
+        ([], [_shape(16, 1, 4)], []), ([], *ON_GPU[1:]),
     ),
     _question(
         "learning", "Does ours train as well in less time?", _against,

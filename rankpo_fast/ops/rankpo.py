@@ -209,7 +209,7 @@ def ranking_loss(problem: RankPOProblem, weights: Tensor | None, reduction: Redu
     q, leaves = problem.q_BD, [problem.q_BD, *problem.passages]
     needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
     weights_B = row_weights(q, weights, len(q), reduction)
-    # In one pass, unless on a card: what backward starts from is not known there, and gradients
+    # In one pass, unless on a GPU: what backward starts from is not known there, and gradients
     # times a number are read and written once more, where a second pass only reads.
     if reduction == "none" or not any(needs) or q.is_cuda:
         loss_B = _rankpo(*crossing(problem))[0] * weights_B

@@ -1,4 +1,4 @@
-"""The measuring is right, and what stops a contender is a row."""
+"""The measuring is right, and what stops an implementation is a row."""
 
 import contextlib
 import itertools
@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import __main__ as bench
 from bench import machine, registry
 from bench import measure as measuring
-from bench.card import Card
 from bench.cases import in_batch, info_nce, loss, open_clip, rankpo, sentence_transformers, tiles
 from bench.cases.loss import GATE, Errors, LossQuestion, gemms, loss_question
+from bench.gpu import Readings
 from bench.measure import Case, cache_bytes, evictor, measure, relative_error, seconds_of, turned
 from bench.peers import COMPILED
 from bench.questions import OURS, Question, Rates, Result, Row, Settings
@@ -27,17 +27,18 @@ MIB = 2**20
 RATES = Rates({"float32": 1e9, "bfloat16": 8e9}, 1e9)
 
 
-def case(contenders, **more) -> Case:
+def case(implementations, **more) -> Case:
     sizes = {"flops": 0, "bytes": 1e12} | more  # too large for any cache
-    return Case("cpu", {"floor": tuple} | contenders, "floor", **sizes)
+    return Case("cpu", {"bound": tuple} | implementations, "bound", **sizes)
 
 
 def settings(rounds=1, **more) -> Settings:
     return Settings("cpu", "quick", rounds, RATES, **more)
 
 
-def measured(contenders, *, rounds=1, **more) -> dict[str, Row]:
-    return {row.contender: row for row in measure(case(contenders, **more), settings(rounds))}
+def measured(implementations, *, rounds=1, **more) -> dict[str, Row]:
+    rows = measure(case(implementations, **more), settings(rounds))
+    return {row.implementation: row for row in rows}
 
 
 def fails(error):
@@ -72,7 +73,7 @@ def takes(monkeypatch):
 
 
 def test_a_known_time_comes_out_as_itself_and_its_ratio(takes):
-    rows = measured({"floor": takes(0.05), "twice": takes(0.1)}, rounds=3)
+    rows = measured({"bound": takes(0.05), "twice": takes(0.1)}, rounds=3)
     assert rows["twice"].seconds == pytest.approx(0.1)
     assert rows["twice"].ratio == pytest.approx(2)
     assert rows["twice"].low <= rows["twice"].seconds <= rows["twice"].high
@@ -81,10 +82,10 @@ def test_a_known_time_comes_out_as_itself_and_its_ratio(takes):
 
 def test_short_runs_are_repeated_until_they_can_be_timed(takes):
     ran, short, long = [], takes(1e-5), takes(0.02)
-    measured({"floor": short, "short": lambda: ran.append(1) or short()})
+    measured({"bound": short, "short": lambda: ran.append(1) or short()})
     assert len(ran) > 10
     ran.clear()
-    measured({"floor": short, "long": lambda: ran.append(1) or long()})
+    measured({"bound": short, "long": lambda: ran.append(1) or long()})
     assert len(ran) == 4  # a warm-up, the peak, one to know how long it takes, the round
 
 
@@ -114,10 +115,10 @@ def test_memory_that_a_run_has_freed_by_its_end_counts():
 
 
 def test_shares_are_of_the_rates_that_were_measured(takes):
-    row = measured({"floor": takes(0.01), "works": takes(0.02)}, flops=1e7, bytes=1e13)["works"]
+    row = measured({"bound": takes(0.01), "works": takes(0.02)}, flops=1e7, bytes=1e13)["works"]
     assert row.gemm == pytest.approx(1e7 / row.seconds / 1e9)
     assert row.copy == pytest.approx(1e13 / row.seconds / 1e9)
-    assert measured({"floor": takes(0.01), "moves": takes(0.02)}, flops=0)["moves"].gemm is None
+    assert measured({"bound": takes(0.01), "moves": takes(0.02)}, flops=0)["moves"].gemm is None
 
 
 def test_what_fits_a_cache_is_also_timed_without_it(monkeypatch):
@@ -136,7 +137,7 @@ def test_the_caches_are_emptied_by_twice_their_size(monkeypatch):
     assert measuring.peak_resident() - before == pytest.approx(64 * MIB, abs=4 * MIB)
 
 
-def test_every_contender_is_first_in_some_round(monkeypatch):
+def test_every_implementation_is_first_in_some_round(monkeypatch):
     orders = [turned("abc", number) for number in range(4)]
     assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
     ran = []
@@ -157,13 +158,13 @@ def test_a_slow_round_moves_no_ratio(monkeypatch):
     assert row.ratios == (2,) * 6 and row.high > row.low
 
 
-def test_the_order_of_contenders_does_not_matter(monkeypatch):
+def test_the_order_of_implementations_does_not_matter(monkeypatch):
     """A machine that grows slower within a run: ratios of a round take it out."""
 
     def ratios(*names: str) -> dict[str, float]:
         clock = itertools.count(100)
         monkeypatch.setattr(measuring, "seconds_of", lambda *_: next(clock) / 100)
-        rows = measured({"floor": tuple} | dict.fromkeys(names, tuple), rounds=6)
+        rows = measured({"bound": tuple} | dict.fromkeys(names, tuple), rounds=6)
         return {name: rows[name].ratio for name in names}
 
     forth, back = ratios("a", "b"), ratios("b", "a")
@@ -172,16 +173,16 @@ def test_the_order_of_contenders_does_not_matter(monkeypatch):
         assert forth[name] == pytest.approx(back[name], abs=0.02)
 
 
-def test_what_stops_a_contender_is_a_row():
-    contenders = {
+def test_what_stops_an_implementation_is_a_row():
+    implementations = {
         "full": fails(torch.OutOfMemoryError("CUDA out of memory")),
         "gone": fails(ModuleNotFoundError(name="quack")),
         "broken": fails(RuntimeError("no kernel image\nmore")),
         "fine": tuple,
     }
-    rows = measured(contenders, rounds=2)
+    rows = measured(implementations, rounds=2)
     assert {name: row.note for name, row in rows.items()} == {
-        "floor": "", "full": "out of memory", "gone": "quack not installed",
+        "bound": "", "full": "out of memory", "gone": "quack not installed",
         "broken": "RuntimeError: no kernel image", "fine": "",
     }  # fmt: skip
     assert [name for name, row in rows.items() if row.red] == ["broken"]
@@ -217,13 +218,13 @@ def test_a_red_gate_of_ours_is_not_timed_and_a_peer_is(state):
     assert "above the gate" in rows[OURS].note and rows[OURS].red
 
 
-def test_without_a_floor_a_contender_has_a_time_but_no_ratio():
-    rows = measured({"floor": fails(MemoryError()), OURS: tuple})
-    assert rows["floor"].note == "out of memory"
+def test_without_a_lower_bound_an_implementation_has_a_time_but_no_ratio():
+    rows = measured({"bound": fails(MemoryError()), OURS: tuple})
+    assert rows["bound"].note == "out of memory"
     assert rows[OURS].seconds is not None and rows[OURS].ratio is None and not rows[OURS].red
 
 
-def test_a_floor_of_few_rows_at_once_has_the_products_of_all():
+def test_a_lower_bound_of_few_rows_at_once_has_the_products_of_all():
     q, p = torch.randn(7, 3), torch.randn(5, 3)
     s = q @ p.T
     for most in (2**20, 2 * 5 * 4):  # two rows of five scores: the last chunk is smaller
@@ -238,8 +239,8 @@ def test_errors_are_taken_of_those_who_are_asked():
     assert ran == ["b"] and errors["b"] == 0 and ran == ["b"]
 
 
-def test_a_throttled_card_marks_every_time_of_the_case(monkeypatch):
-    hot = Card(watts=700.04, throttled="power cap in 3 of 9 samples")
+def test_a_throttled_gpu_marks_every_time_of_the_case(monkeypatch):
+    hot = Readings(watts=700.04, throttled="power cap in 3 of 9 samples")
     monkeypatch.setattr(loss, "watching", lambda device: contextlib.nullcontext(hot))
     runs = {OURS: tuple, "late": fails(MemoryError())}
     asked = loss_question("ours", "?", "BD", {}, lambda *_: case(runs), list(runs))
@@ -254,10 +255,10 @@ def test_rounds_stop_at_the_limit():
     assert len(rows[1].ratios) == 1
 
 
-def test_only_those_asked_for_and_the_floor_run():
-    asked = settings(contenders=frozenset(["a"]))
+def test_only_those_asked_for_and_the_lower_bound_run():
+    asked = settings(implementations=frozenset(["a"]))
     rows = measure(case({"a": tuple, "b": fails(AssertionError())}), asked)
-    assert [row.contender for row in rows] == ["floor", "a"]
+    assert [row.implementation for row in rows] == ["bound", "a"]
 
 
 def test_without_the_library_that_ours_adapts_to_there_is_a_row_of_its_name():
@@ -293,7 +294,7 @@ def test_ours_that_has_no_error_says_what_it_raised():
     ],
     ids=["triton", "cublas"],
 )
-def test_a_lack_of_the_card_is_a_result_of_a_peer(error, note):
+def test_a_lack_of_the_gpu_is_a_result_of_a_peer(error, note):
     row = measured({"peer": fails(RuntimeError(error))})["peer"]
     assert note in row.note and not row.red
 
@@ -310,7 +311,7 @@ def test_rates_are_those_of_the_products_and_copies_they_time(monkeypatch):
 
 @pytest.mark.parametrize("form", info_nce.FORMS, ids=lambda form: form.name.replace(" ", "-"))
 @pytest.mark.parametrize("passages", [24, 72], ids=["one-a-query", "in-groups"])
-def test_contenders_of_a_form_agree(form, passages):
+def test_implementations_of_a_form_agree(form, passages):
     x = form.draw(24, passages, 32, "cpu", torch.float32)
     # test_peers compiles those that do
     runs = {name: run for name, run in form.runs(x).items() if name not in COMPILED}
@@ -325,40 +326,39 @@ def test_a_case_says_what_a_step_has_to_do():
     (shape,) = [asked.shape("32x64x16", "cpu")]
     made = asked.case(shape, "cpu")
     assert made.flops == 6 * 32 * 64 * 16 and made.bytes == 2 * 4 * (32 + 64) * 16
-    assert made.floor == "3 GEMMs" and set(asked.contenders("cpu")) == set(made.contenders) - {
-        "3 GEMMs"
-    }
+    assert made.lower_bound == "3 GEMMs"
+    assert set(asked.implementations("cpu")) == set(made.implementations) - {"3 GEMMs"}
 
 
 @pytest.mark.parametrize(
     ("count", "backward"), [(1, False), (3, True), (4, True)], ids=["1-forward", "3", "4"]
 )
-def test_the_floor_makes_no_product_more_than_its_name_says(count, backward):
+def test_the_lower_bound_makes_no_product_more_than_its_name_says(count, backward):
     q, p = (torch.randn(n, 16, requires_grad=True) for n in (24, 40))
     made = loss.beside_gemms(count, q, p, [q, p], {}, backward=backward)
     with FlopCounterMode(display=False) as counter:
-        made.contenders[f"{count} GEMM{'s' * (count > 1)}"]()
+        made.implementations[f"{count} GEMM{'s' * (count > 1)}"]()
     assert counter.get_total_flops() == made.flops == count * 2 * 24 * 40 * 16
 
 
 @pytest.mark.parametrize("form", in_batch.FORMS, ids=lambda form: form.replace(" ", "-"))
-def test_contenders_of_a_pair_loss_agree(form):
+def test_implementations_of_a_pair_loss_agree(form):
     found = in_batch.errors(form, 16, "cpu", torch.float32)
     assert max(found.values()) < in_batch.GATE[torch.float32]
 
 
-def test_contenders_of_the_pairwise_loss_agree():
+def test_implementations_of_the_pairwise_loss_agree():
     found = rankpo.errors(16, "cpu", torch.float32)
     assert max(found.values()) < rankpo.GATE[torch.float32]
 
 
 @pytest.mark.parametrize("room", [sentence_transformers, open_clip], ids=lambda m: m.__name__[-5:])
-def test_contenders_of_an_adapter_agree(room, monkeypatch):
+def test_implementations_of_an_adapter_agree(room, monkeypatch):
     pytest.importorskip(room.THEIRS.replace("-", "_"))
     monkeypatch.setattr(room, "FOR_ERRORS", 32)
     for question in room.QUESTIONS:
         made = question.case(question.shape("32x16", "cpu"), "cpu")
-        assert set(made.errors) == set(question.contenders("cpu"))
+        assert set(made.errors) == set(question.implementations("cpu"))
         assert max(made.errors.values()) < made.gate
 
 
@@ -368,7 +368,7 @@ def test_converged_data_is_what_cross_entropy_loses():
     assert found[OURS] < GATE[torch.float32] and found["torch cross_entropy"] > 0.5
 
 
-def test_a_card_has_the_shapes_that_matter_first():
+def test_a_gpu_has_the_shapes_that_matter_first():
     plain = next(q for q in info_nce.QUESTIONS if q.name == "info_nce")
     first = plain.shapes("cuda", "default")[0]
     assert first == {"M": 16384, "N": 16384, "D": 1024, "dtype": "bfloat16"}
@@ -382,7 +382,7 @@ def test_the_sweep_takes_the_tiles_it_names(interpreted):
     q, p, labels = (x.detach() for x in info_nce.loss.draw(24, 40, 16, "cpu", torch.bfloat16))
     if not interpreted:
         q, p, labels = q.cuda(), p.cuda(), labels.cuda()
-    runs = tiles.contenders(q, p, labels, {"small": SMALL, "as shipped": None}, tiles.SMALLER)
+    runs = tiles.implementations(q, p, labels, {"small": SMALL, "as shipped": None}, tiles.SMALLER)
     assert list(runs) == [
         f"{how}, {name}" for name in ("small", "as shipped") for how in tiles.SMALLER
     ]
@@ -406,8 +406,8 @@ def suite(monkeypatch, tmp_path):
             return Result(name, "loss", "?", shape, (rows[name],))
 
         shapes = [{"M": 2, "dtype": "float32"}, {"M": 4, "dtype": "float32"}]
-        contenders = (OURS, "torch", "torch.compile")
-        return Question(name, "loss", "?", lambda *_: shapes, answer, lambda _: contenders)
+        implementations = (OURS, "torch", "torch.compile")
+        return Question(name, "loss", "?", lambda *_: shapes, answer, lambda _: implementations)
 
     questions = {name: question(name) for name in (*rows, "broken")}
     monkeypatch.setattr(registry, "QUESTIONS", questions)
@@ -468,7 +468,7 @@ def test_what_is_emulated_is_left_out_with_a_word(suite, monkeypatch, capsys, tm
 def test_quick_has_no_time_to_compile_unless_asked_to(suite):
     _, run = suite("--quick", "--cases", "fine")
     assert run.machine["left out"] == "torch.compile (compiles for seconds)"
-    _, run = suite("--quick", "--cases", "fine", "--contenders", "torch.compile")
+    _, run = suite("--quick", "--cases", "fine", "--implementations", "torch.compile")
     assert "left out" not in run.machine
 
 
@@ -477,7 +477,7 @@ def test_quick_has_no_time_to_compile_unless_asked_to(suite):
     [
         (["--cases", "fine", "fin"], "unknown case 'fin' (did you mean fine?)"),
         (
-            ["--contenders", "torch", "torhc"],
+            ["--implementations", "torch", "torhc"],
             "'torhc' is in none of these cases (did you mean torch?)",
         ),
         (["--shapes", "4x4"], "have no shape 4x4"),
@@ -509,7 +509,7 @@ def rows(row: str) -> str:
     "text",
     [
         "5", "[]", file("3"), file("[]", "[1]"), file('["a"]'), file(rows("7")),
-        file(rows('{"contender": "a", "seconds": "1"}')),
+        file(rows('{"implementation": "a", "seconds": "1"}')),
     ],
     ids=["number", "list", "results", "machine", "result", "row", "seconds"],
 )  # fmt: skip

@@ -17,21 +17,21 @@ from support.bench_runs import RUN, SCALING
 SEEDS = 300
 
 
-def row(contender=OURS, ratios=None, seconds=1.0, **more) -> Row:
-    """A row as a run gives it: the floor takes a second."""
+def row(implementation=OURS, ratios=None, seconds=1.0, **more) -> Row:
+    """A row as a run gives it: the lower bound takes a second."""
     given = {}
     if ratios is not None:
         middle, low, high = percentiles(ratios)
         given = {"ratio": middle, "ratio_low": low, "ratio_high": high, "ratios": tuple(ratios)}
         seconds = middle
     spread = {"low": 0.99 * seconds, "high": 1.01 * seconds}
-    return Row(contender, **{"seconds": seconds, **spread, **given, **more})
+    return Row(implementation, **{"seconds": seconds, **spread, **given, **more})
 
 
-def run(*rows: Row, floor="3 GEMMs", device="a card", case="info_nce", **machine) -> Run:
+def run(*rows: Row, lower_bound="3 GEMMs", device="a GPU", case="info_nce", **machine) -> Run:
     rows = (row("3 GEMMs", ratio=1.0), *rows)
     shape = {"M": 64, "dtype": "float32"}
-    result = Result(case, "loss", "?", shape, rows, floor=floor)
+    result = Result(case, "loss", "?", shape, rows, lower_bound=lower_bound)
     return Run({"device": device, **machine}, [result])
 
 
@@ -42,7 +42,7 @@ def rounds(seed, n=5, scale=1.0, noise=0.03) -> list[float]:
 
 def verdicts(before: Run, after: Run, **how) -> dict[tuple[str, str], str]:
     found = compare(before, after, **how).changes
-    return {(change.contender, change.respect): change.verdict for change in found}
+    return {(change.implementation, change.respect): change.verdict for change in found}
 
 
 def called(scale, n, noise) -> float:
@@ -111,16 +111,16 @@ def test_equal_rounds_are_noise():
 def test_a_slower_machine_is_no_regression():
     a, b = row(ratios=rounds(1)), row(ratios=rounds(2))
     slow = replace(b, seconds=3 * b.seconds, low=3 * b.low, high=3 * b.high)
-    found = compare(run(a), run(slow, device="a slower card"))
-    assert found.changes == [] and found.machines == {"device": ("a card", "a slower card")}
-    assert table(found).startswith("device: a card -> a slower card\n")
+    found = compare(run(a), run(slow, device="a slower GPU"))
+    assert found.changes == [] and found.machines == {"device": ("a GPU", "a slower GPU")}
+    assert table(found).startswith("device: a GPU -> a slower GPU\n")
 
 
 @pytest.mark.parametrize(
-    ("device", "verdict"), [("a card", {(OURS, "time"): WORSE}), ("another", {})]
+    ("device", "verdict"), [("a GPU", {(OURS, "time"): WORSE}), ("another", {})]
 )
-def test_without_a_floor_in_common_seconds_are_compared_on_the_same_device(device, verdict):
-    before = run(row(ratios=rounds(1)), floor="4 GEMMs")
+def test_without_a_lower_bound_in_common_seconds_are_compared_on_the_same_device(device, verdict):
+    before = run(row(ratios=rounds(1)), lower_bound="4 GEMMs")
     after = run(row(ratios=rounds(2, scale=1.2)), device=device)
     assert verdicts(before, after) == verdict
 
@@ -182,22 +182,22 @@ def test_an_error_in_another_instruction_set_is_no_regression_and_the_set_is_sai
 
 
 @pytest.mark.parametrize(
-    ("contender", "note", "code"),
+    ("implementation", "note", "code"),
     [(OURS, "error 1.0e+00 above the gate 1.0e-03", 1), ("quack", "out of memory", 0)],
     ids=["red-gate", "peer"],
 )
-def test_who_ran_and_no_longer_does_is_said(contender, note, code):
-    ran, stopped = row(contender, ratios=rounds(1)), Row(contender, note)
+def test_who_ran_and_no_longer_does_is_said(implementation, note, code):
+    ran, stopped = row(implementation, ratios=rounds(1)), Row(implementation, note)
     found = compare(run(ran), run(stopped))
     assert [change.verdict for change in found.changes] == [WORSE] and found.code == code
     assert note in table(found)
-    assert verdicts(run(stopped), run(ran)) == {(contender, "note"): BETTER}
+    assert verdicts(run(stopped), run(ran)) == {(implementation, "note"): BETTER}
 
 
 def test_falling_over_sooner_is_worse():
     ours, _ = SCALING.rows
-    fell = replace(ours, times=ours.times[:2], peaks=ours.peaks[:2], falls_over="16384: over 60 s")
-    before, after = (Run({}, [replace(SCALING, rows=(x,))]) for x in (ours, fell))
+    ended = replace(ours, times=ours.times[:2], peaks=ours.peaks[:2], limit="16384: over 60 s")
+    before, after = (Run({}, [replace(SCALING, rows=(x,))]) for x in (ours, ended))
     found = compare(before, after)
     assert found.code == 1 and "M: every size -> 16384: over 60 s" in table(found)
     assert compare(after, before).code == 0
@@ -219,7 +219,7 @@ def test_falling_over_sooner_is_worse():
 def test_a_scaling_is_compared_size_by_size(changes, respect, verdict):
     ours = replace(SCALING.rows[0], work=(6.0, 6.0, 6.0), sent=(1.0, 2.0, 4.0))
     before, after = (
-        Run({"device": "a card"}, [replace(SCALING, rows=(x,))])
+        Run({"device": "a GPU"}, [replace(SCALING, rows=(x,))])
         for x in (ours, replace(ours, **changes))
     )
     expected = {} if respect is None else {(OURS, respect): verdict}
@@ -238,7 +238,7 @@ def test_what_was_learnt_is_compared(least, most, verdict):
 def test_a_peer_that_became_faster_makes_ours_no_slower():
     ours = row(ratio=0.5, ratio_low=0.49, ratio_high=0.51, seconds=0.5)
     faster = replace(ours, ratio=0.625, ratio_low=0.61, ratio_high=0.64)
-    assert verdicts(run(ours, floor=None), run(faster, floor=None)) == {}
+    assert verdicts(run(ours, lower_bound=None), run(faster, lower_bound=None)) == {}
 
 
 def test_a_row_of_ours_that_is_gone_fails():

@@ -16,7 +16,7 @@ M, N, D = 40, 70, 24
 HOW = {
     "exact": {"stored": False, "few": False},
     "few-launches": {"stored": False, "few": True},
-    "few-launches-both-ways": {"few": True, "options": SYMMETRIC},
+    "few-launches-symmetric": {"few": True, "options": SYMMETRIC},
     "stored": {"stored": True},
     "forward": {"grads": False},
     "symmetric": {"options": SYMMETRIC, "few": False},

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.card import Card
+from bench.gpu import Readings
 from bench.questions import NOT_REACHED, OURS, Rates, Settings
 from bench.training import end_to_end
-from bench.training.contenders import Task
 from bench.training.end_to_end import answer, reach
+from bench.training.implementations import Task
 from bench.training.steps import task_of
 
 SHAPE = {"batch": 16, "negatives": 1, "steps": 4, "every": 2, "backbone": "tiny", "ndcg": 1e-4}
@@ -68,24 +68,24 @@ def test_the_last_step_is_evaluated_too(task, monkeypatch):
 
 
 def test_energy_is_that_of_all_stretches_and_none_of_a_device_that_does_not_tell():
-    cards = [Card(joules=j, throttled=t) for j, t in ((10.0, None), (30.0, "hot"))]
-    assert end_to_end._energy(cards, 4.0) == {"joules": 40, "watts": 10, "throttled": "hot"}
-    assert end_to_end._energy([Card(joules=10.0), Card()], 4.0) == {}
+    readings = [Readings(joules=j, throttled=t) for j, t in ((10.0, None), (30.0, "hot"))]
+    assert end_to_end._energy(readings, 4.0) == {"joules": 40, "watts": 10, "throttled": "hot"}
+    assert end_to_end._energy([Readings(joules=10.0), Readings()], 4.0) == {}
 
 
 @pytest.mark.long
-def test_every_contender_reaches_a_target_that_an_untrained_model_has():
+def test_every_implementation_reaches_a_target_that_an_untrained_model_has():
     pytest.importorskip("sentence_transformers")
     result = answer(SHAPE, SETTINGS)
-    assert set(result.about["steps"]) == set(end_to_end.entrants())
+    assert set(result.about["steps"]) == set(end_to_end.implementations())
     for row in result.rows:
         assert not row.note and row.seconds > 0 and row.ndcg > 1e-4
-        assert result.about["steps"][row.contender] == [2]
+        assert result.about["steps"][row.implementation] == [2]
 
 
 def test_a_target_that_is_never_reached_is_red_for_ours(monkeypatch):
-    ours = {OURS: end_to_end.entrants()[OURS]}
-    monkeypatch.setattr(end_to_end, "entrants", lambda: ours)
+    ours = {OURS: end_to_end.implementations()[OURS]}
+    monkeypatch.setattr(end_to_end, "implementations", lambda: ours)
     [row] = answer(SHAPE | {"ndcg": 0.99}, SETTINGS).rows
     assert row.note.startswith(f"{NOT_REACHED}: 0.") and row.note.endswith("of 0.99 after 4 steps")
-    assert row.red and not dataclasses.replace(row, contender="a peer").red
+    assert row.red and not dataclasses.replace(row, implementation="a peer").red

@@ -13,7 +13,7 @@ from support.bench_runs import MACHINE, info_nce
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
-def measured(date: str, commit: str, ours: float, device: str = "a card") -> Run:
+def measured(date: str, commit: str, ours: float, device: str = "a GPU") -> Run:
     machine = MACHINE | {"device": device, "commit": commit, "date": f"{date}T10:00:00+00:00"}
     return Run(machine, [info_nce(4096, ours)])
 
@@ -23,7 +23,7 @@ def results(tmp_path):
     """Names of files in another order than their dates; one of format 1, one that is no JSON."""
     write(tmp_path / "a.json", measured("2026-11-24", "bbb", 1.2))
     write(tmp_path / "b.json", measured("2026-11-23", "aaa", 1.1))
-    write(tmp_path / "c.json", measured("2026-11-22", "000", 1.3, device="another card"))
+    write(tmp_path / "c.json", measured("2026-11-22", "000", 1.3, device="another GPU"))
     (tmp_path / "old.json").write_text('{"machine": {}, "results": []}')
     (tmp_path / "torn.json").write_text('{"machine": {')
     return tmp_path
@@ -46,12 +46,12 @@ def test_no_directory_is_an_error_that_names_it(tmp_path):
 
 def test_a_trend_is_of_ours_on_one_device(results):
     long, short = trends(history(results)[0])
-    assert long.question == "rankpo-fast on a card" and long.name == info_nce(4096).name
-    assert [(row.contender, row.ratio) for row in long.rows] == [
+    assert long.question == "rankpo-fast on a GPU" and long.name == info_nce(4096).name
+    assert [(row.implementation, row.ratio) for row in long.rows] == [
         ("2026-11-23 aaa", 1.1),
         ("2026-11-24 bbb", 1.2),
     ]
-    assert short.question == "rankpo-fast on another card" and len(short.rows) == 1
+    assert short.question == "rankpo-fast on another GPU" and len(short.rows) == 1
 
 
 def test_only_what_was_measured_twice_is_drawn(results):

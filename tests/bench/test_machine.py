@@ -32,9 +32,9 @@ def test_a_cpu_is_named_with_cores_instructions_and_versions(monkeypatch, tmp_pa
     assert said["torch"] == torch.__version__ and "numpy" in said and "driver" not in said
 
 
-def test_a_card_is_named_with_its_limits(monkeypatch):
-    card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+def test_a_gpu_is_named_with_its_limits(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
     monkeypatch.setattr(machine, "limits", lambda device: {"driver": "580.65"})
     said = machine.about("cuda")
     assert (said["device"], said["memory"], said["driver"]) == ("NVIDIA H100", "80 GiB", "580.65")

@@ -16,9 +16,9 @@ M, N, D = 64, 128, 48  # tiles of others; N: two passages a query, and chunks, a
 ON_THE_CPU = [name for name in PEERS if name.startswith(("torch", "sentence"))]
 ON_THE_CPU.append("cut-cross-entropy, torch_compile")
 # Of loss and gradients; in bf16 most keep logits in it.
-ON_A_CARD = torch.bfloat16, 0.05
+ON_A_GPU = torch.bfloat16, 0.05
 DTYPE, TOLERANCE = (
-    ON_A_CARD if torch.cuda.is_available() else (torch.float32, loss.GATE[torch.float32])
+    ON_A_GPU if torch.cuda.is_available() else (torch.float32, loss.GATE[torch.float32])
 )
 
 
@@ -35,7 +35,7 @@ def run(peer, q, p, labels, symmetric):
     return value.detach(), *torch.autograd.grad(value, (q, p))
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "both-ways"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-directional", "symmetric"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_is_the_loss_in_fp64_and_leaves_its_inputs(name, symmetric):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +85,7 @@ def test_one_that_is_not_installed_says_so(monkeypatch):
 def test_what_it_does_not_take_is_said_before_anything_is_launched(
     name, sizes, dtype, says, monkeypatch
 ):
-    monkeypatch.setattr(peers, "_on_a_card", lambda x: None)
+    monkeypatch.setattr(peers, "_on_a_gpu", lambda x: None)
     q, p = (torch.randn(n, sizes[2], dtype=dtype) for n in sizes[:2])
     with pytest.raises(Unfit):
         PEERS[name](q, p, torch.arange(len(q)), symmetric=False)

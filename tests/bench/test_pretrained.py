@@ -37,7 +37,7 @@ def test_both_train_and_their_first_losses_are_equal(texts, monkeypatch):
     [shape] = question.shapes("cpu", "quick")
     result = question.answer(shape, SETTINGS)
     theirs, ours = result.rows
-    assert (theirs.contender, ours.contender) == ("sentence-transformers", OURS)
+    assert (theirs.implementation, ours.implementation) == ("sentence-transformers", OURS)
     assert ours.note == "" and ours.error < 1e-5 and ours.ratio > 0 and ours.tokens > 0
     assert result.about["negatives"] == 1 and result.about["first loss"][OURS] > 0
 
@@ -56,7 +56,7 @@ def test_a_loss_that_is_another_has_no_time():
     assert "first loss 2, not 2.001" in pretrained.checked(row, losses).note
     assert pretrained.checked(row, "ValueError: x").red
     assert pretrained.checked(row, f"sentence_transformers {NOT_INSTALLED}") == row
-    peer = dataclasses.replace(row, contender="sentence-transformers")
+    peer = dataclasses.replace(row, implementation="sentence-transformers")
     assert pretrained.checked(peer, losses) == peer
 
 

@@ -21,7 +21,7 @@ FULL = Row(
     converged=4e-7, queries=114.0, tokens=18900.0, mfu=0.42, ndcg=0.2519, ndcg_low=0.24,
     ndcg_high=0.272, watts=610.0, joules=14000.0, throttled="power cap", axis="M",
     sizes=(1024, 4096), times=(0.1,), peaks=(5.0,), work=(6.0, 8.0), messages=(0, 7),
-    sent=(0.5, 14.5), exponent=1.98, memory_exponent=1.01, falls_over="4096: out of memory",
+    sent=(0.5, 14.5), exponent=1.98, memory_exponent=1.01, limit="4096: out of memory",
 )  # fmt: skip
 TEXTS = {
     "seconds": "13.5 ms (13.1-14.2)", "ratio": "1.10 (1.04-1.20)", "cold": "20.0 ms",
@@ -29,11 +29,11 @@ TEXTS = {
     "converged": "4.0e-07", "queries": "114", "tokens": "18,900", "mfu": "42.0%",
     "ndcg": "0.252 (0.240-0.272)", "watts": "610", "joules": "14,000", "sizes": "M 1024 to 4096",
     "work": "6.00, 8.00", "messages": "0, 7", "sent": "0.500, 14.5", "exponent": "^1.98",
-    "memory_exponent": "^1.01", "falls_over": "4096: out of memory",
+    "memory_exponent": "^1.01", "limit": "4096: out of memory",
     "throttled": "power cap", "note": "a note",
 }  # fmt: skip
 BESIDE = {  # fields that stand in another one's column, or in pictures
-    "contender", "low", "high", "ratio_low", "ratio_high", "ratios", "ndcg_low", "ndcg_high",
+    "implementation", "low", "high", "ratio_low", "ratio_high", "ratios", "ndcg_low", "ndcg_high",
     "axis", "times", "peaks",
 }  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_named_columns_leave_out_others_but_no_note():
         table(result(FULL), ["time"])
 
 
-def test_a_contender_out_of_memory_is_a_row_with_its_error():
+def test_an_implementation_out_of_memory_is_a_row_with_its_error():
     line = next(x for x in table(info_nce(2**17)).splitlines() if "cross_entropy" in x)
     assert line.split(maxsplit=3)[2:] == ["4.0e-03", OUT_OF_MEMORY]
 
@@ -93,7 +93,7 @@ def test_numbers_have_three_digits(x, text):
     assert number(x) == text
 
 
-def test_markdown_keeps_a_contenders_signs():
+def test_markdown_keeps_an_implementations_signs():
     assert r"| a \| \<b> |" in markdown([result(Row("a | <b>", seconds=1.0))])
 
 
@@ -130,7 +130,7 @@ def test_the_page_lists_what_failed_before_any_table(page):
     assert top.index("Failed") < top.index("Throttled") and "rankpo-fast: power cap" in top
     assert "from siglip on, after 8 minutes" in top
     assert tables.count('<tr class="red">') == 2 and tables.count('<tr class="throttled">') == 1
-    assert tables.count('<tr class="floor">') == 3
+    assert tables.count('<tr class="bound">') == 3
 
 
 def test_an_error_of_a_peer_is_a_failure_and_a_lack_of_memory_is_none():
@@ -152,7 +152,7 @@ def test_the_page_has_machine_rates_questions_and_columns(page):
 
 
 def test_pictures_lie_beside_the_page(page):
-    names = ("time_memory", "floor", "ladder", "accuracy")
+    names = ("time_memory", "lower_bound", "ladder", "accuracy")
     assert all((page.parent / f"{x}.png").read_bytes()[:4] == b"\x89PNG" for x in names)
 
 
@@ -164,7 +164,7 @@ def test_a_run_without_results_is_a_page_without_pictures(tmp_path):
 
 def test_in_short_hides_no_defeat():
     said = " ".join(in_short(run(info_nce(4096), info_nce(2**17, ours=0.5))))
-    assert "0 failed" in said and "0.50 to 1.10 times as long as the floor" in said
+    assert "0 failed" in said and "0.50 to 1.10 times as long as the lower bound" in said
     assert "fastest at 0 of 2 shapes, with the least memory at 1" in said
     assert "quack is faster at 2: at best it takes 0.90 of our time" in said
     assert f"{OUT_OF_MEMORY.capitalize()}: torch cross_entropy (1 row)" in said
@@ -173,20 +173,20 @@ def test_in_short_hides_no_defeat():
 
 def test_who_is_faster_is_what_was_taken_within_rounds():
     rows = (Row(OURS, seconds=1.0, ratio=1.2), Row("quack", seconds=0.9, ratio=1.3))
-    said = in_short(run(Result("a case", "loss", "?", {}, rows, floor="3 GEMMs")))
+    said = in_short(run(Result("a case", "loss", "?", {}, rows, lower_bound="3 GEMMs")))
     assert any("fastest at 1 of 1" in text for text in said)
 
 
-def test_a_contender_that_falls_over_is_in_the_pictures_data():
+def test_a_limit_is_in_the_pictures_data():
     scaling, batches = growths(RUN)
-    curves = {curve.contender: curve for curve in batches.curves}
+    curves = {curve.implementation: curve for curve in batches.curves}
     assert batches.axis == "M" and batches.title == "info_nce, N = M, D = 1024, bfloat16"
     assert curves["torch cross_entropy"].sizes == (4096, 16384)
-    assert curves["torch cross_entropy"].fell == (2**17, OUT_OF_MEMORY)
+    assert curves["torch cross_entropy"].limit == (2**17, OUT_OF_MEMORY)
     assert curves["rankpo-fast"].sizes == (4096, 16384, 2**17)
-    assert curves["rankpo-fast"].fell is None and "liger-kernel" not in curves
+    assert curves["rankpo-fast"].limit is None and "liger-kernel" not in curves
     ours, peer = scaling.curves
-    assert ours.fell is None and peer.fell == (16384, "16384: out of memory")
+    assert ours.limit is None and peer.limit == (16384, "16384: out of memory")
     assert peer.times == (2e-4, 3e-3)
 
 
@@ -201,8 +201,8 @@ def test_other_dims_are_no_other_batch():
     assert growths(run(info_nce(4096), other)) == []
 
 
-def test_the_floor_shows_who_wins():
-    axes = plots.floor(run(info_nce(4096))).axes[0]
+def test_the_lower_bound_shows_who_wins():
+    axes = plots.lower_bound(run(info_nce(4096))).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     colors = [to_hex(bar.get_facecolor()).upper() for bar in axes.patches]
     assert names == ["quack", "rankpo-fast", "torch cross_entropy"]  # the fastest first
@@ -224,7 +224,9 @@ def test_accuracy_has_fresh_and_converged_errors():
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.time_memory, plots.floor, plots.ladder, plots.accuracy], ids=lambda f: f.__name__
+    "draw",
+    [plots.time_memory, plots.lower_bound, plots.ladder, plots.accuracy],
+    ids=lambda f: f.__name__,
 )
 def test_nothing_to_draw_is_no_picture(draw):
     assert draw(run()) is None
@@ -251,6 +253,6 @@ def test_an_axis_has_a_few_round_numbers(low, high):
     assert 3 <= len(ticks) <= plots.TICKS and all(low <= x <= high for x in ticks)
 
 
-def test_a_case_is_drawn_at_the_largest_shape_that_most_contenders_reach():
-    (axes,) = plots.floor(RUN).axes  # 2**17, where one runs out of memory, is in the tables
+def test_a_case_is_drawn_at_the_largest_shape_that_most_implementations_reach():
+    (axes,) = plots.lower_bound(RUN).axes  # 2**17, where one runs out of memory, is in the tables
     assert axes.get_title(loc="left") == "info_nce\n16384x16384x1024 bfloat16"

@@ -1,4 +1,4 @@
-"""Growth is told right, and a contender that falls over leaves what it reached, and the machine."""
+"""Growth is told right, and whoever is at its limit leaves what it reached, and the machine."""
 
 import dataclasses
 import os
@@ -11,9 +11,9 @@ import torch
 from bench import measure, ranks, scaling
 from bench.apart import answers_here, answers_of_a_process, in_a_process
 from bench.questions import OURS, Rates, Row, Settings
-from bench.scaling import GROWTHS, LIMITS, Limits, times
+from bench.scaling import BUDGETS, GROWTHS, Budget, times
 from bench.training.backbones import TINY
-from bench.training.contenders import Measured
+from bench.training.implementations import Measured
 
 SETTINGS = Settings("cpu", "quick", 1, Rates({}, 1.0), frozenset([OURS, "torch cross_entropy"]))
 SIZES = (16, 32, 64, 128)
@@ -51,7 +51,7 @@ def test_the_exponent_is_that_of_the_work(power, monkeypatch):
     seconds, note, row = row_of(Clock(power), monkeypatch)
     assert seconds == pytest.approx([(size / 100) ** power for size in SIZES]) and note == ""
     assert row.exponent == pytest.approx(power) == row.memory_exponent
-    assert row.falls_over is None and row.sizes == SIZES
+    assert row.limit is None and row.sizes == SIZES
 
 
 def test_the_exponent_is_of_the_upper_half():
@@ -64,16 +64,16 @@ def test_the_exponent_is_of_the_upper_half():
 def test_one_that_runs_out_of_memory_keeps_the_sizes_it_reached(monkeypatch):
     seconds, _, row = row_of(Clock(2.0, most=64), monkeypatch)
     assert len(seconds) == 3 and row.times == tuple(seconds) and row.exponent == pytest.approx(2)
-    assert row.falls_over == "128: out of memory" and row.note == "" and not row.red
+    assert row.limit == "128: out of memory" and row.note == "" and not row.red
 
 
 def test_one_that_never_ran_says_so_and_an_error_is_red():
     reached, note = answers_here(times, Clock(2.0, most=0), SIZES, "cpu", 1e9)
     row = scaling.row_of("peer", "M", SIZES, reached, [], note)
-    assert (row.note, row.falls_over, row.times) == ("out of memory", "16: out of memory", ())
+    assert (row.note, row.limit, row.times) == ("out of memory", "16: out of memory", ())
     assert scaling.row_of(OURS, "M", SIZES, [], [], note).red and not row.red
     broken = scaling.row_of("peer", "M", SIZES, [1.0], [1.0], "ValueError: no")
-    assert broken.red and broken.falls_over == "32: ValueError: no"
+    assert broken.red and broken.limit == "32: ValueError: no"
 
 
 def test_no_size_follows_the_first_that_takes_too_long(monkeypatch):
@@ -84,12 +84,12 @@ def test_no_size_follows_the_first_that_takes_too_long(monkeypatch):
 
 def test_a_size_that_took_too_long_is_not_reached(monkeypatch):
     clock = Clock(2.0)
-    clock.contender, clock.axis, clock.device = "peer", "M", "cpu"
+    clock.implementation, clock.axis, clock.device = "peer", "M", "cpu"
     monkeypatch.setattr(measure.time, "perf_counter", clock.perf_counter)
     monkeypatch.setattr(scaling, "peaks", lambda make, sizes, device: iter(sizes))
-    row = scaling.row(clock, SIZES, Limits(0.3))
+    row = scaling.row(clock, SIZES, Budget(0.3))
     assert row.times == pytest.approx((0.16**2, 0.32**2)) and row.peaks == SIZES[:2]
-    assert row.falls_over == "64: over 0.3 s" and row.note == ""
+    assert row.limit == "64: over 0.3 s" and row.note == ""
 
 
 def allocating(*sizes: int):
@@ -127,17 +127,17 @@ def test_a_crash_is_no_lack_of_memory():
     assert Row("peer", "exit code 3").red
 
 
-def test_plain_torch_falls_over_in_a_limit_that_ours_passes(monkeypatch):
+def test_plain_torch_ends_in_memory_that_ours_fits_in(monkeypatch):
     """Logits of 64 MiB, of which autograd holds three; ours keeps a chunk."""
-    monkeypatch.setitem(LIMITS["cpu"], "quick", Limits(600.0, 150))
+    monkeypatch.setitem(BUDGETS["cpu"], "quick", Budget(600.0, 150))
     growth = scaling.Growth(2048, 4096, {"D": 16})
     monkeypatch.setitem(GROWTHS["M=N"]["cpu"], "quick", growth)
     (question,) = (q for q in scaling.QUESTIONS if q.name == "scaling over M=N")
     (shape,) = question.shapes("cpu", "quick")
     result = question.answer(shape, SETTINGS)
     ours, torchs = result.rows
-    assert ours.falls_over is None and len(ours.times) == len(ours.peaks) == 2
-    assert torchs.falls_over == "4096: out of memory" and not torchs.red
+    assert ours.limit is None and len(ours.times) == len(ours.peaks) == 2
+    assert torchs.limit == "4096: out of memory" and not torchs.red
     assert torchs.peaks == pytest.approx([48], abs=1)  # three times 2048 x 2048 x 4 bytes
     assert result.about == {"seconds at most": 600.0, "MiB at most": 150}
 
@@ -145,7 +145,7 @@ def test_plain_torch_falls_over_in_a_limit_that_ours_passes(monkeypatch):
 def test_every_growth_doubles_and_its_passages_are_those_of_its_queries():
     for axis, of_devices in GROWTHS.items():
         for device, of_levels in of_devices.items():
-            assert set(of_levels) <= set(LIMITS[device])
+            assert set(of_levels) <= set(BUDGETS[device])
             for growth in of_levels.values():
                 assert growth.sizes[0] == growth.first and growth.sizes[-1] == growth.last
                 for size in growth.sizes:
@@ -153,7 +153,7 @@ def test_every_growth_doubles_and_its_passages_are_those_of_its_queries():
                     assert set(at) == {"M", "N", "D"} and at["N"] % at["M"] == 0
 
 
-def test_a_trainer_falls_over_at_the_tokens_of_its_batch(monkeypatch):
+def test_a_trainers_limit_is_in_tokens_of_its_batch(monkeypatch):
     """Of a trainer whose step takes a second for each two rows of its batch, and memory alike."""
 
     def asked(measure, trainer, task, memory):
@@ -167,15 +167,15 @@ def test_a_trainer_falls_over_at_the_tokens_of_its_batch(monkeypatch):
     question = scaling.QUESTIONS[-1]
     (shape,) = question.shapes("cpu", "default")
     settings = dataclasses.replace(
-        SETTINGS, level="default", contenders=frozenset([OURS, "sentence-transformers"])
+        SETTINGS, level="default", implementations=frozenset([OURS, "sentence-transformers"])
     )
     theirs, ours = question.answer(shape, settings).rows
     assert question.shapes("cpu", "quick") == [] and ours.axis == "tokens"
     assert ours.sizes[2] > 1.8 * ours.sizes[1] > 3 * ours.sizes[0]
     assert ours.times == (2.0, 4.0) and ours.peaks == (4.0, 8.0)
     assert ours.exponent == pytest.approx(1, abs=0.1)
-    assert ours.falls_over == f"{ours.sizes[2]}: over 5 s" and ours.note == ""
-    assert theirs.falls_over == f"{ours.sizes[1]}: out of memory" and len(theirs.times) == 1
+    assert ours.limit == f"{ours.sizes[2]}: over 5 s" and ours.note == ""
+    assert theirs.limit == f"{ours.sizes[1]}: out of memory" and len(theirs.times) == 1
 
 
 def test_ranks_send_what_a_ring_of_them_does():

@@ -25,17 +25,17 @@ from bench.questions import (
     Row,
     Settings,
 )
-from bench.training import QUESTIONS, backbones, contenders, steps
+from bench.training import QUESTIONS, backbones, implementations, steps
 from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
-from bench.training.contenders import Measured, Memory, Task, measure, one_graph, rankpo_fast
 from bench.training.corpus import batches, corpus_of, model_of, texts_of
+from bench.training.implementations import Measured, Memory, Task, measure, one_graph, rankpo_fast
 from bench.training.steps import answer, compare, ladder, rows_of, task_of
 
 ROWS = 160  # of the smallest corpus
 SHAPE = {"batch": 16, "negatives": 1, "steps": 3, "backbone": "tiny"}
 SETTINGS = Settings("cpu", "quick", 7, Rates({"float32": 1e10, "bfloat16": 4e10}, 1e10))
 HANGS_S = 60
-CARD = dataclasses.replace(SETTINGS, device="cuda")
+ON_GPU = dataclasses.replace(SETTINGS, device="cuda")
 
 
 def test_texts_repeat_only_where_they_may():
@@ -145,7 +145,7 @@ def task(tmp_path) -> Task:
 
 
 @pytest.mark.parametrize(
-    ("contender", "note"),
+    ("implementation", "note"),
     [
         (partial(raising, ValueError("no\nmore")), "ValueError: no"),
         (partial(raising, torch.OutOfMemoryError()), OUT_OF_MEMORY),
@@ -154,8 +154,8 @@ def task(tmp_path) -> Task:
     ],
     ids=["error", "torch-out-of-memory", "not-installed", "killed-as-the-kernel-does"],
 )
-def test_what_stops_a_contender_is_its_answer(task, contender, note):
-    assert in_a_process(measure, contender, task) == note
+def test_what_stops_an_implementation_is_its_answer(task, implementation, note):
+    assert in_a_process(measure, implementation, task) == note
 
 
 @pytest.mark.parametrize("thread", [False, True], ids=["answer", "end"])
@@ -186,8 +186,8 @@ assert torch.cuda.is_available()
 
 
 @pytest.mark.long
-def test_the_server_of_processes_does_not_touch_the_card():
-    """One forked from it could not use the card then; torch is told here that there is one."""
+def test_the_server_of_processes_does_not_touch_the_gpu():
+    """One forked from it could not use the GPU then; torch is told here that there is one."""
     command = [sys.executable, "-c", UNTOUCHED, *apart.IMPORTED]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -196,7 +196,7 @@ def test_the_server_of_processes_does_not_touch_the_card():
 def test_a_step_takes_what_it_does_once_training_has_settled(task, monkeypatch):
     """Of eight the first two, which compile and try, are in no figure."""
     clock = []
-    monkeypatch.setattr(contenders, "perf_counter", lambda: sum(clock))
+    monkeypatch.setattr(implementations, "perf_counter", lambda: sum(clock))
 
     def trains(task):
         model = torch.nn.Linear(2, 2)
@@ -241,7 +241,7 @@ def test_a_rung_that_raises_is_a_row_and_the_rest_goes_on():
 def test_what_was_learnt_is_measured_of_the_directory_that_was_left():
     pytest.importorskip("sentence_transformers")
     result = answer("learning", "?", steps._against, SHAPE, SETTINGS)
-    assert [row.contender for row in result.rows] == ["sentence-transformers", OURS]
+    assert [row.implementation for row in result.rows] == ["sentence-transformers", OURS]
     learnt = [result.about["untrained ndcg"], *(row.ndcg for row in result.rows)]
     assert all(0 < ndcg < 1 for ndcg in learnt) and len(set(learnt)) == 3
 
@@ -255,19 +255,19 @@ def test_joules_are_per_million_tokens(monkeypatch):
 
 
 def test_ratios_are_taken_within_a_round():
-    floor = [Measured(seconds, 1, 2**20, 0.5) for seconds in (1.0, 2.0, 10.0)]  # it grows busy
+    first = [Measured(seconds, 1, 2**20, 0.5) for seconds in (1.0, 2.0, 10.0)]  # it grows busy
     ours = [Measured(s, 1, 2**21, n) for s, n in ((0.5, 0.4), (0.8, 0.5), (5.0, 0.6))]
-    row = rows_of({"floor": floor, OURS: ours}, lambda *_: {})[1]
+    row = rows_of({"first": first, OURS: ours}, lambda *_: {})[1]
     assert (row.ratio, row.ratio_low, row.ratio_high) == (0.5, 0.4, 0.5)
     assert row.ratios == (0.5, 0.4, 0.5)
     assert (row.seconds, row.low, row.high, row.peak_mib) == (0.8, 0.5, 5.0, 2.0)
     assert (row.ndcg, row.ndcg_low, row.ndcg_high) == (pytest.approx(0.5), 0.4, 0.6)
 
 
-def test_a_contender_that_failed_in_one_round_has_no_time():
+def test_an_implementation_that_failed_in_one_round_has_no_time():
     fine, note = Measured(1.0, 1, 1), "ValueError: no"
     for given in ([note, fine], [fine, note]):
-        _, row = rows_of({"floor": [fine, fine], OURS: given}, lambda *_: {})
+        _, row = rows_of({"first": [fine, fine], OURS: given}, lambda *_: {})
         assert (row.note, row.seconds, row.ratio) == (note, None, None) and row.red
 
 
@@ -279,8 +279,8 @@ def test_one_throttled_round_marks_the_row():
 
 
 @pytest.mark.parametrize("first", [OUT_OF_MEMORY, Measured(2.0, 1, 1)], ids=["never", "once"])
-def test_without_a_floor_in_every_round_no_contender_has_a_ratio(first):
-    given = {"floor": [first, OUT_OF_MEMORY], OURS: [Measured(1.0, 1, 1)] * 2}
+def test_without_the_first_in_every_round_no_implementation_has_a_ratio(first):
+    given = {"first": [first, OUT_OF_MEMORY], OURS: [Measured(1.0, 1, 1)] * 2}
     rows = rows_of(given, lambda *_: {})
     assert rows[0].note == OUT_OF_MEMORY and rows[1].ratio is None and rows[1].seconds == 1.0
 
@@ -307,14 +307,14 @@ def test_memory_is_of_weights_gradients_and_optimizer_whenever_they_are_made(ear
     assert memory.peak() / 2**20 == pytest.approx(4 * 64, abs=16)
 
 
-def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task):
+def test_implementations_take_turns_and_one_that_was_stopped_is_not_asked_again(task):
     asked = []
 
-    def ask(contender, task):
-        asked.append((task.seed, contender))
-        return "ValueError: no" if contender == 2 else Measured(1.0, 1, 1)
+    def ask(implementation, task):
+        asked.append((task.seed, implementation))
+        return "ValueError: no" if implementation == 2 else Measured(1.0, 1, 1)
 
-    settings = dataclasses.replace(SETTINGS, level="full", contenders=frozenset("abc"))
+    settings = dataclasses.replace(SETTINGS, level="full", implementations=frozenset("abc"))
     answers = compare({"a": 1, "b": 2, "left out": 3, "c": 4}, ask, task, settings)
     assert asked == [(0, 1), (0, 2), (0, 4), (1, 4), (1, 1), (2, 4), (2, 1)]
     assert list(answers) == ["a", "b", "c"] and answers["b"] == ["ValueError: no"] * 3
@@ -328,7 +328,7 @@ def test_contenders_take_turns_and_one_that_was_stopped_is_not_asked_again(task)
 
 def test_each_rung_has_the_levers_of_those_before_it(monkeypatch):
     monkeypatch.setattr(steps, "_no_liger", lambda device: None)
-    rungs = list(ladder(SHAPE, CARD).values())
+    rungs = list(ladder(SHAPE, ON_GPU).values())
     assert rungs[0].keywords == steps.NOTHING and rungs[0].func is one_graph
     assert rungs[-1].func is rankpo_fast and len(rungs) == len(steps.LEVERS)
     for below, above in zip(rungs, rungs[1:], strict=False):
@@ -348,11 +348,11 @@ def test_a_lever_that_is_not_to_be_had_is_a_note_and_in_no_rung(monkeypatch):
 
 
 def test_attention_that_cannot_serve_here_is_a_note():
-    entrants = steps._attention(SHAPE, SETTINGS)
-    assert entrants["varlen_attn"] == NEEDS_GPU
-    assert entrants["sdpa"].keywords == {"attn_implementation": "sdpa"}
+    implementations = steps._attention(SHAPE, SETTINGS)
+    assert implementations["varlen_attn"] == NEEDS_GPU
+    assert implementations["sdpa"].keywords == {"attn_implementation": "sdpa"}
     for name in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
-        assert entrants[name] == NEEDS_GPU or entrants[name].endswith(NOT_INSTALLED)
+        assert implementations[name] == NEEDS_GPU or implementations[name].endswith(NOT_INSTALLED)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

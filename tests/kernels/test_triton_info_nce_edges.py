@@ -243,7 +243,7 @@ def test_each_gradient_is_the_same_without_the_others(pipeline, name):
     ],
 )  # fmt: skip
 def test_launches_in_one_chunk(pipeline, name, with_gradients, kernels, others):
-    """All that a card is given to do: at most five where few are wanted, six for both ways."""
+    """All that a GPU is given to do: at most five where few are wanted, six where symmetric."""
     dtype, how = PIPELINES[pipeline]
     case = named(name, dtype, rows=99)
     weights = torch.tensor(1 / M) if with_gradients else None

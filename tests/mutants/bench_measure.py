@@ -11,12 +11,12 @@ LOSS = "bench/cases/loss.py"
 MUTANTS = [
     Mutant(
         "ratios-across-rounds", MEASURE,
-        "seconds / of_floor for seconds, of_floor in zip(hot, floor, strict=True)",
-        "seconds / statistics.median(floor) for seconds in hot",
+        "seconds / of_bound for seconds, of_bound in zip(hot, lower_bound, strict=True)",
+        "seconds / statistics.median(lower_bound) for seconds in hot",
         bench("bench", "slow_round"),
     ),
     Mutant(
-        "the-floor-is-always-first", MEASURE,
+        "the-lower-bound-is-always-first", MEASURE,
         "for name in turned(list(peaks), number):",
         "for name in list(peaks):",
         bench("bench", "is_first"),
@@ -32,11 +32,11 @@ MUTANTS = [
         "        if name in notes:\n"
         "            rows.append(Row(name, notes[name], **errors[name]))\n"
         "            continue\n"
-        "        found = _times(hot[name], cold[name], of_floor)",
-        "        if name in notes and (case.floor in notes or not hot.get(name)):\n"
+        "        found = _times(hot[name], cold[name], of_bound)",
+        "        if name in notes and (case.lower_bound in notes or not hot.get(name)):\n"
         "            rows.append(Row(name, notes[name], **errors[name]))\n"
         "            continue\n"
-        "        found = _times(hot[name], cold[name], of_floor[: len(hot[name])])",
+        "        found = _times(hot[name], cold[name], of_bound[: len(hot[name])])",
         bench("bench", "error_in_one_round"),
     ),
     Mutant(
@@ -52,7 +52,7 @@ MUTANTS = [
         bench("bench", "emptied"),
     ),
     Mutant(
-        "the-floor-makes-a-product-more", LOSS,
+        "the-lower-bound-makes-a-product-more", LOSS,
         "range(count - 2 * backward)",
         "range(count - backward)",
         bench("bench", "no_product_more"),
@@ -79,7 +79,7 @@ MUTANTS = [
         "the-gate-stops-peers", MEASURE,
         "    if not name.startswith(OURS):\n"
         "        return None  # a peer",
-        "    if name == case.floor:\n"
+        "    if name == case.lower_bound:\n"
         "        return None  # a peer",
         bench("bench", "red_gate"),
     ),
@@ -111,7 +111,7 @@ MUTANTS = [
         "errors-are-out-of-memory", MEASURE,
         "torch.OutOfMemoryError | MemoryError)",
         "RuntimeError | MemoryError)",
-        bench("bench", "stops_a_contender"),
+        bench("bench", "stops_an_implementation"),
     ),
     Mutant(
         "the-dead-said-all", APART,
@@ -127,7 +127,7 @@ MUTANTS = [
     ),
     Mutant(
         "a-size-that-took-too-long-is-reached", SCALING,
-        "    if seconds and seconds[-1] > limits.seconds:\n        seconds, note =",
+        "    if seconds and seconds[-1] > budget.seconds:\n        seconds, note =",
         "    if seconds and seconds[-1] > math.inf:\n        seconds, note =",
         bench("scaling", "too_long"),
     ),

@@ -31,10 +31,10 @@ MUTANTS = [
     ),
     Mutant(
         "a-faster-peer-is-a-slower-us", COMPARE,
-        "    floor = now.result.floor\n"
-        "    alike = floor is not None and was.result.floor == floor != b.contender",
-        "    floor = now.result.floor or now.result.rows[0].contender\n"
-        "    alike = floor != b.contender",
+        "    bound = now.result.lower_bound\n"
+        "    alike = bound is not None and was.result.lower_bound == bound != b.implementation",
+        "    bound = now.result.lower_bound or now.result.rows[0].implementation\n"
+        "    alike = bound != b.implementation",
         bench("compare", "became_faster"),
     ),
     Mutant(
@@ -81,8 +81,8 @@ MUTANTS = [
     ),
     Mutant(
         "readme-reads-another-file", README,
-        'run = read(root / found["file"])',
-        'run = read(min((root / found["file"]).parent.glob("*.json")))',
+        'run = read(root / found["file"])\n        names = ',
+        'run = read(min((root / found["file"]).parent.glob("*.json")))\n        names = ',
         bench("readme", "another_file"),
     ),
     Mutant(

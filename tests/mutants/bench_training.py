@@ -4,7 +4,7 @@ from mutants.mutant import Mutant
 from mutants.suites import bench
 
 STEPS = "bench/training/steps.py"
-CONTENDERS = "bench/training/contenders.py"
+IMPLEMENTATIONS = "bench/training/implementations.py"
 CORPUS = "bench/training/corpus.py"
 BACKBONES = "bench/training/backbones.py"
 END_TO_END = "bench/training/end_to_end.py"
@@ -49,13 +49,13 @@ MUTANTS = [
         bench("training", "failed_in_one_round"),
     ),
     Mutant(
-        "steps-before-the-clock-count", CONTENDERS,
+        "steps-before-the-clock-count", IMPLEMENTATIONS,
         "task.device) / counted,",
         "task.device) / task.steps,",
         bench("training", "settled"),
     ),
     Mutant(
-        "moments-made-early-are-no-memory", CONTENDERS,
+        "moments-made-early-are-no-memory", IMPLEMENTATIONS,
         " - self.of_optimizer\n",
         "\n",
         bench("training", "whenever_they_are_made"),

@@ -158,7 +158,7 @@ def test_rankpo_of_groups_passes_the_gates_on_the_gpu(B, K, D, dtype, form):
     check(loss, (q, p.view(B, K, D)), dtype, 1.0)
 
 
-# What only a card can tell
+# What only a GPU can tell
 
 
 def inputs(M: int, N: int, D: int, dtype=torch.bfloat16):

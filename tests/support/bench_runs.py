@@ -1,4 +1,4 @@
-"""A run by hand, as a card would give it: with peers that fall over, win, are missing and break."""
+"""A run by hand, as a GPU would give it: whose peers have limits, win, are missing and break."""
 
 from bench.questions import Result, Row
 from bench.results import Run
@@ -14,11 +14,11 @@ MACHINE = {
 }
 
 
-def timed(contender: str, seconds: float, floor: float, **more) -> Row:
+def timed(implementation: str, seconds: float, lower_bound: float, **more) -> Row:
     """A row of seconds, whose percentiles are a tenth away."""
-    ratio = seconds / floor
-    spread = {} if seconds == floor else {"ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio}
-    return Row(contender, seconds=seconds, low=0.9 * seconds, high=1.1 * seconds, ratio=ratio,
+    ratio = seconds / lower_bound
+    spread = {} if seconds == lower_bound else {"ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio}
+    return Row(implementation, seconds=seconds, low=0.9 * seconds, high=1.1 * seconds, ratio=ratio,
                **{**spread, **more})  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def info_nce(M: int, ours: float = 1.1, commit: str = "") -> Result:
     )  # fmt: skip
     shape = {"M": M, "N": M, "D": 1024, "dtype": "bfloat16"}
     asks = "Does InfoNCE cost more than its GEMMs?"
-    return Result("info_nce", "loss", asks, shape, rows, floor="3 GEMMs", gate=5e-3)
+    return Result("info_nce", "loss", asks, shape, rows, lower_bound="3 GEMMs", gate=5e-3)
 
 
 LADDER = Result(
@@ -58,14 +58,14 @@ LADDER = Result(
 SCALING = Result(
     "scaling of the loss over M",
     "scaling",
-    "Where does each fall over?",
+    "What is the limit of each?",
     {"D": 1024, "dtype": "bfloat16"},
     (
         Row("rankpo-fast", axis="M", sizes=(1024, 4096, 16384), times=(1e-4, 1e-3, 1.6e-2),
             peaks=(10.0, 20.0, 280.0), exponent=1.98, memory_exponent=1.01),
         Row("torch cross_entropy", axis="M", sizes=(1024, 4096, 16384), times=(2e-4, 3e-3),
             peaks=(6.0, 96.0), exponent=1.9, memory_exponent=2.0,
-            falls_over="16384: out of memory"),
+            limit="16384: out of memory"),
     ),
 )  # fmt: skip
 RUN = Run(MACHINE, [*(info_nce(M) for M in (4096, 16384, 2**17)), LADDER, SCALING])

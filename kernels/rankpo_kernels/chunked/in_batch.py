@@ -8,7 +8,7 @@ them, never M x N.
 
 x is -beta * margin of RankPO, r the similarities of a reference (the guide of `Relations`). The sum
 of a row is over the passages that are not known to its query: a slope d loss_i / d s_ij depends on
-s_ij and s_i,label alone, so one look at a score gives its loss and its gradient, 6MND flops.
+s_ij and s_i,label alone, so one pass over a score gives its loss and its gradient, 6MND flops.
 
 M queries, N passages, D dims; R rows of a chunk, r rows of a slab.
 """

@@ -14,7 +14,7 @@ from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Masks, Side
 from rankpo_kernels.triton.tiles import Tiles
 
-LEAST = torch.finfo(torch.float32).tiny  # a card may take what is smaller for 0
+LEAST = torch.finfo(torch.float32).tiny  # a GPU may take what is smaller for 0
 
 
 def as_number(x: Tensor) -> Scale:

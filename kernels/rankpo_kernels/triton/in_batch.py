@@ -3,10 +3,10 @@
     fp32, bf16    prepare | tiles, settle, 2 products a chunk of rows | finish                  6MND
     fp16          prepare | tiles, settle, tiles, settle, 2 products a chunk | finish           8MND
 
-A tile of scores becomes its gradients in one look, and leaves sums of its rows; `settle` adds them
-up and writes the element of each label, whose slope is the others' with the other sign. fp16 looks
-twice: a row is stored divided by its slopes, whose sum the first look finds, so that neither small
-gradients of converged rows underflow nor the label's element, a sum of N, overflows.
+A tile of scores becomes its gradients in one pass, and leaves sums of its rows; `settle` adds them
+up and writes the element of each label, whose slope is the others' with the other sign. fp16 takes
+two passes: a row is stored divided by its slopes, whose sum the first pass finds, so that neither
+small gradients of converged rows underflow nor the label's element, a sum of N, overflows.
 
 M queries, N passages, D dims; R rows of a chunk.
 """
@@ -333,7 +333,7 @@ class ChunkKernels(NamedTuple):
         self, part: slice, sums: Sums, outcome: Outcome, positive_R: Tensor,
         reference_R: Tensor | None, top: Tensor | None, out: Tensor | None, *, again: bool,
     ) -> None:  # fmt: skip
-        """One look at a chunk's scores; `again`: with what the first look found."""
+        """One pass over a chunk's scores; `again`: with what the first pass found."""
         block, tiles, settings = self.block, self.tiles, self.settings
         a, b, *references, masks = block.chunk(part)
         R, siglip = part.stop - part.start, settings.kind == SIGLIP

@@ -1,4 +1,4 @@
-"""Every launch the losses make, as small calls: what `python -m bench.aot` compiles for cards that
+"""Every launch the losses make, as small calls: what `python -m bench.aot` compiles for GPUs that
 are not here. Tensors lie on the CPU and hold nothing; shapes only choose the specialisation.
 """
 

@@ -256,7 +256,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of scores a program: partial statistics along rows and columns; `stored` keeps
-    exp(s - s_positive + SHIFT) |b|-wise scaled, for gradients that need no second look."""
+    exp(s - s_positive + SHIFT) |b|-wise scaled, for gradients that need no second pass."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile_of(tiles_m, tiles_n, GROUP)
     scale = number(scale)

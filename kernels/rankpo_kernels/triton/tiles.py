@@ -1,7 +1,7 @@
 """How large a tile is and which pipeline runs: tables with their reasons.
 
 None of it is measured yet: the figures are from flops, bytes (`python -m bench.cost`) and what
-compiles without spills (`make aot`). `python -m bench` on a card sweeps the tiles.
+compiles without spills (`make aot`). `python -m bench` on a GPU sweeps the tiles.
 """
 
 from dataclasses import dataclass

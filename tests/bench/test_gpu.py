@@ -1,4 +1,4 @@
-"""What a card or a CPU tells of a measurement is read right, and what it does not tell is named."""
+"""What a GPU or a CPU tells of a measurement is read right, and what it does not tell is named."""
 
 import sys
 import threading
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import card as cards
-from bench.card import COUNTER, INTEGRAL, limits, watching
+from bench import gpu
+from bench.gpu import COUNTER, INTEGRAL, limits, watching
 
 MINE, OTHER = "GPU-mine", "GPU-other"
 PLACE = "00000000:3b:00.0"
@@ -18,7 +18,7 @@ REASONS = [0x01, 0x04 | 0x08, 0x02, 0x04, 0x20 | 0x40]  # sample by sample, over
 
 
 class Played:
-    """NVML of two cards: `forbidden` queries raise, those it `lacks` are no names of it."""
+    """NVML of two GPUs: `forbidden` queries raise, those it `lacks` are no names of it."""
 
     class NVMLError(Exception):
         pass
@@ -116,55 +116,59 @@ def play(monkeypatch):
 
 def watched(played, samples=11):
     """So many at least."""
-    with watching("cuda", every=1e-3) as card:
+    with watching("cuda", every=1e-3) as readings:
         until = time.monotonic() + 10
         while played.samples < samples and time.monotonic() < until:
             time.sleep(1e-3)
-    return card
+    return readings
 
 
 def test_figures_are_those_of_the_samples(play):
-    card = watched(play())
-    assert card.joules == pytest.approx(0.1 * card.samples) and card.joules_from == COUNTER
-    assert card.peak_watts == 600 and 0 < card.watts < 1400
-    assert (card.sm_mhz, card.sm_mhz_min, card.memory_mhz) == (1980, 1880, 2619)
-    assert (card.celsius, card.memory_mib) == (64, 1024)
-    assert card.busy == pytest.approx(0.9) and card.note == ""
+    readings = watched(play())
+    assert (
+        readings.joules == pytest.approx(0.1 * readings.samples) and readings.joules_from == COUNTER
+    )
+    assert readings.peak_watts == 600 and 0 < readings.watts < 1400
+    assert (readings.sm_mhz, readings.sm_mhz_min, readings.memory_mhz) == (1980, 1880, 2619)
+    assert (readings.celsius, readings.memory_mib) == (64, 1024)
+    assert readings.busy == pytest.approx(0.9) and readings.note == ""
 
 
 def test_slowing_down_is_told_from_being_idle_and_from_clocks_that_were_set(play):
-    card = watched(play())
-    seen = list(islice(cycle(REASONS), 1, 1 + card.samples))
+    readings = watched(play())
+    seen = list(islice(cycle(REASONS), 1, 1 + readings.samples))
     capped = sum(bool(mask & 4) for mask in seen)
-    assert card.reasons["power cap"] == pytest.approx(capped / card.samples)
-    assert card.reasons["thermal slowdown"] == pytest.approx(seen.count(0x60) / card.samples)
-    assert set(card.reasons) == {"power cap", "hardware slowdown", "thermal slowdown"}
-    assert card.throttled.startswith(f"power cap in {capped} of {card.samples} samples, ")
+    assert readings.reasons["power cap"] == pytest.approx(capped / readings.samples)
+    assert readings.reasons["thermal slowdown"] == pytest.approx(
+        seen.count(0x60) / readings.samples
+    )
+    assert set(readings.reasons) == {"power cap", "hardware slowdown", "thermal slowdown"}
+    assert readings.throttled.startswith(f"power cap in {capped} of {readings.samples} samples, ")
 
 
-def test_a_card_that_kept_its_clocks_is_not_throttled(play, monkeypatch):
+def test_a_gpu_that_kept_its_clocks_is_not_throttled(play, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "REASONS", [0, 1, 2])
-    card = watched(play())
-    assert card.reasons == {} and card.throttled is None
+    readings = watched(play())
+    assert readings.reasons == {} and readings.throttled is None
 
 
 def test_older_names_answer_where_newer_ones_are_missing_or_refused(play):
-    card = watched(
+    readings = watched(
         play(
             lacks=["nvmlDeviceGetCurrentClocksEventReasons"],
             forbidden=["nvmlDeviceGetTemperatureV"],
         )
     )
-    assert card.throttled is not None and card.celsius == 64 and card.note == ""
+    assert readings.throttled is not None and readings.celsius == 64 and readings.note == ""
 
 
 def test_a_forbidden_query_is_named_and_the_others_answer(play):
-    card = watched(play(forbidden=["nvmlDeviceGetClockInfo", "nvmlDeviceGetMemoryInfo"]))
-    assert (card.sm_mhz, card.memory_mhz_min, card.memory_mib) == (None, None, None)
-    assert card.joules_from == COUNTER and card.celsius is not None
-    times = card.samples + 1
-    assert f"nvmlDeviceGetMemoryInfo: Not Supported ({times} times)" in card.note
-    assert f"nvmlDeviceGetClockInfo: Not Supported ({2 * times} times)" in card.note
+    readings = watched(play(forbidden=["nvmlDeviceGetClockInfo", "nvmlDeviceGetMemoryInfo"]))
+    assert (readings.sm_mhz, readings.memory_mhz_min, readings.memory_mib) == (None, None, None)
+    assert readings.joules_from == COUNTER and readings.celsius is not None
+    times = readings.samples + 1
+    assert f"nvmlDeviceGetMemoryInfo: Not Supported ({times} times)" in readings.note
+    assert f"nvmlDeviceGetClockInfo: Not Supported ({2 * times} times)" in readings.note
 
 
 @pytest.mark.parametrize(
@@ -173,26 +177,28 @@ def test_a_forbidden_query_is_named_and_the_others_answer(play):
         ({"forbidden": ["nvmlDeviceGetTotalEnergyConsumption"]}, "EnergyConsumption: Not Supp"),
         ({"step": 0}, "energy counter stood still"),
         ({"step": -1}, "energy counter ran backwards"),
-        ({"step": 10**9}, "W of a 700 W card"),
+        ({"step": 10**9}, "W of a 700 W GPU"),
     ],
     ids=["no-counter", "still", "backwards", "impossible"],
 )
 def test_energy_is_power_over_time_where_the_counter_is_wrong(play, how, why):
-    card = watched(play(**how))
-    assert card.joules_from == INTEGRAL and why in card.note
-    assert card.watts == pytest.approx(600)
+    readings = watched(play(**how))
+    assert readings.joules_from == INTEGRAL and why in readings.note
+    assert readings.watts == pytest.approx(600)
 
 
 def test_a_samples_power_stands_for_the_time_since_the_one_before():
     seen = [(10.0, {"watts": 1.0}), (10.5, {"watts": 100.0}), (12.0, {"watts": 300.0})]
-    assert cards._energy(seen, 2.0, None, {}) == (0.5 * 100 + 1.5 * 300, INTEGRAL)
+    assert gpu._energy(seen, 2.0, None, {}) == (0.5 * 100 + 1.5 * 300, INTEGRAL)
 
 
 def test_without_energy_and_power_energy_is_unknown(play):
     names = ["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"]
-    card = watched(play(forbidden=names))
-    assert (card.joules, card.joules_from, card.watts, card.peak_watts) == (None,) * 4
-    assert all(name in card.note for name in names)
+    readings = watched(play(forbidden=names))
+    assert (readings.joules, readings.joules_from, readings.watts, readings.peak_watts) == (
+        None,
+    ) * 4
+    assert all(name in readings.note for name in names)
 
 
 @pytest.mark.parametrize(
@@ -206,22 +212,22 @@ def test_without_energy_and_power_energy_is_unknown(play):
     ],
     ids=["uuid", "place-on-the-bus", "slice", "unknown"],
 )  # fmt: skip
-def test_the_card_is_the_one_torch_means(play, how, figures, note):
+def test_the_gpu_is_the_one_torch_means(play, how, figures, note):
     played = play(**how)
-    card = watched(played, samples=3 if figures else 0)
-    assert card.peak_watts == (600 if figures else None)
-    assert note in card.note and bool(note) == bool(card.note)
+    readings = watched(played, samples=3 if figures else 0)
+    assert readings.peak_watts == (600 if figures else None)
+    assert note in readings.note and bool(note) == bool(readings.note)
 
 
 def test_a_machine_without_nvml_is_said_and_runs_on(play, monkeypatch):
     play(forbidden=["nvmlInit"])
-    with watching("cuda") as card:
+    with watching("cuda") as readings:
         pass
-    assert card.note == "nvmlInit: Not Supported" and card.joules is None
+    assert readings.note == "nvmlInit: Not Supported" and readings.joules is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # its import fails
-    with watching("cuda") as card:
+    with watching("cuda") as readings:
         pass
-    assert card.note == "nvidia-ml-py not installed" and card.throttled is None
+    assert readings.note == "nvidia-ml-py not installed" and readings.throttled is None
 
 
 def test_the_thread_and_nvml_end_with_the_context_even_if_its_body_raises(play):
@@ -235,12 +241,12 @@ def test_the_thread_and_nvml_end_with_the_context_even_if_its_body_raises(play):
 
 def test_a_short_measurement_has_a_sample(play):
     play()
-    with watching("cuda", every=60) as card:
+    with watching("cuda", every=60) as readings:
         pass
-    assert (card.samples, card.peak_watts, card.sm_mhz) == (1, 600, 1880)
+    assert (readings.samples, readings.peak_watts, readings.sm_mhz) == (1, 600, 1880)
 
 
-def test_limits_of_the_card_are_words_and_what_is_unknown_says_why(play):
+def test_limits_of_the_gpu_are_words_and_what_is_unknown_says_why(play):
     play()
     assert limits("cuda") == {
         "driver": "580.65", "power limit": "700 W",
@@ -258,7 +264,7 @@ def test_limits_of_the_card_are_words_and_what_is_unknown_says_why(play):
 @pytest.fixture
 def zone(tmp_path, monkeypatch):
     """Writes a counter of a played /sys/class/powercap."""
-    monkeypatch.setattr(cards, "POWERCAP", tmp_path)
+    monkeypatch.setattr(gpu, "POWERCAP", tmp_path)
 
     def write(place: str, microjoules: int, name: str):
         folder = tmp_path / f"intel-rapl:{place}"
@@ -274,31 +280,31 @@ def zone(tmp_path, monkeypatch):
 def test_energy_of_a_cpu_is_that_of_its_packages_across_a_wrap_around(zone):
     zone("0", 9_000_000, "package-0")
     zone("1", 0, "package-1")
-    with watching("cpu", every=60) as card:
+    with watching("cpu", every=60) as readings:
         zone("0", 1_500_000, "package-0")
         zone("1", 4_000_000, "package-1")
         zone("0:0", 7_000_000, "core")
         zone("2", 9_000_000, "psys")
-    assert card.joules == pytest.approx(2.5 + 4) and card.joules_from == COUNTER
-    assert card.watts > 0 and card.note == "" and card.throttled is None
+    assert readings.joules == pytest.approx(2.5 + 4) and readings.joules_from == COUNTER
+    assert readings.watts > 0 and readings.note == "" and readings.throttled is None
 
 
 def test_parts_and_the_whole_system_are_not_counted_twice(zone):
     for place, name in [("0", "package-0"), ("0:0", "core"), ("0:1", "dram"), ("1", "psys")]:
         zone(place, 0, name)
-    with watching("cpu", every=60) as card:
+    with watching("cpu", every=60) as readings:
         for place, name in [("0", "package-0"), ("0:0", "core"), ("0:1", "dram"), ("1", "psys")]:
             zone(place, 3_000_000, name)
-    assert card.joules == pytest.approx(3)
+    assert readings.joules == pytest.approx(3)
 
 
 def test_a_cpu_without_a_readable_counter_says_so(zone, tmp_path):
-    with watching("cpu", every=60) as card:
+    with watching("cpu", every=60) as readings:
         pass
-    assert card.note == "no energy counter" and card.joules is None
+    assert readings.note == "no energy counter" and readings.joules is None
     zone("0", 0, "package-0")
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
-    with watching("cpu", every=60) as card:
+    with watching("cpu", every=60) as readings:
         pass
-    assert card.note.startswith("no energy counter: ") and "energy_uj" in card.note
-    assert card.joules is None
+    assert readings.note.startswith("no energy counter: ") and "energy_uj" in readings.note
+    assert readings.joules is None

@@ -1,8 +1,8 @@
-"""Who trains: each contender trains the task's model on its rows.
+"""Who trains: each implementation trains the task's model on its rows.
 
 All get the same weights (or, of a backbone without any on disk, random ones), rows, batch size and
 number of steps, InfoNCE of cosines at TEMPERATURE, AdamW on a cosine schedule, weights in fp32 and
-no dropout; fp32 throughout on the CPU, bf16 by autocast on a card.
+no dropout; fp32 throughout on the CPU, bf16 by autocast on a GPU.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 
-from ..card import Card, watching
+from ..gpu import Readings, watching
 from ..measure import mark_resident, peak_resident
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ class Task:
 
     @property
     def max_tokens(self) -> int | None:
-        """Of a micro-batch of ours: what a CPU's cache likes; a card's are found by trying."""
+        """Of a micro-batch of ours: what a CPU's cache likes; a GPU's are found by trying."""
         return 4096 if self.device == "cpu" else None
 
 
-Contender = Callable[[Task], None]
+Implementation = Callable[[Task], None]
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ class Done(Exception):
     """Raised out of an update after which nothing is left to measure; so nothing is saved."""
 
 
-def measure(contender: Contender, task: Task) -> Measured:
-    """In a process of its own, whose peak is the contender's."""
+def measure(implementation: Implementation, task: Task) -> Measured:
+    """In a process of its own, whose peak is the implementation's."""
     first = max(1, task.steps // 4)  # whoever compiles or tries does it before this update
     marks: list[Any] = []  # the ends of updates
     memory = Memory(task.device)
-    watch, card = contextlib.ExitStack(), Card()
+    watch, readings = contextlib.ExitStack(), Readings()
 
     def updated() -> None:
-        nonlocal card
+        nonlocal readings
         if len(marks) + 1 == first:
             _wait(task.device)  # what came before is no part of what follows
             memory.settle()
-            card = watch.enter_context(watching(task.device))
+            readings = watch.enter_context(watching(task.device))
         marks.append(_mark(task.device))
         if len(marks) == task.steps:
             _wait(task.device)
@@ -118,7 +118,7 @@ def measure(contender: Contender, task: Task) -> Measured:
                 raise Done
 
     with watch, hooks(memory.start, updated, memory.made), contextlib.suppress(Done):
-        contender(task)
+        implementation(task)
     assert len(marks) == task.steps, f"{len(marks)} updates"
     counted = task.steps - first
     return Measured(
@@ -126,9 +126,9 @@ def measure(contender: Contender, task: Task) -> Measured:
         counted,
         memory.peak(),
         ndcg(task.output, task) if task.ndcg else None,
-        card.watts,
-        card.joules,
-        card.throttled,
+        readings.watts,
+        readings.joules,
+        readings.throttled,
     )
 
 
@@ -217,23 +217,23 @@ def evaluator(model: Path, task: Task) -> tuple["Encoder", Callable[[], float]]:
     """The encoder of a directory, and what tells its nDCG on the held-out queries as it then is."""
     from rankpo_fast.data.retrieval import read_retrieval
     from rankpo_fast.model.load import load_encoder
-    from rankpo_fast.retrieval.evaluate import evaluate
+    from rankpo_fast.retrieval.evaluate import measure
 
     encoder = load_encoder(EncoderConfig(str(model)), device=torch.device(task.device))
     retrieval = read_retrieval(task.corpus / "queries.jsonl", task.corpus / "corpus.jsonl")
 
     def measured() -> float:
-        figures = evaluate(
+        figures = measure(
             encoder, retrieval=retrieval, cutoffs=[CUTOFF], max_tokens=task.max_tokens,
             cache_dir=task.cache,
-        )  # fmt: skip
+        ).figures  # fmt: skip
         return figures[f"ndcg@{CUTOFF}"]
 
     return encoder, measured
 
 
 def ndcg(model: Path, task: Task) -> float:
-    """Of a directory that a contender left, on the held-out queries."""
+    """Of a directory that an implementation left, on the held-out queries."""
     _, measured = evaluator(model, task)
     return measured()
 

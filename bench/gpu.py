@@ -1,8 +1,8 @@
 """What the device did during a measurement: power, energy, clocks, and why it slowed down.
 
-    with watching("cuda") as card:
+    with watching("cuda") as readings:
         train()
-    card.joules, card.throttled
+    readings.joules, readings.throttled
 
 A thread asks NVML (nvidia-ml-py) beside the measurement, of a CPU the counters of its packages
 (RAPL). What is not known is None, and `note` says why: a figure beside a measurement is no reason
@@ -29,7 +29,7 @@ SLOWED = {  # NVML's bits. Being idle, clocks that were set, and sync boost slow
     0x04: "power cap",
     0x08: "hardware slowdown",
     0x20: "thermal slowdown",  # by the driver
-    0x40: "thermal slowdown",  # by the card
+    0x40: "thermal slowdown",  # by the GPU
     0x80: "power brake",
 }
 # A figure: what NVML calls it, newest name first; arguments after the device; how to read it.
@@ -50,7 +50,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], tuple[int, ...], Callable[[Any], float
 
 
 @dataclass
-class Card:
+class Readings:
     """Filled when the watch ends; None is what the device does not tell."""
 
     watts: float | None = None  # joules over the time watched
@@ -78,10 +78,10 @@ class Card:
 
 
 @contextlib.contextmanager
-def watching(device: str, every: float = EVERY_S) -> Iterator[Card]:
+def watching(device: str, every: float = EVERY_S) -> Iterator[Readings]:
     """Samples `device` (cpu, cuda, cuda:1) every so many seconds until the context ends, however it
     does. Whoever measures a GPU waits for it inside."""
-    card = Card()
+    readings = Readings()
     notes: Counter[str] = Counter()
     with _sampler(device, notes) as sample:
         stop = threading.Event()
@@ -96,19 +96,19 @@ def watching(device: str, every: float = EVERY_S) -> Iterator[Card]:
         thread = threading.Thread(target=watch, name="watching", daemon=True)
         thread.start()
         try:
-            yield card
+            yield readings
         finally:
             stop.set()
             thread.join()
-    _fill(card, seen, notes)
-    card.note = "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in notes.items())
+    _fill(readings, seen, notes)
+    readings.note = "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in notes.items())
 
 
 def limits(device: str) -> dict[str, str]:
-    """Driver, power limit and highest clocks of a card, for a reader; what is unknown says why."""
+    """Driver, power limit and highest clocks of a GPU, for a reader; what is unknown says why."""
     notes: Counter[str] = Counter()
     with _opened(device, notes) as ask:
-        driver = ask(("nvmlSystemGetDriverVersion",), of_card=False)
+        driver = ask(("nvmlSystemGetDriverVersion",), of_gpu=False)
         power = ask(("nvmlDeviceGetEnforcedPowerLimit",))
         clocks = [ask(("nvmlDeviceGetMaxClockInfo",), kind) for kind in (1, 2)]
     said = {
@@ -125,16 +125,16 @@ def limits(device: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
-    """`ask(names, *arguments)` of the card that torch means: the first name that answers; None and
+    """`ask(names, *arguments)` of the GPU that torch means: the first name that answers; None and
     a note if none does."""
     nvml = handle = None
 
-    def ask(names: Sequence[str], *arguments: Any, of_card: bool = True) -> Any:
-        if nvml is None or (of_card and handle is None):
+    def ask(names: Sequence[str], *arguments: Any, of_gpu: bool = True) -> Any:
+        if nvml is None or (of_gpu and handle is None):
             return None
         for name in names:
             try:
-                return getattr(nvml, name)(*([handle] if of_card else []), *arguments)
+                return getattr(nvml, name)(*([handle] if of_gpu else []), *arguments)
             except Exception as error:  # NVMLError, or a name this version lacks
                 failed = f"{name}: {error}"
         notes[failed] += 1
@@ -145,7 +145,7 @@ def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
             import pynvml  # nvidia-ml-py
 
             pynvml.nvmlInit()
-            stack.callback(ask, ("nvmlShutdown",), of_card=False)
+            stack.callback(ask, ("nvmlShutdown",), of_gpu=False)
             nvml = pynvml
         except ModuleNotFoundError:
             notes["nvidia-ml-py not installed"] += 1
@@ -157,13 +157,13 @@ def _opened(device: str, notes: Counter[str]) -> Iterator[Callable[..., Any]]:
 
 
 def _handle(nvml: Any, device: torch.device, notes: Counter[str]) -> Any:
-    """NVML counts all cards, torch those of CUDA_VISIBLE_DEVICES: they are matched by UUID, or else
-    by place on the bus. Power and clocks of a MIG slice are those of its card."""
-    card: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the bus
-    bus = f"{card.pci_domain_id:08x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    """NVML counts all GPUs, torch those of CUDA_VISIBLE_DEVICES: they are matched by UUID, or else
+    by place on the bus. Power and clocks of a MIG slice are those of its GPU."""
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the bus
+    bus = f"{gpu.pci_domain_id:08x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     tries = [
-        ("nvmlDeviceGetHandleByUUID", f"GPU-{card.uuid}"),
-        ("nvmlDeviceGetHandleByUUID", f"MIG-{card.uuid}"),
+        ("nvmlDeviceGetHandleByUUID", f"GPU-{gpu.uuid}"),
+        ("nvmlDeviceGetHandleByUUID", f"MIG-{gpu.uuid}"),
         ("nvmlDeviceGetHandleByPciBusId", bus),
     ]
     failed = []
@@ -176,11 +176,11 @@ def _handle(nvml: Any, device: torch.device, notes: Counter[str]) -> Any:
     else:
         notes[f"NVML does not know {device}: {', '.join(failed)}"] += 1
         return None
-    with contextlib.suppress(Exception):  # no slice, or a card that has none
+    with contextlib.suppress(Exception):  # no slice, or a GPU that has none
         handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     with contextlib.suppress(Exception):
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
-            notes["MIG: figures are the whole card's, other slices included"] += 1
+            notes["MIG: figures are the whole GPU's, other slices included"] += 1
     return handle
 
 
@@ -239,29 +239,29 @@ def _is_package(zone: Path) -> bool:
     return False
 
 
-def _fill(card: Card, seen: Sequence[tuple[float, Sample]], notes: Counter[str]) -> None:
+def _fill(readings: Readings, seen: Sequence[tuple[float, Sample]], notes: Counter[str]) -> None:
     (start, first), *during = seen
-    card.samples = len(during)
+    readings.samples = len(during)
 
     def of(figure: str) -> list[Any]:
         return [x for _, sample in during if (x := sample.get(figure)) is not None]
 
     seconds = seen[-1][0] - start
-    card.joules, card.joules_from = _energy(seen, seconds, first.get("limit"), notes)
-    card.watts = None if card.joules is None else card.joules / seconds
-    card.peak_watts = max(of("watts"), default=None)
+    readings.joules, readings.joules_from = _energy(seen, seconds, first.get("limit"), notes)
+    readings.watts = None if readings.joules is None else readings.joules / seconds
+    readings.peak_watts = max(of("watts"), default=None)
     for figure in ("sm_mhz", "memory_mhz"):
         if clocks := of(figure):
-            setattr(card, figure, statistics.median(clocks))
-            setattr(card, f"{figure}_min", min(clocks))
-    card.celsius = max(of("celsius"), default=None)
-    card.memory_mib = max(of("memory_mib"), default=None)
-    card.busy = statistics.mean(busy) if (busy := of("busy")) else None
+            setattr(readings, figure, statistics.median(clocks))
+            setattr(readings, f"{figure}_min", min(clocks))
+    readings.celsius = max(of("celsius"), default=None)
+    readings.memory_mib = max(of("memory_mib"), default=None)
+    readings.busy = statistics.mean(busy) if (busy := of("busy")) else None
     if reasons := of("reasons"):
         said = Counter(x for mask in reasons for x in {SLOWED[b] for b in SLOWED if mask & b})
-        card.reasons = {name: n / len(reasons) for name, n in said.most_common()}
+        readings.reasons = {name: n / len(reasons) for name, n in said.most_common()}
         words = [f"{name} in {n} of {len(reasons)} samples" for name, n in said.most_common()]
-        card.throttled = ", ".join(words) or None
+        readings.throttled = ", ".join(words) or None
 
 
 def _energy(
@@ -278,7 +278,7 @@ def _energy(
         elif joules == 0:
             notes["energy counter stood still"] += 1
         elif limit is not None and joules > 2 * limit * seconds:
-            notes[f"energy counter says {joules / seconds:.0f} W of a {limit:.0f} W card"] += 1
+            notes[f"energy counter says {joules / seconds:.0f} W of a {limit:.0f} W GPU"] += 1
         else:
             return joules, COUNTER
     if len(powers) < 2:
