@@ -5,7 +5,11 @@ python examples/train_hf_trainer.py
 
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
-from rankpo_fast.integrations.hf_trainer import ContrastiveTrainer, RankPOArguments, RankPOTrainer
+from rankpo_fast.integrations.hf_trainer import (
+    HFContrastiveTrainer,
+    HFRankPOTrainer,
+    RankPOArguments,
+)
 from small_world import collator, small_world
 
 
@@ -15,12 +19,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     run = {"output_dir": "outputs/examples/hf_trainer", "learning_rate": 1e-3, "max_steps": 30,
            "per_device_train_batch_size": 16, "report_to": "none"}  # fmt: skip
-    first = ContrastiveTrainer(
+    first = HFContrastiveTrainer(
         model, TrainingArguments(**run), pooling="mean", tokenizer=tokenizer,
         data_collator=collator(world.model), train_dataset=world.triplets[16:],
         eval_dataset=world.triplets[:16],
     )  # fmt: skip
-    second = RankPOTrainer(
+    second = HFRankPOTrainer(
         model, args=RankPOArguments(**run), pooling="mean", tokenizer=tokenizer,
         train_dataset=world.preferences[32:], eval_dataset=world.preferences[:32],
     )  # fmt: skip

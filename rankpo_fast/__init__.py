@@ -1,5 +1,12 @@
-"""Train embedding models to rank: fused contrastive and RankPO losses, a two-stage trainer."""
+"""Train embedding models to rank: fused contrastive and RankPO losses, a two-stage trainer.
 
+The losses need torch alone. What trains and encodes is imported when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.losses import (
     InBatchRankPOLoss,
     InfoNCELoss,
@@ -16,8 +23,37 @@ from rankpo_fast.ops.info_nce import info_nce_loss, info_nce_loss_and_grads
 from rankpo_fast.ops.rankpo import rankpo_loss, rankpo_loss_and_grads
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
+if TYPE_CHECKING:
+    from rankpo_fast.functions import evaluate, mine_hard_negatives
+    from rankpo_fast.model.encoder import Encoder
+    from rankpo_fast.retrieval.search import search
+    from rankpo_fast.train.callbacks import Callback
+    from rankpo_fast.train.result import TrainingResult
+    from rankpo_fast.trainers import ContrastiveTrainer, RankPOTrainer
+
 __version__ = "0.1.0"
+# What needs transformers: name -> module.
+_LATE = {
+    "Callback": "train.callbacks",
+    "ContrastiveTrainer": "trainers",
+    "Encoder": "model.encoder",
+    "RankPOTrainer": "trainers",
+    "TrainingResult": "train.result",
+    "evaluate": "functions",
+    "mine_hard_negatives": "functions",
+    "search": "retrieval.search",
+}
 __all__ = [
+    "Callback",
+    "ContrastiveTrainer",
+    "Encoder",
+    "InputError",
+    "RankPOTrainer",
+    "TrainingResult",
+    "TrainingStopped",
+    "evaluate",
+    "mine_hard_negatives",
+    "search",
     "InBatchRankPOLoss",
     "InfoNCELoss",
     "RankPOGroupLoss",
@@ -32,3 +68,15 @@ __all__ = [
     "rankpo_loss_and_grads",
     "siglip_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

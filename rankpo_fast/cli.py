@@ -13,19 +13,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any
 
 from rankpo_fast import config as configs
-from rankpo_fast.commands import config as command_configs
 from rankpo_fast.commands import refusals
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
-from rankpo_fast.errors import InputError, NotFiniteVectors
+from rankpo_fast.errors import InputError, NotFiniteVectors, RankLost, TrainingStopped
 from rankpo_fast.flags import closest, parse
-from rankpo_fast.paths import DATA
+from rankpo_fast.paths import texts_located
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode")  # the commands for torchrun
@@ -67,19 +65,24 @@ COMMANDS = {
         [
             configs.EncoderConfig,
             configs.EvaluationConfig,
-            command_configs.EvaluateOutputConfig,
+            configs.EvaluateOutputConfig,
             configs.ComputeConfig,
         ],
         refusals.check_evaluate,
     ),
     "mine": Command(
         "find hard negatives for stage 1",
-        [configs.EncoderConfig, command_configs.MineConfig, configs.ComputeConfig],
+        [
+            configs.EncoderConfig,
+            configs.MineConfig,
+            configs.MineOutputConfig,
+            configs.ComputeConfig,
+        ],
         refusals.check_mine,
     ),
     "encode": Command(
         "turn the texts of a JSONL file into vectors",
-        [configs.EncoderConfig, command_configs.EncodeConfig, configs.ComputeConfig],
+        [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
     ),
 }
@@ -99,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv)
         except InputError as error:
             return _fail(error, BAD_INPUT)
+        except TrainingStopped as stop:  # which has been said
+            return stop.exit_code
         except FloatingPointError as error:  # which all ranks raise
             return _fail(error, FAILED) if _is_first_rank() else FAILED
-        except OSError as error:
+        except (OSError, RankLost) as error:
             return _fail(error, FAILED)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
@@ -148,10 +153,11 @@ def _run_command(name: str, flags: list[str]) -> int:
             command.check(model, *settings)
         body = importlib.import_module(f"rankpo_fast.commands.{name}")
         try:
-            body.run(model, *settings)
-        except NotFiniteVectors as error:  # which all ranks raise
+            with texts_located(model, *settings) if _is_first_rank() else nullcontext():
+                body.run(model, *settings)
+        except NotFiniteVectors:  # which all ranks raise
             if _is_first_rank():
-                raise error.located(_data_files([model, *settings])) from None
+                raise
             return BAD_INPUT
     return 0
 
@@ -178,16 +184,6 @@ def _meant(name: str, known: list[str]) -> str:
         raise InputError(f"unknown command {name}{closest(name, known)}; {there_are}")
     warnings.warn(f"read {name} as {meant}", stacklevel=2)
     return meant
-
-
-def _data_files(settings: Sequence[Any]) -> list[Path]:
-    """The files of texts that a command was given, those of directories too."""
-    from rankpo_fast.data.retrieval import text_files
-
-    values = [getattr(config, name, None) for config in settings for name in DATA]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    paths = [Path(name) for name in dict.fromkeys(names) if name is not None]
-    return [file for path in paths for file in (text_files(path) if path.is_dir() else [path])]
 
 
 def _fail(error: object, code: int) -> int:

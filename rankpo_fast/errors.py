@@ -1,14 +1,49 @@
-"""What a user can put right: bad data, bad options, a bad path, a model with broken weights."""
+"""What a user can put right: bad data, bad options, a bad path, a model with broken weights; and
+what ends a training before its time."""
 
 import json
+import re
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rankpo_fast.data.memory import Source
 
 EXAMPLES = 3  # texts that a message names
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what, where and what would work."""
+    """What the user gave cannot be used; the message says what, where and what would work.
+
+    Attributes:
+        name: the setting, flag or keyword, that is at fault, else the first that the message
+            names; None where it names none, as of a row of data.
+    """
+
+    def __init__(self, message: str, name: str | None = None):
+        super().__init__(message)
+        first = re.search(r"--(\w+)", message)
+        self.name = name or (first and first[1])
+
+
+class TrainingStopped(Exception):
+    """SIGTERM or Ctrl-C ended a training after the step under way; all that was done is saved.
+
+    Attributes:
+        signal: which.
+        step: the last step done.
+        exit_code: as shells expect it, 143 or 130.
+    """
+
+    def __init__(self, message: str, signal: signal.Signals, step: int):
+        super().__init__(message)
+        self.signal, self.step, self.exit_code = signal, step, 128 + signal
+
+
+class RankLost(RuntimeError):
+    """Another process of the run is gone, which has said why: this one cannot go on alone."""
 
 
 class NotFiniteVectors(InputError):
@@ -45,8 +80,8 @@ class NotFiniteVectors(InputError):
             what += "; the model's weights are finite, but its states overflow"
         super().__init__(what)
 
-    def located(self, paths: Iterable[str | Path]) -> "NotFiniteVectors":
-        """The same, with file and line of the texts, where they stand in one of the JSONL files."""
+    def located(self, paths: Iterable["Path | Source"]) -> "NotFiniteVectors":
+        """The same, with file and line of the texts, where they stand in one of the sources."""
         from rankpo_fast.data.jsonl import find_texts
 
         return NotFiniteVectors(*self._facts, places=find_texts(paths, self.texts))

@@ -1,15 +1,46 @@
 """Settings as fields of dataclasses: a flag each, with its help, and what its value must be.
 
-A check raises InputError that names the flag and its value.
+A check raises InputError that names the flag and its value, in Python as on the command line.
 """
 
+import functools
 import math
-from dataclasses import MISSING, field
+import os
+from dataclasses import MISSING, dataclass, field
+from numbers import Integral, Real
+from operator import or_
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rankpo_fast.data.memory import Source, sources
 from rankpo_fast.errors import InputError
 
 AutoOrBool = bool | Literal["auto"]  # auto: as suits the machine, which the start says
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of frozen dataclasses of settings. Values are checked, and brought to the types that
+    their fields have, when one is made: a path becomes text, one value a list of one."""
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for name, hint in _hints(kind).items():
+            value = getattr(self, name)
+            if value is True:  # as of a flag without a value: `resume=True` is a bare --resume
+                value = self.__dataclass_fields__[name].metadata.get("const", True)
+            typed = _typed(self, name, hint, value)
+            if typed is not getattr(self, name):
+                object.__setattr__(self, name, typed)
+        self.check()
+
+    def check(self) -> None:
+        """InputError for a value that cannot be used."""
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def flag(help: str, default: Any = MISSING, **argparse_settings: Any) -> Any:
@@ -20,20 +51,46 @@ def flag(help: str, default: Any = MISSING, **argparse_settings: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _typed(config: Config, name: str, hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`; InputError where it is of another."""
+    if type(None) in get_args(hint):  # which stands for "not given"
+        if value is None:
+            return None
+        hint = functools.reduce(or_, (part for part in get_args(hint) if part is not type(None)))
+    if hint == AutoOrBool:
+        require(config, name, "auto, true or false", value == "auto" or value in (True, False))
+        return value
+    if hint == list[Source]:
+        return sources(name, value)
+    if hint == Source:
+        found = sources(name, value)
+        require(config, name, "one source of rows", len(found) == 1)
+        return found[0]
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        require(config, name, f"one of {', '.join(choices)}", value in choices)
+        return value
+    if get_origin(hint) is list:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        [of_item] = get_args(hint)
+        return [_typed(config, name, of_item, item) for item in items]
+    if hint not in KINDS or type(value) is hint:
+        return value
+    fits = {
+        bool: value in (True, False),
+        int: isinstance(value, Integral) and not isinstance(value, bool),
+        float: isinstance(value, Real) and not isinstance(value, bool),
+        str: isinstance(value, str | os.PathLike),
+    }
+    require(config, name, KINDS[hint], fits[hint])
+    if hint is str:
+        return os.fspath(value)
+    return value if isinstance(value, int | float) else hint(value)  # numpy's as Python's
+
+
 def require(config: Any, name: str, rule: str, holds: bool) -> None:
     if not holds:
-        raise InputError(f"--{name} must be {rule}, got {getattr(config, name)!r}")
-
-
-def check_choices(config: Any) -> None:
-    """argparse checks these on the command line; this serves those who build a config in Python."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            choices = get_args(hint)
-            require(config, name, f"one of {', '.join(choices)}", value in choices)
-        elif hint == AutoOrBool:
-            require(config, name, "auto, true or false", value == "auto" or value in (True, False))
+        raise InputError(f"--{name} must be {rule}, got {getattr(config, name)!r}", name)
 
 
 def check_above(config: Any, low: float, *names: str) -> None:

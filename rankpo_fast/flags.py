@@ -6,6 +6,7 @@ is ours. What is not taken as it stands is said.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import re
@@ -18,12 +19,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 from rankpo_fast.compatibility.fates import reading
 from rankpo_fast.compatibility.names import alias, hint
 from rankpo_fast.compatibility.rules import Line
+from rankpo_fast.data.memory import Source
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import AutoOrBool
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
+# Types of settings that hold rows or name them, and what a command line can give of these.
+NAMED = {
+    Source: str,
+    list[Source]: list[str],
+    Source | None: str | None,
+    list[Source] | None: list[str] | None,
+}
 MERGE = "tag:yaml.org,2002:merge"
 YAML_WORDS = {
     MERGE: "<<",
@@ -50,7 +59,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where settings are given, and how messages write them there."""
 
     where: str = ""
@@ -66,16 +75,16 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     options = _options(parser)
     strays, spelled = split(flags)
     lists = {action.dest for action in parser._actions if action.nargs == "+"}
-    given = _named(spelled, options, Source(), lists)
+    given = _named(spelled, options, Origin(), lists)
     path = " ".join(given.pop("config").values) if "config" in given else None
-    file, in_file = Source(f"--config {path}: ", "", "key"), {}
+    file, in_file = Origin(f"--config {path}: ", "", "key"), {}
     if path is not None:
         fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
         in_file = _given_in_file(Path(path), fields, file)
     in_file = {setting: one for setting, one in in_file.items() if setting not in given}
     together = {one.name: one.values for one in (in_file | given).values()}
     line = Line(name, frozenset(options), together)
-    in_file, given = _ours(in_file, line, file), _ours(given, line, Source())
+    in_file, given = _ours(in_file, line, file), _ours(given, line, Origin())
     arguments = [text for one in (in_file | given).values() for text in one.arguments()]
     try:
         *settings, _, rest = parser.parse_args_into_dataclasses(
@@ -119,8 +128,10 @@ def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParse
         def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Any) -> None:
             if field.type == AutoOrBool:  # which transformers has no kind of flag for
                 _add_auto_or_bool(parser, field)
-            else:
-                HfArgumentParser._parse_dataclass_field(parser, field)
+                return
+            field = copy.copy(field)
+            field.type = NAMED.get(field.type, field.type)
+            HfArgumentParser._parse_dataclass_field(parser, field)
 
     parser = Parser(
         classes,
@@ -192,7 +203,7 @@ def _name(spelling: str) -> str:
 def _named(
     spelled: Iterable[tuple[str, Any]],
     options: dict[str, str],
-    source: Source,
+    origin: Origin,
     lists: Collection[str] = (),
 ) -> dict[str, Given]:
     """{setting of ours, or another trainer's flag: as it was given}, other names of ours read.
@@ -205,20 +216,20 @@ def _named(
         name = _name(spelling)
         ours = name if name in options else alias(name, options.keys())
         if ours is not None and ours != name:
-            read[name] = f"{spelling} as {source.sign}{ours}"
+            read[name] = f"{spelling} as {origin.sign}{ours}"
         setting = name if ours is None else options.get(ours, name)
         before = given.pop(setting, None)
         if before is not None and _name(before.spelling) != name:
-            _refuse_both(before, Given(spelling, name, []), source)
+            _refuse_both(before, Given(spelling, name, []), origin)
         if before is not None and setting in lists:
             raise InputError(f"{spelling} is given twice: give it once, with all its values")
         given[setting] = Given(spelling, ours or name, values)
     if read:
-        _say(source, f"read {', '.join(read.values())}")
+        _say(origin, f"read {', '.join(read.values())}")
     return given
 
 
-def _ours(given: dict[str, Given], line: Line, source: Source) -> dict[str, Given]:
+def _ours(given: dict[str, Given], line: Line, origin: Origin) -> dict[str, Given]:
     """Settings of ours: what else was given is read as these, or said to have no effect."""
     ours: dict[str, Given] = {}
     read: dict[str, Given] = {}
@@ -226,43 +237,43 @@ def _ours(given: dict[str, Given], line: Line, source: Source) -> dict[str, Give
         try:
             meant = reading(one.name, one.values, line)
         except InputError as error:
-            raise InputError(f"{source.where}{one}: {error}") from None
+            raise InputError(f"{origin.where}{one}: {error}") from None
         if meant is None and one.name in line.known:
             ours[setting] = one
             continue
         if meant is None or not meant.flags.keys() <= line.known:
-            raise InputError(f"{source.where}{_unknown(one, line, source)}")
+            raise InputError(f"{origin.where}{_unknown(one, line, origin)}")
         new = [Given(one.spelling, name, values) for name, values in meant.flags.items()]
-        flags = [" ".join([f"{source.sign}{flag.name}", *flag.values]) for flag in new]
-        _say(source, f"read {one} as {' '.join(flags)}" if flags else f"{one}: {meant.why}")
+        flags = [" ".join([f"{origin.sign}{flag.name}", *flag.values]) for flag in new]
+        _say(origin, f"read {one} as {' '.join(flags)}" if flags else f"{one}: {meant.why}")
         for flag in new:
             if flag.name in read:
-                _refuse_both(read[flag.name], flag, source)
+                _refuse_both(read[flag.name], flag, origin)
             read[flag.name] = flag
     for name in ours.keys() & read.keys():
-        _refuse_both(ours[name], read[name], source)
+        _refuse_both(ours[name], read[name], origin)
     return ours | read
 
 
-def _unknown(one: Given, line: Line, source: Source) -> str:
+def _unknown(one: Given, line: Line, origin: Origin) -> str:
     meant = hint(one.name, line.known)
     if meant is not None:
-        return f"unknown {source.kind} {one.spelling}: use {meant}"
-    known = [f"{source.sign}{name}" for name in sorted(line.known)]
-    return f"unknown {source.kind} {one.spelling}{closest(source.sign + one.name, known)}"
+        return f"unknown {origin.kind} {one.spelling}: use {meant}"
+    known = [f"{origin.sign}{name}" for name in sorted(line.known)]
+    return f"unknown {origin.kind} {one.spelling}{closest(origin.sign + one.name, known)}"
 
 
-def _refuse_both(first: Given, second: Given, source: Source) -> None:
+def _refuse_both(first: Given, second: Given, origin: Origin) -> None:
     both = f"{first.spelling} and {second.spelling}"
-    raise InputError(f"{source.where}{both} are one setting: give one of them")
+    raise InputError(f"{origin.where}{both} are one setting: give one of them")
 
 
-def _say(source: Source, text: str) -> None:
-    warnings.warn(f"{source.where}{text}", stacklevel=3)
+def _say(origin: Origin, text: str) -> None:
+    warnings.warn(f"{origin.where}{text}", stacklevel=3)
 
 
 def _given_in_file(
-    path: Path, fields: dict[str, dataclasses.Field], source: Source
+    path: Path, fields: dict[str, dataclasses.Field], origin: Origin
 ) -> dict[str, Given]:
     """The file's settings. Null, and false for what has a value, is a setting that is not given:
     an error where something else than None would come of that."""
@@ -271,13 +282,13 @@ def _given_in_file(
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{source.where}{' '.join(str(error).split())}") from None
+        raise InputError(f"{origin.where}{' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{source.where}expected lines of the form flag: value")
+        raise InputError(f"{origin.where}expected lines of the form flag: value")
     keys = [(str(key), value) for key, value in content.items()]
-    named = _named(keys, {name: name for name in fields}, source)
+    named = _named(keys, {name: name for name in fields}, origin)
     if "config" in named:
-        raise InputError(f"{source.where}a file cannot name another one by config")
+        raise InputError(f"{origin.where}a file cannot name another one by config")
     given = {}
     for setting, one in named.items():
         value = one.values
@@ -286,25 +297,25 @@ def _given_in_file(
             continue
         if isinstance(value, dict):
             raise InputError(
-                f"{source.where}{one.spelling} holds keys itself; settings are not nested"
+                f"{origin.where}{one.spelling} holds keys itself; settings are not nested"
             )
         switch = fields[setting].type is bool or bool in get_args(fields[setting].type)
         if value is None or value == [] or (value is False and not switch):
-            _unset(fields[setting], one, source)
+            _unset(fields[setting], one, origin)
             continue
         values = list(map(str, value if isinstance(value, list) else [value]))
         given[setting] = Given(one.spelling, one.name, [] if value is True else values)
     return given
 
 
-def _unset(field: dataclasses.Field, one: Given, source: Source) -> None:
+def _unset(field: dataclasses.Field, one: Given, origin: Origin) -> None:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = " ".join(map(str, field.default_factory()))
     if default not in (None, "", dataclasses.MISSING):  # of the last argparse says that it lacks
         word = "null" if one.values is None else "false" if one.values is False else "[]"
         raise InputError(
-            f"{source.where}{one.spelling} cannot be {word}: give a value, or leave the key out "
+            f"{origin.where}{one.spelling} cannot be {word}: give a value, or leave the key out "
             f"for {default}"
         )
 

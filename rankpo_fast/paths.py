@@ -5,10 +5,12 @@ What is read must not be written over: a path is known by where links lead, and 
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.errors import InputError
+from rankpo_fast.data.memory import Source
+from rankpo_fast.errors import InputError, NotFiniteVectors
 
 # Settings whose values are files or directories that are read; those of models may be hub names.
 MODELS = ("model_name_or_path", "tokenizer_name", "reference_model_name_or_path")
@@ -66,13 +68,37 @@ def check_output(flag: str, path: str | Path, *configs: Any) -> None:
 
 
 def inputs(*configs: Any) -> Iterator[tuple[str, str]]:
-    """Flag and value of each setting that is read."""
+    """Flag and value of each path, or name on the Hub, that is read."""
+    return ((flag, read) for flag, read in all_inputs(*configs) if isinstance(read, str))
+
+
+def all_inputs(*configs: Any) -> Iterator[tuple[str, Source]]:
+    """Rows in memory too."""
     for config in configs:
         for name in (*MODELS, *DATA):
             value = getattr(config, name, None)
             for each in value if isinstance(value, list) else [value]:
                 if each is not None:
                     yield _flag(name), each
+
+
+@contextmanager
+def texts_located(*configs: Any) -> Iterator[None]:
+    """Inside, texts whose vectors are not finite are named with their places in the data."""
+    try:
+        yield
+    except NotFiniteVectors as error:
+        raise error.located(_data(*configs)) from None
+
+
+def _data(*configs: Any) -> Iterator[Path | Source]:
+    """The rows, and the files of rows, that settings read; those of directories too."""
+    from rankpo_fast.data.retrieval import text_files
+
+    for flag, source in all_inputs(*configs):
+        if flag not in map(_flag, MODELS):
+            is_directory = isinstance(source, str) and Path(source).is_dir()
+            yield from text_files(Path(str(source))) if is_directory else [source]
 
 
 def files_read(flag: str, name: str) -> list[Path]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from rankpo_fast.config import ComputeConfig
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, RankLost
 from rankpo_fast.ops.ranks import gather_rows, sum_rows
 
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -101,7 +101,7 @@ class Ranks:
     # --- who waits for whom ---
 
     def meet(self) -> None:
-        """Wait for all; SystemExit where one is gone, which has said why."""
+        """Wait for all; RankLost where one is gone."""
         self.highest([0])
 
     @contextmanager
@@ -118,7 +118,7 @@ class Ranks:
         self.meet()
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
-        """The greatest number of any rank in each place; raises SystemExit like `meet`."""
+        """The greatest number of any rank in each place; raises RankLost like `meet`."""
         if self.hosts is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
@@ -127,7 +127,7 @@ class Ranks:
         return tensor.tolist()
 
     def objects(self, value: Any) -> list[Any]:
-        """The values of all ranks; raises SystemExit like `meet`."""
+        """The values of all ranks; raises RankLost like `meet`."""
         if self.hosts is None:
             return [value]
         values = [None] * self.size
@@ -136,12 +136,12 @@ class Ranks:
         return values
 
     def send_to_first(self, rows: Tensor) -> None:
-        """From the host's memory; raises SystemExit like `meet`."""
+        """From the host's memory; raises RankLost like `meet`."""
         with self._talk():
             dist.send(rows.contiguous(), 0, group=self.hosts)
 
     def received(self, rank: int, shape: tuple[int, ...]) -> Tensor:
-        """The fp32 rows that a rank sends to this one, the first; raises SystemExit like `meet`."""
+        """The fp32 rows that a rank sends to this one, the first; raises RankLost like `meet`."""
         rows = torch.empty(shape, dtype=torch.float32)
         with self._talk():
             dist.recv(rows, rank, group=self.hosts)
@@ -153,8 +153,7 @@ class Ranks:
             with record_function("communication"):
                 yield
         except RuntimeError as error:
-            said = f"rankpo-fast: rank {self.rank} stops, since another is gone ({error})"
-            raise SystemExit(said) from error
+            raise RankLost(f"rank {self.rank} stops, since another is gone ({error})") from error
 
     @contextmanager
     def together(self) -> Iterator[None]:

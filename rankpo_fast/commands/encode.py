@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankpo_fast.commands.config import EncodeConfig
-from rankpo_fast.config import ComputeConfig, EncoderConfig
+from rankpo_fast.config import ComputeConfig, EncodeConfig, EncoderConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.rows import read_texts
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import check_length
 from rankpo_fast.ranks import Ranks
-from rankpo_fast.retrieval.encode import encode_texts
 
 
 def run(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:

@@ -1,8 +1,14 @@
 """What commands refuse by their settings alone, before they are imported: InputError each."""
 
-from rankpo_fast.commands.config import EncodeConfig, EvaluateOutputConfig, MineConfig
-from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig
-from rankpo_fast.errors import InputError
+from rankpo_fast.config import (
+    ComputeConfig,
+    EncodeConfig,
+    EncoderConfig,
+    EvaluateOutputConfig,
+    EvaluationConfig,
+    MineConfig,
+    MineOutputConfig,
+)
 from rankpo_fast.paths import check_output
 
 
@@ -12,8 +18,7 @@ def check_evaluate(
     output: EvaluateOutputConfig,
     compute: ComputeConfig,
 ) -> None:
-    if not evaluation.asked:
-        raise InputError("nothing to measure: give --query_data, --preference_data, or both")
+    evaluation.check_asked()
     _check_cache(compute)
     for flag, path in (("--output", output.output), ("--output_run", output.output_run)):
         if path is not None:
@@ -25,9 +30,11 @@ def check_encode(model: EncoderConfig, config: EncodeConfig, compute: ComputeCon
     check_output("--output", config.output, model, config)
 
 
-def check_mine(model: EncoderConfig, config: MineConfig, compute: ComputeConfig) -> None:
+def check_mine(
+    model: EncoderConfig, config: MineConfig, output: MineOutputConfig, compute: ComputeConfig
+) -> None:
     _check_cache(compute)
-    check_output("--output_file", config.output_file, model, config)
+    check_output("--output_file", output.output_file, model, config)
 
 
 def _check_cache(compute: ComputeConfig) -> None:

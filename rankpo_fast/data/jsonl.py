@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.data.sources import byte_lines, is_table, place, table_rows
 from rankpo_fast.errors import InputError
 
@@ -22,8 +23,9 @@ JSON_TYPES = {
 }
 
 
-def lines(path: str | Path) -> Iterator[tuple[str, str]]:
+def lines(path: Path | Source) -> Iterator[tuple[str, str]]:
     """Yield (where, text) for every line that is not blank, of which there must be one."""
+    assert not isinstance(path, Rows), "values() has them"
     empty, name = True, place(path)
     for number, line in enumerate(byte_lines(path), start=1):
         where = f"{name}:{number}"
@@ -42,7 +44,7 @@ def lines(path: str | Path) -> Iterator[tuple[str, str]]:
         raise InputError(f"{name}: the file is empty")
 
 
-def values(path: str | Path) -> Iterator[tuple[str, Any]]:
+def values(path: Path | Source) -> Iterator[tuple[str, Any]]:
     """Yield (where, JSON value) for every line that is not blank, or every row of a table."""
     if is_table(path):
         yield from table_rows(path)
@@ -60,7 +62,7 @@ def values(path: str | Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
+def objects(path: Path | Source) -> Iterator[tuple[str, dict]]:
     """Yield (where, object) for every line that is not blank; each must be one JSON object."""
     for where, row in values(path):
         if not isinstance(row, dict):
@@ -77,7 +79,7 @@ def no_object(row: Any, where: str) -> InputError:
     return InputError(f"{where}: a row must be an object, got {kind_of(row)}")
 
 
-def find_texts(paths: Iterable[str | Path], texts: Collection[str]) -> dict[str, str]:
+def find_texts(paths: Iterable[Path | Source], texts: Collection[str]) -> dict[str, str]:
     """{text: where} of those that stand in a row, its title and text joined or any value in it.
 
     For messages about a text after all rows were read, so that rows need not carry their lines.

@@ -27,6 +27,8 @@ from rankpo_fast.data.jsonl import (
     text_at,
     value,
 )
+from rankpo_fast.data.memory import Rows, Source
+from rankpo_fast.data.sources import place
 from rankpo_fast.errors import InputError
 
 # How the header of a qrels file may name its columns, in any order; _ is as good as -.
@@ -78,8 +80,8 @@ class RetrievalSet:
 
 
 def read_retrieval(
-    query_data: str | Path,
-    corpus_data: str | Path | None = None,
+    query_data: Path | Source,
+    corpus_data: Path | Source | None = None,
     *,
     split: str | None = None,
     keep_same_id: bool = False,
@@ -89,12 +91,12 @@ def read_retrieval(
     Warns of what is skipped, and of the split where it had to be chosen.
 
     Args:
-        query_data: JSONL file of queries, or a BEIR directory.
-        corpus_data: JSONL file of {"text"} rows; None with a BEIR directory, which has its own.
+        query_data: queries, in a JSONL file or in memory, or a BEIR directory.
+        corpus_data: rows of {"text"}; None with a BEIR directory, which has its own.
         split: of a BEIR directory; None: test, else dev, else the first by name.
         keep_same_id: a BEIR document with the query's own id is ranked like any other.
     """
-    if Path(query_data).is_dir():
+    if not isinstance(query_data, Rows) and Path(query_data).is_dir():
         if corpus_data is not None:
             raise InputError(f"{query_data}: a BEIR directory, so leave --corpus_data out")
         return _read_beir(Path(query_data), split, keep_same_id)
@@ -126,10 +128,10 @@ def _corpus_rows(row: dict, corpus_size: int, where: str) -> list[int]:
     return indices
 
 
-def _check_corpus(path: str | Path, corpus: list[str]) -> None:
+def _check_corpus(path: Path | Source, corpus: list[str]) -> None:
     empty = corpus.count("")
     if empty == len(corpus):
-        raise InputError(f"{path}: no document has a text")
+        raise InputError(f"{place(path)}: no document has a text")
     if empty:
         _warn(f"{path}: {empty:,} documents without title and text rank behind all others")
 

@@ -26,8 +26,11 @@ from rankpo_fast.data.formats import (
     row_of_list,
 )
 from rankpo_fast.data.jsonl import document_text, no_object, objects, shown, text_at, value, values
+from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.data.sources import place
 from rankpo_fast.errors import InputError
+
+Sources = Path | Source | Sequence[Path | Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class PreferenceRow:
     weight: float
 
 
-def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[ContrastiveRow]:
+def read_contrastive(paths: Sources) -> list[ContrastiveRow]:
     """Read stage 1 rows from one file or several, in order. Raises InputError."""
     rows, unused = [], UnusedKeys()
     formats: dict[tuple[str, ...], ContrastiveKeys] = {}  # found once for rows of the same keys
@@ -70,9 +73,7 @@ def read_contrastive(paths: str | Path | Sequence[str | Path]) -> list[Contrasti
     return rows
 
 
-def read_preferences(
-    paths: str | Path | Sequence[str | Path], *, use_confidence: bool | None = None
-) -> list[PreferenceRow]:
+def read_preferences(paths: Sources, *, use_confidence: bool | None = None) -> list[PreferenceRow]:
     """Read stage 2 rows. Raises InputError.
 
     Args:
@@ -104,7 +105,7 @@ def _confidence(row: dict, where: str) -> float:
     return score / 100
 
 
-def read_texts(path: str | Path, key: str) -> list[str]:
+def read_texts(path: Path | Source, key: str) -> list[str]:
     """Read the text under `key` of every row of one file.
 
     Of "text" a row's title goes before it, and documents without either are "", not all of them.
@@ -118,21 +119,21 @@ def read_texts(path: str | Path, key: str) -> list[str]:
 
 
 def _all(
-    read: Callable[[str | Path], Iterator[tuple[str, Any]]],
-    paths: str | Path | Sequence[str | Path],
+    read: Callable[[Path | Source], Iterator[tuple[str, Any]]],
+    paths: Sources,
 ) -> Iterator[tuple[str, Any]]:
     paths = _listed(paths)
     if not paths:
-        raise InputError("no data file was given")
+        raise InputError("no data file was given, and no rows")
     for path in paths:
         yield from read(path)
 
 
-def _listed(paths: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    return [paths] if isinstance(paths, str | Path) else paths
+def _listed(paths: Sources) -> Sequence[Path | Source]:
+    return [paths] if isinstance(paths, str | Path | Rows) else paths
 
 
-def _named(paths: str | Path | Sequence[str | Path]) -> str:
+def _named(paths: Sources) -> str:
     return ", ".join(map(place, _listed(paths)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from rankpo_fast.data.memory import Source
 from rankpo_fast.data.sources import place
 
 Row = TypeVar("Row")
@@ -42,7 +43,7 @@ class Share:
 
 
 def read_shares(
-    read: Callable[[str], list[Row]], paths: Sequence[str], weights: Sequence[float] | None
+    read: Callable[[Source], list[Row]], paths: Sequence[Source], weights: Sequence[float] | None
 ) -> tuple[list[Row], list[Share]]:
     """The rows of all files in order, and which are whose; weight 1 where none are given."""
     rows: list[Row] = []

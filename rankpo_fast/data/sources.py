@@ -1,9 +1,10 @@
-"""What a data path names -> its lines, or the rows of its table.
+"""What a source of data names or holds -> its lines, or the rows of its table.
 
 rows.jsonl, .jsonl.gz, .jsonl.zst   known by their first bytes, whatever they are called
 -, or a pipe, as of <(...)          standard input, or what is no regular file: read once and kept
 rows.parquet                        read with the extra "data"
 owner/name[:config][:split]         a data set of the hub, likewise; its split is train unless named
+Rows                                rows that are in memory already
 """
 
 import functools
@@ -23,6 +24,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.errors import InputError
 
 STANDARD_INPUT = "-"
@@ -33,13 +35,15 @@ ZSTD_WINDOW = 31  # log2 of the bytes looked back on: the most there is, what zs
 ROWS_AT_ONCE = 1000  # of a table
 
 
-def place(path: str | Path) -> str:
+def place(path: Path | Source) -> str:
     """What messages call it."""
     return "standard input" if str(path) == STANDARD_INPUT else str(path)
 
 
-def is_table(path: str | Path) -> bool:
-    """Whether it holds columns rather than lines: a parquet file, or a data set of the hub."""
+def is_table(path: Path | Source) -> bool:
+    """Whether it holds rows rather than lines: a parquet file, a data set of the hub, or Rows."""
+    if isinstance(path, Rows):
+        return True
     name = str(path)
     hub = HUB_NAME.fullmatch(name) and not FILE_NAME.fullmatch(name) and not os.path.lexists(name)
     return _is_parquet(path) or bool(hub)
@@ -124,15 +128,24 @@ def _kept(path: str) -> "tempfile._TemporaryFileWrapper[bytes]":
 # --- tables ---
 
 
-def table_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:row", row); rows count from 1, and a column without a value there is None."""
+def table_rows(path: Path | Source) -> Iterator[tuple[str, Any]]:
+    """Yield ("path:row", row); rows of a file count from 1, and a column without a value there is
+    None."""
     number = 0
-    for columns in _parquet(path) if _is_parquet(path) else _hub(str(path)):
-        for values in zip(*columns.values(), strict=True):
-            number += 1
-            yield f"{path}:row {number}", dict(zip(columns, values, strict=True))
+    for number, (where, row) in enumerate(_rows(path), 1):
+        yield where or f"{path}:row {number}", row
     if number == 0:
         raise InputError(f"{path}: has no rows")
+
+
+def _rows(path: Path | Source) -> Iterator[tuple[str | None, Any]]:
+    """Rows, and where they are if they know."""
+    if isinstance(path, Rows):
+        yield from path
+        return
+    for columns in _parquet(path) if _is_parquet(path) else _hub(str(path)):
+        for values in zip(*columns.values(), strict=True):
+            yield None, dict(zip(columns, values, strict=True))
 
 
 def _parquet(path: str | Path) -> Iterator[dict[str, list]]:
@@ -176,10 +189,10 @@ def _needs_datasets(path: str | Path) -> str:
 # --- what it holds ---
 
 
-def digest(path: str | Path) -> str:
+def digest(path: Path | Source) -> str:
     """sha256 of the content, unpacked: the same wherever it lies and however it is compressed."""
     content = hashlib.sha256()
-    if is_table(path):
+    if isinstance(path, Rows) or is_table(path):
         for _, row in table_rows(path):
             content.update(json.dumps(row, default=str).encode() + b"\n")
     else:

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,9 +135,9 @@ class Demo:
 
     def train_with_mined_negatives(self) -> None:
         from rankpo_fast.data.rows import read_contrastive, write_jsonl
-        from rankpo_fast.retrieval.mining import mine_hard_negatives
+        from rankpo_fast.retrieval.mining import mine
 
-        mined = mine_hard_negatives(
+        mined = mine(
             self.load(RANDOM),
             read_contrastive(self._data(RANDOM)),
             [talent.text for talent in self.world["train"].talents],
@@ -148,7 +148,7 @@ class Demo:
             max_tokens=MAX_TOKENS,
             progress=True,
         )
-        write_jsonl(self._data(STAGE1), map(asdict, mined.rows))
+        write_jsonl(self._data(STAGE1), mined.rows)
         self._contrastive(RANDOM, STAGE1, self.scale.mined_steps, self.scale.mined_rate)
 
     def judge_candidates(self) -> None:
@@ -240,16 +240,16 @@ class Demo:
         )
 
     def evaluate(self, name: str, split: str) -> dict[str, float]:
-        from rankpo_fast.retrieval.evaluate import evaluate, read_evaluation_data
+        from rankpo_fast.retrieval.evaluate import measure, read_evaluation_data
 
         data = read_evaluation_data(self._evaluation(split, preferences=True))
-        figures = evaluate(
+        figures = measure(
             self.load(name),
             retrieval=data.retrieval,
             preferences=data.preferences,
             cutoffs=[CUTOFF],
             max_tokens=MAX_TOKENS,
-        )
+        ).figures
         return {axis: figures[axis] for axis in (f"ndcg@{CUTOFF}", "alignment")}
 
     def load(self, name: str) -> "Encoder":
@@ -325,7 +325,7 @@ def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: i
 
 def _retrieve(encoder: "Encoder", split: Split, name: str) -> list[list[int]]:
     """For each job the rows of the talents nearest to it."""
-    from rankpo_fast.retrieval.encode import encode_texts
+    from rankpo_fast.model.encode import encode_texts
     from rankpo_fast.retrieval.search import search
 
     jobs = encoder.tokenize_queries([job.text for job in split.jobs])

@@ -2,7 +2,7 @@
 
 One line to change in the scripts of arXiv 2503.10723:
 
-    from rankpo_fast.integrations.hf_trainer import RankPOTrainer  # was: from rankpo_trainer
+    from rankpo_fast.integrations.hf_trainer import HFRankPOTrainer as RankPOTrainer
 
 and of `contrastive_trainer` alike. (They were written for transformers 4: what else they ask of it,
 `overwrite_output_dir` for one, 5 may no longer have.) A batch is {"query": features, "passage":
@@ -59,7 +59,7 @@ MORE = [
 ]
 
 
-class ContrastiveTrainer(EmbeddingTrainer):
+class HFContrastiveTrainer(EmbeddingTrainer):
     """Stage 1: each query against all passages of the batch, and of the other ranks' batches.
 
     Further keys of a batch are arguments of `info_nce_loss`, such as passage_ids and weights. A
@@ -160,7 +160,7 @@ OF_THE_ORIGINAL = {  # its methods that a subclass may have changed: where that 
 }
 
 
-class RankPOTrainer(EmbeddingTrainer):
+class HFRankPOTrainer(EmbeddingTrainer):
     """Stage 2 on rows {"query", "passage1", "passage2", "preferred": "A" or "B"}, with the
     arguments of the original's trainer in its order.
 
@@ -263,7 +263,7 @@ class RankPOTrainer(EmbeddingTrainer):
         if rows is None or isinstance(rows, str) or "preferred" not in next(iter(rows), {}):
             return rows
         if not self.args.reference_free:
-            raise ValueError("rows have no reference: give them as eval_dataset to RankPOTrainer")
+            raise ValueError("rows have no reference: give them as eval_dataset to HFRankPOTrainer")
         return tokenized(self.processing_class, self.args, rows)
 
     @torch.no_grad()

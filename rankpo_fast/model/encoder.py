@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from rankpo_fast.data.packing import (
     plan_padded,
 )
 from rankpo_fast.data.tokens import TokenTable, tokenize
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import Kernel, packed_arguments, register
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.model.pooling import pool
@@ -42,6 +43,7 @@ class Encoder(nn.Module):
         attention: what computes its attention, by the name that --attn_implementation has for it.
         save_dtype: of the floating-point weights that `save` writes.
         layers: the backbone's, to be checkpointed or compiled.
+        name: of the model it was loaded from.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
     """
@@ -61,10 +63,32 @@ class Encoder(nn.Module):
         self.bf16 = bf16
         self.save_dtype = torch.float32
         self.layers = Layers(backbone)
+        self.name = "an encoder in memory"
         self.origins: list[Path] = []
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> "Encoder":
+        """Load an encoder to encode, search, mine and evaluate with, or to go on training.
+
+        Args:
+            name_or_path: on the Hugging Face hub, or a directory.
+            settings: fields of `rankpo_fast.config.EncoderConfig`, `pooling="mean"` say, and
+                `device`, by default "auto".
+
+        Raises:
+            InputError: there is no such model, or the settings do not go with it.
+        """
+        from rankpo_fast.config import ComputeConfig, EncoderConfig
+        from rankpo_fast.model.load import load_encoder
+        from rankpo_fast.settings import gathered
+
+        compute = {"device": settings.pop("device", "auto")}
+        own = {"model_name_or_path": name_or_path, **settings}
+        [config] = gathered("Encoder.from_pretrained", [EncoderConfig], [], own)
+        return load_encoder(config, device=ComputeConfig(**compute).torch_device())
 
     def use_kernel(self, kernel: Kernel | None) -> None:
         """Pack texts and let `kernel` attend; None: pad them, for the backbone's own attention.
@@ -150,6 +174,48 @@ class Encoder(nn.Module):
         vectors = torch.cat([self(pack(table, text_ids[group])) for group in groups])
         order = torch.cat(groups).argsort().to(vectors.device)
         return vectors[order]
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Literal["query", "passage"] = "passage",
+        *,
+        max_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Vectors of length 1, for search: [n, D] fp32 on the CPU, [D] of a single text.
+
+        Args:
+            texts: n of them. An empty one has a vector of zeros.
+            role: decides prefix and length limit.
+            max_tokens: tokens, padding included, that go through the backbone at once; None: as
+                many as suit the device.
+            progress: show a bar.
+
+        Raises:
+            InputError: a text is none, or alone has more than max_tokens tokens.
+            NotFiniteVectors: the vector of a text holds NaN or inf.
+        """
+        from rankpo_fast.model.encode import encode_texts
+
+        if isinstance(texts, str):
+            return self.encode([texts], role, max_tokens=max_tokens, progress=progress)[0]
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts[{number}] must be text, got {text!r:.60}", "texts")
+        roles = {"query": self.tokenize_queries, "passage": self.tokenize_passages}
+        if role not in roles:
+            raise InputError(f"role must be query or passage, got {role!r}", "role")
+        vectors = torch.zeros(len(texts), self.dim)
+        full = [number for number, text in enumerate(texts) if text.strip()]
+        if full:
+            own = [texts[i] for i in full]
+            vectors[full] = encode_texts(
+                self, roles[role](own), max_tokens=max_tokens, texts=own,
+                progress="encoding" if progress else None,
+            )  # fmt: skip
+        return vectors
 
     def tokenize_queries(
         self, texts: Sequence[str], cache_dir: str | Path | None = None

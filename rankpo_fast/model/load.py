@@ -53,6 +53,7 @@ from rankpo_fast.model.tokenizer import (
     tokenizer_flag,
     vocabulary_size,
 )
+from rankpo_fast.model.trainable import set_layers
 from rankpo_fast.threads import fit_threads
 
 if TYPE_CHECKING:
@@ -122,15 +123,13 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
             parameter.requires_grad_(False)
     encoder = Encoder(backbone, tokenizer, settings, bf16=precision.bf16).to(device).eval()
     encoder.save_dtype, encoder.origins = _save_dtype(training, weights), origins
+    encoder.name = config.model_name_or_path
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
-        if training.gradient_checkpointing is True:  # auto is decided where texts are known
-            _check_checkpointing(encoder)
-            encoder.layers.checkpoint()
     if kernels:
         _pack(encoder, kernels, config)
-    if training is not None and training.torch_compile:
-        encoder.layers.compile()
+    if training is not None:
+        set_layers(encoder, training)
     return encoder
 
 
@@ -243,13 +242,6 @@ def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerB
     size = vocabulary_size(tokenizer)
     if size > embedding_rows(backbone):
         backbone.resize_token_embeddings(size, mean_resizing=False)
-
-
-def _check_checkpointing(encoder: Encoder) -> None:
-    if not encoder.layers.can_checkpoint:
-        kind = encoder.backbone.config.model_type
-        raise InputError(f"--gradient_checkpointing true: {kind} does not have it; give "
-                         f"--gradient_checkpointing false")  # fmt: skip
 
 
 # --- its attention ---

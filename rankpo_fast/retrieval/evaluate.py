@@ -7,6 +7,7 @@ the same text is decided by token ids, as the encoder gets them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from rankpo_fast.config import EvaluationConfig
 from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
 from rankpo_fast.data.rows import PreferenceRow, read_preferences
 from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE, Ranks
-from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.metrics import alignment, retrieval_metrics
 from rankpo_fast.retrieval.ranking import Ranking, rank_documents
+from rankpo_fast.retrieval.report import table
 
 PAIRS_AT_ONCE = 4096
 
@@ -48,27 +50,37 @@ def read_evaluation_data(config: EvaluationConfig) -> EvaluationData:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Figures by their names, and what they were taken of."""
+class Evaluation:
+    """Figures of an encoder. As text it is a table.
+
+    Attributes:
+        figures: by name, "ndcg@20", "mrr@20", "recall@20" ... and "alignment".
+        counts: of what they were taken of, "retrieval" and "preferences", as far as each was
+            measured.
+        rankings: of each query, to the last cutoff.
+    """
 
     figures: dict[str, float] = field(default_factory=dict)
-    rankings: list[Ranking] = field(default_factory=list)  # of each query, to the last cutoff
-    ties: int = 0  # preference pairs whose passages are equally similar
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return table(self.figures, self.counts)
 
 
-def evaluate(
+def measure(
     encoder: Encoder,
     *,
     retrieval: RetrievalSet | None = None,
-    preferences: Sequence[PreferenceRow] | None = None,
+    preferences: Sequence[PreferenceRow] = (),
     cutoffs: Sequence[int] = (1, 5, 10, 20, 100),
     max_tokens: int | None = None,
     legacy: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
-) -> dict[str, float]:
-    """Measure what is given: "ndcg@20", "mrr@20", "recall@20" ... of `retrieval`, and "alignment".
+) -> Evaluation:
+    """Measure what is given: nDCG, MRR and recall of `retrieval`, and the alignment.
 
     Every distinct text is encoded once, by one of the ranks; the first has the figures, the others
     nothing. Alignment is the share of preference pairs, by weight, whose chosen passage is the more
@@ -78,25 +90,6 @@ def evaluate(
         InputError: a text alone has more than max_tokens tokens.
         NotFiniteVectors: the vector of a text holds NaN or inf.
     """
-    return measure(
-        encoder, retrieval, preferences or [], cutoffs, max_tokens=max_tokens, legacy=legacy,
-        cache_dir=cache_dir, progress=progress, ranks=ranks,
-    ).figures  # fmt: skip
-
-
-def measure(
-    encoder: Encoder,
-    retrieval: RetrievalSet | None,
-    preferences: Sequence[PreferenceRow],
-    cutoffs: Sequence[int],
-    *,
-    max_tokens: int | None = None,
-    legacy: bool = False,
-    cache_dir: str | Path | None = None,
-    progress: bool = False,
-    ranks: Ranks = ALONE,
-) -> Measured:
-    """`evaluate`, and what it saw."""
     query_texts, passage_texts = evaluation_texts(retrieval, preferences)
     queries = _Distinct.of(query_texts, encoder.tokenize_queries(query_texts, cache_dir))
     passages = _Distinct.of(passage_texts, encoder.tokenize_passages(passage_texts, cache_dir))
@@ -110,9 +103,10 @@ def measure(
 
     query_vectors, passage_vectors = encode(queries, "queries"), encode(passages, "passages")
     if not ranks.first:
-        return Measured()
+        return Evaluation()
     figures: dict[str, float] = {}
-    rankings, ties = [], 0
+    counts: dict[str, dict[str, Any]] = {}
+    rankings = []
     if retrieval is not None:
         text_of = [passages.row_of.get(text) for text in retrieval.corpus]
         # The texts of the corpus come first among the passages.
@@ -128,6 +122,9 @@ def measure(
         )
         documents = [ranking.documents for ranking in rankings]
         figures |= retrieval_metrics(documents, retrieval.grades, cutoffs, legacy=legacy)
+        counts["retrieval"] = dict(retrieval.counts)
+        if retrieval.split is not None:
+            counts["retrieval"] |= {"split": retrieval.split, "splits": list(retrieval.splits)}
     if preferences:
         rows = torch.stack([
             queries.rows([row.query for row in preferences]),
@@ -138,8 +135,8 @@ def measure(
         margins = torch.cat([_margins(query_vectors, passage_vectors, *part) for part in parts])
         weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
         figures["alignment"] = alignment(margins, weights)
-        ties = int((margins == 0).sum())
-    return Measured(figures, rankings, ties)
+        counts["preferences"] = {"pairs": len(preferences), "ties": int((margins == 0).sum())}
+    return Evaluation(figures, counts, rankings)
 
 
 def evaluation_texts(

@@ -8,17 +8,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankpo_fast.data.jsonl import shown
-from rankpo_fast.data.rows import ContrastiveRow
+from rankpo_fast.data.memory import Source
+from rankpo_fast.data.rows import ContrastiveRow, read_texts
+from rankpo_fast.data.sources import place
 from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.retrieval.encode import encode_texts
 from rankpo_fast.retrieval.search import search
 
 
@@ -59,11 +62,19 @@ NO_LIMITS = Limits()
 class Mined:
     """Rows with mined negatives, and how they came about."""
 
-    rows: list[ContrastiveRow]
+    examples: list[ContrastiveRow]
     passages: int  # distinct ones searched
     queries: int  # distinct ones
     candidates: int  # of all these queries
     dropped: dict[str, int]  # candidates by the first rule that left them out: "positives", ...
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows with their negatives, to train on: {"query", "positives", "negatives"}."""
+        return [
+            {"query": row.query, "positives": [*row.positives], "negatives": [*row.negatives]}
+            for row in self.examples
+        ]
 
     def summary(self) -> str:
         """What was searched and what was left out of it."""
@@ -77,7 +88,7 @@ class Mined:
         )
 
 
-def mine_hard_negatives(
+def mine(
     encoder: Encoder,
     rows: Sequence[ContrastiveRow],
     corpus: Sequence[str],
@@ -160,6 +171,19 @@ def mine_hard_negatives(
         raise InputError(f"no row got a negative: {where} hold none that may be one")
     _check_counts(counts, num_negatives, where)
     return Mined(mined, len(texts.corpus), len(queries), found.size, dropped)
+
+
+def searched_passages(rows: Sequence[ContrastiveRow], corpus_data: Source | None) -> list[str]:
+    """What is searched: a corpus, or all passages of the rows. InputError if it cannot be read."""
+    if corpus_data is None:
+        return [text for row in rows for text in (*row.positives, *row.negatives)]
+    read = read_texts(corpus_data, "text")
+    corpus = [text for text in read if text]
+    if empty := len(read) - len(corpus):
+        warnings.warn(
+            f"{place(corpus_data)}: {empty:,} empty texts are no negatives: left out", stacklevel=3
+        )
+    return corpus
 
 
 @dataclass(frozen=True, eq=False)

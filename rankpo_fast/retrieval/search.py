@@ -7,6 +7,8 @@ the best, and of equal scores the one in the earlier row: the same whatever the 
 import torch
 from torch import Tensor
 
+from rankpo_fast.errors import InputError
+
 ROW_BITS = 32
 
 
@@ -23,10 +25,18 @@ def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tup
 
     Returns:
         (scores [M, k] fp32, indices [M, k] int64 into the corpus).
+
+    Raises:
+        InputError: shapes that do not go together, or vectors that are not finite.
     """
-    assert queries.shape[1] == corpus.shape[1], (queries.shape, corpus.shape)
-    for vectors in (queries, corpus):  # NaN would rank first, or last, by its sign
-        assert vectors.sum().isfinite(), "vectors that are not finite"
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
+        shapes = f"{list(queries.shape)} and {list(corpus.shape)}"
+        raise InputError(f"queries and corpus must be [M, D] and [N, D], got {shapes}")
+    if k < 1:
+        raise InputError(f"k must be >= 1, got {k}", "k")
+    for name, vectors in {"queries": queries, "corpus": corpus}.items():
+        if not vectors.sum().isfinite():  # NaN would rank first, or last, by its sign
+            raise InputError(f"{name} must be finite: some are NaN or inf", name)
     k = min(k, len(corpus))
     keys = torch.cat([_search(part, corpus, k, chunk) for part in queries.split(chunk)])
     return _scores(keys), (1 << ROW_BITS) - 1 - (keys & ((1 << ROW_BITS) - 1))

@@ -5,6 +5,7 @@ import torch
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.callbacks import Callbacks
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.run import Run
@@ -22,8 +23,9 @@ class Checkpointer:
         memory: Memory,
         schedule: SaveSchedule,
         log: MetricsLog,
+        callbacks: Callbacks,
     ):
-        self._run, self._schedule, self._log = run, schedule, log
+        self._run, self._schedule, self._log, self._callbacks = run, schedule, log, callbacks
         self._encoder, self._optimizer, self._memory = encoder, optimizer, memory
         self._saved: int | None = None  # the last step that was
 
@@ -36,7 +38,7 @@ class Checkpointer:
         if step == self._saved:
             return
         self._log.settle()
-        checkpoints.save(
+        path = checkpoints.save(
             self._run.path / output.CHECKPOINTS,
             step,
             self._encoder,
@@ -49,3 +51,4 @@ class Checkpointer:
         self._run.ranks.meet()
         self._schedule.saved()
         self._saved = step
+        self._callbacks.checkpoint(step, path)

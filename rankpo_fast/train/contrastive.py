@@ -5,7 +5,6 @@ M rows, N distinct passages, U distinct queries of a batch, D dims.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +18,7 @@ from rankpo_fast.config import (
     TrainingConfig,
 )
 from rankpo_fast.data.batches import ContrastiveBatch, ContrastiveData
+from rankpo_fast.data.memory import Source
 from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.errors import InputError
@@ -26,9 +26,11 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
+from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
@@ -51,8 +53,14 @@ def train_contrastive(
     training: TrainingConfig,
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
-) -> Path:
-    """Run stage 1; returns the output directory, which holds the model.
+    *,
+    encoder: Encoder | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingResult:
+    """Run stage 1; the output directory holds the model.
+
+    Args:
+        encoder: to train, in place of the one that `model` names.
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
@@ -64,23 +72,23 @@ def train_contrastive(
                 data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights
             )
             run = prepare_run(
-                "contrastive", ranks, precision, model, data, loss, training, evaluation, compute
-            )
+                "contrastive", ranks, precision, model, data, loss, training, evaluation, compute,
+                encoder=encoder,
+            )  # fmt: skip
             if nothing_left(run):
-                return run.path
-            encoder = prepare_encoder(run)
+                return TrainingResult.of(run.path, None)
+            encoder = prepare_encoder(run, encoder)
             batches, texts = tokenized(batches, encoder, compute)
         about = {
             "rows": describe_rows(batches),
             "loss": f"InfoNCE, temperature {loss.temperature}",
             "negatives": describe_negatives(batches, training.gradient_accumulation_steps),
         }
-        train(run, encoder, [ContrastiveTask(batches, texts, loss)], about)
-    return run.path
+        return train(run, encoder, [ContrastiveTask(batches, texts, loss)], about, callbacks)
 
 
 def read_batches(
-    files: Sequence[str],
+    files: Sequence[Source],
     batch_size: int,
     num_negatives: int,
     seed: int,

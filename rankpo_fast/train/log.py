@@ -23,6 +23,7 @@ from tqdm import tqdm
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.progress import BAR, duration, on_terminal
+from rankpo_fast.train.callbacks import NOBODY, Callbacks
 from rankpo_fast.train.output import METRICS
 from rankpo_fast.train.reporters import Reporters
 from rankpo_fast.train.step import StepMetrics
@@ -43,6 +44,7 @@ class MetricsLog:
         first_step: int,
         total_steps: int,
         *,
+        callbacks: Callbacks = NOBODY,
         silent: bool = False,
     ):
         self._silent = silent  # as ranks are that only read the numbers of their steps
@@ -50,7 +52,7 @@ class MetricsLog:
         self._every, self.total_steps = config.logging_steps, total_steps
         self._first_step = first_step
         self._lines = not silent and not on_terminal()
-        self._reporters = reporters
+        self._reporters, self._callbacks = reporters, callbacks
         self._stack = ExitStack()
         self._began: float | None = None  # of the first step, in seconds
         self._unread: deque[_Unread] = deque()
@@ -121,6 +123,7 @@ class MetricsLog:
             self._print(step, line, now - self._began)
         if due:
             self.write(step, line)
+            self._callbacks.log(step, line)
             self._means = _Means()
 
     def _print(self, step: int, line: Mapping[str, float], seconds: float) -> None:
@@ -146,6 +149,7 @@ class MetricsLog:
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         self.write(step, {f"eval/{name}": value for name, value in figures.items()})
         self.say(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in figures.items()))
+        self._callbacks.evaluation(step, figures)
 
     def say(self, text: str) -> None:
         """A line to the user that leaves the bar whole."""

@@ -16,41 +16,50 @@ from typing import Any
 import numpy as np
 import torch
 
+from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.retrieval.evaluate import evaluate
+from rankpo_fast.retrieval.evaluate import measure
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.allocator import freed_memory_kept
 from rankpo_fast.train.budget import measure_memory
+from rankpo_fast.train.callbacks import Callback, Callbacks
 from rankpo_fast.train.card import model_card
 from rankpo_fast.train.checkpointer import Checkpointer
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import AdamW, adamw, learning_rate
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.profile import Profile
+from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import compare_ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.schedule import SaveSchedule, StepSchedule
-from rankpo_fast.train.signals import EXIT_CODES, StopSignal
+from rankpo_fast.train.signals import StopSignal
 from rankpo_fast.train.step import train_step
 from rankpo_fast.train.summary import introduce
 from rankpo_fast.train.task import TrainingTask
 
 
 def train(
-    run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]], about: dict[str, str]
-) -> None:
+    run: Run,
+    encoder: Encoder,
+    tasks: Sequence[TrainingTask[Any]],
+    about: dict[str, str],
+    callbacks: Sequence[Callback] = (),
+) -> TrainingResult:
     """Train `encoder` in place and save it in the run's output directory.
 
     Args:
         tasks: what is minimised, weighted; steps and epochs are counted in the first one's rows.
         about: what the stage says of its rows and its loss, for the user.
+        callbacks: called on the first rank.
 
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
-        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, once the step is finished and saved.
+        TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
     """
     config, ranks, first = run.training, run.ranks, run.first_step
+    done = first  # steps
     schedule, saves = StepSchedule.of(config, tasks[0].data), SaveSchedule(config)
     total = schedule.total_steps
     profiled = config.profile_steps if ranks.first else 0
@@ -60,15 +69,18 @@ def train(
     optimizer = _start(run, encoder)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks])
     pack = partial(pack_step, tasks, encoder, ranks)
+    heard = Callbacks(callbacks if ranks.first else ())
     with (
         output.opened(run) as reporters,  # now that nothing else speaks against it
         freed_memory_kept(encoder.device),
         Prefetcher(pack, map(schedule.batches, range(first, total)), memory) as steps,
-        MetricsLog(run.path, config, reporters, first, total, silent=not ranks.first) as log,
+        MetricsLog(
+            run.path, config, reporters, first, total, callbacks=heard, silent=not ranks.first
+        ) as log,
         profile,
         StopSignal() as signals,
     ):
-        checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log)
+        checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log, heard)
         for done in range(first + 1, total + 1):
             rate, clip = learning_rate(done - 1, total, config), config.max_grad_norm
             metrics = train_step(encoder, steps, optimizer, rate, clip, memory, ranks)
@@ -76,18 +88,25 @@ def train(
             if (table := profile.step(metrics.tokens)) is not None:
                 log.say(table)
             due = saves.due(done, ends_epoch=schedule.ends_epoch(done), last=done == total)
-            stop, save = signals.agreed(ranks, due)
-            if save:
+            agreed = signals.agreed(ranks, save=due, end=heard.ended)
+            if agreed.save:
                 checkpointer.save(done)
-            if stop is None and done < total and _evaluation_is_due(run, done):
+            last = agreed.end or done == total
+            if agreed.stop is None and not last and _evaluation_is_due(run, done):
                 log.settle()
                 log.evaluation(done, _evaluate(run, encoder))
-                stop, _ = signals.agreed(ranks)
-            if stop is not None:
+                agreed = signals.agreed(ranks, end=heard.ended)
+            if agreed.stop is not None:
                 checkpointer.save(done)
-                raise _stopped(log, stop, f" after step {done}, which is saved; --resume continues")
+                said = f" after step {done}, which is saved; --resume continues"
+                raise _stopped(log, agreed.stop, done, said)
+            if agreed.end:
+                log.say(f"step {done} is the last: a callback asked for the end")
+                break
         log.settle()
-        _finish(run, encoder, about, log, signals)
+        _finish(run, encoder, about, log, signals, done)
+    encoder.eval()
+    return TrainingResult.of(run.path, encoder)
 
 
 def _plans(
@@ -122,7 +141,7 @@ def _evaluation_is_due(run: Run, step: int) -> bool:
 
 def _evaluate(run: Run, encoder: Encoder) -> dict[str, float]:
     """The first rank has the figures, the others nothing; all encode."""
-    figures = evaluate(
+    figures = measure(
         encoder,
         retrieval=run.evaluation_data.retrieval,
         preferences=run.evaluation_data.preferences,
@@ -131,31 +150,38 @@ def _evaluate(run: Run, encoder: Encoder) -> dict[str, float]:
         legacy=run.evaluation.legacy_metrics,
         cache_dir=run.compute.cache_path,
         ranks=run.ranks,
-    )
+    ).figures
     run.ranks.meet()
     return figures
 
 
 def _finish(
-    run: Run, encoder: Encoder, about: dict[str, str], log: MetricsLog, signals: StopSignal
+    run: Run,
+    encoder: Encoder,
+    about: dict[str, str],
+    log: MetricsLog,
+    signals: StopSignal,
+    step: int,
 ) -> None:
-    """Save the model, then measure it: a failure there costs no training. SystemExit as `train`."""
+    """Save the model, then measure it: a failure there costs no training. TrainingStopped as
+    `train`."""
     if run.ranks.first:
         output.save_model(run.path, encoder, model_card(run, encoder, about))
     run.ranks.meet()
     log.say(f"model saved in {run.path}")
-    stop, _ = signals.agreed(run.ranks)
+    stop = signals.agreed(run.ranks).stop
     if run.evaluation.asked and stop is None:
         figures = _evaluate(run, encoder)
-        log.evaluation(log.total_steps, figures)
+        log.evaluation(step, figures)
         if run.ranks.first:
             output.write_card(run.path, model_card(run, encoder, about, figures))
-        stop, _ = signals.agreed(run.ranks)
+        stop = signals.agreed(run.ranks).stop
     if stop is not None:
-        raise _stopped(log, stop, "; the model is saved")
+        raise _stopped(log, stop, step, "; the model is saved")
 
 
-def _stopped(log: MetricsLog, stop: Signals, saved: str) -> SystemExit:
-    """The end of the program; says what is `saved` of the run."""
-    log.say(f"stopped by {stop.name}{saved}")
-    return SystemExit(EXIT_CODES[stop])
+def _stopped(log: MetricsLog, stop: Signals, step: int, saved: str) -> TrainingStopped:
+    """Says what is `saved` of the run."""
+    said = f"stopped by {stop.name}{saved}"
+    log.say(said)
+    return TrainingStopped(said, stop, step)

@@ -16,11 +16,13 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.cache import check_cache
 from rankpo_fast.errors import InputError
+from rankpo_fast.fields import Config
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.texts import Texts
-from rankpo_fast.paths import inputs, lies_in
+from rankpo_fast.model.trainable import fit_to_train
+from rankpo_fast.paths import all_inputs, inputs, lies_in
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.evaluate import evaluation_texts, read_evaluation_data
 from rankpo_fast.train import output
@@ -40,24 +42,25 @@ def prepare_run(
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
     *replay: ReplayConfig,
+    encoder: Encoder | None = None,
 ) -> Run:
     """Evaluation data, output directory and checkpoint; InputError if one will not do.
 
     Args:
         precision: what all ranks compute in, of `shared_precision`.
+        encoder: the one to train, where it is not loaded for the run.
     """
     model = replace(model, bf16=precision.bf16)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
-    configs = (model, data, *replay, loss, training, compute)
+    configs: tuple[Config, ...] = (model, data, *replay, loss, training, compute)
     resume, overwrite = training.resume is not None, training.overwrite_output_dir
-    read = list(inputs(*configs, evaluation))
-    output.check(path, read, resume=resume, overwrite=overwrite)
+    output.check(path, inputs(*configs, evaluation), resume=resume, overwrite=overwrite)
     check_cache(compute)
     if cache is not None and lies_in(cache, path):
         raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
-    settings = settings_of(stage, ranks, configs)
+    settings = settings_of(stage, ranks, configs, encoder)
     return Run(
         stage=stage,
         model=model,
@@ -69,7 +72,7 @@ def prepare_run(
         settings=settings,
         checkpoint=find_checkpoint(training, settings, ranks),
         precision=precision,
-        inputs=read,
+        inputs=[(flag, str(source)) for flag, source in all_inputs(*configs, evaluation)],
     )
 
 
@@ -84,9 +87,13 @@ def nothing_left(run: Run) -> bool:
     return done
 
 
-def prepare_encoder(run: Run) -> Encoder:
-    """Loaded; InputError if a text of the evaluation does not fit into a micro-batch."""
-    encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
+def prepare_encoder(run: Run, encoder: Encoder | None = None) -> Encoder:
+    """Loaded, or the one given; InputError if a text of the evaluation does not fit into a
+    micro-batch."""
+    if encoder is None:
+        encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
+    else:
+        encoder = fit_to_train(encoder, run.model, run.device)
     if run.evaluation.asked:  # which will find these token ids in the cache
         data = run.evaluation_data
         queries, passages = evaluation_texts(data.retrieval, data.preferences)

@@ -4,9 +4,10 @@ B pairs, U and N distinct queries and passages of a batch, D dims.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.reference import other_model_similarities, reference_similarities
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
+from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
@@ -46,8 +49,11 @@ def train_rankpo(
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
     replay: ReplayConfig = NO_REPLAY,
-) -> Path:
-    """Run stage 2; returns the output directory, which holds the model.
+    *,
+    encoder: Encoder | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingResult:
+    """Run stage 2; the output directory holds the model.
 
     The reference is the model as it starts, unless the loss config names another one, which is gone
     again before the model to train is loaded. What is replayed goes through the model beside the
@@ -59,14 +65,15 @@ def train_rankpo(
             pairs, number = _read_pairs(data, training, ranks)
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
             run = prepare_run(
-                "rankpo", ranks, precision, model, data, loss, training, evaluation, compute, replay
-            )
+                "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
+                replay, encoder=encoder,
+            )  # fmt: skip
             if nothing_left(run):
-                return run.path
+                return TrainingResult.of(run.path, None)
             other, reference = loss.reference_model_name_or_path, None
             if loss.uses_reference and other is not None:
                 reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            encoder = prepare_encoder(run)
+            encoder = prepare_encoder(run, encoder)
             pairs, texts = _tokenized(pairs, number, encoder, compute)
             number -= pairs.equal_pairs
             rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
@@ -81,8 +88,8 @@ def train_rankpo(
                 chosen, rejected = reference
                 pairs = pairs.with_reference(chosen - rejected)
                 reference = reference.to(run.device)
-        train(run, encoder, [RankPOTask(pairs, texts, loss, reference), *replays], about)
-    return run.path
+        tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference), *replays]
+        return train(run, encoder, tasks, about, callbacks)
 
 
 def _read_pairs(

@@ -17,11 +17,11 @@ from rankpo_fast.data.batches import PreferenceData
 from rankpo_fast.data.cache import cached
 from rankpo_fast.data.files import tensor_bytes
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.rankpo import pair_similarities
-from rankpo_fast.retrieval.encode import encode_texts
 
 PAIRS_AT_ONCE = 4096
 

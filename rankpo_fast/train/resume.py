@@ -4,7 +4,9 @@ What was read is compared by content, not by name: data and models may move, or 
 The ranks of a run share as much, and a little more.
 """
 
+import hashlib
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 import torch
 
 from rankpo_fast.config import ModelConfig, TrainingConfig
-from rankpo_fast.data.files import sha256_of
+from rankpo_fast.data.files import sha256_of, tensor_bytes
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import find_directory
+from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.precision import Precision
-from rankpo_fast.paths import MODELS, inputs, model_files
+from rankpo_fast.paths import MODELS, all_inputs, model_files
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
@@ -41,22 +44,29 @@ CONTENT = "content of "
 NAME, ARITHMETIC = "name of ", "arithmetic"
 
 
-def settings_of(stage: str, ranks: Ranks, configs: tuple) -> dict[str, Any]:
-    """All that decides the weights, by flag; of files and models the sha256 of their content.
+def settings_of(
+    stage: str, ranks: Ranks, configs: Sequence[Any], encoder: Encoder | None = None
+) -> dict[str, Any]:
+    """All that decides the weights, by flag; of data and models the sha256 of their content.
+
+    Args:
+        encoder: the one to train, where it is not loaded from the model that is named.
 
     Raises:
         InputError: there is no such model.
     """
     settings: dict[str, Any] = {"stage": stage, "device": ranks.device.type}
     settings |= {"processes": ranks.size, ARITHMETIC: _arithmetic(ranks.device)}
-    for flag, name in inputs(*configs):
-        settings.setdefault(f"{NAME}{flag}", []).append(name)
+    for flag, source in all_inputs(*configs):
+        settings.setdefault(f"{NAME}{flag}", []).append(str(source))
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
                 settings[_content(name)] = [digest(path) for path in value]
             elif name in MODELS:
-                if value is not None:
+                if name == MODEL and encoder is not None:
+                    settings[_content(name)] = _encoder_content(encoder)
+                elif value is not None:
                     scratch = name == MODEL and config.from_scratch
                     weights = name != "tokenizer_name" and not scratch
                     settings[_content(name)] = _model_content(f"--{name}", value, weights)
@@ -182,6 +192,13 @@ def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
             return dict(zip([file.as_posix() for file in files], digests, strict=True))
     except OSError as error:
         raise InputError(f"{flag} {name}: cannot be read: {error}") from error
+
+
+def _encoder_content(encoder: Encoder) -> dict[str, str]:
+    """The same of one in memory: the sha256 of each tensor, and how it reads text."""
+    weights = encoder.backbone.state_dict().items()
+    content = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weights}
+    return content | {name: str(value) for name, value in asdict(encoder.settings).items()}
 
 
 def _arithmetic(device: torch.device) -> str:

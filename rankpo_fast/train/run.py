@@ -27,7 +27,7 @@ class Run:
     settings: dict[str, Any]  # what a resumed run must share
     checkpoint: Checkpoint | None  # to go on from
     precision: Precision
-    inputs: list[tuple[str, str]]  # flag and value of each path, or name of a model, that is read
+    inputs: list[tuple[str, str]]  # flag and name of all data, and each model, that is read
 
     @property
     def device(self) -> torch.device:

@@ -4,11 +4,19 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankpo_fast.ranks import Ranks
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Agreed(NamedTuple):
+    """By all ranks."""
+
+    stop: signal.Signals | None  # to end the program for
+    save: bool
+    end: bool  # whether this step is the last
 
 
 class StopSignal:
@@ -23,16 +31,18 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in EXIT_CODES:
+            for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._request)
         return self
 
-    def agreed(self, ranks: Ranks, save: bool = False) -> tuple[signal.Signals | None, bool]:
-        """What any rank was asked for, since all stop after the same step; and whether the first
-        one is for `save`, since clocks differ."""
-        stop, saves = ranks.highest([self.requested or 0, save and ranks.first])
-        return signal.Signals(stop) if stop else None, bool(saves)
+    def agreed(self, ranks: Ranks, *, save: bool = False, end: bool = False) -> "Agreed":
+        """What any rank was asked for, since all stop after the same step; and what the first one
+        is for, since clocks differ and callbacks are its alone."""
+        stop, saves, ends = ranks.highest(
+            [self.requested or 0, save and ranks.first, end and ranks.first]
+        )
+        return Agreed(signal.Signals(stop) if stop else None, bool(saves), bool(ends))
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

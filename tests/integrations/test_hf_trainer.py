@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 from transformers import AutoModel, AutoModelForCausalLM, LlamaPreTrainedModel
 
 from rankpo_fast import InfoNCELoss, info_nce_loss
-from rankpo_fast.integrations.hf_trainer import ContrastiveTrainer, RankPOTrainer
+from rankpo_fast.integrations.hf_trainer import HFContrastiveTrainer, HFRankPOTrainer
 from rankpo_fast.model.pooling import pool_padded
 from support.gates import in_fp64
 from support.hf_runs import (
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_the_definitions(
     with in_fp64(model):
         loss = definition(model, batch, pooling)
     exact = loss, gradients(loss, model)
-    name = "RankPOTrainer" if stage == 2 else "ContrastiveTrainer"
+    name = "HFRankPOTrainer" if stage == 2 else "HFContrastiveTrainer"
     logits = OPTIONS["beta"] / OPTIONS["temperature"] if stage == 2 else 1 / 0.02
     equal(f"transformers {name}", pooling, ours, exact, logits)
 
@@ -253,8 +253,8 @@ def test_dropout_of_a_model_is_off_in_the_second_stage(
         args = pair_arguments(tmp_path, disable_dropout=on)
         rows = {"train_dataset": preferences(4), "tokenizer": tiny_tokenizer}
         trainers = (
-            RankPOTrainer(fresh(), args=args, **rows),
-            RankPOTrainer(model_init=fresh, args=args, **rows),
+            HFRankPOTrainer(fresh(), args=args, **rows),
+            HFRankPOTrainer(model_init=fresh, args=args, **rows),
         )
         for trainer in trainers:
             assert {m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)} == wanted
@@ -288,7 +288,7 @@ def test_a_model_may_pool_itself_or_embed_be_overridden(tmp_path, tiny_tokenizer
             states = self.pooler(input_ids=input_ids, attention_mask=attention_mask)
             return pool_padded(states.last_hidden_state, attention_mask, "mean")
 
-    class Own(ContrastiveTrainer):
+    class Own(HFContrastiveTrainer):
         def embed(self, model, features):
             states = model(**features).last_hidden_state
             return pool_padded(states, features["attention_mask"], "mean")
@@ -317,7 +317,7 @@ def test_a_bad_row_is_named(row, message, tmp_path, tiny_tokenizer, llama):
     rows = preferences(3)
     rows[2] = {k: v for k, v in (rows[2] | row).items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        RankPOTrainer(
+        HFRankPOTrainer(
             llama, args=pair_arguments(tmp_path), train_dataset=rows, tokenizer=tiny_tokenizer
         )
 
@@ -349,16 +349,16 @@ def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, tiny_lla
     ]
     for arguments_, message in refused:
         with pytest.raises(ValueError, match=message):
-            RankPOTrainer(**arguments_)
+            HFRankPOTrainer(**arguments_)
     learnt = InfoNCELoss(learn_temperature=True)
     summed = InfoNCELoss(reduction="sum")
     for loss, message in (("info_nce", "an InfoNCELoss, got str"), (learnt, "learns its temp"),
                           (summed, "must have reduction='mean'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            ContrastiveTrainer(llama, arguments(tmp_path), loss=loss)
+            HFContrastiveTrainer(llama, arguments(tmp_path), loss=loss)
     with pytest.warns(UserWarning, match="no effect with loss_type='hinge'"):
         more = {"loss_type": "hinge", "label_smoothing": 0.1}
-        RankPOTrainer(llama, args=pair_arguments(tmp_path, **more), **full)
+        HFRankPOTrainer(llama, args=pair_arguments(tmp_path, **more), **full)
 
 
 def test_batches_and_models_that_do_not_serve_are_named(

@@ -13,10 +13,10 @@ pytest.importorskip("datasets")
 from transformers import AutoModel, TrainingArguments
 
 from rankpo_fast.integrations.hf_trainer import (
-    ContrastiveTrainer,
+    HFContrastiveTrainer,
+    HFRankPOTrainer,
     RankPOArguments,
     RankPODataCollatorWithPadding,
-    RankPOTrainer,
 )
 from support.hf_runs import Collator, Plain, arguments, contrastive, curve, preferences, triplets
 
@@ -38,7 +38,7 @@ def test_the_first_script_runs_with_its_own_model(tmp_path, tiny_tokenizer, tiny
     curves, compiled = [], {"torch_compile": True, "torch_compile_backend": "eager"}
     for wrapped, more in ((False, {}), (True, {}), (True, compiled)):
         model = AutoModel.from_pretrained(tiny_llama_dir)
-        trainer = ContrastiveTrainer(
+        trainer = HFContrastiveTrainer(
             model=ModelForTraining(model) if wrapped else model,
             args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, **more),
             train_dataset=triplets(16), tokenizer=tiny_tokenizer,
@@ -98,7 +98,7 @@ def test_the_second_script_runs_with_one_import_changed(tmp_path, tiny_tokenizer
 
     args = arguments(tmp_path, TheirArguments, max_steps=2)
     args.max_query_length, args.max_passage_length = 5, 7
-    trainer = RankPOTrainer(
+    trainer = HFRankPOTrainer(
         model=llama, ref_model=other, args=args,
         data_collator=TheirCollator(pad_token_id=tiny_tokenizer.pad_token_id),
         train_dataset=Dataset.from_list(preferences(8)), tokenizer=tiny_tokenizer,

@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 from transformers import AutoModel, Trainer, TrainerCallback
 
 from rankpo_fast import info_nce_loss
-from rankpo_fast.integrations.hf_trainer import ContrastiveTrainer
+from rankpo_fast.integrations.hf_trainer import HFContrastiveTrainer
 from support import hf_runs, rank_runs
 from support.hf_runs import (
     IN_ORDER,
@@ -97,7 +97,7 @@ def test_compute_loss_func_would_double_them(tmp_path, tiny_tokenizer, llama):
     ours.train()
     close(gradient.seen[0], 2 * gradient.seen[1])
     with pytest.raises(ValueError, match="compute_loss_func is given, but the loss is this"):
-        ContrastiveTrainer(llama, arguments(tmp_path), compute_loss_func=info_nce_loss)
+        HFContrastiveTrainer(llama, arguments(tmp_path), compute_loss_func=info_nce_loss)
 
 
 RUNS = {  # options of both, of one process

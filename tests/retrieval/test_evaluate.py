@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.data.retrieval import RetrievalSet
 from rankpo_fast.data.rows import PreferenceRow
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval import evaluate as module
-from rankpo_fast.retrieval.encode import encode_texts
-from rankpo_fast.retrieval.evaluate import evaluate
+from rankpo_fast.retrieval.evaluate import measure
 
 CORPUS = ["a nurse", "a teacher", "a data engineer", "a gardener in Lyon"]
 QUERIES = ["wanted: nurse", "wanted: teacher"]
@@ -27,6 +27,10 @@ def cosines(encoder, queries, passages):
     return query_vectors @ passage_vectors.T
 
 
+def figures(encoder, **settings) -> dict[str, float]:
+    return measure(encoder, **settings).figures
+
+
 def test_figures_are_those_of_the_cosines(encoder):
     scores = cosines(encoder, QUERIES, CORPUS)
     best = scores.argmax(dim=1).tolist()
@@ -36,7 +40,7 @@ def test_figures_are_those_of_the_cosines(encoder):
     ]
     margins = [scores[0, 0] - scores[0, 1], scores[0, 1] - scores[0, 2],
                scores[0, 2] - scores[0, 3], scores[0, 3] - scores[0, 0]]  # fmt: skip
-    metrics = evaluate(
+    metrics = figures(
         encoder,
         retrieval=RetrievalSet(QUERIES, CORPUS, [{best[0]: 1}, {(best[1] + 1) % 4: 1}]),
         preferences=preferences,
@@ -53,9 +57,9 @@ def test_figures_are_those_of_the_cosines(encoder):
 
 def test_only_what_is_given_is_measured(encoder):
     pair = [PreferenceRow(QUERIES[0], CORPUS[0], CORPUS[1], 1.0)]
-    assert set(evaluate(encoder, preferences=pair, max_tokens=64)) == {"alignment"}
+    assert set(figures(encoder, preferences=pair, max_tokens=64)) == {"alignment"}
     retrieval = RetrievalSet(QUERIES, CORPUS, [{0: 1}, {1: 1}])
-    only = evaluate(encoder, retrieval=retrieval, cutoffs=[5], max_tokens=64)
+    only = figures(encoder, retrieval=retrieval, cutoffs=[5], max_tokens=64)
     assert set(only) == {"ndcg@5", "mrr@5", "recall@5"}
 
 
@@ -67,7 +71,7 @@ def test_each_distinct_text_is_encoded_once(encoder, monkeypatch):
         return encode_texts(encoder, table, **settings)
 
     monkeypatch.setattr(module, "encode_texts", counting)
-    evaluate(
+    measure(
         encoder,
         retrieval=RetrievalSet(
             [*QUERIES, QUERIES[0]], [*CORPUS, CORPUS[0]], [{0: 1}, {1: 1}, {4: 1}]
@@ -97,7 +101,7 @@ def test_a_benchmark_has_the_figures_of_sentence_transformers_and_of_pytrec_eval
         {row: grade for row, grade in enumerate(qrels[query].values()) if grade} for query in qrels
     ]
     retrieval = RetrievalSet(list(queries.values()), list(corpus.values()), grades)
-    ours = evaluate(encoder, retrieval=retrieval, cutoffs=[3, 5], max_tokens=64)
+    ours = figures(encoder, retrieval=retrieval, cutoffs=[3, 5], max_tokens=64)
 
     encoder.save(tmp_path)
     model = st.SentenceTransformer(str(tmp_path), device="cpu")
@@ -143,14 +147,14 @@ def test_vectors_are_held_once(encoder, monkeypatch):
     pairs = [PreferenceRow(QUERIES[0], corpus[i], corpus[-1 - i], 1.0) for i in range(count // 2)]
     retrieval = RetrievalSet(QUERIES, corpus, [{0: 1}, {1: 1}])
     with Sizes():
-        evaluate(encoder, retrieval=retrieval, preferences=pairs)
+        measure(encoder, retrieval=retrieval, preferences=pairs)
     assert made and max(made) < count * dim / 4
 
 
 def test_ties_are_counted_beside_the_alignment(encoder):
     pairs = [PreferenceRow(QUERIES[0], chosen, "x", 1.0) for chosen in ("x", CORPUS[0])]
-    measured = module.measure(encoder, None, pairs, [1])
-    assert measured.ties == 1 and measured.figures["alignment"] <= 0.5
+    measured = measure(encoder, preferences=pairs, cutoffs=[1])
+    assert measured.counts["preferences"]["ties"] == 1 and measured.figures["alignment"] <= 0.5
 
 
 def test_texts_that_are_equal_as_tokens_are_encoded_once_and_tie(uncased_llama_dir, monkeypatch):
@@ -168,9 +172,9 @@ def test_texts_that_are_equal_as_tokens_are_encoded_once_and_tie(uncased_llama_d
     pairs += [PreferenceRow("q", *pair, 1.0) for pair in zip(twins, CORPUS, strict=True)]
     corpus = [*twins[:3], "", *CORPUS[:3]]
     retrieval = RetrievalSet(["q"], corpus, [{4: 1}])
-    measured = module.measure(encoder, retrieval, pairs, [7], max_tokens=16)
+    measured = measure(encoder, retrieval=retrieval, preferences=pairs, cutoffs=[7], max_tokens=16)
     assert encoded == [(1, ["q"]), (4, [*twins[:3], CORPUS[3]])]
-    assert (measured.ties, measured.figures["alignment"]) == (8, 0)
+    assert (measured.counts["preferences"]["ties"], measured.figures["alignment"]) == (8, 0)
     [(documents, scores)] = measured.rankings
     assert documents[1::2] == [document + 4 for document in documents[:6:2]]
     assert documents[-1] == 3 and scores[0] == scores[1]
@@ -179,7 +183,7 @@ def test_texts_that_are_equal_as_tokens_are_encoded_once_and_tie(uncased_llama_d
 def test_documents_with_one_text_and_without_any_are_all_ranked(encoder):
     """The empty one last, the twins in a row, and no text that is empty is encoded."""
     retrieval = RetrievalSet(QUERIES[:1], ["", CORPUS[0], CORPUS[1], CORPUS[0]], [{0: 1, 3: 1}])
-    measured = module.measure(encoder, retrieval, [], [2, 4])
+    measured = measure(encoder, retrieval=retrieval, cutoffs=[2, 4])
     [ranking] = measured.rankings
     assert ranking.documents in ([1, 3, 2, 0], [2, 1, 3, 0])
     assert measured.figures["recall@4"] == 1

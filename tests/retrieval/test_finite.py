@@ -12,8 +12,8 @@ from rankpo_fast.cli import main
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.data.packing import pack
 from rankpo_fast.errors import NotFiniteVectors
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.retrieval.encode import encode_texts
 
 WEIGHT = "embed_tokens.weight"
 TEXTS = ["a calm text", "this is broken: #", "another calm one"]

@@ -8,9 +8,10 @@ import torch
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.data.rows import ContrastiveRow
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
-from rankpo_fast.retrieval.encode import encode_texts
-from rankpo_fast.retrieval.mining import Limits, mine_hard_negatives
+from rankpo_fast.retrieval import mining
+from rankpo_fast.retrieval.mining import Limits
 
 CORPUS = [f"{title} in {place}" for title in ("nurse", "teacher", "cook") for place in "ABCDE"]
 QUERY = "wanted: nurse"
@@ -35,11 +36,11 @@ def uncased(uncased_llama_dir):
 
 
 def mine(encoder, rows, corpus=CORPUS, **settings):
-    return mine_all(encoder, rows, corpus, **settings).rows
+    return mine_all(encoder, rows, corpus, **settings).examples
 
 
 def mine_all(encoder, rows, corpus=CORPUS, **settings):
-    return mine_hard_negatives(encoder, rows, corpus, max_tokens=64, **settings)
+    return mining.mine(encoder, rows, corpus, max_tokens=64, **settings)
 
 
 def test_topk_takes_the_best_of_the_range_that_no_row_of_the_query_calls_positive(encoder, ranked):
@@ -101,7 +102,7 @@ def test_twins_of_a_positive_the_query_or_each_other_are_no_negatives(uncased):
     corpus = [*TWINS, "Wanted: NURSE", "cook in B", "Cook in B", "pilot in C"]
     row = ContrastiveRow(QUERY, (TWINS[0],), ())
     mined = mine_all(uncased, [row], corpus, num_negatives=2, method="topk")
-    assert sorted(mined.rows[0].negatives) == ["cook in B", "pilot in C"]
+    assert sorted(mined.examples[0].negatives) == ["cook in B", "pilot in C"]
     assert (mined.passages, mined.candidates, mined.dropped) == (4, 4, {"positives": 2})
 
 
@@ -177,9 +178,9 @@ def test_limit_drops_what_lies_above_it(rule, sign, encoder, ranked, scores, mon
     candidates = [text for text in corpus if text != ranked[2]]
     near = {text for text in candidates if abs(score[text] - ceiling) < 1e-6}  # rounding decides
     expected = {text for text in candidates if score[text] <= ceiling}
-    assert set(mined.rows[0].negatives) ^ expected <= near
+    assert set(mined.examples[0].negatives) ^ expected <= near
     assert mined.dropped["positives"] == 1
-    assert mined.dropped[rule] == len(candidates) - len(mined.rows[0].negatives) > 0
+    assert mined.dropped[rule] == len(candidates) - len(mined.examples[0].negatives) > 0
 
 
 def test_each_rule_counts_what_it_is_the_first_to_drop(encoder, ranked, scores):
@@ -189,5 +190,5 @@ def test_each_rule_counts_what_it_is_the_first_to_drop(encoder, ranked, scores):
     assert mined.dropped == {
         "positives": 1, "max_score": 2, "absolute_margin": 0, "relative_margin": 0
     }  # fmt: skip
-    assert mined.rows[0].negatives == tuple(ranked[3:])
+    assert mined.examples[0].negatives == tuple(ranked[3:])
     assert "1 are positives" in mined.summary() and "2 for --max_score" in mined.summary()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rankpo_fast.errors import InputError
 from rankpo_fast.retrieval.search import search
 
 
@@ -54,5 +55,5 @@ def test_vectors_that_are_not_finite_are_never_ranked(broken):
     good, bad = torch.ones(4, 2), torch.ones(4, 2)
     bad[3, 1] = broken
     for queries, corpus in [(good, bad), (bad, good)]:
-        with pytest.raises(AssertionError, match="not finite"):
+        with pytest.raises(InputError, match="must be finite"):
             search(queries, corpus, 1)

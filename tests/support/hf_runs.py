@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from rankpo_fast.integrations import hf_trainer
-from rankpo_fast.integrations.hf_trainer import ContrastiveTrainer, RankPOTrainer
+from rankpo_fast.integrations.hf_trainer import HFContrastiveTrainer, HFRankPOTrainer
 
 WORDS = ["senior", "data", "engineer", "Berlin", "nurse", "Lyon", "night", "teacher", "Python"]
 OPTIONS = {"beta": 1.5, "temperature": 0.1, "gamma_beta_ratio": 0.3}
@@ -152,7 +152,7 @@ def contrastive(model, tokenizer, directory, rows=30, **more):
         for name in ("loss", "pooling", "eval_dataset", "callbacks")
         if name in more
     }
-    return ContrastiveTrainer(
+    return HFContrastiveTrainer(
         model, arguments(directory, **more), data_collator=Collator(tokenizer),
         train_dataset=triplets(rows), **settings,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def rankpo(model, tokenizer, directory, rows=30, reference=None, **more):
         for name in ("pooling", "eval_dataset", "peft_config", "compute_metrics") if name in more
     }  # fmt: skip
     args = pair_arguments(directory, reference_free=reference is None, **more)
-    return RankPOTrainer(
+    return HFRankPOTrainer(
         model, reference, args, train_dataset=preferences(rows), tokenizer=tokenizer, **settings
     )
 
@@ -190,13 +190,13 @@ def trained(directory, model, tokenizer, *, stage=1, across=True, stream=False, 
     model = AutoModel.from_pretrained(model, **dropout)
     if stage == 1:
         loss = None if across else hf_trainer.InfoNCELoss()
-        trainer = hf_trainer.ContrastiveTrainer(
+        trainer = hf_trainer.HFContrastiveTrainer(
             model, arguments(directory, **more), data_collator=Collator(tokenizer),
             train_dataset=Stream() if stream else triplets(32), loss=loss,
         )  # fmt: skip
     else:
         args = pair_arguments(directory, reference_free=False, **more)
-        trainer = hf_trainer.RankPOTrainer(
+        trainer = hf_trainer.HFRankPOTrainer(
             model, model, args, train_dataset=preferences(32), tokenizer=tokenizer,
             eval_dataset=preferences(1),
         )  # fmt: skip

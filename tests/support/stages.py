@@ -40,7 +40,7 @@ def run(stage: str, **flags) -> Path:
         configs.ComputeConfig,
         *([configs.ReplayConfig] if stage == "rankpo" else []),
     ]
-    return train(*(_settings(cls, {**SMALL, **flags}) for cls in classes))
+    return train(*(_settings(cls, {**SMALL, **flags}) for cls in classes)).output_dir
 
 
 def _settings(cls: type, flags: dict) -> object:

@@ -332,7 +332,7 @@ def test_model_is_saved_before_the_last_evaluation(
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankpo_fast.train.loop.evaluate", fail)
+    monkeypatch.setattr("rankpo_fast.train.loop.measure", fail)
     with pytest.raises(OSError, match="No space left"):
         run_stage("rankpo", tiny_llama_dir, "out", max_steps=1, preference_data=[preference_file])
     assert (tmp_path / "out" / "config.json").exists()

@@ -17,7 +17,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.data.batches import PreferenceData
 from rankpo_fast.data.rows import read_preferences
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE
@@ -118,7 +118,7 @@ def test_resumed_run_gives_the_same_weights_bit_by_bit(
     flags = {**REPLAY, "replay_data": [contrastive_file], "max_steps": 7}
     straight = run_stage("rankpo", tiny_bert_dir, "straight", **flags)
     stop_after(4)
-    with pytest.raises(SystemExit):
+    with pytest.raises(TrainingStopped):
         run_stage("rankpo", tiny_bert_dir, "stopped", **flags)
     monkeypatch.undo()
     torch.manual_seed(12345)
@@ -134,7 +134,7 @@ def test_what_is_replayed_may_move_but_not_change(
     tiny_llama_dir, run_stage, stop_after, contrastive_file, tmp_path, monkeypatch
 ):
     stop_after(2)
-    with pytest.raises(SystemExit):
+    with pytest.raises(TrainingStopped):
         run_stage("rankpo", tiny_llama_dir, "out", replay_data=[contrastive_file], **REPLAY)
     monkeypatch.undo()
     moved = tmp_path / "moved.jsonl"

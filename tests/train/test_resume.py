@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rankpo_fast.config import ModelConfig, TrainingConfig
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.precision import Precision
+from rankpo_fast.retrieval.evaluate import Evaluation
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.signals import StopSignal
@@ -41,9 +42,9 @@ def test_resumed_run_gives_the_same_weights_bit_by_bit(
     straight = run_stage(stage, tiny_bert_dir, "straight", **flags)
 
     stop_after(4)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         run_stage(stage, tiny_bert_dir, "stopped", **flags)
-    assert stop.value.code == 143
+    assert stop.value.exit_code == 143
     monkeypatch.undo()
     torch.manual_seed(12345)  # another process has other random states
     stopped = run_stage(stage, tiny_bert_dir, "stopped", resume="newest", **flags)
@@ -62,7 +63,7 @@ def stopped(tiny_llama_dir, run_stage, stop_after, monkeypatch):
 
     def make(**flags):
         stop_after(3)
-        with pytest.raises(SystemExit):
+        with pytest.raises(TrainingStopped):
             run_stage("contrastive", tiny_llama_dir, "out", save_steps=2, **flags)
         monkeypatch.undo()
 
@@ -171,9 +172,9 @@ def test_all_ranks_compute_in_what_the_first_one_chose():
 def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsys, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as behind a &
     stop_after(3, signal.SIGINT)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         run_stage("contrastive", tiny_llama_dir, "out")
-    assert stop.value.code == 130
+    assert stop.value.exit_code == 130
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert "stopped by SIGINT after step 3" in capsys.readouterr().err
     assert checkpoints.newest(tmp_path / "out" / "checkpoints").step == 3
@@ -200,13 +201,13 @@ def test_sigterm_in_an_evaluation_is_honoured_after_it(
 ):
     def evaluate(*_, **__):
         signal.raise_signal(signal.SIGTERM)
-        return {"alignment": 0.5}
+        return Evaluation({"alignment": 0.5})
 
-    monkeypatch.setattr("rankpo_fast.train.loop.evaluate", evaluate)
+    monkeypatch.setattr("rankpo_fast.train.loop.measure", evaluate)
     flags = {"max_steps": steps, "eval_steps": 2, "preference_data": [preference_file]}
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         run_stage("rankpo", tiny_llama_dir, "out", **flags)
-    assert stop.value.code == 143
+    assert stop.value.exit_code == 143
     assert (tmp_path / "out" / left).exists()
     assert read_metrics(tmp_path / "out")[-1] == {"step": 2, "eval/alignment": 0.5}
 

@@ -1,0 +1,99 @@
+"""The run: its length, its optimizer, and what it leaves on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankpo_fast.errors import InputError
+from rankpo_fast.fields import (
+    Config,
+    check_above,
+    check_at_least,
+    check_names,
+    check_seed,
+    flag,
+    require,
+)
+
+REPORTERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """The run: its length, its optimizer, and what it leaves on disk."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = flag("Where the model, metrics.jsonl and checkpoints go.")
+    num_train_epochs: float = flag("Passes over the rows.", 3.0)
+    max_steps: int | None = flag("Optimizer steps; overrides --num_train_epochs.", None)
+    per_device_train_batch_size: int = flag("Rows per batch, of each process.", 32)
+    gradient_accumulation_steps: int = flag(
+        "Batches per optimizer step; unlike a larger batch they add no negatives.", 1
+    )
+    learning_rate: float = flag("Peak learning rate.", 1e-5)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
+        "Course after the warm-up.", "cosine"
+    )
+    warmup_ratio: float = flag("Share of the steps in which the learning rate rises.", 0.1)
+    weight_decay: float = flag("Of AdamW; biases and norms are spared.", 0.0)
+    adam_beta1: float = flag("Of AdamW.", 0.9)
+    adam_beta2: float = flag("Of AdamW.", 0.999)
+    adam_epsilon: float = flag("Of AdamW.", 1e-8)
+    max_grad_norm: float = flag("Gradients are scaled down to this norm; 0: never.", 1.0)
+    activation_memory_gb: float | None = flag(
+        "To keep what backward needs rather than compute it twice; 0: the least. [what one "
+        "micro-batch leaves of what is free, of half of it on the CPU]", None, metavar="GB"
+    )  # fmt: skip
+    seed: int = flag("Of row order, sampled negatives, dropout, random weights.", 42)
+    logging_steps: int = flag("Steps between two lines of metrics.jsonl.", 10)
+    eval_steps: int | None = flag("Steps between two evaluations. [only at the end]", None)
+    save_steps: int | None = flag("Steps between two checkpoints. [by time]", None)
+    save_minutes: float | None = flag(
+        "Minutes between two checkpoints, besides one at the end of an epoch of a minute or "
+        "more; 0: only when stopped. [10, or 0 where --save_steps is given]", None,
+        metavar="MINUTES",
+    )  # fmt: skip
+    save_total_limit: int = flag("Checkpoints kept, the newest; 0: all.", 2)
+    resume: str | None = flag(
+        "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
+        None, nargs="?", const="newest", metavar="CHECKPOINT",
+    )  # fmt: skip
+    overwrite_output_dir: bool = flag("Delete the earlier run that is there.", False)
+    report_to: list[str] = flag(
+        "Also send the metrics there: tensorboard, wandb, trackio, mlflow, several of them, all "
+        "that are installed (all), or none.", ["none"]
+    )  # fmt: skip
+    project: str | None = flag("Of wandb, trackio, mlflow. [rankpo-fast]", None)
+    run_name: str | None = flag("Of the run in --report_to. [that of --output_dir]", None)
+    profile_steps: int = flag(
+        "Say where the time of so many steps goes, after 4 more; their trace is in profile/.", 0
+    )
+
+    def check(self) -> None:
+        check_names(self, "output_dir", "resume", "project", "run_name")
+        self._check_reporters()
+        check_above(self, 0, "num_train_epochs", "learning_rate", "adam_epsilon")
+        check_at_least(
+            self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
+        )
+        check_at_least(self, 1, "logging_steps", "eval_steps", "save_steps")
+        check_at_least(self, 0, "weight_decay", "max_grad_norm", "profile_steps")
+        check_at_least(self, 0, "activation_memory_gb", "save_minutes", "save_total_limit")
+        check_seed(self)
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
+        if self.resume is not None and self.overwrite_output_dir:
+            raise InputError("--resume and --overwrite_output_dir contradict each other: give one")
+
+    def _check_reporters(self) -> None:
+        given = self.report_to
+        known = len(set(given)) == len(given) > 0 and {*given} <= {*REPORTERS, "none", "all"}
+        known = known and (len(given) == 1 or {"none", "all"}.isdisjoint(given))
+        require(self, "report_to", f"none, all, or some of {', '.join(REPORTERS)}", known)
+        with_projects = [name for name in REPORTERS if name != "tensorboard"]
+        for name, takers in {"project": with_projects, "run_name": REPORTERS}.items():
+            if getattr(self, name) is not None and {"all", *takers}.isdisjoint(given):
+                raise InputError(f"--{name} needs --report_to, one of {', '.join(takers)}")
+        plain = self.run_name is None or Path("x", self.run_name).name == self.run_name != ".."
+        require(self, "run_name", "the name of a folder, without / in it", plain)

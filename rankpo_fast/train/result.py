@@ -1,0 +1,50 @@
+"""What a training gives back to Python."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.train.output import METRICS
+
+EVALUATION = "eval/"  # before the names of an evaluation's figures in metrics.jsonl
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """A finished training.
+
+    Attributes:
+        output_dir: where the model, metrics.jsonl and the checkpoints are.
+        encoder: the trained one, in eval mode; None where the run had been finished before.
+        history: the lines of metrics.jsonl, a dict of numbers each, "step" and "loss" among them.
+    """
+
+    output_dir: Path
+    encoder: Encoder | None
+    history: list[dict[str, float]]
+
+    @classmethod
+    def of(cls, output_dir: Path, encoder: Encoder | None) -> "TrainingResult":
+        """With the metrics that are on the disk; on ranks that see no such file none."""
+        path = output_dir / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return cls(output_dir, encoder, [json.loads(line) for line in lines])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, those of the run that it went on from included."""
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of the last evaluation, "ndcg@20" or "alignment" say; none where none was asked for."""
+        for line in reversed(self.history):
+            figures = {
+                name.removeprefix(EVALUATION): value
+                for name, value in line.items()
+                if name.startswith(EVALUATION)
+            }
+            if figures:
+                return figures
+        return {}

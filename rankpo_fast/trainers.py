@@ -1,0 +1,193 @@
+"""Both stages for Python callers.
+
+    trainer = ContrastiveTrainer("BAAI/bge-small-en-v1.5", rows, output_dir="outputs/stage1")
+    trainer.train()
+    RankPOTrainer(trainer.encoder, preferences, output_dir="outputs/stage2").train()
+
+The commands of the command line are these.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rankpo_fast.config import (
+    ComputeConfig,
+    ContrastiveDataConfig,
+    ContrastiveLossConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RankPODataConfig,
+    RankPOLossConfig,
+    ReplayConfig,
+    TrainingConfig,
+)
+from rankpo_fast.errors import InputError
+from rankpo_fast.fields import Config
+from rankpo_fast.functions import evaluate
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import load_encoder
+from rankpo_fast.paths import texts_located
+from rankpo_fast.retrieval.evaluate import Evaluation
+from rankpo_fast.settings import gathered
+from rankpo_fast.train.callbacks import Callback
+from rankpo_fast.train.contrastive import train_contrastive
+from rankpo_fast.train.rankpo import train_rankpo
+from rankpo_fast.train.result import TrainingResult
+
+# What may be said of an Encoder that is given; the rest was said when it was loaded.
+OF_TRAINING = (
+    "bf16", "save_dtype", "gradient_checkpointing", "torch_compile", "use_liger_kernel",
+)  # fmt: skip
+
+
+class Trainer:
+    """What the trainers of both stages share."""
+
+    settings: ClassVar[Sequence[type[Config]]]  # in the order in which `_train` takes them
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Encoder,
+        train_data: Any,
+        *settings: Config,
+        callbacks: Sequence[Callback] = (),
+        **keywords: Any,
+    ):
+        """
+        Args:
+            model: an Encoder, which is trained in place, or the name of one on the Hub, or its
+                directory.
+            train_data: rows, as a list of dicts or a datasets.Dataset; a path or several, as the
+                command line takes them; or a list of paths and data sets.
+            settings: objects of the classes of `rankpo_fast.config`, at most one of each.
+            callbacks: called while it trains, on the first rank.
+            keywords: single settings by their names, which are the flags of the command; they go
+                before `settings`.
+
+        Raises:
+            InputError: a setting that is unknown, is missing or cannot be used; `name` tells which.
+                What only data and model can tell is raised by `train`.
+        """
+        caller = type(self).__name__
+        self._encoder = model if isinstance(model, Encoder) else None
+        own = {"train_data": train_data, "model_name_or_path": model}
+        if isinstance(model, Encoder):
+            own |= {"model_name_or_path": model.name} | _settings_of(model)
+            _check_encoder(caller, settings, keywords)
+        gathered_settings = gathered(caller, self.settings, settings, own | keywords)
+        self._configs: dict[type, Any] = dict(zip(self.settings, gathered_settings, strict=True))
+        self._given, self._callbacks = self._encoder, list(callbacks)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The one that is trained: until then as it starts, loaded now if need be."""
+        if self._encoder is None:
+            training = self._configs[TrainingConfig]
+            device = self._configs[ComputeConfig].torch_device()
+            self._encoder = load_encoder(
+                self._configs[ModelConfig], device=device, seed=training.seed
+            )
+        return self._encoder
+
+    def train(self) -> TrainingResult:
+        """Train, and leave the model in `output_dir`.
+
+        Under torchrun all ranks must call it.
+
+        Raises:
+            InputError: rows, model or settings that cannot be used, before the first step.
+            FloatingPointError: loss or gradient is not finite; the weights are as before that step.
+            TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved;
+                `resume="newest"` goes on from there.
+        """
+        self._encoder = None  # which would take its memory a second time
+        configs = self._configs.values()
+        with texts_located(*configs):
+            result = self._train(*configs, encoder=self._given, callbacks=self._callbacks)
+        self._encoder = result.encoder
+        if self._encoder is None:  # the run had been finished before
+            model = _finished_model(self._configs[ModelConfig], result.output_dir)
+            self._encoder = load_encoder(model, device=self._configs[ComputeConfig].torch_device())
+        return result
+
+    def _train(self, *configs: Any, **more: Any) -> TrainingResult:
+        raise NotImplementedError
+
+    def evaluate(self, **keywords: Any) -> Evaluation:
+        """Measure the encoder, as it is now.
+
+        Args:
+            keywords: fields of `EvaluationConfig` that are to differ from those of the trainer.
+
+        Raises:
+            InputError: there is nothing to measure, or something that cannot be used.
+        """
+        given = [self._configs[EvaluationConfig]]
+        [config] = gathered("evaluate", [EvaluationConfig], given, keywords)
+        return evaluate(self.encoder, config, self._configs[ComputeConfig])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the encoder where transformers and sentence-transformers load it; `train` has done
+        so in `output_dir`."""
+        self.encoder.save(Path(directory))
+
+
+class ContrastiveTrainer(Trainer):
+    """Stage 1: InfoNCE of each query against all passages of its batch.
+
+    `rankpo-fast contrastive --help` lists the settings.
+    """
+
+    settings = (
+        ModelConfig, ContrastiveDataConfig, ContrastiveLossConfig, TrainingConfig,
+        EvaluationConfig, ComputeConfig,
+    )  # fmt: skip
+
+    def _train(self, *configs: Any, **more: Any) -> TrainingResult:
+        return train_contrastive(*configs, **more)
+
+
+class RankPOTrainer(Trainer):
+    """Stage 2: RankPO, SimRankPO or SFT of pairs of passages of which one was preferred.
+
+    `rankpo-fast rankpo --help` lists the settings.
+    """
+
+    settings = (
+        ModelConfig, RankPODataConfig, RankPOLossConfig, TrainingConfig, EvaluationConfig,
+        ComputeConfig, ReplayConfig,
+    )  # fmt: skip
+
+    def _train(self, *configs: Any, **more: Any) -> TrainingResult:
+        return train_rankpo(*configs, **more)
+
+
+def _settings_of(encoder: Encoder) -> dict[str, Any]:
+    """How an encoder reads text, as settings."""
+    settings = encoder.settings
+    return {
+        "pooling": settings.pooling, "query_prefix": settings.query_prefix,
+        "passage_prefix": settings.passage_prefix, "append_eos": settings.append_eos,
+        "max_query_length": settings.max_query_length,
+        "max_passage_length": settings.max_passage_length, "packing": encoder.packed,
+    }  # fmt: skip
+
+
+def _check_encoder(caller: str, settings: Sequence[Config], keywords: dict[str, Any]) -> None:
+    """InputError for settings that an encoder has been loaded with."""
+    if any(isinstance(one, ModelConfig) for one in settings):
+        raise InputError(f"{caller}: the model is an Encoder, so ModelConfig has no say: give "
+                         f"{', '.join(OF_TRAINING)} as keywords")  # fmt: skip
+    for name in keywords:
+        if name in ModelConfig.__dataclass_fields__ and name not in OF_TRAINING:
+            raise InputError(
+                f"{caller}: {name} was settled when the Encoder was loaded: give it to "
+                f"Encoder.from_pretrained, or the model by its name",
+                name,
+            )
+
+
+def _finished_model(model: ModelConfig, directory: Path) -> ModelConfig:
+    return ModelConfig(str(directory), bf16=model.bf16)
