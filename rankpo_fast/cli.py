@@ -4,7 +4,7 @@ Flags are read here, what a command does stands in commands/. Exit codes: 0; 1 f
 failed; 2 for what the user can put right (bad flags, bad data, with a message that names it); in
 training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved.
 
-On N cards: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
+On N GPUs: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
 evaluate and to encode.
 """
 
@@ -212,7 +212,7 @@ def _overview() -> str:
             *lines,
             "",
             "rankpo-fast COMMAND --help lists the flags of a command.",
-            "torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ... trains on N cards.",
+            "torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ... trains on N GPUs.",
         ]
     )
 

@@ -51,7 +51,7 @@ class Ranks:
 
     device: torch.device
     group: dist.ProcessGroup | None = None  # moves what lies on the devices
-    hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no card
+    hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no GPU
 
     @classmethod
     @contextmanager
@@ -59,7 +59,7 @@ class Ranks:
         """Those that WORLD_SIZE tells of, or a group of torch's that is there.
 
         Raises:
-            InputError: torchrun did not start this process, or there is no card for this rank.
+            InputError: torchrun did not start this process, or there is no GPU for this rank.
         """
         there = dist.is_initialized()
         size = dist.get_world_size() if there else int(os.environ.get("WORLD_SIZE", 1))
@@ -174,7 +174,7 @@ class Ranks:
     # --- a step ---
 
     def connect(self) -> None:
-        """Use every collective of a step once: NCCL takes a card's memory for each at its first."""
+        """Use every collective of a step once: NCCL takes a GPU's memory for each at its first."""
         if self.group is None:
             return
         ones = torch.ones(self.size, device=self.device)
@@ -241,12 +241,12 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
 
 
 def own_device(compute: ComputeConfig) -> torch.device:
-    """The card of LOCAL_RANK, which becomes the current one, or the CPU."""
+    """The GPU of LOCAL_RANK, which becomes the current one, or the CPU."""
     device = compute.torch_device()
     if device.type == "cpu":
         return device
     if device.index is not None:
-        raise InputError(f"--device {device}: each rank needs a card of its own, give cuda or auto")
+        raise InputError(f"--device {device}: each rank needs a GPU of its own, give cuda or auto")
     number = os.environ.get("LOCAL_RANK", "0")
     device = dataclasses.replace(compute, device=f"cuda:{number}").torch_device()
     torch.cuda.set_device(device)

@@ -74,7 +74,7 @@ class Trainer:
         self._encoder = model if isinstance(model, Encoder) else None
         own = {"train_data": train_data, "model_name_or_path": model}
         if isinstance(model, Encoder):
-            own |= {"model_name_or_path": model.name} | _settings_of(model)
+            own["model_name_or_path"] = model.name
             _check_encoder(caller, settings, keywords)
         gathered_settings = gathered(caller, self.settings, settings, own | keywords)
         self._configs: dict[type, Any] = dict(zip(self.settings, gathered_settings, strict=True))
@@ -162,17 +162,6 @@ class RankPOTrainer(Trainer):
 
     def _train(self, *configs: Any, **more: Any) -> TrainingResult:
         return train_rankpo(*configs, **more)
-
-
-def _settings_of(encoder: Encoder) -> dict[str, Any]:
-    """How an encoder reads text, as settings."""
-    settings = encoder.settings
-    return {
-        "pooling": settings.pooling, "query_prefix": settings.query_prefix,
-        "passage_prefix": settings.passage_prefix, "append_eos": settings.append_eos,
-        "max_query_length": settings.max_query_length,
-        "max_passage_length": settings.max_passage_length, "packing": encoder.packed,
-    }  # fmt: skip
 
 
 def _check_encoder(caller: str, settings: Sequence[Config], keywords: dict[str, Any]) -> None:

@@ -171,6 +171,11 @@ class InfoNCEOptions(ScoreOptions):
             )
         if self.hardness_mode and QP not in directions:
             raise ValueError(f"hardness_mode is of {QP}, which is not among {directions}")
+        if self.gradient_filter and not (self.plain and self.hardness_mode is None):
+            raise ValueError(
+                "gradient_filter goes with query_to_passage alone, without label_smoothing, "
+                "matryoshka_dims or hardness_mode"
+            )
         self._check_matryoshka()
 
     def _check_matryoshka(self) -> None:
@@ -190,6 +195,12 @@ class InfoNCEOptions(ScoreOptions):
             )
         if not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(f"matryoshka_weights must be >= 0 and finite, got {weights}")
+
+    @property
+    def plain(self) -> bool:
+        """One softmax per query over one block of scores, as far as options say."""
+        one_way = tuple(self.directions) == (QP,)
+        return one_way and self.matryoshka_dims is None and self.label_smoothing == 0
 
     @property
     def joint(self) -> bool:
@@ -406,10 +417,5 @@ class RankPOResult(NamedTuple):
 
 def is_plain(relations: Relations, settings: InfoNCEOptions) -> bool:
     """One softmax per query over one block of scores: a row knows all it needs by itself."""
-    return (
-        tuple(settings.directions) == (QP,)
-        and settings.matryoshka_dims is None
-        and settings.label_smoothing == 0
-        and relations.positive_offsets is None
-        and relations.own_offsets is None
-    )
+    more = relations.positive_offsets is not None or relations.own_offsets is not None
+    return settings.plain and not more

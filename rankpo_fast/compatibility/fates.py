@@ -215,7 +215,7 @@ RULES: dict[str, Rule] = {
     "no_cuda": rules.cpu,
     **_each("local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
             "ddp_static_graph", unneeded(_RANKS)),
-    "ddp_backend": only("nccl gloo", "it is NCCL on cards, else gloo", "NCCL on cards, else gloo"),
+    "ddp_backend": only("nccl gloo", "it is NCCL on GPUs, else gloo", "NCCL on GPUs, else gloo"),
     "ddp_timeout": unneeded("torch's own time limit holds"),
     **_each("fsdp fsdp_config", refused("each process holds the whole model")),
     **_each("accelerator_config parallelism_config", refused("accelerate is not used")),

@@ -22,7 +22,7 @@ class ComputeConfig(Config):
     device: str = flag("auto, cpu, cuda or cuda:N.", "auto")
     max_tokens_per_micro_batch: int | None = flag(
         "Tokens through the model at once, padding included: speed and memory, not the batch. "
-        "[found by trying on a card, 4096 on the CPU; the longest text in any case]", None,
+        "[found by trying on a GPU, 4096 on the CPU; the longest text in any case]", None,
         metavar="TOKENS",
     )  # fmt: skip
     cache_dir: str = flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")

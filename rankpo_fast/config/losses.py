@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config, check_above, check_at_least, check_names, flag, require
@@ -10,14 +10,88 @@ from rankpo_fast.fields import Config, check_above, check_at_least, check_names,
 
 @dataclass(frozen=True)
 class ContrastiveLossConfig(Config):
-    """InfoNCE."""
+    """InfoNCE, by the names of `rankpo_fast.info_nce_loss`, which says more of each."""
 
     _argument_group_name = "loss"
 
     temperature: float = flag("Cosine similarities are divided by it.", 0.02)
+    temperature_learning_rate: float | None = flag(
+        "Peak rate at which the temperature is learnt as well, as its logarithm; it stays at 0.01 "
+        "or above. [it is fixed]", None, metavar="RATE",
+    )  # fmt: skip
+    label_smoothing: float = flag("Share of the target on all candidates alike.", 0.0)
+    directions: list[str] = flag(
+        "Whose similarities compete with the positive: query_to_passage, passage_to_query, "
+        "query_to_query, passage_to_passage; all four are GTE's loss.", ["query_to_passage"]
+    )  # fmt: skip
+    partition: Literal["joint", "per_direction"] = flag(
+        "One softmax over all directions, or the mean of one each (of both first: CLIP's).", "joint"
+    )
+    own_negatives: bool = flag("A row's negatives are negatives of its own query alone.", False)
+    false_negative_margin: float | None = flag(
+        "Leave out passages of other rows that are more similar than the positive less this.", None
+    )
+    margin_type: Literal["absolute", "relative"] = flag(
+        "Relative: the margin is a share of the positive's similarity.", "absolute"
+    )
+    guide_model_name_or_path: str | None = flag(
+        "A frozen model whose similarities decide about --false_negative_margin, as in GISTEmbed. "
+        "[the model in training]", None,
+    )  # fmt: skip
+    matryoshka_dims: list[int] | None = flag(
+        "Also train the vectors cut to these lengths; the full one counts if it is named.", None
+    )
+    matryoshka_weights: list[float] | None = flag("Of the loss at each of them. [1 each]", None)
+    hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = flag(
+        "Which negatives weigh more the more similar they are: those of other rows, a row's own, "
+        "or all. [none]", None,
+    )  # fmt: skip
+    hardness_strength: float = flag("How much more; a similarity times this is added.", 0.0)
+    gradient_filter: float = flag(
+        "Leave out gradients below this bound, to save time; 0: exact.", 0.0
+    )
 
     def check(self) -> None:
         check_above(self, 0, "temperature")
+        check_names(self, "guide_model_name_or_path", "directions")
+        if self.temperature_learning_rate is not None:
+            check_above(self, 0, "temperature_learning_rate")
+        if self.guide_model_name_or_path is not None and self.false_negative_margin is None:
+            raise InputError("--guide_model_name_or_path needs --false_negative_margin")
+        given = self.options()
+        if self.own_negatives and self.gradient_filter:
+            raise InputError("--gradient_filter and --own_negatives do not go together")
+        if given == _NO_OPTIONS:
+            return
+        from rankpo_kernels.problem import InfoNCEOptions  # imports torch
+
+        try:
+            InfoNCEOptions(**given)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `info_nce_loss` that stay from batch to batch, but the temperature."""
+        return {name: getattr(self, name) for name in _NO_OPTIONS}
+
+    @property
+    def one_directional(self) -> bool:
+        """Whether a query's loss needs no other query."""
+        return self.directions == ["query_to_passage"]
+
+    @property
+    def tells_chosen(self) -> bool:
+        """Whether it matters for which row a negative was chosen."""
+        margin, hardness = self.false_negative_margin is not None, self.hardness_mode is not None
+        return margin or hardness or "passage_to_passage" in self.directions
+
+
+_NO_OPTIONS: dict[str, Any] = {
+    "label_smoothing": 0.0, "directions": ["query_to_passage"], "partition": "joint",
+    "false_negative_margin": None, "margin_type": "absolute", "matryoshka_dims": None,
+    "matryoshka_weights": None, "hardness_mode": None, "hardness_strength": 0.0,
+    "gradient_filter": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

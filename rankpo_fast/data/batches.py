@@ -13,31 +13,36 @@ import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankpo_fast.data.moving import Movable
+from rankpo_fast.data.order import DRAW, RowOrder
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 from rankpo_fast.data.shares import Share
 from rankpo_fast.errors import InputError
 
-ORDER, DRAW = 0, 1  # what a random stream is for, so that no two share one
-
 
 @dataclass(frozen=True, eq=False)
 class ContrastiveBatch(Movable):
-    """M queries against N passages; the positive of row i is column labels[i]."""
+    """M queries against C candidates; the positive of row i is column labels[i]. C is N, but where
+    a row's negatives are its own, when candidates are the rows' positives alone."""
 
     query_texts: Tensor  # [U] rows of the query table, distinct
     passage_texts: Tensor  # [N] rows of the passage table, distinct
     query_rows: Tensor  # [M] index into query_texts
-    labels: Tensor  # [M] index into passage_texts
+    candidates: Tensor | None  # [C] index into passage_texts; None: all of them
+    labels: Tensor  # [M] index into candidates
     excluded_offsets: Tensor  # [M + 1] row i's columns lie between offsets i and i + 1 of ...
     excluded_columns: Tensor  # [nnz] ... the further known positives of the rows' queries
+    negative_offsets: Tensor  # [M + 1] likewise of ...
+    negatives: Tensor  # [H] ... what was drawn for the rows, index into passage_texts
+    chosen_for: Tensor  # [C] the first row for which a candidate was drawn as negative, or -1
     rows: Tensor  # [M] the data rows they come from
+    guide_queries: Tensor | None = None  # [M, G] vectors by another model
+    guide_passages: Tensor | None = None  # [N, G]
 
     @property
     def weight(self) -> float:
@@ -45,15 +50,21 @@ class ContrastiveBatch(Movable):
         return float(len(self.rows))
 
     def part(self, rows: slice) -> "ContrastiveBatch":
-        """Some of its rows, against all its passages."""
-        offsets = self.excluded_offsets[rows.start : rows.stop + 1]
+        """Some of its rows, against all its candidates."""
+        excluded = self.excluded_offsets[rows.start : rows.stop + 1]
+        drawn = self.negative_offsets[rows.start : rows.stop + 1]
+        inside = (rows.start <= self.chosen_for) & (self.chosen_for < rows.stop)
         return replace(
             self,
             query_rows=self.query_rows[rows],
             labels=self.labels[rows],
-            excluded_offsets=offsets - offsets[0],
-            excluded_columns=self.excluded_columns[offsets[0] : offsets[-1]],
+            excluded_offsets=excluded - excluded[0],
+            excluded_columns=self.excluded_columns[excluded[0] : excluded[-1]],
+            negative_offsets=drawn - drawn[0],
+            negatives=self.negatives[drawn[0] : drawn[-1]],
+            chosen_for=torch.where(inside, self.chosen_for - rows.start, -1),
             rows=self.rows[rows],
+            guide_queries=None if self.guide_queries is None else self.guide_queries[rows],
         )
 
 
@@ -107,11 +118,18 @@ class ContrastiveData:
         batch_size: int,
         num_negatives: int,
         seed: int,
+        own_negatives: bool = False,
         shares: Sequence[Share] | None = None,
     ):
-        """`shares`: which rows come how often; None: each once an epoch."""
-        self._schedule = _Schedule(np.arange(len(rows)), batch_size, seed, shares)
+        """
+        Args:
+            own_negatives: whether what is drawn for a row is a negative of no other.
+            shares: which rows come how often; None: each once an epoch.
+        """
+        self._order = RowOrder(np.arange(len(rows)), batch_size, seed, shares)
         self.num_rows, self.num_negatives = len(rows), num_negatives
+        self._own_negatives = own_negatives
+        self._guide: tuple[Tensor, Tensor] | None = None
         self.known_negatives = 0
         queries, passages = _Texts(), _Texts()
         query_ids = [queries.id(row.query) for row in rows]
@@ -178,43 +196,73 @@ class ContrastiveData:
         )
         return data
 
+    def with_guide(self, queries: Tensor, passages: Tensor) -> "ContrastiveData":
+        """The same batches carrying another model's vectors [queries, G] and [passages, G]."""
+        data = copy.copy(self)
+        data._guide = queries, passages
+        return data
+
     @property
     def batch_size(self) -> int:
-        return self._schedule.batch_size
+        return self._order.batch_size
 
     @property
     def batches_per_epoch(self) -> int:
-        return self._schedule.batches_per_epoch
+        return self._order.batches_per_epoch
 
     @property
     def shares(self) -> list[Share]:
         """The files of the rows that come, and how often they do."""
-        return self._schedule.shares
+        return self._order.shares
 
     def batch(self, epoch: int, index: int) -> ContrastiveBatch:
         """Batch `index` (0 to batches_per_epoch - 1) of `epoch`."""
-        rows = self._schedule.rows(epoch, index)
-        random = self._schedule.random(DRAW, epoch, index)
+        rows = self._order.rows(epoch, index)
+        random = self._order.random(DRAW, epoch, index)
         positives = np.array([random.choice(self._positives[row]) for row in rows])
-        negatives = [self._draw_negatives(row, random) for row in rows]
+        drawn = [self._draw_negatives(row, random) for row in rows]
+        negatives, drawn_counts = np.concatenate([positives[:0], *drawn]), [*map(len, drawn)]
         queries = self._query_ids[rows]
         query_texts, query_rows = np.unique(queries, return_inverse=True)
-        passage_texts = np.unique(np.concatenate([positives, *negatives]))
-        labels = np.searchsorted(passage_texts, positives)
+        passage_texts = np.unique(np.concatenate([positives, negatives]))
+        candidates = np.unique(positives) if self._own_negatives else passage_texts
+        labels = np.searchsorted(candidates, positives)
 
-        known, counts = self._known.gather(queries)
-        row_of_known = np.repeat(np.arange(len(rows)), counts)
-        columns = np.searchsorted(passage_texts, known).clip(max=len(passage_texts) - 1)
-        excluded = (passage_texts[columns] == known) & (columns != labels[row_of_known])
-        excluded_counts = np.bincount(row_of_known[excluded], minlength=len(rows))
-        return ContrastiveBatch(
+        # No negative of a row: its known positives, and what stands among its own negatives.
+        spared, counts = self._known.gather(queries)
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        row_of_drawn = np.repeat(np.arange(len(rows)), drawn_counts)
+        if self._own_negatives:
+            order = np.argsort(np.concatenate([row_of, row_of_drawn]), kind="stable")
+            spared = np.concatenate([spared, negatives])[order]
+            row_of = np.concatenate([row_of, row_of_drawn])[order]
+        columns = np.searchsorted(candidates, spared).clip(max=len(candidates) - 1)
+        excluded = (candidates[columns] == spared) & (columns != labels[row_of])
+        chosen_for = np.full(len(candidates), -1)
+        if not self._own_negatives:  # in reverse, so that of several rows the first stays
+            chosen_for[np.searchsorted(candidates, negatives)[::-1]] = row_of_drawn[::-1]
+        batch = ContrastiveBatch(
             query_texts=torch.from_numpy(query_texts),
             passage_texts=torch.from_numpy(passage_texts),
             query_rows=torch.from_numpy(query_rows),
+            candidates=torch.from_numpy(np.searchsorted(passage_texts, candidates))
+            if self._own_negatives
+            else None,
             labels=torch.from_numpy(labels),
-            excluded_offsets=torch.from_numpy(_offsets(excluded_counts)),
+            excluded_offsets=_offsets_of(row_of[excluded], len(rows)),
             excluded_columns=torch.from_numpy(columns[excluded]),
+            negative_offsets=_offsets_of(row_of_drawn, len(rows)),
+            negatives=torch.from_numpy(np.searchsorted(passage_texts, negatives)),
+            chosen_for=torch.from_numpy(chosen_for),
             rows=torch.from_numpy(rows),
+        )
+        if self._guide is None:
+            return batch
+        of_queries, of_passages = self._guide
+        return replace(
+            batch,
+            guide_queries=of_queries[torch.from_numpy(queries)],
+            guide_passages=of_passages[batch.passage_texts],
         )
 
     def _draw_negatives(self, row: int, random: np.random.Generator) -> np.ndarray:
@@ -242,7 +290,7 @@ class PreferenceData:
         shares: Sequence[Share] | None = None,
     ):
         """`shares`: which rows come how often; None: each once an epoch."""
-        self._schedule = _Schedule(np.arange(len(rows)), batch_size, seed, shares)
+        self._order = RowOrder(np.arange(len(rows)), batch_size, seed, shares)
         queries, passages = _Texts(), _Texts()
         self.query_ids = torch.tensor([queries.id(row.query) for row in rows])
         self.chosen_ids = torch.tensor([passages.id(row.chosen) for row in rows])
@@ -257,16 +305,16 @@ class PreferenceData:
 
     @property
     def batch_size(self) -> int:
-        return self._schedule.batch_size
+        return self._order.batch_size
 
     @property
     def batches_per_epoch(self) -> int:
-        return self._schedule.batches_per_epoch
+        return self._order.batches_per_epoch
 
     @property
     def shares(self) -> list[Share]:
         """The files of the rows that come, and how often they do."""
-        return self._schedule.shares
+        return self._order.shares
 
     def merged(self, query_rows: Tensor, passage_rows: Tensor) -> "PreferenceData":
         """The same pairs, with texts of equal token ids as one: the first of them.
@@ -290,7 +338,7 @@ class PreferenceData:
                 "tells them apart may lie beyond --max_passage_length"
             )
         if data.equal_pairs:
-            data._schedule = self._schedule.of(differ.numpy())
+            data._order = self._order.of(differ.numpy())
         return data
 
     def with_reference(self, margins: Tensor) -> "PreferenceData":
@@ -305,7 +353,7 @@ class PreferenceData:
 
     def batch(self, epoch: int, index: int) -> PreferenceBatch:
         """Batch `index` (0 to batches_per_epoch - 1) of `epoch`."""
-        rows = torch.from_numpy(self._schedule.rows(epoch, index))
+        rows = torch.from_numpy(self._order.rows(epoch, index))
         query_texts, query_rows = self.query_ids[rows].unique(return_inverse=True)
         pairs = torch.stack([self.chosen_ids[rows], self.rejected_ids[rows]])  # [2, B]
         passage_texts, pair_rows = pairs.unique(return_inverse=True)
@@ -320,62 +368,6 @@ class PreferenceData:
             reference_margins=None if margins is None else margins[rows],
             rows=rows,
         )
-
-
-class _Epoch(NamedTuple):
-    number: int
-    rows: np.ndarray  # in its order
-
-
-class _Schedule:
-    """Which rows make which batch: a new order every epoch, and no short batch but an only one."""
-
-    def __init__(
-        self,
-        rows: np.ndarray,
-        batch_size: int,
-        seed: int,
-        shares: Sequence[Share] | None = None,
-    ):
-        """`rows` [n] are numbers of rows, `shares` the files they come from."""
-        assert len(rows) > 0 and batch_size > 0 and seed >= 0
-        self._rows, self._seed, self._wanted = rows, seed, batch_size
-        self.shares = [Share("", len(rows))] if shares is None else list(shares)
-        assert sum(share.rows for share in self.shares) == len(rows)
-        per_epoch = sum(share.per_epoch for share in self.shares)
-        self.batch_size = min(batch_size, per_epoch)
-        self.batches_per_epoch = per_epoch // self.batch_size
-        # That last asked for: one object, since two threads may ask.
-        self._last = _Epoch(-1, np.empty(0, np.int64))
-
-    def of(self, kept: np.ndarray) -> "_Schedule":
-        """Of the rows [n] marked in `kept` alone."""
-        parts = np.split(kept, self._starts[1:])
-        shares = [share.of(int(p.sum())) for share, p in zip(self.shares, parts, strict=True)]
-        return _Schedule(self._rows[kept], self._wanted, self._seed, shares)
-
-    @property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(share.rows for share in self.shares[:-1])])
-
-    def random(self, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-        return np.random.default_rng((purpose, self._seed, epoch, index))
-
-    def rows(self, epoch: int, index: int) -> np.ndarray:
-        assert 0 <= index < self.batches_per_epoch, f"no batch {index} in an epoch"
-        last = self._last
-        if last.number != epoch:
-            last = self._last = _Epoch(epoch, self._order(epoch))
-        return last.rows[index * self.batch_size : (index + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        random = self.random(ORDER, epoch)
-        parts = []
-        for share, rows in zip(self.shares, np.split(self._rows, self._starts[1:]), strict=True):
-            parts += [rows] * share.copies
-            if share.drawn:
-                parts.append(random.choice(rows, share.drawn, replace=False))
-        return random.permutation(np.concatenate(parts))
 
 
 def _firsts(rows: Tensor) -> list[int]:
@@ -419,3 +411,8 @@ class _Lists:
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _offsets_of(rows: np.ndarray, count: int) -> Tensor:
+    """[count + 1] of entries that belong to `rows`, in their order."""
+    return torch.from_numpy(_offsets(np.bincount(rows, minlength=count)))

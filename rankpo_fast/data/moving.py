@@ -22,7 +22,7 @@ def to_device(value: T, device: torch.device) -> T:
 
 
 def pinned(value: T) -> T:
-    """The same in memory that a card can read by itself."""
+    """The same in memory that a GPU can read by itself."""
     return _each_tensor(value, Tensor.pin_memory)
 
 

@@ -5,11 +5,13 @@ validation split, as dicts of step, ndcg@20 and, in stage 2, alignment.
 """
 
 import math
+from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
 NDCG, ALIGNMENT = "ndcg@20", "alignment"
@@ -28,6 +30,8 @@ STYLE = {
     "rankpo_replay": {"color": "#009E73", "marker": "P"},
 }
 GREY = "#6E6E6E"
+DPI, COLOURS = 130, 128
+LABEL = 0.075  # of the trade-off's height: two lines
 DASHED: dict[str, Any] = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
 LOOK: "dict[RcKeyType, Any]" = {
     "font.size": 10,
@@ -44,10 +48,22 @@ Metrics = dict[str, Any]
 Curves = dict[str, list[dict[str, float]]]
 
 
+def methods(metrics: Metrics) -> list[str]:
+    """Of stage 2, those that were measured."""
+    return [name for name in NAMES if name in metrics]
+
+
+def of_stage_1(metrics: Metrics) -> str:
+    """What hard negatives did."""
+    random, mined = (metrics[name][NDCG] for name in ("stage1_random_negatives", "stage1"))
+    change = f"from {random:.2f} to {mined:.2f}"
+    return f"Going on with mined hard negatives took stage 1's nDCG@20 {change}"
+
+
 def finding(metrics: Metrics) -> str:
     """Who agrees most with the judge, and who keeps most of the retrieval."""
-    aligned = max(NAMES, key=lambda name: metrics[name][ALIGNMENT])
-    kept = max(NAMES, key=lambda name: metrics[name][NDCG])
+    aligned = max(methods(metrics), key=lambda name: metrics[name][ALIGNMENT])
+    kept = max(methods(metrics), key=lambda name: metrics[name][NDCG])
     before, after = metrics["stage1"][ALIGNMENT], metrics[aligned][ALIGNMENT]
     gain, cost = f"({before:.2f} to {after:.2f})", f"({_kept(metrics, kept):.0%})"
     if aligned == kept:
@@ -61,9 +77,10 @@ def finding(metrics: Metrics) -> str:
 
 def verdict(metrics: Metrics) -> str:
     """Which method wins on both axes; or who loses to whom, and what the others trade."""
+    names = methods(metrics)
     losses = {  # name -> who is no worse on either axis, and better on one
-        name: [o for o in NAMES if _no_worse(metrics, o, name) and not _no_worse(metrics, name, o)]
-        for name in NAMES
+        name: [o for o in names if _no_worse(metrics, o, name) and not _no_worse(metrics, name, o)]
+        for name in names
     }
     standing = [name for name, better in losses.items() if not better]
     if len(standing) == 1:
@@ -100,7 +117,7 @@ def draw(metrics: Metrics, curves: Curves, path: Path) -> None:
     with plt.rc_context(LOOK):
         figure = plt.figure(figsize=(12, 7))
         grid = figure.add_gridspec(
-            3, 2, width_ratios=(1.6, 1), left=0.06, right=0.98, top=0.83, bottom=0.165,
+            3, 2, width_ratios=(1.6, 1), left=0.07, right=0.98, top=0.83, bottom=0.165,
             hspace=0.6, wspace=0.16,
         )  # fmt: skip
         trade, stage1, alignment, ndcg = map(
@@ -111,13 +128,24 @@ def draw(metrics: Metrics, curves: Curves, path: Path) -> None:
         _stage2(alignment, curves, ALIGNMENT, "Stage 2: agreement with the judge")
         _stage2(ndcg, curves, NDCG, "Stage 2: nDCG@20")
         ndcg.set_xlabel("step")
-        figure.text(0.02, 0.945, finding(metrics), fontsize=15, fontweight="bold")
+        figure.text(0.02, 0.945, finding(metrics), fontsize=13.5, fontweight="bold")
         sentences = fill(verdict(metrics), 155)
         figure.text(0.02, 0.925, sentences, fontsize=10, color="#404040", va="top")
         figure.text(0.02, 0.02, _caption(metrics), fontsize=8.5, color="#505050", linespacing=1.4)
         with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+            _save(figure, temporary)
         plt.close(figure)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """As PNG of COLOURS colours, a quarter of one of all: it lies in the repository."""
+    from PIL import Image
+
+    picture = BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    whole = Image.open(picture).convert("RGB")
+    few = whole.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, format="PNG", optimize=True)
 
 
 def _caption(metrics: Metrics) -> str:
@@ -137,7 +165,8 @@ def _caption(metrics: Metrics) -> str:
 def _trade_off(axes: Any, metrics: Metrics) -> None:
     from matplotlib.patheffects import withStroke
 
-    points = {name: (metrics[name][ALIGNMENT], metrics[name][NDCG]) for name in STYLE}
+    names = ["stage1", *methods(metrics)]
+    points = {name: (metrics[name][ALIGNMENT], metrics[name][NDCG]) for name in names}
     xs, ys = zip(*points.values(), strict=True)
     ceiling, room = metrics["judge_ceiling"], max(0.05, 0.2 * (max(ys) - min(ys)))
     axes.set_xlim(min(0.47, *xs) - 0.02, max(ceiling + 0.02, max(xs) + 0.12))
@@ -147,6 +176,8 @@ def _trade_off(axes: Any, metrics: Metrics) -> None:
     axes.set_ylabel("nDCG@20 by the rules")
     _mark(axes, 0.5, "coin\nflip", right=False)
     _mark(axes, ceiling, "most the noisy\njudge allows", right=False)
+    bottom, top = axes.get_ylim()
+    heights = _apart({name: points[name][1] for name in names[1:]}, LABEL * (top - bottom))
     for name, (x, y) in points.items():
         style = STYLE[name]
         if name != "stage1":
@@ -158,13 +189,24 @@ def _trade_off(axes: Any, metrics: Metrics) -> None:
             x, y, xerr=error, **style, markersize=11, markeredgecolor="white", capsize=3, zorder=3
         )
         # Right of the bar, which is clear of other points and bars; stage 1 has the arrows there.
-        right = ((x + error, y), (6, 0), "center")
-        end, offset, anchor = ((x, y), (9, 7), "bottom") if name == "stage1" else right
+        if name == "stage1":
+            end, offset, anchor = (x, y), (9, 7), "bottom"
+        else:
+            end, offset, anchor = (x + error, heights[name]), (6, 0), "center"
         axes.annotate(
             f"{NAMES.get(name, 'stage 1')}\n{y:.2f} at {x:.2f}", end, offset, va=anchor,
             textcoords="offset points", color=style["color"], fontweight="bold", linespacing=1.2,
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
+
+
+def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels: at their points, or as far below as keeps `gap` to the one above."""
+    placed: dict[str, float] = {}
+    lowest = math.inf
+    for name in sorted(heights, key=heights.__getitem__, reverse=True):
+        placed[name] = lowest = min(heights[name], lowest - gap)
+    return placed
 
 
 def _stage1(axes: Any, curves: Curves) -> None:
@@ -180,7 +222,8 @@ def _stage1(axes: Any, curves: Curves) -> None:
 def _stage2(axes: Any, curves: Curves, axis: str, title: str) -> None:
     axes.set_title(title)
     for name, label in NAMES.items():
-        _plot(axes, curves[name], axis, **STYLE[name], label=label)
+        if name in curves:
+            _plot(axes, curves[name], axis, **STYLE[name], label=label)
     if axis == NDCG:  # which falls, and leaves room for it
         axes.legend(
             frameon=False, fontsize=8.5, handlelength=1.4, labelspacing=0.2, loc="lower left"

@@ -1,8 +1,8 @@
 """`rankpo-fast demo`: both stages of RankPO on a synthetic world, measured and drawn, on the CPU.
 
     world -> stage 1 on the rules' labels -> hard negatives mined -> stage 1 goes on
-          -> its candidates judged -> stage 2 from there: SFT, SimRankPO, RankPO, and RankPO with
-             replay of stage 1's rows
+          -> its candidates judged -> stage 2 from there: SimRankPO, and RankPO with replay of
+             stage 1's rows; with --full SFT and RankPO alone as well
           -> nDCG@20 (what the rules say) and alignment (what the judge says) on the test split
 
 The test split is measured once, at the end; what is followed while training is the validation
@@ -21,13 +21,15 @@ from typing import Any
 from rankpo_fast.demo.steps import (
     FULL,
     METHODS,
-    MODELS,
     QUICK,
     RANDOM,
     REPLAY,
+    SHORT,
+    SIMRANKPO,
     STAGE1,
     UNTRAINED,
     Demo,
+    Scale,
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.flags import parse
@@ -39,12 +41,12 @@ LABELS = {
     RANDOM: "stage 1, random negatives",
     STAGE1: "stage 1, mined negatives",
     "sft": "stage 1 + SFT",
-    "simrankpo": "stage 1 + SimRankPO",
+    SIMRANKPO: "stage 1 + SimRankPO",
     "rankpo": "stage 1 + RankPO",
     REPLAY: "stage 1 + RankPO + replay",
 }
 RESULTS = ("metrics.json", "report.png")
-FOLDERS = ("data", "cache", *MODELS)
+FOLDERS = ("data", "cache", UNTRAINED, RANDOM, STAGE1, *METHODS)
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,22 @@ class DemoConfig:
     quick: bool = field(
         default=False, metadata={"help": "A tiny world, to see it run; its figures mean nothing."}
     )
+    full: bool = field(
+        default=False,
+        metadata={"help": "The study: a larger encoder, longer training, four forms of stage 2."},
+    )
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise InputError(f"--seed must be >= 0, got {self.seed}")
+        if self.quick and self.full:
+            raise InputError("--quick and --full exclude each other: give one of them")
+
+    @property
+    def scale(self) -> Scale:
+        if self.quick:
+            return QUICK
+        return FULL if self.full else SHORT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +109,7 @@ def _run_demo(path: Path, config: DemoConfig) -> dict[str, Any]:
     for name in RESULTS:  # of an earlier demo
         (path / name).unlink(missing_ok=True)
     began, began_cpu = time.perf_counter(), time.process_time()
-    demo = Demo(path, config.seed, QUICK if config.quick else FULL)
+    demo = Demo(path, config.seed, config.scale)
     _say("1/6  the world: jobs, talents, and rules that say who fits whom")
     demo.make_world()
     job, talent = demo.example()
@@ -106,7 +120,7 @@ def _run_demo(path: Path, config: DemoConfig) -> dict[str, Any]:
     demo.train_with_mined_negatives()
     _say("4/6  the judge compares candidates whom stage 1 retrieves")
     demo.judge_candidates()
-    for method in METHODS:
+    for method in demo.scale.methods:
         _say(f"5/6  stage 2: {LABELS[method]}")
         demo.align(method)
     _say("6/6  measuring on the test split: no model has seen its jobs or talents")
@@ -116,6 +130,7 @@ def _run_demo(path: Path, config: DemoConfig) -> dict[str, Any]:
         "training_seconds": round(demo.training_seconds, 1),
         "seed": config.seed,
         "quick": config.quick,
+        "full": config.full,
         "scale": asdict(demo.scale),
         "versions": _versions(),
     }
@@ -130,12 +145,13 @@ def _report(demo: Demo, metrics: dict[str, Any]) -> None:
 
     start = {"step": 0, **demo.evaluate(STAGE1, "validation")}
     curves = {name: demo.curve(name) for name in (RANDOM, STAGE1)}
-    curves |= {name: [start, *demo.curve(name)] for name in METHODS}
+    curves |= {name: [start, *demo.curve(name)] for name in demo.scale.methods}
     picture = demo.path / "report.png"
     figure.draw(metrics, curves, picture)
     with whole_file(demo.path / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{_table(metrics)}\n\n{figure.finding(metrics)}.\n{figure.verdict(metrics)}")
+    print(f"\n{_table(metrics)}\n\n{figure.of_stage_1(metrics)}.")
+    print(f"{figure.finding(metrics)}.\n{figure.verdict(metrics)}")
     if metrics["quick"]:
         print(
             "This was --quick: the models have hardly been trained, and the figures mean nothing."
@@ -156,8 +172,9 @@ def _check(path: Path) -> None:
 def _table(metrics: dict[str, Any]) -> str:
     lines = [f"{'on the test split':28}{'nDCG@20':>9}{'alignment':>11}"]
     for name, label in LABELS.items():
-        ndcg, alignment = metrics[name]["ndcg@20"], metrics[name]["alignment"]
-        lines.append(f"{label:28}{ndcg:9.3f}{alignment:11.3f}")
+        if name in metrics:
+            ndcg, alignment = metrics[name]["ndcg@20"], metrics[name]["alignment"]
+            lines.append(f"{label:28}{ndcg:9.3f}{alignment:11.3f}")
     lines.append(f"{'most the noisy judge allows':28}{'':9}{metrics['judge_ceiling']:11.3f}")
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ class Kernel:
     alias: str  # as transformers has it: words like "flash" and "sdpa" mean something there
     make: Callable[[], Attend]
     distribution: str = "torch"  # flash-attn 2 and 4 share a module name, not this one
-    capability: tuple[int, int] | None = None  # of the card; None: any device, any dtype
+    capability: tuple[int, int] | None = None  # of the GPU; None: any device, any dtype
     head_dim: int = 256
     window: bool = True
     softcap: bool = True
@@ -96,9 +96,9 @@ class Kernel:
             return None
         if needs.device.type != "cuda" or not needs.half:
             return "it needs a GPU and --bf16 true"
-        card = torch.cuda.get_device_capability(needs.device)
-        if card < self.capability:
-            return f"it needs compute capability {self.capability}, this card has {card}"
+        own = torch.cuda.get_device_capability(needs.device)
+        if own < self.capability:
+            return f"it needs compute capability {self.capability}, this GPU has {own}"
         if needs.head_dim > self.head_dim or needs.head_dim % 8:
             return f"heads of {needs.head_dim} dims are not for it"
         for need in ("window", "softcap", "dropout"):
@@ -164,7 +164,7 @@ def packed_attention(
     return attend(q, k, v, asked)[None], None
 
 
-# --- kernels on cards ---
+# --- kernels on GPUs ---
 
 
 def _flash(module: str) -> Attend:

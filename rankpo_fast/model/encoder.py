@@ -42,11 +42,14 @@ class Encoder(nn.Module):
         packed: whether texts go through the backbone end to end, without padding.
         attention: what computes its attention, by the name that --attn_implementation has for it.
         save_dtype: of the floating-point weights that `save` writes.
+        log_scale: log(1 / temperature) while a training learns it, else None; `save` leaves it out.
         layers: the backbone's, to be checkpointed or compiled.
         name: of the model it was loaded from.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
     """
+
+    log_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Encoder(nn.Module):
         self.layers = Layers(backbone)
         self.name = "an encoder in memory"
         self.origins: list[Path] = []
+        self.register_parameter("log_scale", None)
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
         self._first_position = first_position(backbone)

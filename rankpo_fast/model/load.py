@@ -139,10 +139,10 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers on the host and the device from `seed`; then as if none had been drawn."""
-    on_card = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_card else []):
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.default_generator.manual_seed(seed)
-        if on_card:
+        if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
@@ -343,7 +343,7 @@ def _warn_of_padding(config: EncoderConfig, reason: str) -> None:
 
 
 def _warn_of_dropout(needs: Needs, kernels: list[Kernel], asked: str) -> None:
-    """Attention dropout alone can keep the fast kernels of a card away."""
+    """Attention dropout alone can keep the fast kernels of a GPU away."""
     best = find_kernels(dataclasses.replace(needs, dropout=False))[0]
     if asked == "auto" and best is not kernels[0]:
         warnings.warn(

@@ -1,6 +1,6 @@
 """bf16 or fp32: what --bf16 auto comes to on a device, and why.
 
-A card says whether it computes bf16. A CPU without AMX, AVX-512 BF16 or their like emulates it, up
+A GPU says whether it computes bf16. A CPU without AMX, AVX-512 BF16 or their like emulates it, up
 to hundreds of times as slow as fp32, and tells nobody: there one small product is timed.
 """
 
@@ -38,7 +38,7 @@ class Precision:
             return cls(bf16)
         if device.type == "cuda":
             able = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls(able, None if able else "this card has no bf16")
+            return cls(able, None if able else "this GPU has no bf16")
         ratio = half_speed(torch.bfloat16, device.type)
         return cls(ratio < 1, f"bf16 products took {ratio:.3g} times fp32's time here")
 

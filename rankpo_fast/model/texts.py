@@ -90,6 +90,14 @@ class Texts:
         rows[other] = as_passages
         return rows
 
+    def strings(self, queries: Sequence[str], passages: Sequence[str]) -> list[str]:
+        """A text of each row of the table, of those that were tokenised."""
+        by_row = [""] * len(self.table)
+        for rows, own in [(self.query_rows, queries), (self.passage_rows, passages)]:
+            for row, text in zip(rows.tolist(), own, strict=True):
+                by_row[row] = text
+        return by_row
+
     def of(self, batch: Batch) -> BatchTexts:
         """The texts of a batch, each once."""
         queries = self.query_rows[batch.query_texts]

@@ -410,11 +410,8 @@ def check_info_nce(
         positive_columns=positive_columns, own_offsets=own_offsets, curated_N=curated,
     )  # fmt: skip
     settings = InfoNCESettings.of(call, group=None, window=None)
-    if settings.gradient_filter and (settings.hardness_mode or not is_plain(relations, settings)):
-        raise ValueError(
-            "gradient_filter goes with query_to_passage alone, without positives, own_negatives, "
-            "label_smoothing, matryoshka_dims or hardness_mode"
-        )
+    if settings.gradient_filter and not is_plain(relations, settings):
+        raise ValueError("gradient_filter goes with no positives and no own_negatives")
     check_relations(relations, call)
     weights = batch_weights(q, call.weights, call.reduction)
     scale = as_scale(call.temperature, call.scale, scale_on, device)

@@ -62,18 +62,18 @@ class RandomStates(NamedTuple):
     """Of the generators that dropout on a device draws from."""
 
     host: Tensor
-    card: Tensor | None
+    gpu: Tensor | None
 
 
 def random_states(device: torch.device) -> RandomStates:
-    on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomStates(torch.get_rng_state(), on_card)
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomStates(torch.get_rng_state(), on_gpu)
 
 
 def set_random_states(states: RandomStates, device: torch.device) -> None:
     torch.set_rng_state(states.host)
-    if states.card is not None:
-        torch.cuda.set_rng_state(states.card, device)
+    if states.gpu is not None:
+        torch.cuda.set_rng_state(states.gpu, device)
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """Stage 1: InfoNCE of each query against all passages of its batch.
 
-M rows, N distinct passages, U distinct queries of a batch, D dims.
+M rows, N distinct passages, C of them candidates for all rows, H drawn for single rows, U distinct
+queries of a batch, D dims.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rankpo_fast.config import (
     ComputeConfig,
@@ -27,12 +31,15 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.callbacks import Callback
+from rankpo_fast.train.guide import guide_vectors
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
+
+LEAST_TEMPERATURE = 0.01  # that is learnt: the losses are tested down to it
 
 
 class RowFlags(NamedTuple):
@@ -69,8 +76,9 @@ def train_contrastive(
         with ranks.first_ahead():
             rows = training.per_device_train_batch_size * ranks.size
             batches = read_batches(
-                data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights
-            )
+                data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights,
+                own_negatives=loss.own_negatives,
+            )  # fmt: skip
             run = prepare_run(
                 "contrastive", ranks, precision, model, data, loss, training, evaluation, compute,
                 encoder=encoder,
@@ -79,12 +87,20 @@ def train_contrastive(
                 return TrainingResult.of(run.path, None)
             encoder = prepare_encoder(run, encoder)
             batches, texts = tokenized(batches, encoder, compute)
+            _check_dims(loss, encoder)
+            if (guide := loss.guide_model_name_or_path) is not None:
+                of_guide = guide_vectors(guide, run.model, batches, run.device, compute)
+                batches = batches.with_guide(*of_guide)
         about = {
             "rows": describe_rows(batches),
-            "loss": f"InfoNCE, temperature {loss.temperature}",
-            "negatives": describe_negatives(batches, training.gradient_accumulation_steps),
+            "loss": describe_loss(loss),
+            "negatives": describe_negatives(
+                batches, training.gradient_accumulation_steps, own=loss.own_negatives
+            ),
         }
-        return train(run, encoder, [ContrastiveTask(batches, texts, loss)], about, callbacks)
+        with temperature_learnt(encoder, loss) as log_scale:
+            task = ContrastiveTask(batches, texts, loss, log_scale)
+            return train(run, encoder, [task], about, callbacks)
 
 
 def read_batches(
@@ -93,18 +109,22 @@ def read_batches(
     num_negatives: int,
     seed: int,
     weights: Sequence[float] | None = None,
+    *,
+    own_negatives: bool = False,
     flags: RowFlags = FLAGS,
 ) -> ContrastiveData:
     """Rows as batches. InputError for a bad row, and where a query would have no negative at all.
 
     Args:
         weights: how often the rows of each file come in an epoch; None: once.
+        own_negatives: whether what is drawn for a row is a negative of no other.
         flags: which a message names.
     """
     rows, shares = read_shares(read_contrastive, files, weights)
     batches = ContrastiveData(
-        rows, batch_size=batch_size, num_negatives=num_negatives, seed=seed, shares=shares
-    )
+        rows, batch_size=batch_size, num_negatives=num_negatives, seed=seed, shares=shares,
+        own_negatives=own_negatives,
+    )  # fmt: skip
     _check_negatives(batches, flags)
     return batches
 
@@ -144,9 +164,24 @@ def describe_rows(batches: ContrastiveData) -> str:
     return ", ".join(said) + describe_shares(batches.shares)
 
 
-def describe_negatives(batches: ContrastiveData, accumulated: int) -> str:
+def describe_loss(loss: ContrastiveLossConfig) -> str:
+    """Its temperature, and what else differs from plain InfoNCE."""
+    learnt = loss.temperature_learning_rate is not None
+    said = [f"InfoNCE, temperature {loss.temperature}{', which is learnt' if learnt else ''}"]
+    usual = ContrastiveLossConfig()
+    for field in fields(loss):
+        value = getattr(loss, field.name)
+        if value != getattr(usual, field.name) and not field.name.startswith("temperature"):
+            listed = " ".join(map(str, value)) if isinstance(value, list) else value
+            said.append(f"{field.name} {listed}")
+    return ", ".join(said)
+
+
+def describe_negatives(batches: ContrastiveData, accumulated: int, *, own: bool = False) -> str:
     """Of a query; and that accumulation adds none, where there is any."""
     text = f"all passages of a query's batch of {batches.batch_size:,} rows"
+    if own:
+        text = f"its own and the positives of its batch of {batches.batch_size:,} rows"
     if accumulated > 1:
         text += (
             f"; --gradient_accumulation_steps {accumulated} adds none, a larger "
@@ -155,21 +190,86 @@ def describe_negatives(batches: ContrastiveData, accumulated: int) -> str:
     return text
 
 
+def _check_dims(loss: ContrastiveLossConfig, encoder: Encoder) -> None:
+    dims = loss.matryoshka_dims
+    if dims is not None and max(dims) > encoder.dim:
+        raise InputError(f"--matryoshka_dims {max(dims)}: the model has {encoder.dim} dims")
+
+
+@contextmanager
+def temperature_learnt(
+    encoder: Encoder, loss: ContrastiveLossConfig
+) -> Iterator[nn.Parameter | None]:
+    """Inside, log(1 / temperature) is a parameter of the encoder, if it is to be learnt: trained,
+    and in checkpoints."""
+    if loss.temperature_learning_rate is None:
+        yield None
+        return
+    dtype = torch.promote_types(torch.float32, encoder.backbone.dtype)
+    start = torch.tensor(-math.log(loss.temperature), dtype=dtype, device=encoder.device)
+    encoder.log_scale = nn.Parameter(start)
+    try:
+        yield encoder.log_scale
+    finally:
+        encoder.log_scale = None
+
+
 @dataclass(frozen=True, eq=False)
 class ContrastiveTask(TrainingTask[ContrastiveBatch]):
     """InfoNCE of rows of stage 1."""
 
     data: ContrastiveData
     config: ContrastiveLossConfig
+    log_scale: nn.Parameter | None = None  # of a temperature that is learnt
+
+    @property
+    def by_rows(self) -> bool:
+        return self.config.one_directional
+
+    @property
+    def rates(self) -> dict[str, float]:
+        rate = self.config.temperature_learning_rate
+        return {} if rate is None or self.log_scale is None else {"log_scale": rate}
 
     def loss(self, queries: Tensor, passages: Tensor, batch: ContrastiveBatch) -> LossOutput:
+        config = self.config
+        more = self._temperature() | config.options()
+        if config.own_negatives:
+            negatives = passages[batch.negatives]  # [H, D]
+            more |= {"own_negatives": negatives, "own_offsets": batch.negative_offsets}
+        elif config.tells_chosen:
+            more["curated"] = batch.chosen_for
+        if batch.guide_queries is not None and batch.guide_passages is not None:
+            of_candidates = batch.guide_passages
+            if batch.candidates is not None:
+                of_candidates = of_candidates[batch.candidates]
+            more["guide"] = (batch.guide_queries, of_candidates)
         # Excluded columns: further positives of the same query, in whatever row they stand.
         loss, grads, stats = info_nce_loss_and_grads(
             queries[batch.query_rows],  # [M, D]
-            passages,
+            passages if batch.candidates is None else passages[batch.candidates],  # [C, D]
             batch.labels,
-            temperature=self.config.temperature,
             excluded=(batch.excluded_offsets, batch.excluded_columns),
+            **more,
         )
+        d_passages = grads.passages
+        if batch.candidates is not None:
+            d_passages = scatter_sum(len(passages), (batch.candidates, d_passages))
+        if grads.own_negatives is not None:
+            d_passages = d_passages.index_put(
+                (batch.negatives,), grads.own_negatives, accumulate=True
+            )
         d_queries = scatter_sum(len(queries), (batch.query_rows, grads.queries))
-        return LossOutput(loss, d_queries, grads.passages, stats._asdict())
+        metrics, others = stats._asdict(), []
+        if self.log_scale is not None:  # d loss / d log(s) = s * d loss / d s
+            scale = self.log_scale.detach().exp()
+            metrics["temperature"] = 1 / scale
+            others.append((self.log_scale, grads.scale * scale))
+        return LossOutput(loss, d_queries, d_passages, metrics, others)
+
+    def _temperature(self) -> dict[str, Any]:
+        if self.log_scale is None:
+            return {"temperature": self.config.temperature}
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(1 / min(self.config.temperature, LEAST_TEMPERATURE)))
+        return {"scale": self.log_scale.detach().exp()}

@@ -1,6 +1,6 @@
 """What a run says while it goes: metrics.jsonl, its reporters, a bar or lines for the user.
 
-Numbers of a step are read when they have come to the host, on a card a step later: nothing waits.
+Numbers of a step are read when they have come to the host, on a GPU a step later: nothing waits.
 """
 
 import json
@@ -32,7 +32,7 @@ from rankpo_fast.train.step import StepMetrics
 class MetricsLog:
     """A context manager; `step` after each optimizer step, `write` for anything else.
 
-    A step's numbers are read when they are there, on a card while the next step is under way;
+    A step's numbers are read when they are there, on a GPU while the next step is under way;
     before anything is built upon a step, `settle` waits for it.
     """
 

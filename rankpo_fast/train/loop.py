@@ -66,7 +66,7 @@ def train(
     profile = Profile(run.path / output.PROFILE, profiled, total - first)
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     compare_ranks(run)
-    optimizer = _start(run, encoder)
+    optimizer = _start(run, encoder, tasks)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks])
     pack = partial(pack_step, tasks, encoder, ranks)
     heard = Callbacks(callbacks if ranks.first else ())
@@ -121,13 +121,14 @@ def _plans(
     return {**texts, "steps": schedule.summary(batch_size), "checkpoints": saves.summary()}
 
 
-def _start(run: Run, encoder: Encoder) -> AdamW:
+def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> AdamW:
     """The optimizer; it, the encoder and what is random as they are at the first step."""
     seed = run.training.seed + run.ranks.rank  # so that dropout differs
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    optimizer = adamw(encoder, run.training)
+    rates = {name: rate for task in tasks for name, rate in task.rates.items()}
+    optimizer = adamw(encoder, run.training, rates)
     if run.checkpoint is not None:
         checkpoints.restore(run.checkpoint, encoder, optimizer, run.ranks)
     encoder.train()

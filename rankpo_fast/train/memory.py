@@ -31,7 +31,7 @@ LOSS_WORKSPACE = DEFAULT_WORKSPACE["cuda"]
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
 # elements still counted in 31 bits.
 MOST_TOKENS = 65536
-GOOD_TOKENS = 1024  # at once: a CPU is as fast as with more, a card of any size has enough to do
+GOOD_TOKENS = 1024  # at once: a CPU is as fast as with more, a GPU of any size has enough to do
 HOST_TRIAL = 512  # tokens
 
 
@@ -53,7 +53,7 @@ class Memory:
         """Try the longest texts; random numbers go on as if nothing had been drawn.
 
         Args:
-            max_tokens: to try, or the next smaller number that fits. None: on a card the number
+            max_tokens: to try, or the next smaller number that fits. None: on a GPU the number
                 for which one micro-batch takes half of what is free, or less, by doubling; on the
                 host what is fast there.
             room: for graphs; None: what one micro-batch leaves of what is free.
@@ -224,9 +224,9 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
     fit = max(1, int((table.lengths[order].cumsum(0) <= max_tokens).sum()))
     first = encoder.plan(table.lengths[order[:fit]], max_tokens)[0]
     batch = pack(table, order[first])
-    card = [encoder.device] if encoder.device.type == "cuda" else []
+    gpus = [encoder.device] if encoder.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=card), meter:
+        with torch.random.fork_rng(devices=gpus), meter:
             vectors = encoder(batch)
             graph = meter.held()
             if meter.warns:  # else nobody would say what the backward takes, nor that it fails

@@ -1,6 +1,6 @@
 """How much memory a device has free, and what a piece of work takes of it.
 
-A card's allocator keeps count. On the host nobody does, so there the tensors that are made are
+A GPU's allocator keeps count. On the host nobody does, so there the tensors that are made are
 watched, and what is free is the least that the machine and the groups around this process leave.
 """
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HOST_SHARE = 0.5  # of what is free that graphs may take: others live there too
-CARD_SHARE = 0.9  # the rest is lost between blocks of unlike sizes
+GPU_SHARE = 0.9  # the rest is lost between blocks of unlike sizes
 NO_LIMIT = 1 << 60  # bytes; version 1 of control groups writes one of these for none
 
 
@@ -35,16 +35,16 @@ class Meter(AbstractContextManager, Protocol):
 
 
 def meter_of(device: torch.device) -> Meter:
-    return Card(device) if device.type == "cuda" else Host()
+    return Gpu(device) if device.type == "cuda" else Host()
 
 
-class Card(Meter):
+class Gpu(Meter):
     warns = True
 
     def __init__(self, device: torch.device):
         self._device = device
 
-    def __enter__(self) -> "Card":
+    def __enter__(self) -> "Gpu":
         torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_allocated(self._device)
         return self
@@ -59,9 +59,9 @@ class Card(Meter):
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
     def free(self) -> float:
-        on_card, _ = torch.cuda.mem_get_info(self._device)
+        on_gpu, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
-        return CARD_SHARE * (on_card + reserved - torch.cuda.memory_allocated(self._device))
+        return GPU_SHARE * (on_gpu + reserved - torch.cuda.memory_allocated(self._device))
 
 
 class Host(Meter):

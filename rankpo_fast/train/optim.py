@@ -6,12 +6,16 @@ with x = (step - W) / (total - W) in [0, 1).
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
+
+FACTOR = "rate_factor"  # of a group whose learning rate is that many times the others'
 
 
 class AdamW(torch.optim.AdamW):
@@ -21,8 +25,13 @@ class AdamW(torch.optim.AdamW):
     grad_scale: Tensor | None  # a step divides gradients by it
 
 
-def adamw(model: nn.Module, config: TrainingConfig) -> AdamW:
+def adamw(
+    model: nn.Module, config: TrainingConfig, rates: Mapping[str, float] | None = None
+) -> AdamW:
     """Fused AdamW; vectors and scalars (biases, norms) are not decayed.
+
+    Args:
+        rates: peak rates of parameters, by name, that do not have the config's.
 
     Its states are there from the start: whoever then looks how much memory is free counts them in,
     and no first step runs out of it half way through the parameters.
@@ -33,9 +42,15 @@ def adamw(model: nn.Module, config: TrainingConfig) -> AdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("nothing to train: every parameter of the model is frozen")
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    own = {model.get_parameter(name): rate for name, rate in (rates or {}).items()}
+    usual = [p for p in trained if p not in own]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in usual if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in usual if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups += [
+        {"params": [p], "weight_decay": 0.0, FACTOR: rate / config.learning_rate}
+        for p, rate in own.items()
     ]
     optimizer = AdamW(
         [group for group in groups if group["params"]],
@@ -77,7 +92,7 @@ def update(optimizer: AdamW, losses: list[Tensor], rate: float, max_norm: float)
     optimizer.found_inf = torch.maximum(optimizer.found_inf, bad.float())
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(FACTOR, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -30,7 +30,7 @@ class PackedBatch(Movable):
 
     task: TrainingTask[Any]
     weight: float  # of its loss in the step's
-    own: Batch  # this rank's rows of it
+    own: Batch  # this rank's rows of it, or all where the loss is no sum over rows
     micro_batches: list[MicroBatch]
     order: Tensor  # places of the rank's texts, as dealt, among the vectors of its micro-batches
     query_places: Tensor  # [U] among the vectors of all ranks
@@ -49,7 +49,7 @@ def pack_step(
     numbers: range,
     max_tokens: int,
 ) -> list[PackedBatch]:
-    """The batches `numbers` of every task, which make a step; pinned if they go to a card."""
+    """The batches `numbers` of every task, which make a step; pinned if they go to a GPU."""
     batches = [
         _pack_batch(task, number, task.weight / len(numbers), encoder, max_tokens, ranks)
         for task in tasks
@@ -74,7 +74,8 @@ def _pack_batch(
     own = dealt[ranks.rank]
     groups = encoder.plan(lengths[own], max_tokens)
     place = torch.cat(dealt).argsort()  # of each text among the vectors of all ranks
-    part = batch.part(ranks.rows(len(batch.rows)))
+    part = batch.part(ranks.rows(len(batch.rows))) if task.by_rows else batch
+    share = 1 / ranks.size  # of what all ranks compute
     return PackedBatch(
         task=task,
         weight=weight,
@@ -85,10 +86,14 @@ def _pack_batch(
         passage_places=place[texts.passage_places],
         counts=list(map(len, dealt)),
         rows=tuple(batch.rows.tolist()),
-        loss_share=part.weight / batch.weight if batch.weight else 0.0,
-        row_share=len(part.rows) / len(batch.rows),
+        loss_share=_share(part.weight, batch.weight) if task.by_rows else share,
+        row_share=len(part.rows) / len(batch.rows) if task.by_rows else share,
         tokens=int(lengths.sum()),
     )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,6 +187,9 @@ def _gradients(
                 (batch.query_places, result.d_queries),
                 (batch.passage_places, result.d_passages),
             ) * (batch.weight * batch.loss_share)
+            for parameter, grad in result.others:
+                grad = (grad * (batch.weight * batch.loss_share)).to(parameter.dtype)
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             losses.append(result.loss * batch.loss_share)
             metrics.append(_own_metrics(batch, result))
         gradient = ranks.owned(gradient, batch.counts)

@@ -6,10 +6,11 @@ U and N distinct query and passage texts of a batch, D dims.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankpo_fast.data.batches import (
     ContrastiveBatch,
@@ -29,6 +30,7 @@ class LossOutput(NamedTuple):
     d_queries: Tensor  # [U, D]
     d_passages: Tensor  # [N, D]
     metrics: dict[str, Tensor]  # 0-dim
+    others: Sequence[tuple[nn.Parameter, Tensor]] = ()  # what the loss itself learns: gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,16 @@ class TrainingTask(ABC, Generic[BatchT]):
     weight: float = field(default=1.0, kw_only=True)
     prefix: str = field(default="", kw_only=True)  # of its metrics, to tell them from another's
     flag: str = field(default="--train_data", kw_only=True)  # through which its rows were given
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the loss is a sum over rows, so that ranks can share them out."""
+        return True
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Peak learning rates of parameters, by their names in the encoder, that have their own."""
+        return {}
 
     @abstractmethod
     def loss(self, queries: Tensor, passages: Tensor, batch: BatchT) -> LossOutput:

@@ -1,19 +1,29 @@
-"""README's figures are those of the committed result files."""
+"""Figures of README and docs/ are those of the committed result files."""
 
 import dataclasses
 
 import pytest
 
-from bench.readme import MARKED, README, rewritten
+from bench.readme import MARKED, PICTURE, ROOT, pages, pictures, rewritten
 from bench.results import Run, write
 from rankpo_fast.errors import InputError
 from support.bench_runs import MACHINE, RUN, info_nce
 
 
-def test_readme_says_what_its_files_say():
-    text = README.read_text(encoding="utf-8")
-    assert len(MARKED.findall(text)) >= 3
-    assert rewritten(text, README.parent) == text, "python -m bench.readme writes it anew"
+@pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_page_says_what_its_files_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert rewritten(text, ROOT) == text, "python -m bench.readme writes it anew"
+    for svg, content in pictures(text, ROOT).items():
+        drawn = (page.parent / svg).read_text(encoding="utf-8")
+        assert drawn == content, "python -m bench.readme draws it anew"
+        assert len(content) < 80_000
+
+
+def test_pages_with_figures_are_found():
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages(ROOT)}
+    assert PICTURE.search(texts["README.md"])
+    assert len(MARKED.findall(texts["benchmarks.md"])) >= 3
 
 
 @pytest.fixture
@@ -84,4 +94,36 @@ def test_who_could_not_run_has_no_row_and_who_fell_over_has_one(root):
 )  # fmt: skip
 def test_a_comment_that_cannot_be_followed_is_named(root, text, says):
     with pytest.raises(InputError, match=says):
+        rewritten(text, root)
+
+
+PICTURED = """before
+<!-- picture: {} -->
+![time and memory](figure.svg)
+old
+<!-- end -->
+"""
+
+
+def test_a_picture_shows_each_implementation_and_its_source(root):
+    text = PICTURED.format("one.json: info_nce 4096x4096x1024")
+    [drawn] = pictures(text, root).values()
+    assert ">rankpo-fast<" in drawn and ">1.10<" in drawn
+    assert "liger-kernel" not in drawn  # was not installed
+    assert "1 = lower bound: 3 GEMMs" in drawn
+    below = rewritten(text, root)
+    assert "old" not in below and "From `one.json`: NVIDIA H100 80GB HBM3; " in below
+
+
+@pytest.mark.parametrize(
+    ("marker", "says"),
+    [
+        pytest.param("one.json: siglip", "no case or shape 'siglip'", id="unknown-case"),
+        pytest.param("one.json", "something else in it", id="no-case"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_named(root, marker, says):
+    with pytest.raises(InputError, match=says):
+        text = PICTURED.format(marker)
+        pictures(text, root)
         rewritten(text, root)

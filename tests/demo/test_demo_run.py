@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch
 from rankpo_fast.cli import main
 from rankpo_fast.data.retrieval import read_retrieval
 from rankpo_fast.data.rows import read_contrastive, read_preferences
+from rankpo_fast.demo import run
+from rankpo_fast.demo.run import DemoConfig
+from rankpo_fast.demo.steps import FULL, QUICK, SHORT
 
-MODELS = {
-    "untrained", "stage1_random_negatives", "stage1", "sft", "simrankpo", "rankpo", "rankpo_replay",
-}  # fmt: skip
+STAGE_1 = {"untrained", "stage1_random_negatives", "stage1"}
+MODELS = STAGE_1 | {"simrankpo", "rankpo", "rankpo_replay"}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +25,33 @@ def demo(tmp_path_factory):
     return path
 
 
-@pytest.mark.long
+def test_the_demo_is_short_unless_it_is_told_otherwise():
+    assert DemoConfig().scale is SHORT
+    assert DemoConfig(quick=True).scale is QUICK
+    assert DemoConfig(full=True).scale is FULL
+    assert QUICK.methods == SHORT.methods
+
+
+def test_it_leaves_its_models_its_figures_and_a_picture(demo):
+    beside = {"data", "cache", "metrics.json", "report.png"}
+    assert {entry.name for entry in demo.iterdir()} == MODELS | beside
+
+
+def test_the_full_demo_measures_four_forms_of_stage_2(tmp_path, monkeypatch, capsys):
+    tiny = replace(QUICK, methods=FULL.methods, random_steps=1, mined_steps=1, alignment_steps=1)
+    monkeypatch.setattr(run, "FULL", tiny)
+    assert main(["demo", "--full", "--output_dir", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["full"] and not metrics["quick"]
+    for name in MODELS | {"sft"}:
+        assert set(metrics[name]) == {"ndcg@20", "alignment"}
+        assert (tmp_path / name).is_dir()
+    assert "stage 1 + SFT" in capsys.readouterr().out
+
+
 def test_it_measures_every_model_on_both_axes(demo):
     metrics = json.loads((demo / "metrics.json").read_text())
+    assert "sft" not in metrics
     for name in MODELS:
         assert set(metrics[name]) == {"ndcg@20", "alignment"}
         assert all(0 <= value <= 1 for value in metrics[name].values())
@@ -89,8 +116,13 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_pat
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("flags", [["--seed", "-1"], ["--quickly"]], ids=["seed", "unknown-flag"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--seed", "-1"], ["--quickly"], ["--quick", "--full"]],
+    ids=["seed", "unknown-flag", "two-sizes"],
+)
 def test_flags_it_cannot_use_end_with_exit_code_2(flags, tmp_path, capsys):
     assert main(["demo", "--output_dir", str(tmp_path / "out"), *flags]) == 2
-    assert flags[0] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert all(flag in err for flag in flags if flag.startswith("--"))
     assert not (tmp_path / "out").exists()

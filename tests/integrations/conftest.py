@@ -70,7 +70,7 @@ def other(tiny_llama_dir):
 
 @pytest.fixture(scope="session")
 def start_method():
-    """Of ranks. Forked they have imported all; but autograd's threads, which a card has, outlive no
+    """Of ranks. Forked they have imported all; but autograd's threads, which a GPU has, outlive no
     fork."""
     return "spawn" if torch.cuda.is_available() else "fork"
 

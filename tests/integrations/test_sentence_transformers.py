@@ -116,7 +116,7 @@ def test_ids_tell_tokens_and_their_order_apart():
     ids = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 7, 6], [6, 5, 7], [5, 5, 8]])
     assert len(set(ours.text_ids({"input_ids": ids, "attention_mask": ids > 0}).tolist())) == 5
     flat = {"input_ids": ids.reshape(1, -1), "cu_seq_lens_q": torch.tensor([0, 3, 9, 15])}
-    with NoSync():  # with a card
+    with NoSync():  # with a GPU
         first_equal(ours.text_ids(flat), ours.text_ids(flat), torch.arange(3))
     tokens = torch.arange(10_000)[:, None]
     single = ours.text_ids({"input_ids": tokens, "attention_mask": tokens >= 0})

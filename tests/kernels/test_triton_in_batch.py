@@ -63,8 +63,8 @@ def launch(case, tiles=SMALL):
     keys = None if keys is None else type(keys)(*map(on_device, keys))
     q, p, relations, weights = map(on_device, (q, p, relations, weights))
     numbers = on_device(scale), on_device(bias)  # as those that are learnt
-    on_card = InBatchProblem(q, p, *numbers, relations, settings)
-    result = in_batch.in_batch(on_card, keys, weights, needs, tiles=tiles)
+    on_gpu = InBatchProblem(q, p, *numbers, relations, settings)
+    result = in_batch.in_batch(on_gpu, keys, weights, needs, tiles=tiles)
     return [x.cpu() for x in result if x is not None]
 
 

@@ -356,7 +356,7 @@ PLAIN = {"half": True, "head_dim": 64, "window": False, "softcap": False, "dropo
 
 
 @pytest.mark.parametrize(
-    ("change", "card", "expected"),
+    ("change", "capability", "expected"),
     [
         pytest.param({}, (9, 0), "4 3 2 varlen sdpa", id="hopper"),
         pytest.param({}, (10, 0), "4 3 2 varlen sdpa", id="blackwell"),
@@ -373,9 +373,11 @@ PLAIN = {"half": True, "head_dim": 64, "window": False, "softcap": False, "dropo
         pytest.param({"device": torch.device("cpu")}, None, "sdpa", id="cpu"),
     ],
 )
-def test_only_kernels_that_can_do_what_is_needed_are_chosen(change, card, expected, monkeypatch):
+def test_only_kernels_that_can_do_what_is_needed_are_chosen(
+    change, capability, expected, monkeypatch
+):
     monkeypatch.setattr(attention, "_installed", lambda distribution: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     needs = Needs(**{"device": torch.device("cuda"), **PLAIN, **change})
     names = [kernel.name for kernel in find_kernels(needs)]
     assert [n.removeprefix("flash_attention_").removesuffix("_attn") for n in names] == (

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.encode import encode_texts
+from rankpo_fast.model.load import load_encoder
 
 library = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")

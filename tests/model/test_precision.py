@@ -1,4 +1,4 @@
-"""--bf16 auto is bf16 where that is faster: a card says so, a CPU is timed."""
+"""--bf16 auto is bf16 where that is faster: a GPU says so, a CPU is timed."""
 
 import pytest
 import torch

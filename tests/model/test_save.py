@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.encode import encode_texts
+from rankpo_fast.model.load import load_encoder
 
 TEXTS = ["a nurse", " a senior data engineer <own> in Berlin\n", "x", "teacher of maths " * 20]
 CPU = torch.device("cpu")

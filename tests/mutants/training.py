@@ -8,6 +8,10 @@ STEP = "rankpo_fast/train/step.py"
 OPTIM = "rankpo_fast/train/optim.py"
 ATTENTION = "rankpo_fast/model/attention.py"
 PACKING = "rankpo_fast/data/packing.py"
+BATCHES = "rankpo_fast/data/batches.py"
+CONTRASTIVE = "rankpo_fast/train/contrastive.py"
+FIELDS = "rankpo_fast/fields.py"
+A_STEP = of("tests/train/test_loss_options.py", "its_options_say")
 
 MUTANTS = [
     Mutant(
@@ -18,8 +22,8 @@ MUTANTS = [
     ),
     Mutant(
         "tasks-weigh-alike", STEP,
-        "* (batch.weight * batch.loss_share)",
-        "* batch.loss_share",
+        ") * (batch.weight * batch.loss_share)\n            losses",
+        ") * batch.loss_share\n            losses",
         of("tests/train/test_replay.py", "weighted_sum"),
     ),
     Mutant(
@@ -45,5 +49,47 @@ MUTANTS = [
         "(length, -1)",
         "(length - 1, -1)",
         ("tests/data/test_packing.py",),
+    ),
+    Mutant(
+        "a-chosen-negative-is-anybodys", CONTRASTIVE,
+        'more["curated"] = batch.chosen_for',
+        'more["curated"] = batch.chosen_for * 0 - 1',
+        A_STEP,
+    ),
+    Mutant(
+        "own-negatives-get-no-gradient", CONTRASTIVE,
+        "(batch.negatives,), grads.own_negatives,",
+        "(batch.negatives,), 0 * grads.own_negatives,",
+        A_STEP,
+    ),
+    Mutant(
+        "own-negatives-count-twice", BATCHES,
+        "spared = np.concatenate([spared, negatives])[order]",
+        "spared = np.concatenate([spared, negatives * 0 - 1])[order]",
+        A_STEP,
+    ),
+    Mutant(
+        "of-two-rows-the-last-has-chosen", BATCHES,
+        "[::-1]] = row_of_drawn[::-1]",
+        "] = row_of_drawn",
+        A_STEP,
+    ),
+    Mutant(
+        "a-temperature-is-learnt-as-it-is", CONTRASTIVE,
+        "(self.log_scale, grads.scale * scale)",
+        "(self.log_scale, grads.scale)",
+        of("tests/train/test_loss_options.py", "its_gradient"),
+    ),
+    Mutant(
+        "all-ranks-count-in-full", "rankpo_fast/train/prefetch.py",
+        "share = 1 / ranks.size",
+        "share = 1.0",
+        of("tests/train/test_several_ranks.py", "whole-batch"),
+    ),
+    Mutant(
+        "text-will-do-for-a-number", FIELDS,
+        "isinstance(value, Real) and",
+        "isinstance(value, Real | str) and",
+        of("tests/test_trainers.py", "at_fault"),
     ),
 ]  # fmt: skip

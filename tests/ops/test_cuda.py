@@ -305,10 +305,10 @@ def test_kernels_at_4k_are_those_of_the_cost_model(pipeline, how):
     with torch.profiler.profile(activities=activities) as profile:
         launch(q, p, labels, **how)
         torch.cuda.synchronize()
-    on_card = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    if not on_card:
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not on_gpu:
         pytest.skip("the profiler sees no kernels on this machine")
-    names = [e.name for e in sorted(on_card, key=lambda e: e.time_range.start)]
+    names = [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]
     expected = [name for name, _, _ in count(pipeline, M, N, 1024).launches]
     ours = [name for name in names if name in expected and name.endswith("_kernel")]
     listed = "\n".join(names)

@@ -104,7 +104,7 @@ def exact(loss, q, p, options, **numbers):
 
 
 def ours(loss, q, p, options, loss_scale=1.0, **numbers):
-    """The same by the public functions, on the CPU; on a card where triton is asked for."""
+    """The same by the public functions, on the CPU; on a GPU where triton is asked for."""
     device = DEVICE if options.get("backend") == "triton" else "cpu"
     q, p = q.detach().to(device), p.detach().to(device)
     leaves = _leaves(loss, q, p, **numbers)

@@ -25,6 +25,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork h
 from torch import nn
 
 from rankpo_fast import cli
+from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops import ranks
 from rankpo_fast.train import contrastive, prepare, step
@@ -170,7 +171,10 @@ def train(stage, stop=None, **flags):
             signal.raise_signal(signal.SIGTERM)
 
     with mock.patch.object(MetricsLog, "step", said):
-        stages.run(stage, **flags)
+        try:
+            stages.run(stage, **flags)
+        except TrainingStopped as stopped:
+            sys.exit(stopped.exit_code)
 
 
 def command(*flags):

@@ -38,5 +38,5 @@ with freed_memory_kept(torch.device("cuda", 0)):
 def test_freed_memory_is_kept_while_a_cpu_trains_and_given_back_after_it():
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, training, after, card = map(int, done.stdout.split())
-    assert training > 60 and max(before, after, card) < 8
+    before, training, after, gpu = map(int, done.stdout.split())
+    assert training > 60 and max(before, after, gpu) < 8

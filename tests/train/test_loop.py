@@ -130,7 +130,7 @@ def test_weights_are_untouched_by_what_is_not_finite(tmp_path, monkeypatch, wher
     models = []
     made = Toy.__init__
     monkeypatch.setattr(Toy, "__init__", lambda self: (made(self), models.append(self))[0])
-    if late:  # as on a card, where the next step is under way by then
+    if late:  # as on a GPU, where the next step is under way by then
         arrived = SimpleNamespace(synchronize=lambda: None)
         monkeypatch.setattr("rankpo_fast.train.step._to_host", lambda x: (x.clone(), arrived))
     seen = []

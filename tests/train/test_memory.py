@@ -16,7 +16,7 @@ from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train import meters
 from rankpo_fast.train.budget import checkpoint_layers
 from rankpo_fast.train.memory import LOSS_WORKSPACE, Memory, why_checkpointed
-from rankpo_fast.train.meters import Card, host_free_bytes
+from rankpo_fast.train.meters import Gpu, host_free_bytes
 from rankpo_fast.train.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
@@ -193,15 +193,15 @@ def test_a_budget_is_found_by_doubling_up_to_half_of_a_card(long_texts, monkeypa
     encoder, table, longest = long_texts
     monkeypatch.setattr("rankpo_fast.train.memory.LOSS_WORKSPACE", 0)
     monkeypatch.setattr(f"{__name__}.LOSS_WORKSPACE", 0)
-    card = Simulated(monkeypatch, free=4 * (15 * 4 * longest + 100))
+    gpu = Simulated(monkeypatch, free=4 * (15 * 4 * longest + 100))
     before = torch.get_rng_state()
     memory = Memory.measure(encoder, table, None, None)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in encoder.parameters())
     assert memory.max_tokens in (4 * longest, 8 * longest)
-    assert 2 * card.peak() <= card.free()  # while one is at work, another half is free
+    assert 2 * gpu.peak() <= gpu.free()  # while one is at work, another half is free
     assert memory.graph_bytes == 10
-    assert memory.room == card.free() - (card.peak() - card.held())
+    assert memory.room == gpu.free() - (gpu.peak() - gpu.held())
 
 
 def test_what_a_card_has_no_room_for_is_passed_over(long_texts, monkeypatch):
@@ -334,11 +334,11 @@ def test_a_card_counts_what_its_allocator_holds_unused(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
-    card = Card(torch.device("cuda", 0))
-    assert card.free() == pytest.approx(meters.CARD_SHARE * 800)
-    with card:
+    gpu = Gpu(torch.device("cuda", 0))
+    assert gpu.free() == pytest.approx(meters.GPU_SHARE * 800)
+    with gpu:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 140)
-        assert (card.held(), card.peak()) == (40, 70)
+        assert (gpu.held(), gpu.peak()) == (40, 70)
 
 
 MACHINE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4 kB\nHugePages_Total: 0\n"}

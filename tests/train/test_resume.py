@@ -164,9 +164,9 @@ def test_a_run_goes_on_in_the_precision_it_was_begun_in(
 
 
 def test_all_ranks_compute_in_what_the_first_one_chose():
-    others = SimpleNamespace(first=False, objects=lambda own: [Precision(True, "its card"), own])
+    others = SimpleNamespace(first=False, objects=lambda own: [Precision(True, "its GPU"), own])
     chosen = shared_precision(ModelConfig("m"), TrainingConfig("out"), others)
-    assert chosen == Precision(True, "its card")
+    assert chosen == Precision(True, "its GPU")
 
 
 def test_ctrl_c_saves_and_exits_130(tiny_llama_dir, run_stage, stop_after, capsys, tmp_path):

@@ -76,6 +76,17 @@ RUNS = [
         {"gradient_checkpointing": True, "disable_dropout": True, "activation_memory_gb": 0.0},
         id="checkpointed-and-computed-twice",
     ),
+    pytest.param(
+        "contrastive",
+        "llama",
+        {
+            "directions": ["query_to_passage", "passage_to_query", "query_to_query"],
+            "false_negative_margin": 0.3,
+            "temperature_learning_rate": 0.1,
+        },
+        id="every-rank-the-whole-batch",
+    ),
+    pytest.param("contrastive", "llama", {"own_negatives": True}, id="own-negatives"),
     pytest.param("rankpo", "llama", {"reference_free": False}, id="rankpo-with-reference"),
     pytest.param("rankpo", "llama", {"use_confidence": True}, id="weighted-pairs"),
 ]
@@ -288,7 +299,7 @@ def test_every_rank_has_a_card_of_its_own(monkeypatch):
             assert own_device(ComputeConfig(device=name)) == chosen.pop()
             assert own_device(ComputeConfig(device=name)) == torch.device(f"cuda:{number}")
         assert own_device(ComputeConfig(device="cpu")) == torch.device("cpu")
-    with pytest.raises(InputError, match="--device cuda:0: each rank needs a card of its own"):
+    with pytest.raises(InputError, match="--device cuda:0: each rank needs a GPU of its own"):
         own_device(ComputeConfig(device="cuda:0"))
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="--device cuda:2: there are 2 CUDA devices"):

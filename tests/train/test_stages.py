@@ -90,7 +90,7 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     batch = data.batch(0, 0)
     vectors = embed(encoder, texts, batch)
     task = ContrastiveTask(data, texts, ContrastiveLossConfig(0.05))
-    loss, d_queries, d_passages, metrics = task.loss(*(x.detach() for x in vectors), batch)
+    loss, d_queries, d_passages, metrics, _ = task.loss(*(x.detach() for x in vectors), batch)
 
     queries, passages = (F.normalize(x, dim=1) for x in vectors)
     scores = queries[batch.query_rows] @ passages.T / 0.05
@@ -212,7 +212,7 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, rankpo_task):
     )
     batch = rankpo.data.batch(0, 0)
     vectors = embed(encoder, rankpo.texts, batch)
-    loss, *got, metrics = rankpo.loss(*(x.detach() for x in vectors), batch)
+    loss, *got, metrics, _ = rankpo.loss(*(x.detach() for x in vectors), batch)
 
     queries, passages = (F.normalize(x, dim=1) for x in vectors)
     queries = queries[batch.query_rows]

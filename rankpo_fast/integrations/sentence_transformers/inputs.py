@@ -20,7 +20,7 @@ def check_labels(loss: nn.Module, labels: Tensor | None) -> None:
 
     Equal ones say nothing: the zeros that `smart_batching_collate` makes where nobody set any, or
     the label=1 that examples carry for "these belong together". Nor do the rows' own numbers, the
-    targets of the loss. For labels on a card the host waits.
+    targets of the loss. For labels on a GPU the host waits.
     """
     if labels is None or not labels.numel():
         return

@@ -1,0 +1,50 @@
+"""Another model that a run asks once and then does without: a reference, a guide."""
+
+import dataclasses
+import gc
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rankpo_fast.config import EncoderConfig, ModelConfig
+from rankpo_fast.data.files import tensor_bytes
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import load_encoder
+
+Answer = TypeVar("Answer")
+
+
+def ask_frozen(
+    flag: str,
+    name: str,
+    model: ModelConfig,
+    device: torch.device,
+    ask: Callable[[Encoder], Answer],
+) -> Answer:
+    """`ask` of the model `name`, which is gone afterwards. How it reads text is as `model` says,
+    which is trained, or else as its own files say. InputError names `flag`."""
+    own = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
+    config = EncoderConfig(**{**own, "model_name_or_path": name, "tokenizer_name": None})
+    try:
+        encoder = load_encoder(config, device=device)
+    except InputError as error:
+        raise InputError(str(error).replace("--model_name_or_path", flag)) from error
+    answer = ask(encoder)
+    del encoder
+    gc.collect()  # modules refer to themselves in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return answer
+
+
+def key_of(encoder: Encoder, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of what decides an encoder's vectors, and of `tensors`."""
+    digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())
+    for name, tensor in {**tensors, **encoder.backbone.state_dict()}.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
