@@ -67,8 +67,8 @@ RULES: dict[str, Rule] = {
     "wandb_project": rules.wandb_project,
     "run_name": rules.run_name,
     "label_smoothing_factor": refused(
-        "it smooths labels of classes, which no loss here has; --label_smoothing of rankpo is the "
-        "share of wrong preferences"
+        "it smooths labels of classes, which no loss here has; --label_smoothing smooths over the "
+        "candidates in contrastive, and is the share of wrong preferences in rankpo"
     ),
     # FlagEmbedding, Tevatron
     **_each("cache_path data_cache_dir",
@@ -96,8 +96,8 @@ RULES: dict[str, Rule] = {
         "scores of a teacher are not learned; rankpo learns its preferences between passages"
     ),
     "kd_loss_type": unneeded("acts only with knowledge distillation, which is not offered"),
-    "use_mrl": refused("vectors are trained in their full length"),
-    "mrl_dims": unneeded("acts only on vectors cut short, which is not offered"),
+    "use_mrl": refused("--matryoshka_dims of contrastive trains vectors cut short"),
+    "mrl_dims": unneeded("acts only with use_mrl, for which --matryoshka_dims is here"),
     "normalize": only("true", "vectors have length 1", "vectors always have length 1"),
     "fix_position_embedding": refused("all weights are trained"),
     "untie_encoder": refused("one encoder reads queries and passages"),

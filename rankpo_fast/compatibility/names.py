@@ -66,6 +66,8 @@ ALIASES = {
     "text_key": "text_field text_column column field content_key",
     "loss_type": "loss",
     "reference_model_name_or_path": "reference_model ref_model ref_model_name_or_path",
+    "guide_model_name_or_path": "guide guide_model guide_name_or_path",
+    "matryoshka_dims": "matryoshka matryoshka_dimensions nested_dims",
 }
 
 HINTS = {
@@ -80,6 +82,11 @@ HINTS = {
     "top_k topk": "--cutoffs to measure; --search_range and --num_negatives to mine",
     "checkpoint ckpt": "--model_name_or_path for weights to start from, --resume for a run to go "
     "on with",
+    "learnable_temperature learn_temperature trainable_temperature logit_scale "
+    "learnable_scale": "--temperature_learning_rate, the peak rate at which it is learnt",
+    "symmetric bidirectional": "--directions query_to_passage passage_to_query --partition "
+    "per_direction",
+    "margin_strategy absolute_margin relative_margin": "--false_negative_margin and --margin_type",
     "name": "--model_name_or_path, --run_name or --output_dir",
     "betas": "--adam_beta1 and --adam_beta2",
     "eps": "--adam_epsilon",

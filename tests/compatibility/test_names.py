@@ -136,7 +136,7 @@ ANSWERED = [
     ("contrastive", "--eval_strategy epoch", "--eval_steps"),
     ("contrastive", "--train_group_size x", "--num_negatives"),
     ("contrastive", "--dropout 0.2", "--disable_dropout"),
-    ("rankpo", "--label_smoothing_factor 0.1", "--label_smoothing of rankpo is the share of wrong"),
+    ("rankpo", "--label_smoothing_factor 0.1", "share of wrong preferences in rankpo"),
     ("contrastive", "--label_smoothing_factor 0.1", "smooths labels of classes"),
     ("contrastive", "--knowledge_distillation True", "scores of a teacher are not learned"),
     ("contrastive", "--normalize False", "vectors always have length 1"),

@@ -22,8 +22,8 @@ MUTANTS = [
     ),
     Mutant(
         "tasks-weigh-alike", STEP,
-        ") * (batch.weight * batch.loss_share)\n            losses",
-        ") * batch.loss_share\n            losses",
+        "            ) * (batch.weight * batch.loss_share)",
+        "            ) * batch.loss_share",
         of("tests/train/test_replay.py", "weighted_sum"),
     ),
     Mutant(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rankpo_fast import info_nce_loss
+from rankpo_fast import cli, info_nce_loss
 from rankpo_fast.config import ContrastiveLossConfig
 from rankpo_fast.data.batches import ContrastiveData
 from rankpo_fast.data.rows import ContrastiveRow
@@ -213,6 +213,25 @@ def test_every_option_of_the_loss_is_a_setting_or_has_no_place_in_training():
 def test_options_that_cannot_be_are_named(options, said):
     with pytest.raises(InputError, match=said):
         ContrastiveLossConfig(**options)
+
+
+def test_all_options_on_the_command_line(tiny_bert_dir, contrastive_file, tmp_path, capsys):
+    flags = (
+        "--directions query_to_passage passage_to_query --partition per_direction "
+        "--label_smoothing 0.1 --matryoshka_dims 8 32 --matryoshka_weights 0.5 1 --own_negatives "
+        "--false_negative_margin 0.1 --margin_type relative --hardness_mode all_negatives "
+        "--hardness_strength 1 --temperature 0.05 --temperature_learning_rate 0.01"
+    )
+    command = [
+        "contrastive", "--model_name_or_path", str(tiny_bert_dir), "--train_data", contrastive_file,
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--device", "cpu", "--no_cache",
+        *flags.split(),
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    said = capsys.readouterr().err
+    said = " ".join(said.split())
+    assert "loss InfoNCE, temperature 0.05, which is learnt, label_smoothing 0.1, dire" in said
+    assert "negatives its own and the positives of its batch of 24 rows" in said
 
 
 def test_dims_beyond_the_model_are_refused_before_training(tiny_bert_dir, run_stage, tmp_path):
