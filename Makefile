@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.11+ and a C++ compiler; everything else they fetch.
 PYTHON ?= python3
 VENV ?= .venv
-# Without a card the pinned release is enough; with one, the newest that pip finds.
+# Without a GPU the pinned release is enough; with one, the newest that pip finds.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 # What the adapters are held against. Their dependencies are left out: they would bring torchvision,
 # which does not fit every torch, and much that no loss needs.
@@ -9,15 +9,27 @@ PEERS := open_clip_torch==3.3.0 FlagEmbedding==1.4.2 tevatron==0.1.0 gradcache==
 	lightning==2.6.6 lightning-utilities torchmetrics
 # Processes that test, of some 2 GB each.
 JOBS ?= 2
+# uv takes less than half of pip's time, but reads none of its configuration: `make UV=` does without.
+UV ?= $(shell command -v uv)
 BIN := $(VENV)/bin
+# Byte code is left to the first import: to compile all of torch's takes longer than to unpack it.
+install = $(if $(UV),$(UV) pip install --python $(1),$(BIN)/python -m pip --python $(1) install --no-compile --quiet) --quiet
+INSTALL = $(call install,$(BIN)/python)
+# Each stamp says that its part is installed in $(VENV).
+MADE := $(VENV)/.made
+READY_DEMO := $(VENV)/.ready-demo
+READY_DOCS := $(VENV)/.ready-docs
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-long test-isa lint aot mutants bench gpu clean
+.PHONY: help demo test test-all test-long test-isa lint docs wheel aot mutants bench gpu clean
 
-demo: $(READY)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
+help:  ## prints this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY_DEMO)  ## both stages of RankPO on a synthetic job-talent world: outputs/demo/report.png
 	$(BIN)/rankpo-fast demo --output_dir outputs/demo
 
-test: $(READY)
+test: $(READY)  ## the tests but those marked long
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
 
 test-all: test test-long test-isa  ## every test there is
@@ -28,10 +40,20 @@ test-long: $(READY)  ## tests of compilers, of many processes and of long grids
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
 	$(BIN)/python tests/support/instruction_sets.py -n $(JOBS) --dist worksteal
 
-lint: $(READY)
+lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers $(JOBS)
+
+docs: $(READY_DOCS)  ## the site of docs/, strictly: build/site
+	$(BIN)/zensical build --strict
+
+wheel: $(MADE)  ## the wheels in build/wheels; rankpo-fast's runs a loss in a bare environment of its own
+	rm -rf build/wheels build/lib* build/bdist.* bench/build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels . ./bench
+	$(PYTHON) -m venv --clear --without-pip build/wheel-venv
+	$(call install,build/wheel-venv/bin/python) "$(TORCH)" build/wheels/rankpo_fast-*.whl
+	build/wheel-venv/bin/python -I .ci/wheel.py build/wheels/rankpo_fast-*.whl build/wheels/rankpo_bench-*.whl
 
 aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails on spills and the like
 	$(BIN)/python -m bench.aot
@@ -42,16 +64,32 @@ mutants: $(READY)  ## breaks the code in known ways and looks whether the tests 
 bench: $(READY)  ## speed, memory and error of losses and training beside their peers: build/bench/report.html
 	$(BIN)/rankpo-fast bench
 
-gpu:  ## on a machine with a card and no internet: tests, sanitizer, bench, one result file
+gpu:  ## on a machine with a GPU and no internet: tests, sanitizer, bench, one result file
 	PYTHON="$(PYTHON)" bash bench/gpu.sh
 
-$(READY): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/native/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test]"
-	$(BIN)/pip install --quiet --no-deps $(PEERS)
+clean:  ## removes what these targets made
+	rm -rf $(VENV) build dist outputs .cache *.egg-info bench/build bench/*.egg-info kernels/rankpo_kernels/librankpo_native*
+
+# Python's own pip may be years old, and takes twice the time then.
+$(MADE):
+	$(if $(UV),$(UV) venv --quiet --seed --allow-existing --python "$(PYTHON)",$(PYTHON) -m venv) $(VENV)
+	$(if $(UV),,$(BIN)/python -m pip install --no-compile --quiet "pip>=25.1")
 	touch $@
 
-clean:
-	rm -rf $(VENV) build dist outputs *.egg-info kernels/rankpo_kernels/*.so
+# An editable install compiles the native library, which therefore is as new as its sources.
+NATIVE := setup.py CMakeLists.txt $(wildcard kernels/native/*)
+
+$(READY_DEMO): $(MADE) pyproject.toml $(NATIVE)
+	$(INSTALL) "$(TORCH)" --editable ".[train,plots]"
+	touch $@
+
+# rankpo-fast is there: by its name it is not built again.
+$(READY): $(READY_DEMO) bench/pyproject.toml bench/setup.py
+	$(INSTALL) "$(TORCH)" "rankpo-fast[test]" --editable ./bench
+	$(INSTALL) --no-deps $(PEERS)
+	touch $@
+
+# The site reads docstrings from the source: it needs neither torch nor this package.
+$(READY_DOCS): $(MADE) pyproject.toml
+	$(INSTALL) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@

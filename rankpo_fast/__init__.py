@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.extras import require_extra
 from rankpo_fast.losses import (
     InBatchRankPOLoss,
     InfoNCELoss,
@@ -73,6 +74,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        require_extra(f"rankpo_fast.{name}", "train")
+    except InputError as error:
+        raise ImportError(str(error)) from None
     value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
     globals()[name] = value
     return value

@@ -22,6 +22,7 @@ from rankpo_fast.commands import refusals
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import InputError, NotFiniteVectors, RankLost, TrainingStopped
+from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
 
@@ -135,6 +136,7 @@ def _run(argv: list[str]) -> int:
 def _run_command(name: str, flags: list[str]) -> int:
     """Parse the flags and run the body, for `evaluate` maybe several times."""
     command = COMMANDS[name]
+    require_extra(name, "train")
     try:
         lines = command_lines(flags) if name == "evaluate" else [flags]
         runs = [parse(name, command.summary, command.settings, line) for line in lines]
@@ -165,6 +167,7 @@ def _run_command(name: str, flags: list[str]) -> int:
 def _program(name: str) -> Callable[[list[str]], int]:
     """What takes the flags; InputError where its package is not installed."""
     if name == "demo":
+        require_extra(name, "train", "plots")
         from rankpo_fast.demo.run import main as demo
 
         return demo
@@ -172,7 +175,8 @@ def _program(name: str) -> Callable[[list[str]], int]:
         if importlib.util.find_spec(program.module.partition(".")[0]) is not None:
             return program.load()
     raise InputError(
-        f"{name} is not installed: `pip install --editable .` in a checkout of rankpo-fast does it"
+        f"{name} is not installed: `pip install 'rankpo-fast[bench]'`, or in a checkout of it "
+        f"`pip install -e . -e ./bench`"
     )
 
 

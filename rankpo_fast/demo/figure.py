@@ -54,10 +54,15 @@ def methods(metrics: Metrics) -> list[str]:
 
 
 def of_stage_1(metrics: Metrics) -> str:
-    """What hard negatives did."""
+    """Where it stood before and after its steps with mined negatives.
+
+    That they did it is not said: part of it, or all, as many more steps with random ones would do.
+    """
     random, mined = (metrics[name][NDCG] for name in ("stage1_random_negatives", "stage1"))
-    change = f"from {random:.2f} to {mined:.2f}"
-    return f"Going on with mined hard negatives took stage 1's nDCG@20 {change}"
+    return (
+        f"Stage 1 stood at nDCG@20 {random:.2f} after its steps with random negatives, and at "
+        f"{mined:.2f} after {metrics['scale']['mined_steps']} more with mined ones"
+    )
 
 
 def finding(metrics: Metrics) -> str:

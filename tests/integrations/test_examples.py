@@ -51,6 +51,15 @@ def test_an_example_trains(name, world, tmp_path, monkeypatch, capsys):
     assert all(of_stage[-1] < of_stage[0] for of_stage in stages)
 
 
+def test_both_stages_raise_the_alignment(world, tmp_path, monkeypatch):
+    import both_stages
+
+    monkeypatch.setattr(both_stages, "small_world", lambda: world)
+    monkeypatch.chdir(tmp_path)
+    before, after = both_stages.main()
+    assert after > before + 0.1
+
+
 @pytest.mark.long
 def test_processes_of_accelerate_share_their_negatives(world, tmp_path):
     small = world._replace(triplets=world.triplets[:64])
