@@ -71,6 +71,16 @@ def as_dataset(rows, path):
     return datasets.Dataset.from_list(rows)
 
 
+@pytest.fixture(scope="module")
+def weights_of_the_command_line(tiny_bert_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("command")
+    flags = [f"--{name}={value}" for name, value in SMALL.items() if name != "no_cache"]
+    rows = written(path / "rows.jsonl", ROWS)
+    command = ["contrastive", f"--model_name_or_path={tiny_bert_dir}", f"--train_data={rows}"]
+    assert main([*command, *flags, "--no_cache", f"--output_dir={path / 'out'}"]) == 0
+    return load_file(path / "out" / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "given",
     [lambda rows, path: rows, lambda rows, path: tuple(rows), lambda rows, path: iter(rows),
@@ -79,20 +89,12 @@ def as_dataset(rows, path):
     ids=["list", "tuple", "iterator", "path", "paths", "list-and-path", "dataset"],
 )  # fmt: skip
 def test_rows_wherever_they_are_train_the_weights_of_the_command_line(
-    given, tiny_bert_dir, tmp_path, request
+    given, tiny_bert_dir, tmp_path, weights_of_the_command_line
 ):
-    flags = [f"--{name}={value}" for name, value in SMALL.items() if name != "no_cache"]
-    file = written(tmp_path / "rows.jsonl", ROWS)
-    command = ["contrastive", f"--model_name_or_path={tiny_bert_dir}", f"--train_data={file}"]
-    assert main([*command, *flags, "--no_cache", f"--output_dir={tmp_path / 'command'}"]) == 0
-
     rows = given(ROWS, tmp_path / "some.jsonl")
-    result = contrastive(tiny_bert_dir, rows, tmp_path / "python").train()
-
-    assert result.output_dir == tmp_path / "python" and result.steps == 4
-    ours, theirs = (
-        load_file(tmp_path / run / "model.safetensors") for run in ("python", "command")
-    )
+    result = contrastive(tiny_bert_dir, rows, tmp_path / "out").train()
+    assert result.output_dir == tmp_path / "out" and result.steps == 4
+    ours, theirs = load_file(tmp_path / "out/model.safetensors"), weights_of_the_command_line
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
