@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         except InputError as error:
-            return _fail(error, BAD_INPUT)
+            return BAD_INPUT if error.copied else _fail(error, BAD_INPUT)
         except TrainingStopped as stop:  # which has been said
             return stop.exit_code
         except FloatingPointError as error:  # which all ranks raise

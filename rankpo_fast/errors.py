@@ -20,7 +20,10 @@ class InputError(ValueError):
     Attributes:
         name: the setting, flag or keyword, that is at fault, else the first that the message
             names; None where it names none, as of a row of data.
+        copied: whether another process of the run has raised it, which says it.
     """
+
+    copied = False
 
     def __init__(self, message: str, name: str | None = None):
         super().__init__(message)

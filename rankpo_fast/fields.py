@@ -6,8 +6,8 @@ A check raises InputError that names the flag and its value, in Python as on the
 import functools
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
-from numbers import Integral, Real
 from operator import or_
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ from rankpo_fast.data.memory import Source, sources
 from rankpo_fast.errors import InputError
 
 AutoOrBool = bool | Literal["auto"]  # auto: as suits the machine, which the start says
+LONGEST = 120  # characters of a value that a message shows
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -27,8 +28,9 @@ class Config:
         kind: type = type(self)
         for name, hint in _hints(kind).items():
             value = getattr(self, name)
-            if value is True:  # as of a flag without a value: `resume=True` is a bare --resume
-                value = self.__dataclass_fields__[name].metadata.get("const", True)
+            const = self.__dataclass_fields__[name].metadata.get("const", True)
+            if const is not True and isinstance(value, bool):  # resume=True is a bare --resume
+                value = const if value else None
             typed = _typed(self, name, hint, value)
             if typed is not getattr(self, name):
                 object.__setattr__(self, name, typed)
@@ -57,40 +59,44 @@ def _typed(config: Config, name: str, hint: Any, value: Any) -> Any:
         if value is None:
             return None
         hint = functools.reduce(or_, (part for part in get_args(hint) if part is not type(None)))
-    if hint == AutoOrBool:
-        require(config, name, "auto, true or false", value == "auto" or value in (True, False))
-        return value
     if hint == list[Source]:
         return sources(name, value)
     if hint == Source:
         found = sources(name, value)
-        require(config, name, "one source of rows", len(found) == 1)
+        require(config, name, "one file, or one list of rows, which are dicts", len(found) == 1)
         return found[0]
+    if hasattr(value, "tolist"):  # numpy's and torch's as Python's
+        value = value.tolist()
+    if hint == AutoOrBool:
+        require(config, name, "auto, true or false", value == "auto" or value in (True, False))
+        return value if value == "auto" else bool(value)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        require(config, name, f"one of {', '.join(choices)}", value in choices)
+        right = isinstance(value, str) and value in choices
+        require(config, name, f"one of {', '.join(choices)}", right)
         return value
     if get_origin(hint) is list:
-        items = list(value) if isinstance(value, list | tuple) else [value]
+        several = isinstance(value, Iterable) and not isinstance(value, str)
         [of_item] = get_args(hint)
-        return [_typed(config, name, of_item, item) for item in items]
+        return [_typed(config, name, of_item, x) for x in (value if several else [value])]
     if hint not in KINDS or type(value) is hint:
         return value
-    fits = {
-        bool: value in (True, False),
-        int: isinstance(value, Integral) and not isinstance(value, bool),
-        float: isinstance(value, Real) and not isinstance(value, bool),
-        str: isinstance(value, str | os.PathLike),
-    }
-    require(config, name, KINDS[hint], fits[hint])
     if hint is str:
-        return os.fspath(value)
-    return value if isinstance(value, int | float) else hint(value)  # numpy's as Python's
+        require(config, name, KINDS[str], isinstance(value, str | os.PathLike))
+        return str(os.fspath(value))
+    if hint is bool:
+        require(config, name, KINDS[bool], value in (0, 1))
+        return bool(value)
+    number = isinstance(value, int if hint is int else int | float)
+    require(config, name, KINDS[hint], number and not isinstance(value, bool))
+    return value
 
 
 def require(config: Any, name: str, rule: str, holds: bool) -> None:
     if not holds:
-        raise InputError(f"--{name} must be {rule}, got {getattr(config, name)!r}", name)
+        value = repr(getattr(config, name))
+        shown = value if len(value) <= LONGEST else f"{value[: LONGEST - 3]}..."
+        raise InputError(f"--{name} must be {rule}, got {shown}", name)
 
 
 def check_above(config: Any, low: float, *names: str) -> None:

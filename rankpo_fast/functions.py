@@ -7,6 +7,7 @@ from typing import Any
 
 from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig, MineConfig
 from rankpo_fast.data.rows import read_contrastive
+from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
@@ -94,6 +95,8 @@ def mine_hard_negatives(
     Raises:
         InputError: rows or settings that cannot be used, or no row gets a negative.
     """
+    if isinstance(corpus_data, Config):  # settings that follow the rows
+        settings, corpus_data = (corpus_data, *settings), None
     keywords = {"train_data": train_data, "corpus_data": corpus_data} | keywords
     config, compute, load = _opened("mine_hard_negatives", MineConfig, model, settings, keywords)
     with texts_located(config):
@@ -133,6 +136,10 @@ def _opened(
 ) -> tuple[Any, ComputeConfig, Load]:
     """Its settings, where to compute, and what gives the encoder, loading one that is named."""
     if isinstance(model, Encoder):
+        if "device" in keywords:
+            raise InputError(
+                f"{caller}: the Encoder is on {model.device}: load it elsewhere", "device"
+            )
         config, compute = gathered(caller, [of_caller, ComputeConfig], settings, keywords)
         return config, compute, lambda: model
     keywords = {**keywords, "model_name_or_path": model}

@@ -11,6 +11,7 @@ Only rank 0 writes. Out of memory on one, all do the step again. What ends a ran
 stops the others, which wait in a collective whose connection closes. n texts, D dims.
 """
 
+import atexit
 import dataclasses
 import heapq
 import os
@@ -76,11 +77,14 @@ class Ranks:
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun"
                 )
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)  # the next training needs it once more
         ranks = cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
         ranks.meet()  # else rank 0 may be gone, and its store, before the others have the group
-        yield ranks
-        if not there:  # after an error the process ends, and does not wait here for others
-            dist.destroy_process_group()
+        try:
+            yield ranks
+        except BaseException:  # the process may end, and must not wait for others then
+            atexit.unregister(dist.destroy_process_group)
+            raise
 
     @property
     def size(self) -> int:
@@ -108,14 +112,27 @@ class Ranks:
     def first_ahead(self) -> Iterator[None]:
         """Rank 0 does it before the others: it fills caches, and says once what is wrong for all.
 
-        Nobody goes on before all have done it.
+        Nobody goes on before all have done it. An InputError of the first is one of all: the others
+        have it as a copy, whose `copied` is True.
         """
         if not self.first:
-            self.meet()
-        yield
+            self._raise_if_told()
+        try:
+            yield
+        except InputError as error:
+            if self.first:
+                self.objects((str(error), error.name))
+            raise
         if self.first:
-            self.meet()
+            self.objects(None)
         self.meet()
+
+    def _raise_if_told(self) -> None:
+        of_first, *_ = self.objects(None)
+        if of_first is not None:
+            error = InputError(*of_first)
+            error.copied = True
+            raise error
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """The greatest number of any rank in each place; raises RankLost like `meet`."""

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
+
 from rankpo_fast.config import (
     ComputeConfig,
     ContrastiveDataConfig,
     ContrastiveLossConfig,
+    EncoderConfig,
     EvaluationConfig,
     ModelConfig,
     RankPODataConfig,
@@ -28,11 +32,13 @@ from rankpo_fast.fields import Config
 from rankpo_fast.functions import evaluate
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.trainable import lent
 from rankpo_fast.paths import texts_located
 from rankpo_fast.retrieval.evaluate import Evaluation
 from rankpo_fast.settings import gathered
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.contrastive import train_contrastive
+from rankpo_fast.train.frozen import COMPUTING
 from rankpo_fast.train.rankpo import train_rankpo
 from rankpo_fast.train.result import TrainingResult
 
@@ -71,25 +77,48 @@ class Trainer:
                 What only data and model can tell is raised by `train`.
         """
         caller = type(self).__name__
-        self._encoder = model if isinstance(model, Encoder) else None
+        given = model if isinstance(model, Encoder) else None
         own = {"train_data": train_data, "model_name_or_path": model}
-        if isinstance(model, Encoder):
-            own["model_name_or_path"] = model.name
-            _check_encoder(caller, settings, keywords)
+        if given is not None:
+            _check_encoder(caller, given, settings, keywords)
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            device = str(given.device) if alone else given.device.type
+            own |= {"model_name_or_path": given.name, "device": device}
+        for number, callback in enumerate(callbacks):
+            if not isinstance(callback, Callback):
+                kind = type(callback).__name__
+                raise InputError(f"callbacks[{number}] must be a Callback, got {kind}", "callbacks")
         gathered_settings = gathered(caller, self.settings, settings, own | keywords)
         self._configs: dict[type, Any] = dict(zip(self.settings, gathered_settings, strict=True))
-        self._given, self._callbacks = self._encoder, list(callbacks)
+        self._callbacks = list(callbacks)
+        self._given, self._loaded = given, given  # the latter also where `encoder` has loaded it
+        self._lost = False  # whether a training that was not finished has taken the loaded one
 
     @property
     def encoder(self) -> Encoder:
-        """The one that is trained: until then as it starts, loaded now if need be."""
-        if self._encoder is None:
-            training = self._configs[TrainingConfig]
-            device = self._configs[ComputeConfig].torch_device()
-            self._encoder = load_encoder(
-                self._configs[ModelConfig], device=device, seed=training.seed
+        """The one that is trained: until then as it starts, loaded now if need be.
+
+        Raises:
+            InputError: a training has ended before its end, and the encoder was not given.
+        """
+        if self._loaded is None and self._lost:
+            raise InputError(
+                "the training has not ended, so there is no trained encoder: a trainer with "
+                'resume="newest" goes on with it'
             )
-        return self._encoder
+        if self._loaded is None:
+            self._loaded = load_encoder(
+                self._configs[ModelConfig], device=self._device, seed=self._training.seed
+            )
+        return self._loaded
+
+    @property
+    def _training(self) -> TrainingConfig:
+        return self._configs[TrainingConfig]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._configs[ComputeConfig].torch_device()
 
     def train(self) -> TrainingResult:
         """Train, and leave the model in `output_dir`.
@@ -99,18 +128,37 @@ class Trainer:
         Raises:
             InputError: rows, model or settings that cannot be used, before the first step.
             FloatingPointError: loss or gradient is not finite; the weights are as before that step.
-            TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved;
-                `resume="newest"` goes on from there.
+            TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved; another
+                trainer with `resume="newest"` goes on from there, with an Encoder as it was at the
+                start.
         """
-        self._encoder = None  # which would take its memory a second time
         configs = self._configs.values()
-        with texts_located(*configs):
-            result = self._train(*configs, encoder=self._given, callbacks=self._callbacks)
-        self._encoder = result.encoder
-        if self._encoder is None:  # the run had been finished before
-            model = _finished_model(self._configs[ModelConfig], result.output_dir)
-            self._encoder = load_encoder(model, device=self._configs[ComputeConfig].torch_device())
+        try:
+            with lent(self._given), texts_located(*configs):
+                result = self._train(
+                    *configs, encoder=self._loaded, named=self._given is None,
+                    callbacks=self._callbacks,
+                )  # fmt: skip
+        except InputError:  # nothing has been trained
+            raise
+        except BaseException:
+            if self._given is None:
+                self._loaded, self._lost = None, True
+            raise
+        self._lost = False
+        self._loaded = result.encoder or self._finished(result.output_dir)
         return result
+
+    def _finished(self, directory: Path) -> Encoder:
+        """That of a run that had been finished before, in the place of one that was given."""
+        model = self._configs[ModelConfig]
+        computing = {name: getattr(model, name) for name in COMPUTING}
+        config = EncoderConfig(str(directory), **computing)
+        encoder = load_encoder(config, device=self._device)
+        if self._given is None:
+            return encoder
+        self._given.backbone.load_state_dict(encoder.backbone.state_dict())
+        return self._given
 
     def _train(self, *configs: Any, **more: Any) -> TrainingResult:
         raise NotImplementedError
@@ -130,8 +178,9 @@ class Trainer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the encoder where transformers and sentence-transformers load it; `train` has done
-        so in `output_dir`."""
-        self.encoder.save(Path(directory))
+        so in `output_dir`. Of several ranks the first one writes."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.encoder.save(Path(directory).expanduser())
 
 
 class ContrastiveTrainer(Trainer):
@@ -164,19 +213,24 @@ class RankPOTrainer(Trainer):
         return train_rankpo(*configs, **more)
 
 
-def _check_encoder(caller: str, settings: Sequence[Config], keywords: dict[str, Any]) -> None:
+def _check_encoder(
+    caller: str, encoder: Encoder, settings: Sequence[Config], keywords: dict[str, Any]
+) -> None:
     """InputError for settings that an encoder has been loaded with."""
     if any(isinstance(one, ModelConfig) for one in settings):
         raise InputError(f"{caller}: the model is an Encoder, so ModelConfig has no say: give "
                          f"{', '.join(OF_TRAINING)} as keywords")  # fmt: skip
+    devices = [one.device for one in settings if isinstance(one, ComputeConfig)]
+    for device in [*devices, keywords.get("device", "auto")]:
+        if device not in ("auto", str(encoder.device), encoder.device.type):
+            raise InputError(f"{caller}: device {device}, but the Encoder is on {encoder.device}: "
+                             f"load it there", "device")  # fmt: skip
     for name in keywords:
-        if name in ModelConfig.__dataclass_fields__ and name not in OF_TRAINING:
+        if name in EncoderConfig.__dataclass_fields__ and name not in OF_TRAINING:
             raise InputError(
                 f"{caller}: {name} was settled when the Encoder was loaded: give it to "
                 f"Encoder.from_pretrained, or the model by its name",
                 name,
             )
-
-
-def _finished_model(model: ModelConfig, directory: Path) -> ModelConfig:
-    return ModelConfig(str(directory), bf16=model.bf16)
+        if name in ModelConfig.__dataclass_fields__ and name not in OF_TRAINING:
+            raise InputError(f"{caller}: {name} needs the model by its name, not an Encoder", name)

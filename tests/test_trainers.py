@@ -6,6 +6,7 @@ import signal
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from rankpo_fast import (
     search,
 )
 from rankpo_fast.cli import main
-from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, TrainingConfig
+from rankpo_fast.config import ComputeConfig, ContrastiveLossConfig, ModelConfig, TrainingConfig
 
 TRADES, PLACES = ("nurse", "teacher", "cook", "pilot"), ("Berlin", "Lyon", "Oslo")
 CORPUS = [f"{trade} from {place}" for trade in TRADES for place in PLACES]
@@ -183,6 +184,55 @@ def test_a_setting_at_fault_is_named(settings, name, said, tiny_bert_dir):
     assert fault.value.name == name
 
 
+def test_values_of_other_libraries_are_as_good_as_pythons(tiny_bert_dir, tmp_path):
+    """To the end: a value of numpy's must not break what is written last."""
+    trainer = contrastive(
+        tiny_bert_dir, ROWS, tmp_path / "out", learning_rate=np.float64(1e-3), seed=np.int64(3),
+        matryoshka_dims=np.array([8, 32]), cutoffs=range(1, 3), bf16=np.False_, max_steps=1,
+        temperature=torch.tensor(0.05), query_data=QUERIES, corpus_data=DOCUMENTS,
+    )  # fmt: skip
+    assert "--learning_rate | 0.001" in (trainer.train().output_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "bf16"])
+def test_one_and_zero_are_true_and_false(setting, tiny_bert_dir):
+    for value in (1, 0):
+        made = ContrastiveTrainer(tiny_bert_dir, ROWS, output_dir="unused", **{setting: value})
+        assert getattr(made._configs[ModelConfig], setting) is bool(value)
+
+
+def test_a_training_leaves_nothing_but_weights_on_an_encoder(tiny_bert_dir, tmp_path):
+    class Breaking(Callback):
+        def on_log(self, step, metrics):
+            raise RuntimeError("broken")
+
+    encoder = Encoder.from_pretrained(tiny_bert_dir, device="cpu")
+    settings = {
+        "gradient_checkpointing": True, "save_dtype": "bfloat16", "bf16": True,
+        "temperature_learning_rate": 0.1,
+    }  # fmt: skip
+    contrastive(encoder, ROWS, tmp_path / "1", **settings).train()
+    trainer = contrastive(encoder, ROWS, tmp_path / "2", callbacks=[Breaking()], **settings)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert trainer.encoder is encoder and not encoder.training
+    assert not encoder.layers.checkpointed and not encoder.bf16 and encoder.log_scale is None
+    assert encoder.save_dtype == torch.float32
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_the_encoder_that_was_looked_at_is_the_one_that_is_trained(tiny_bert_dir, tmp_path):
+    trainer = contrastive(tiny_bert_dir, ROWS, tmp_path / "out")
+    encoder = trainer.encoder
+    frozen = encoder.backbone.embeddings.word_embeddings.weight.requires_grad_(False)
+    before = frozen.clone()
+    assert trainer.train().encoder is trainer.encoder is encoder
+    assert torch.equal(frozen, before)
+    with pytest.raises(InputError, match="holds a finished run"):
+        trainer.train()
+    assert trainer.encoder is encoder
+
+
 def test_what_is_missing_or_given_twice_is_named(tiny_bert_dir):
     with pytest.raises(InputError, match="ContrastiveTrainer needs output_dir: Where the model"):
         ContrastiveTrainer(tiny_bert_dir, ROWS)
@@ -194,8 +244,16 @@ def test_what_is_missing_or_given_twice_is_named(tiny_bert_dir):
     with pytest.raises(InputError, match="pooling was settled when the Encoder was") as fault:
         ContrastiveTrainer(encoder, ROWS, output_dir="unused", pooling="cls")
     assert fault.value.name == "pooling"
+    with pytest.raises(InputError, match="special_tokens needs the model by its name"):
+        ContrastiveTrainer(encoder, ROWS, output_dir="unused", special_tokens=["<x>"])
+    with pytest.raises(InputError, match="device cuda, but the Encoder is on cpu"):
+        ContrastiveTrainer(encoder, ROWS, output_dir="unused", device="cuda")
+    with pytest.raises(InputError, match=r"callbacks\[0\] must be a Callback, got type"):
+        ContrastiveTrainer(encoder, ROWS, output_dir="unused", callbacks=[Callback])
     with pytest.raises(InputError, match="nothing to measure"):
         evaluate(encoder)
+    with pytest.raises(InputError, match="one file, or one list of rows, .* got .{,120}$"):
+        evaluate(encoder, query_data=QUERIES, corpus_data=CORPUS * 99)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +264,15 @@ def test_what_is_missing_or_given_twice_is_named(tiny_bert_dir):
         ([ROWS[0], {**ROWS[0], "positives": [""]}], r'train_data\[1\]: "positives\[0\]" is empty'),
         ([ROWS[:1], [{"query": "a"}]], r"train_data\[1\]\[0\]: missing key"),
         (ROWS[0], "--train_data must be a list of rows, got one row"),
+        ([{"query": "a", 3: "b"}], r"train_data\[0\]: keys must be text, got 3"),
         ({"train": ROWS, "test": ROWS}, "a dictionary of data sets: give one of train, test"),
         ([3, ROWS], r"--train_data\[0\]: 3 is no path"),
         (3, "--train_data: 3 is no path, no list of rows and no data set"),
         ([ROWS[0], 3], r"train_data\[1\]: a row must be an object, got a number"),
         ([], "--train_data must be at least one file or row"),
     ],
-    ids=["key", "type", "value", "second-list", "row", "splits", "number-before-a-list", "number",
-         "number-behind-a-row", "empty"],
+    ids=["key", "type", "value", "second-list", "row", "number-as-key", "splits",
+         "number-before-a-list", "number", "number-behind-a-row", "empty"],
 )  # fmt: skip
 def test_rows_of_a_wrong_shape_are_named(rows, said, tiny_bert_dir, tmp_path):
     with pytest.raises(InputError, match=said):
@@ -258,9 +317,12 @@ def test_a_stop_saves_and_raises_and_the_run_goes_on_to_the_same_weights(tiny_be
                 os.kill(os.getpid(), signal.SIGTERM)
 
     whole = contrastive(tiny_bert_dir, ROWS, tmp_path / "whole").train()
+    stopped = contrastive(tiny_bert_dir, ROWS, tmp_path / "out", callbacks=[Stopping()])
     with pytest.raises(TrainingStopped, match="after step 2, which is saved") as stop:
-        contrastive(tiny_bert_dir, ROWS, tmp_path / "out", callbacks=[Stopping()]).train()
+        stopped.train()
     assert (stop.value.step, stop.value.exit_code) == (2, 143)
+    with pytest.raises(InputError, match="the training has not ended"):
+        stopped.encoder.encode(CORPUS)
     trainer = contrastive(tiny_bert_dir, ROWS, tmp_path / "out", resume="newest")
     result = trainer.train()
     assert [line["step"] for line in result.history] == [1, 2, 3, 4]
@@ -270,6 +332,12 @@ def test_a_stop_saves_and_raises_and_the_run_goes_on_to_the_same_weights(tiny_be
         warnings.simplefilter("error")
         again = contrastive(tiny_bert_dir, ROWS, tmp_path / "out", resume=True).train()
     assert again.encoder is None and again.steps == 4
+    encoder = Encoder.from_pretrained(tiny_bert_dir, device="cpu")
+    other = contrastive(encoder, ROWS, tmp_path / "given")
+    other.train()
+    trained, given = encoder.encode(CORPUS), Encoder.from_pretrained(tiny_bert_dir, device="cpu")
+    contrastive(given, ROWS, tmp_path / "given", resume=True).train()
+    assert torch.equal(given.encode(CORPUS), trained)
     with pytest.raises(InputError, match="content of --train_data differs"):
         contrastive(tiny_bert_dir, ROWS[1:], tmp_path / "out", resume="newest").train()
 

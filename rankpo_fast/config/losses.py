@@ -16,8 +16,8 @@ class ContrastiveLossConfig(Config):
 
     temperature: float = flag("Cosine similarities are divided by it.", 0.02)
     temperature_learning_rate: float | None = flag(
-        "Peak rate at which the temperature is learnt as well, as its logarithm; it stays at 0.01 "
-        "or above. [it is fixed]", None, metavar="RATE",
+        "Peak rate at which the temperature is learnt as well, as its logarithm; it does not fall "
+        "below 0.01, or where it starts if that is less. [it is fixed]", None, metavar="RATE",
     )  # fmt: skip
     label_smoothing: float = flag("Share of the target on all candidates alike.", 0.0)
     directions: list[str] = flag(
@@ -61,6 +61,8 @@ class ContrastiveLossConfig(Config):
         given = self.options()
         if self.own_negatives and self.gradient_filter:
             raise InputError("--gradient_filter and --own_negatives do not go together")
+        if self.own_negatives and "query_to_passage" not in self.directions:
+            raise InputError("--own_negatives needs query_to_passage among --directions")
         if given == _NO_OPTIONS:
             return
         from rankpo_kernels.problem import InfoNCEOptions  # imports torch

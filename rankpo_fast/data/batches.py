@@ -38,7 +38,7 @@ class ContrastiveBatch(Movable):
     excluded_offsets: Tensor  # [M + 1] row i's columns lie between offsets i and i + 1 of ...
     excluded_columns: Tensor  # [nnz] ... the further known positives of the rows' queries
     negative_offsets: Tensor  # [M + 1] likewise of ...
-    negatives: Tensor  # [H] ... what was drawn for the rows, index into passage_texts
+    negatives: Tensor  # [H] ... what was drawn for them alone, index into passage_texts
     chosen_for: Tensor  # [C] the first row for which a candidate was drawn as negative, or -1
     rows: Tensor  # [M] the data rows they come from
     guide_queries: Tensor | None = None  # [M, G] vectors by another model
@@ -221,26 +221,23 @@ class ContrastiveData:
         random = self._order.random(DRAW, epoch, index)
         positives = np.array([random.choice(self._positives[row]) for row in rows])
         drawn = [self._draw_negatives(row, random) for row in rows]
-        negatives, drawn_counts = np.concatenate([positives[:0], *drawn]), [*map(len, drawn)]
+        negatives = np.concatenate([positives[:0], *drawn])
+        drawn_for = np.repeat(np.arange(len(rows)), [*map(len, drawn)])
         queries = self._query_ids[rows]
         query_texts, query_rows = np.unique(queries, return_inverse=True)
         passage_texts = np.unique(np.concatenate([positives, negatives]))
         candidates = np.unique(positives) if self._own_negatives else passage_texts
         labels = np.searchsorted(candidates, positives)
 
-        # No negative of a row: its known positives, and what stands among its own negatives.
-        spared, counts = self._known.gather(queries)
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        row_of_drawn = np.repeat(np.arange(len(rows)), drawn_counts)
-        if self._own_negatives:
-            order = np.argsort(np.concatenate([row_of, row_of_drawn]), kind="stable")
-            spared = np.concatenate([spared, negatives])[order]
-            row_of = np.concatenate([row_of, row_of_drawn])[order]
-        columns = np.searchsorted(candidates, spared).clip(max=len(candidates) - 1)
-        excluded = (candidates[columns] == spared) & (columns != labels[row_of])
+        known, counts = self._known.gather(queries)
+        row_of_known = np.repeat(np.arange(len(rows)), counts)
+        columns = np.searchsorted(candidates, known).clip(max=len(candidates) - 1)
+        excluded = (candidates[columns] == known) & (columns != labels[row_of_known])
+        # A negative that all rows meet, as another's positive, is not one a second time.
+        met = np.isin(negatives, candidates)
         chosen_for = np.full(len(candidates), -1)
-        if not self._own_negatives:  # in reverse, so that of several rows the first stays
-            chosen_for[np.searchsorted(candidates, negatives)[::-1]] = row_of_drawn[::-1]
+        # In reverse, so that of several rows the first stays.
+        chosen_for[np.searchsorted(candidates, negatives[met])[::-1]] = drawn_for[met][::-1]
         batch = ContrastiveBatch(
             query_texts=torch.from_numpy(query_texts),
             passage_texts=torch.from_numpy(passage_texts),
@@ -249,10 +246,10 @@ class ContrastiveData:
             if self._own_negatives
             else None,
             labels=torch.from_numpy(labels),
-            excluded_offsets=_offsets_of(row_of[excluded], len(rows)),
+            excluded_offsets=_offsets_of(row_of_known[excluded], len(rows)),
             excluded_columns=torch.from_numpy(columns[excluded]),
-            negative_offsets=_offsets_of(row_of_drawn, len(rows)),
-            negatives=torch.from_numpy(np.searchsorted(passage_texts, negatives)),
+            negative_offsets=_offsets_of(drawn_for[~met], len(rows)),
+            negatives=torch.from_numpy(np.searchsorted(passage_texts, negatives[~met])),
             chosen_for=torch.from_numpy(chosen_for),
             rows=torch.from_numpy(rows),
         )

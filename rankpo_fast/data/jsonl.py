@@ -151,7 +151,7 @@ def text(name: str, value: Any, where: str) -> str:
         raise InputError(
             f'{where}: "{name}" holds half a surrogate pair, \\u{ord(value[error.start]):04x}'
         ) from None
-    return sys.intern(value)  # passages recur as negatives of many rows: keep each once
+    return sys.intern(str(value))  # passages recur as negatives of many rows: keep each once
 
 
 def text_at(row: dict, key: str, where: str) -> str:

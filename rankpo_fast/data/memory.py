@@ -9,6 +9,13 @@ from typing import Any
 
 from rankpo_fast.errors import InputError
 
+# Methods of tables that are no rows -> what makes rows of one.
+TABLES = {
+    ("to_dict", "columns"): 'pandas\' to_dict("records")',
+    ("to_dicts", "columns"): "polars' to_dicts()",
+    ("to_pylist", "column_names"): "Arrow's to_pylist()",
+}
+
 
 class Rows:
     """Rows under the name of the setting that has them; copied settings share them."""
@@ -18,11 +25,16 @@ class Rows:
         self._rows = rows if isinstance(rows, Sequence) or is_dataset(rows) else list(rows)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield ("name[number]", row); rows count from 0."""
+        """Yield ("name[number]", row); rows count from 0, and values are those that JSON has."""
         for number, row in enumerate(self._rows):
+            where = f"{self.name}[{number}]"
             if isinstance(row, Mapping):
-                row = dict(row)
-            yield f"{self.name}[{number}]", list(row) if isinstance(row, tuple) else row
+                for key in row:
+                    if not isinstance(key, str):
+                        raise InputError(f"{where}: keys must be text, got {key!r}")
+                yield where, {key: _as_json(value) for key, value in row.items()}
+            else:
+                yield where, _as_json(row)
 
     def __str__(self) -> str:
         return self.name
@@ -42,16 +54,18 @@ def sources(name: str, value: Any) -> list[Source]:
 
     InputError for what is none of them.
     """
-    if isinstance(value, Rows | str | os.PathLike) or is_dataset(value):
-        return [_source(name, value)]
     if isinstance(value, Mapping):
         what = "one row: put it into a list"
         if any(is_dataset(part) or _is_rows(part) for part in value.values()):
             what = f"a dictionary of data sets: give one of {', '.join(map(str, value))}"
         raise InputError(f"--{name} must be a list of rows, got {what}", name)
-    if hasattr(value, "to_dict") and hasattr(value, "columns"):
-        raise InputError(f"--{name} must be a list of rows, got a table: pandas' "
-                         f'to_dict("records") and polars\' to_dicts() make one')  # fmt: skip
+    for ways, hint in TABLES.items():
+        if all(hasattr(value, way) for way in ways):
+            raise InputError(
+                f"--{name} must be a list of rows, got a table: {hint} makes one", name
+            )
+    if isinstance(value, Rows | str | os.PathLike) or is_dataset(value):
+        return [_source(name, value)]
     if not isinstance(value, Iterable):
         return [_source(name, value)]  # which refuses it
     items = value if isinstance(value, Sequence) else list(value)
@@ -65,16 +79,16 @@ def _source(name: str, value: Any) -> Source:
     if isinstance(value, Rows):
         return value
     if isinstance(value, str | os.PathLike):
-        return os.fspath(value)
+        return str(os.fspath(value))
     if is_dataset(value):
-        return Rows(name, value.with_format(None))  # else its rows may be of tensors
+        return Rows(name, _plain(value))
     if _is_rows(value):
         return Rows(name, value)
     raise InputError(f"--{name}: {value!r:.60} is no path, no list of rows and no data set")
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and _is_row(value[0])
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _is_row(value: Any) -> bool:
@@ -83,6 +97,21 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, Mapping) or bool(texts)
 
 
+def _as_json(value: Any) -> Any:
+    """Tuples as lists; numpy's and torch's values as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def is_dataset(value: Any) -> bool:
     """Whether it is a data set of the library datasets, which need not be installed."""
     return type(value).__module__.partition(".")[0] == "datasets" and hasattr(value, "with_format")
+
+
+def _plain(dataset: Any) -> Any:
+    """With rows of Python's values, of the columns that are selected."""
+    chosen = getattr(dataset, "format", None)  # which one that streams has not
+    if chosen is None or chosen["type"] in (None, "python", "custom"):  # custom: of with_transform
+        return dataset
+    return dataset.with_format(None).select_columns(chosen["columns"])

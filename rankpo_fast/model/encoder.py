@@ -74,11 +74,11 @@ class Encoder(nn.Module):
         self._first_position = first_position(backbone)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> "Encoder":
+    def from_pretrained(cls, model_name_or_path: str | Path, **settings: Any) -> "Encoder":
         """Load an encoder to encode, search, mine and evaluate with, or to go on training.
 
         Args:
-            name_or_path: on the Hugging Face hub, or a directory.
+            model_name_or_path: on the Hugging Face hub, or a directory.
             settings: fields of `rankpo_fast.config.EncoderConfig`, `pooling="mean"` say, and
                 `device`, by default "auto".
 
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         from rankpo_fast.settings import gathered
 
         compute = {"device": settings.pop("device", "auto")}
-        own = {"model_name_or_path": name_or_path, **settings}
+        own = {"model_name_or_path": model_name_or_path, **settings}
         [config] = gathered("Encoder.from_pretrained", [EncoderConfig], [], own)
         return load_encoder(config, device=ComputeConfig(**compute).torch_device())
 

@@ -1,6 +1,6 @@
 """What is done to a backbone's layers for training, whatever the model: checkpointed, compiled."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,14 +25,25 @@ class Layers:
     def can_checkpoint(self) -> bool:
         return self._backbone.supports_gradient_checkpointing
 
-    def checkpoint(self) -> None:
-        """From now on."""
-        older = self._backbone.gradient_checkpointing_enable  # its name in the first versions of 5
-        enable = getattr(self._backbone, "activation_checkpointing_enable", older)
-        enable({"use_reentrant": False})
-        self.checkpointed = True
+    @property
+    def compiled(self) -> bool:
+        return bool(self._compiled)
+
+    def checkpoint(self, on: bool = True) -> None:
+        """From now on, or no longer."""
+        if on:
+            self._change("enable", {"use_reentrant": False})
+        elif self.checkpointed:
+            self._change("disable")
+        self.checkpointed = on
         if self._compiled:
             self.compile()
+
+    def _change(self, how: str, *arguments: Any) -> None:
+        older = getattr(
+            self._backbone, f"gradient_checkpointing_{how}"
+        )  # in the first versions of 5
+        getattr(self._backbone, f"activation_checkpointing_{how}", older)(*arguments)
 
     def compile(self) -> None:
         """Each layer by itself: they share one build, and between them nothing is gained.
@@ -41,8 +52,7 @@ class Layers:
         on the CPU), the compiler gives up a checkpointed one as a whole, and only where there are
         gradients, so that dropout would not be drawn again as it was.
         """
-        for module in self._compiled:
-            module._compiled_call_impl = None  # what nn.Module.compile set; it has no way back
+        self.uncompile()
         lists = [m for m in self._backbone.modules() if isinstance(m, nn.ModuleList)]
         inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
         layers = [layer for m in lists if id(m) not in inner for layer in m] or [self._backbone]
@@ -51,3 +61,8 @@ class Layers:
         for layer in layers:
             layer.compile(dynamic=True)
         self._compiled = layers
+
+    def uncompile(self) -> None:
+        for module in self._compiled:
+            module._compiled_call_impl = None  # what nn.Module.compile set; it has no way back
+        self._compiled = []

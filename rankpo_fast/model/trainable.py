@@ -1,5 +1,8 @@
 """An encoder as its training wants it: its layers, and of one that is loaded already the rest."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from rankpo_fast.config import ModelConfig
@@ -20,15 +23,40 @@ def fit_to_train(encoder: Encoder, config: ModelConfig, device: torch.device) ->
 
 def set_layers(encoder: Encoder, config: ModelConfig) -> None:
     """Checkpointed, where "auto" is decided once texts are known; compiled."""
-    if config.gradient_checkpointing is True:
-        _check_checkpointing(encoder)
-        encoder.layers.checkpoint()
+    if config.gradient_checkpointing is True and not encoder.layers.can_checkpoint:
+        kind = encoder.backbone.config.model_type
+        raise InputError(f"--gradient_checkpointing true: {kind} does not have it; give "
+                         f"--gradient_checkpointing false")  # fmt: skip
+    if encoder.layers.checkpointed != (config.gradient_checkpointing is True):
+        encoder.layers.checkpoint(config.gradient_checkpointing is True)
     if config.torch_compile:
         encoder.layers.compile()
 
 
-def _check_checkpointing(encoder: Encoder) -> None:
-    if not encoder.layers.can_checkpoint:
-        kind = encoder.backbone.config.model_type
-        raise InputError(f"--gradient_checkpointing true: {kind} does not have it; give "
-                         f"--gradient_checkpointing false")  # fmt: skip
+@contextmanager
+def lent(encoder: Encoder | None) -> Iterator[None]:
+    """Inside, the encoder is trained; afterwards its weights alone are other ones."""
+    if encoder is None:
+        yield
+        return
+    layers, bf16, save_dtype = encoder.layers, encoder.bf16, encoder.save_dtype
+    checkpointed, compiled = layers.checkpointed, layers.compiled
+    try:
+        yield
+    finally:
+        encoder.bf16, encoder.save_dtype = bf16, save_dtype
+        if layers.checkpointed != checkpointed:
+            layers.checkpoint(checkpointed)
+        if layers.compiled and not compiled:
+            layers.uncompile()
+
+
+@contextmanager
+def in_training(encoder: Encoder) -> Iterator[None]:
+    """In train mode; afterwards in eval mode, without gradients."""
+    encoder.train()
+    try:
+        yield
+    finally:
+        encoder.eval()
+        encoder.zero_grad(set_to_none=True)

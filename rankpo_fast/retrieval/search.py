@@ -19,7 +19,7 @@ def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tup
     corpus may lie elsewhere. Of equal scores that in the earlier row comes first.
 
     Args:
-        queries: [M, D], finite.
+        queries: [M, D], finite; arrays will do.
         corpus: [N, D], finite.
         chunk: rows of queries and of corpus to multiply at once.
 
@@ -29,6 +29,7 @@ def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tup
     Raises:
         InputError: shapes that do not go together, or vectors that are not finite.
     """
+    queries, corpus = torch.as_tensor(queries), torch.as_tensor(corpus)
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         shapes = f"{list(queries.shape)} and {list(corpus.shape)}"
         raise InputError(f"queries and corpus must be [M, D] and [N, D], got {shapes}")

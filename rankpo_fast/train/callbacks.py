@@ -6,7 +6,7 @@ from pathlib import Path
 
 class Callback:
     """Override what you need. All are called in the training's own thread, on the first rank; an
-    exception ends the training."""
+    exception ends the training. On a GPU numbers come a step late, and so do these calls."""
 
     def on_log(self, step: int, metrics: dict[str, float]) -> bool | None:
         """Every `logging_steps`, and after the last step, with what metrics.jsonl gets.
@@ -33,11 +33,11 @@ class Callbacks:
 
     def log(self, step: int, line: Mapping[str, float]) -> None:
         for callback in self._callbacks:
-            self.ended |= callback.on_log(step, dict(line)) is True
+            self.ended |= bool(callback.on_log(step, dict(line)))
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         for callback in self._callbacks:
-            self.ended |= callback.on_evaluation(step, dict(figures)) is True
+            self.ended |= bool(callback.on_evaluation(step, dict(figures)))
 
     def checkpoint(self, step: int, path: Path) -> None:
         for callback in self._callbacks:

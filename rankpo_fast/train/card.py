@@ -74,7 +74,7 @@ def model_card(
         or f"The files of `{base}` name none.",
         "## Settings": _table("flag", "value", {
             flag: repr(value) for flag, value in run.settings.items()
-            if flag.startswith("--") and value not in (None, [])
+            if flag.startswith("--") and value is not None and value != []
         }),
         "## Versions": _table("package", "version", {
             "rankpo-fast": __version__, **{name: version(name) for name in LIBRARIES}

@@ -62,12 +62,15 @@ def train_contrastive(
     compute: ComputeConfig,
     *,
     encoder: Encoder | None = None,
+    named: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Run stage 1; the output directory holds the model.
 
     Args:
-        encoder: to train, in place of the one that `model` names.
+        encoder: to train; None: the one that `model` names is loaded.
+        named: whether the encoder given is that one, as it is loaded.
+        callbacks: called on the first rank.
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
@@ -81,7 +84,7 @@ def train_contrastive(
             )  # fmt: skip
             run = prepare_run(
                 "contrastive", ranks, precision, model, data, loss, training, evaluation, compute,
-                encoder=encoder,
+                encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
@@ -237,7 +240,7 @@ class ContrastiveTask(TrainingTask[ContrastiveBatch]):
         if config.own_negatives:
             negatives = passages[batch.negatives]  # [H, D]
             more |= {"own_negatives": negatives, "own_offsets": batch.negative_offsets}
-        elif config.tells_chosen:
+        if config.tells_chosen:
             more["curated"] = batch.chosen_for
         if batch.guide_queries is not None and batch.guide_passages is not None:
             of_candidates = batch.guide_passages

@@ -16,6 +16,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 
 Answer = TypeVar("Answer")
+COMPUTING = ("attn_implementation", "packing", "bf16")  # settings that say nothing of texts
 
 
 def ask_frozen(
@@ -24,10 +25,15 @@ def ask_frozen(
     model: ModelConfig,
     device: torch.device,
     ask: Callable[[Encoder], Answer],
+    *,
+    alike: bool,
 ) -> Answer:
-    """`ask` of the model `name`, which is gone afterwards. How it reads text is as `model` says,
-    which is trained, or else as its own files say. InputError names `flag`."""
-    own = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
+    """`ask` of the model `name`, which is gone afterwards. It computes as `model` does, which is
+    trained, and reads text like it where `alike`, else as its own files say. InputError names
+    `flag`."""
+    fields = dataclasses.fields(EncoderConfig)
+    names = [field.name for field in fields] if alike else COMPUTING
+    own = {name: getattr(model, name) for name in names}
     config = EncoderConfig(**{**own, "model_name_or_path": name, "tokenizer_name": None})
     try:
         encoder = load_encoder(config, device=device)

@@ -48,4 +48,4 @@ def guide_vectors(
             vectors = cached(compute.cache_path, "guide", find_key, make)["vectors"]
         return vectors[texts.query_rows], vectors[texts.passage_rows]
 
-    return ask_frozen(FLAG, name, model, device, ask)
+    return ask_frozen(FLAG, name, model, device, ask, alike=False)

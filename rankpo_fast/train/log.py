@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -58,6 +59,7 @@ class MetricsLog:
         self._unread: deque[_Unread] = deque()
         self._means = _Means()  # since the last line
         self._last_read = 0.0
+        self._last: _Read | None = None
 
     def __enter__(self) -> "MetricsLog":
         if not self._silent:
@@ -92,6 +94,12 @@ class MetricsLog:
         while self._unread:
             self._read(self._unread.popleft())
 
+    def finish(self) -> None:
+        """`settle`, and a line of the steps since the last one, where the run ends early."""
+        self.settle()
+        if self._means.steps and self._last is not None:
+            self._write_means(self._last)
+
     def _read(self, unread: "_Unread") -> None:
         step, metrics = unread.step, unread.metrics
         metrics.check_finite(step)
@@ -105,26 +113,31 @@ class MetricsLog:
         )
         self._bar.update()
         self._began = metrics.began if self._began is None else self._began
+        read = self._last = _Read(step, unread.epoch, metrics.learning_rate, metrics.grad_norm)
         due = step % self._every == 0 or step == self.total_steps
-        shown = self._lines and (due or step == self._first_step + 1)
-        if not (due or shown):
-            return
-        line = {
-            "epoch": unread.epoch,
+        if self._lines and (due or step == self._first_step + 1):
+            self._print(step, self._line(read), now - self._began)
+        if due:
+            self._write_means(read)
+
+    def _write_means(self, last: "_Read") -> None:
+        line = self._line(last)
+        self.write(last.step, line)
+        self._callbacks.log(last.step, line)
+        self._means = _Means()
+
+    def _line(self, last: "_Read") -> dict[str, float]:
+        """Means of the steps since the last line, up to `last`."""
+        return {
+            "epoch": last.epoch,
             "loss": self._means.loss,
-            "learning_rate": metrics.learning_rate,
-            "grad_norm": metrics.grad_norm,
+            "learning_rate": last.learning_rate,
+            "grad_norm": last.grad_norm,
             **self._means.metrics,
             "tokens_per_second": self._means.tokens / self._means.seconds,
             "queries_per_second": self._means.queries / self._means.seconds,
-            "peak_memory_bytes": memory,
+            "peak_memory_bytes": peak_memory(),
         }
-        if shown:
-            self._print(step, line, now - self._began)
-        if due:
-            self.write(step, line)
-            self._callbacks.log(step, line)
-            self._means = _Means()
 
     def _print(self, step: int, line: Mapping[str, float], seconds: float) -> None:
         """What the bar would show, and of the steps since the last line of metrics.jsonl.
@@ -164,6 +177,15 @@ class _Unread:
     step: int
     epoch: float
     metrics: StepMetrics
+
+
+class _Read(NamedTuple):
+    """Of a step whose numbers are known."""
+
+    step: int
+    epoch: float
+    learning_rate: float
+    grad_norm: float
 
 
 @dataclass

@@ -18,6 +18,7 @@ import torch
 
 from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.trainable import in_training
 from rankpo_fast.retrieval.evaluate import measure
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
@@ -59,7 +60,8 @@ def train(
         TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
     """
     config, ranks, first = run.training, run.ranks, run.first_step
-    done = first  # steps
+    done, measured_at = first, -1  # steps
+    figures: dict[str, float] = {}  # of the last evaluation on the way
     schedule, saves = StepSchedule.of(config, tasks[0].data), SaveSchedule(config)
     total = schedule.total_steps
     profiled = config.profile_steps if ranks.first else 0
@@ -78,6 +80,7 @@ def train(
             run.path, config, reporters, first, total, callbacks=heard, silent=not ranks.first
         ) as log,
         profile,
+        in_training(encoder),
         StopSignal() as signals,
     ):
         checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log, heard)
@@ -94,7 +97,8 @@ def train(
             last = agreed.end or done == total
             if agreed.stop is None and not last and _evaluation_is_due(run, done):
                 log.settle()
-                log.evaluation(done, _evaluate(run, encoder))
+                figures, measured_at = _evaluate(run, encoder), done
+                log.evaluation(done, figures)
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
                 checkpointer.save(done)
@@ -103,9 +107,9 @@ def train(
             if agreed.end:
                 log.say(f"step {done} is the last: a callback asked for the end")
                 break
-        log.settle()
-        _finish(run, encoder, about, log, signals, done)
-    encoder.eval()
+        log.finish()
+        _finish(run, encoder, about, log, signals, done, figures if measured_at == done else None)
+    encoder.name = str(run.path)
     return TrainingResult.of(run.path, encoder)
 
 
@@ -131,7 +135,6 @@ def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> Ad
     optimizer = adamw(encoder, run.training, rates)
     if run.checkpoint is not None:
         checkpoints.restore(run.checkpoint, encoder, optimizer, run.ranks)
-    encoder.train()
     return optimizer
 
 
@@ -163,17 +166,19 @@ def _finish(
     log: MetricsLog,
     signals: StopSignal,
     step: int,
+    figures: dict[str, float] | None,
 ) -> None:
-    """Save the model, then measure it: a failure there costs no training. TrainingStopped as
-    `train`."""
+    """Save the model, then measure it, unless `figures` are it: a failure there costs no training.
+    TrainingStopped as `train`."""
     if run.ranks.first:
         output.save_model(run.path, encoder, model_card(run, encoder, about))
     run.ranks.meet()
     log.say(f"model saved in {run.path}")
     stop = signals.agreed(run.ranks).stop
     if run.evaluation.asked and stop is None:
-        figures = _evaluate(run, encoder)
-        log.evaluation(step, figures)
+        if figures is None:
+            figures = _evaluate(run, encoder)
+            log.evaluation(step, figures)
         if run.ranks.first:
             output.write_card(run.path, model_card(run, encoder, about, figures))
         stop = signals.agreed(run.ranks).stop

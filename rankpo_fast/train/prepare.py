@@ -30,6 +30,8 @@ from rankpo_fast.train.reporters import chosen
 from rankpo_fast.train.resume import find_checkpoint, settings_of
 from rankpo_fast.train.run import Run
 
+MODEL = "--model_name_or_path"
+
 
 def prepare_run(
     stage: str,
@@ -48,7 +50,7 @@ def prepare_run(
 
     Args:
         precision: what all ranks compute in, of `shared_precision`.
-        encoder: the one to train, where it is not loaded for the run.
+        encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
     chosen(training.report_to)
@@ -56,7 +58,8 @@ def prepare_run(
     path, cache = Path(training.output_dir), compute.cache_path
     configs: tuple[Config, ...] = (model, data, *replay, loss, training, compute)
     resume, overwrite = training.resume is not None, training.overwrite_output_dir
-    output.check(path, inputs(*configs, evaluation), resume=resume, overwrite=overwrite)
+    read = [one for one in inputs(*configs, evaluation) if encoder is None or one[0] != MODEL]
+    output.check(path, read, resume=resume, overwrite=overwrite)
     check_cache(compute)
     if cache is not None and lies_in(cache, path):
         raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")

@@ -51,6 +51,7 @@ def train_rankpo(
     replay: ReplayConfig = NO_REPLAY,
     *,
     encoder: Encoder | None = None,
+    named: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Run stage 2; the output directory holds the model.
@@ -58,6 +59,9 @@ def train_rankpo(
     The reference is the model as it starts, unless the loss config names another one, which is gone
     again before the model to train is loaded. What is replayed goes through the model beside the
     pairs, batch by batch. Raises InputError for what the user can put right.
+
+    Args:
+        encoder, named, callbacks: as of `train_contrastive`.
     """
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
         precision = shared_precision(model, training, ranks)
@@ -66,7 +70,7 @@ def train_rankpo(
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
-                replay, encoder=encoder,
+                replay, encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)

@@ -34,7 +34,7 @@ def other_model_similarities(
         texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
         return reference_similarities(encoder, texts, data, compute)
 
-    return ask_frozen("--reference_model_name_or_path", name, model, device, ask)
+    return ask_frozen("--reference_model_name_or_path", name, model, device, ask, alike=True)
 
 
 def reference_similarities(

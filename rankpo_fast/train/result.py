@@ -1,7 +1,7 @@
 """What a training gives back to Python."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankpo_fast.model.encoder import Encoder
@@ -17,12 +17,13 @@ class TrainingResult:
     Attributes:
         output_dir: where the model, metrics.jsonl and the checkpoints are.
         encoder: the trained one, in eval mode; None where the run had been finished before.
-        history: the lines of metrics.jsonl, a dict of numbers each, "step" and "loss" among them.
+        history: the lines of metrics.jsonl, a dict of numbers each: "step", and either "loss" and
+            more of the training, or figures of an evaluation by names like "eval/ndcg@20".
     """
 
     output_dir: Path
-    encoder: Encoder | None
-    history: list[dict[str, float]]
+    encoder: Encoder | None = field(repr=False)
+    history: list[dict[str, float]] = field(repr=False)
 
     @classmethod
     def of(cls, output_dir: Path, encoder: Encoder | None) -> "TrainingResult":

@@ -168,7 +168,8 @@ def _change(name: str, was: Any, now: Any) -> str | None:
         return f"{flag} was {'not ' if was is None else ''}given, is {'not' if was else 'now'}"
     if isinstance(was, dict):
         differ = sorted(file for file in {*was, *now} if was.get(file) != now.get(file))
-        return f"{name} differs: {', '.join(differ)}"
+        more = f" and {len(differ) - 5:,} more" if len(differ) > 5 else ""
+        return f"{name} differs: {', '.join(differ[:5])}{more}"
     if len(was) != len(now):
         return f"{name} differs: {len(was)} files became {len(now)}"
     differ = [str(i) for i, (a, b) in enumerate(zip(was, now, strict=True), 1) if a != b]

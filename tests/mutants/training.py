@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     Mutant(
         "own-negatives-count-twice", BATCHES,
-        "spared = np.concatenate([spared, negatives])[order]",
-        "spared = np.concatenate([spared, negatives * 0 - 1])[order]",
+        "met = np.isin(negatives, candidates)",
+        "met = np.isin(negatives, candidates) & (not self._own_negatives)",
         A_STEP,
     ),
     Mutant(

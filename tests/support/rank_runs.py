@@ -25,7 +25,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork h
 from torch import nn
 
 from rankpo_fast import cli
-from rankpo_fast.errors import TrainingStopped
+from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops import ranks
 from rankpo_fast.train import contrastive, prepare, step
@@ -159,6 +159,20 @@ def descend(stage, wide=True, **flags):
     with Steps(wide) as steps:
         stages.run(stage, **flags)
     return steps.gradients, steps.losses, steps.reductions
+
+
+def both(stages):
+    """One training after the other."""
+    for flags in stages:
+        train(**flags)
+
+
+def refused(stage, **flags):
+    """What the error says, and whether it is another's."""
+    try:
+        stages.run(stage, **flags)
+    except InputError as error:
+        return str(error), error.copied
 
 
 def train(stage, stop=None, **flags):

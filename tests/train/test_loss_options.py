@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from rankpo_fast import cli, info_nce_loss
-from rankpo_fast.config import ContrastiveLossConfig
+from rankpo_fast.config import ContrastiveLossConfig, EncoderConfig, ModelConfig
 from rankpo_fast.data.batches import ContrastiveData
 from rankpo_fast.data.rows import ContrastiveRow
 from rankpo_fast.errors import InputError
 from rankpo_fast.ops.options import InfoNCELossOptions
+from rankpo_fast.train import frozen
 from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_kernels.problem import DIRECTIONS
 
@@ -56,15 +57,14 @@ def step(data, queries, passages, config, log_scale=None):
 
 
 def drawn(data, batch):
-    """(query, positive, negatives) of each row of the batch, as texts."""
+    """(query, positive, negatives) of each row of the batch, as texts: all that a row has."""
     rows = [ROWS[row] for row in batch.rows.tolist()]
     candidates = batch.passage_texts
     if batch.candidates is not None:
         candidates = candidates[batch.candidates]
-    positives = [data.passage_texts[candidates[label]] for label in batch.labels]
-    for i, (row, positive) in enumerate(zip(rows, positives, strict=True)):
-        ids = batch.negatives[slice(*batch.negative_offsets[i : i + 2])]
-        yield row.query, positive, [data.passage_texts[batch.passage_texts[j]] for j in ids]
+    for row, label in zip(rows, batch.labels, strict=True):
+        negatives = [text for text in row.negatives if text not in KNOWN[row.query]]
+        yield row.query, data.passage_texts[candidates[label]], negatives
 
 
 def cosine(a, b):
@@ -125,9 +125,9 @@ def test_a_step_is_the_loss_that_its_options_say(options, problem):
         if not config.own_negatives:
             others |= {text for _, _, texts in rows for text in texts}
         others -= {positive, *KNOWN[query]}
-        chosen = set(negatives) if config.own_negatives else {
-            text for text in negatives if first_row[text] == i
-        }  # fmt: skip
+        # Own negatives that are others' positives too are met by all, and the first row's.
+        met = {p for _, p, _ in rows} if config.own_negatives else {*negatives}
+        chosen = {text for text in negatives if text not in met or first_row[text] == i}
         others -= chosen
         if limit is not None:
             others = {t for t in others if cosine(judges[0][query], judges[1][t]) <= limit}
@@ -207,6 +207,7 @@ def test_every_option_of_the_loss_is_a_setting_or_has_no_place_in_training():
         ({"guide_model_name_or_path": "x"}, "needs --false_negative_margin"),
         ({"gradient_filter": 1e-3, "label_smoothing": 0.1}, "--gradient_filter goes with"),
         ({"gradient_filter": 1e-3, "own_negatives": True}, "--gradient_filter and --own_negatives"),
+        ({"own_negatives": True, "directions": "passage_to_query"}, "needs query_to_passage among"),
         ({"temperature_learning_rate": 0.0}, "--temperature_learning_rate must be > 0"),
     ],
 )
@@ -232,6 +233,15 @@ def test_all_options_on_the_command_line(tiny_bert_dir, contrastive_file, tmp_pa
     said = " ".join(said.split())
     assert "loss InfoNCE, temperature 0.05, which is learnt, label_smoothing 0.1, dire" in said
     assert "negatives its own and the positives of its batch of 24 rows" in said
+
+
+def test_a_guide_reads_texts_as_its_own_files_say(tiny_bert_dir, tiny_llama_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(frozen, "load_encoder", lambda config, device: asked.append(config))
+    model = ModelConfig(str(tiny_bert_dir), pooling="cls", query_prefix="task: ", packing=False)
+    cpu = torch.device("cpu")
+    frozen.ask_frozen("--guide", str(tiny_llama_dir), model, cpu, lambda _: 0, alike=False)
+    assert asked == [EncoderConfig(str(tiny_llama_dir), packing=False, bf16="auto")]
 
 
 def test_dims_beyond_the_model_are_refused_before_training(tiny_bert_dir, run_stage, tmp_path):

@@ -130,6 +130,22 @@ def test_ranks_without_a_row_and_without_a_text_take_part(
 
 
 @pytest.mark.long
+def test_two_stages_in_one_program(answered, flags, tiny_llama_dir, tmp_path, read_metrics):
+    first = flags("contrastive", tiny_llama_dir, "1", max_steps=1)
+    second = flags("rankpo", tmp_path / "1", "2", max_steps=1)
+    answered(rank_runs.both, stages=[first, second])
+    assert (tmp_path / "2" / "config.json").exists()
+
+
+def test_an_error_of_the_first_is_one_of_all(answered, flags, tiny_llama_dir, tmp_path):
+    """So that a program which catches it goes on together."""
+    wrong = flags("contrastive", tiny_llama_dir, "out", train_data=[str(tmp_path / "no.jsonl")])
+    answers = answered(rank_runs.refused, **wrong)
+    assert len({said for said, _ in answers}) == 1 and "no.jsonl: cannot be read" in answers[0][0]
+    assert [copied for _, copied in answers] == [False, True, True]
+
+
+@pytest.mark.long
 def test_all_stop_when_one_is_told_to_and_go_on_bit_by_bit(
     ran, answered, flags, tiny_bert_dir, tmp_path, preference_file, read_metrics, run_stage
 ):
