@@ -6,6 +6,8 @@ of several processes one thread, whatever there is.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,17 @@ import torch
 def fit_threads(root: Path = Path("/")) -> None:
     """Lower torch's number of threads to what the process may use."""
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus(root)))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes on so many; None: on as many as outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def usable_cpus(root: Path = Path("/")) -> int:

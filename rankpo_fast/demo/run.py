@@ -101,7 +101,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     path = Path(config.output_dir)
     _check(path)
-    with held(path, "--output_dir"):
+    from rankpo_fast.threads import threads  # imports torch
+
+    with held(path, "--output_dir"), threads(config.scale.threads):
         return _run_demo(path, config)
 
 

@@ -65,6 +65,7 @@ class Scale:
     random_steps: int  # of stage 1, with random negatives
     mined_steps: int  # of stage 1, with random and mined negatives
     alignment_steps: int  # of stage 2
+    threads: int | None = None  # of torch; None: as many as suit the machine
     queries: int = 64  # in a batch of stage 1
     pairs: int = 32  # in a batch of stage 2
     replayed: int | None = None  # rows of stage 1 in a batch of stage 2; None: as many as pairs
@@ -88,6 +89,7 @@ SHORT = Scale(
     hidden_size=64, random_steps=120, mined_steps=60, alignment_steps=200,
     random_rate=3e-3, mined_rate=2e-3, alignment_rate=4e-4, replay_weight=0.3, replayed=16,
     evaluations=5,
+    threads=1,  # matrices as narrow gain nothing from a second: 118 s, and 135 s with two
 )  # fmt: skip
 # FULL, the study: random_rate by nDCG@20, alignment_rate by the mean of nDCG@20 * alignment over
 # the three methods without replay, and then replay_weight by that product.

@@ -70,8 +70,8 @@ MUTANTS = [
     ),
     Mutant(
         "of-two-rows-the-last-has-chosen", BATCHES,
-        "[::-1]] = row_of_drawn[::-1]",
-        "] = row_of_drawn",
+        "[::-1]] = drawn_for[met][::-1]",
+        "] = drawn_for[met]",
         A_STEP,
     ),
     Mutant(
@@ -88,8 +88,8 @@ MUTANTS = [
     ),
     Mutant(
         "text-will-do-for-a-number", FIELDS,
-        "isinstance(value, Real) and",
-        "isinstance(value, Real | str) and",
+        "int if hint is int else int | float)",
+        "int if hint is int else int | float | str)",
         of("tests/test_trainers.py", "at_fault"),
     ),
 ]  # fmt: skip
