@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 # Byte code is left to the first import: to compile all of torch's takes longer than to unpack it.
 install = $(if $(UV),$(UV) pip install --python $(1),$(BIN)/python -m pip --python $(1) install --no-compile --quiet) --quiet
 INSTALL = $(call install,$(BIN)/python)
+# Where the environment keeps Python from writing byte code, each of many processes would make it anew. Some packages have
+# templates that are no Python, whose errors mean nothing.
+COMPILE = $(if $(PYTHONDONTWRITEBYTECODE),$(BIN)/python -m compileall -q -j $(JOBS) $(VENV)/lib > /dev/null || true)
 # Each stamp says that its part is installed in $(VENV).
 MADE := $(VENV)/.made
 READY_DEMO := $(VENV)/.ready-demo
@@ -87,6 +90,7 @@ $(READY_DEMO): $(MADE) pyproject.toml $(NATIVE)
 $(READY): $(READY_DEMO) bench/pyproject.toml bench/setup.py
 	$(INSTALL) "$(TORCH)" "rankpo-fast[test]" --editable ./bench
 	$(INSTALL) --no-deps $(PEERS)
+	$(COMPILE)
 	touch $@
 
 # The site reads docstrings from the source: it needs neither torch nor this package.
