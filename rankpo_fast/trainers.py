@@ -58,7 +58,7 @@ class Trainer:
         model: str | os.PathLike[str] | Encoder,
         train_data: Any,
         *settings: Config,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
         **keywords: Any,
     ):
         """
@@ -84,15 +84,17 @@ class Trainer:
             alone = os.environ.get("WORLD_SIZE", "1") == "1"
             device = str(given.device) if alone else given.device.type
             own |= {"model_name_or_path": given.name, "device": device}
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
         for number, callback in enumerate(callbacks):
             if not isinstance(callback, Callback):
                 kind = type(callback).__name__
                 raise InputError(f"callbacks[{number}] must be a Callback, got {kind}", "callbacks")
         gathered_settings = gathered(caller, self.settings, settings, own | keywords)
         self._configs: dict[type, Any] = dict(zip(self.settings, gathered_settings, strict=True))
-        self._callbacks = list(callbacks)
+        self._callbacks = callbacks
         self._given, self._loaded = given, given  # the latter also where `encoder` has loaded it
-        self._lost = False  # whether a training that was not finished has taken the loaded one
+        self._trained = False  # whether the loaded one has been
+        self._lost = False  # whether a training that was not finished has taken it
 
     @property
     def encoder(self) -> Encoder:
@@ -133,10 +135,11 @@ class Trainer:
                 start.
         """
         configs = self._configs.values()
+        again = self._trained and self._given is None  # from the start, as its settings say
         try:
             with lent(self._given), texts_located(*configs):
                 result = self._train(
-                    *configs, encoder=self._loaded, named=self._given is None,
+                    *configs, encoder=None if again else self._loaded, named=self._given is None,
                     callbacks=self._callbacks,
                 )  # fmt: skip
         except InputError:  # nothing has been trained
@@ -145,7 +148,7 @@ class Trainer:
             if self._given is None:
                 self._loaded, self._lost = None, True
             raise
-        self._lost = False
+        self._trained, self._lost = True, False
         self._loaded = result.encoder or self._finished(result.output_dir)
         return result
 

@@ -233,6 +233,12 @@ def test_the_encoder_that_was_looked_at_is_the_one_that_is_trained(tiny_bert_dir
     assert trainer.encoder is encoder
 
 
+def test_the_same_trainer_trains_the_same_model_again(tiny_bert_dir, tmp_path):
+    trainer = contrastive(tiny_bert_dir, ROWS, tmp_path / "out", overwrite_output_dir=True)
+    first, second = (trainer.train().encoder.encode(CORPUS) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_what_is_missing_or_given_twice_is_named(tiny_bert_dir):
     with pytest.raises(InputError, match="ContrastiveTrainer needs output_dir: Where the model"):
         ContrastiveTrainer(tiny_bert_dir, ROWS)
