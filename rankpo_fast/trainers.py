@@ -110,13 +110,11 @@ class Trainer:
             )
         if self._loaded is None:
             self._loaded = load_encoder(
-                self._configs[ModelConfig], device=self._device, seed=self._training.seed
+                self._configs[ModelConfig],
+                device=self._device,
+                seed=self._configs[TrainingConfig].seed,
             )
         return self._loaded
-
-    @property
-    def _training(self) -> TrainingConfig:
-        return self._configs[TrainingConfig]
 
     @property
     def _device(self) -> torch.device:
@@ -142,10 +140,8 @@ class Trainer:
                     *configs, encoder=None if again else self._loaded, named=self._given is None,
                     callbacks=self._callbacks,
                 )  # fmt: skip
-        except InputError:  # nothing has been trained
-            raise
-        except BaseException:
-            if self._given is None:
+        except BaseException as error:
+            if self._given is None and not isinstance(error, InputError):  # which comes before
                 self._loaded, self._lost = None, True
             raise
         self._trained, self._lost = True, False

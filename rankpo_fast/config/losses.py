@@ -1,11 +1,17 @@
 """The losses of both stages."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config, check_above, check_at_least, check_names, flag, require
+
+OPTIONS = (  # arguments of `info_nce_loss` that stay from batch to batch, but the temperature
+    "label_smoothing", "directions", "partition", "false_negative_margin", "margin_type",
+    "matryoshka_dims", "matryoshka_weights", "hardness_mode", "hardness_strength",
+    "gradient_filter",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,23 +64,30 @@ class ContrastiveLossConfig(Config):
             check_above(self, 0, "temperature_learning_rate")
         if self.guide_model_name_or_path is not None and self.false_negative_margin is None:
             raise InputError("--guide_model_name_or_path needs --false_negative_margin")
-        given = self.options()
         if self.own_negatives and self.gradient_filter:
             raise InputError("--gradient_filter and --own_negatives do not go together")
         if self.own_negatives and "query_to_passage" not in self.directions:
             raise InputError("--own_negatives needs query_to_passage among --directions")
-        if given == _NO_OPTIONS:
+        if self.changed().keys().isdisjoint(OPTIONS):
             return
         from rankpo_kernels.problem import InfoNCEOptions  # imports torch
 
         try:
-            InfoNCEOptions(**given)
+            InfoNCEOptions(**self.options())
         except ValueError as error:
             raise InputError(f"--{error}") from None
 
     def options(self) -> dict[str, Any]:
         """Arguments of `info_nce_loss` that stay from batch to batch, but the temperature."""
-        return {name: getattr(self, name) for name in _NO_OPTIONS}
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not plain InfoNCE's."""
+        usual = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(self)
+        }
+        return {k: getattr(self, k) for k, value in usual.items() if getattr(self, k) != value}
 
     @property
     def one_directional(self) -> bool:
@@ -86,14 +99,6 @@ class ContrastiveLossConfig(Config):
         """Whether it matters for which row a negative was chosen."""
         margin, hardness = self.false_negative_margin is not None, self.hardness_mode is not None
         return margin or hardness or "passage_to_passage" in self.directions
-
-
-_NO_OPTIONS: dict[str, Any] = {
-    "label_smoothing": 0.0, "directions": ["query_to_passage"], "partition": "joint",
-    "false_negative_margin": None, "margin_type": "absolute", "matryoshka_dims": None,
-    "matryoshka_weights": None, "hardness_mode": None, "hardness_strength": 0.0,
-    "gradient_filter": 0.0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ Tensors = dict[str, Tensor]
 
 
 def cached(
-    directory: str | Path, kind: str, find_key: Callable[[], str], make: Callable[[], Tensors]
+    directory: str | Path | None,
+    kind: str,
+    find_key: Callable[[], str],
+    make: Callable[[], Tensors],
 ) -> Tensors:
-    """The tensors of `make()`, on the CPU: kept in `directory` and found again there.
+    """The tensors of `make()`, on the CPU: kept in `directory`, if any, and found again there.
 
     A damaged file is made anew, with a warning; of a directory that cannot be used one warning
     tells, once in a process.
@@ -32,6 +35,8 @@ def cached(
         kind: begins the names of its files.
         find_key: gives a hexadecimal sha256 of all that the tensors follow from.
     """
+    if directory is None:
+        return make()
     try:
         key = find_key()  # which may need room on the disk itself
         path = Path(directory) / f"{kind}-v{FORMAT}-{key[:32]}.safetensors"

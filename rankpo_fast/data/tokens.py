@@ -117,8 +117,6 @@ def tokenize(
                 f"a maximum length of {max_length} tokens leaves no room for text: the prefix "
                 f"{prefix!r} takes {taken}, special tokens included"
             )
-    if cache_dir is None:
-        return _tokenize(texts, tokenizer, max_length, prefix)
 
     def make() -> dict[str, Tensor]:
         table = _tokenize(texts, tokenizer, max_length, prefix)

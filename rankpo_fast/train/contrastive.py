@@ -7,7 +7,7 @@ queries of a batch, D dims.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -171,12 +171,10 @@ def describe_loss(loss: ContrastiveLossConfig) -> str:
     """Its temperature, and what else differs from plain InfoNCE."""
     learnt = loss.temperature_learning_rate is not None
     said = [f"InfoNCE, temperature {loss.temperature}{', which is learnt' if learnt else ''}"]
-    usual = ContrastiveLossConfig()
-    for field in fields(loss):
-        value = getattr(loss, field.name)
-        if value != getattr(usual, field.name) and not field.name.startswith("temperature"):
+    for name, value in loss.changed().items():
+        if not name.startswith("temperature"):
             listed = " ".join(map(str, value)) if isinstance(value, list) else value
-            said.append(f"{field.name} {listed}")
+            said.append(f"{name} {listed}")
     return ", ".join(said)
 
 

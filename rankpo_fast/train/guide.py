@@ -40,12 +40,9 @@ def guide_vectors(
             )  # fmt: skip
             return {"vectors": vectors}
 
-        if compute.cache_path is None:
-            vectors = make()["vectors"]
-        else:
-            ids = {"ids": texts.table.ids, "offsets": texts.table.offsets}
-            find_key = partial(key_of, encoder, ids)
-            vectors = cached(compute.cache_path, "guide", find_key, make)["vectors"]
+        ids = {"ids": texts.table.ids, "offsets": texts.table.offsets}
+        find_key = partial(key_of, encoder, ids)
+        vectors = cached(compute.cache_path, "guide", find_key, make)["vectors"]
         return vectors[texts.query_rows], vectors[texts.passage_rows]
 
     return ask_frozen(FLAG, name, model, device, ask, alike=False)

@@ -17,6 +17,7 @@ from rankpo_fast.config import (
 from rankpo_fast.data.cache import check_cache
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
+from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
@@ -29,8 +30,6 @@ from rankpo_fast.train import output
 from rankpo_fast.train.reporters import chosen
 from rankpo_fast.train.resume import find_checkpoint, settings_of
 from rankpo_fast.train.run import Run
-
-MODEL = "--model_name_or_path"
 
 
 def prepare_run(
@@ -58,7 +57,7 @@ def prepare_run(
     path, cache = Path(training.output_dir), compute.cache_path
     configs: tuple[Config, ...] = (model, data, *replay, loss, training, compute)
     resume, overwrite = training.resume is not None, training.overwrite_output_dir
-    read = [one for one in inputs(*configs, evaluation) if encoder is None or one[0] != MODEL]
+    read = [one for one in inputs(*configs, evaluation) if encoder is None or one[0] != MODEL_FLAG]
     output.check(path, read, resume=resume, overwrite=overwrite)
     check_cache(compute)
     if cache is not None and lies_in(cache, path):

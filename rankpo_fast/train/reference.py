@@ -52,8 +52,6 @@ def reference_similarities(
         similarities = torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)
         return {"similarities": similarities}
 
-    if compute.cache_path is None:
-        return make()["similarities"]
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
     find_key = partial(key_of, encoder, tensors)
     return cached(compute.cache_path, "reference", find_key, make)["similarities"]
