@@ -18,13 +18,14 @@ INSTALL = $(call install,$(BIN)/python)
 # Where the environment keeps Python from writing byte code, each of many processes would make it anew. Some packages have
 # templates that are no Python, whose errors mean nothing.
 COMPILE = $(if $(PYTHONDONTWRITEBYTECODE),$(BIN)/python -m compileall -q -j $(JOBS) $(VENV)/lib > /dev/null || true)
+RENTED := build/gpu-venv
 # Each stamp says that its part is installed in $(VENV).
 MADE := $(VENV)/.made
 READY_DEMO := $(VENV)/.ready-demo
 READY_DOCS := $(VENV)/.ready-docs
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all test-long test-isa lint docs wheel aot mutants bench gpu clean
+.PHONY: help demo test test-all test-long test-isa lint docs wheel aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
 
 help:  ## prints this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,11 +68,28 @@ mutants: $(READY)  ## breaks the code in known ways and looks whether the tests 
 bench: $(READY)  ## speed, memory and error of losses and training beside their peers: build/bench/report.html
 	$(BIN)/rankpo-fast bench
 
-gpu:  ## on a machine with a GPU and no internet: tests, sanitizer, bench, one result file
-	PYTHON="$(PYTHON)" bash bench/gpu.sh
+gpu:  ## on a rented GPU without internet: what is worth most first, one result file; REHEARSE=1: on a CPU
+	$(PYTHON) -m bench.rented $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again $(AGAIN)) $(if $(REHEARSE),--rehearse)
+
+gpu-carry: gpu-cache gpu-wheels  ## what travels to it beside the checkout: build/gpu-carry
+
+gpu-cache: $(RENTED)/.made  ## Triton's cache for it, compiled here
+	PYTHONPATH="$(CURDIR)/kernels:$(CURDIR)" $(RENTED)/bin/python -m bench.rented.cache
+
+gpu-wheels: $(RENTED)/.made  ## wheels of small peers and of what tests take
+	$(RENTED)/bin/python bench/rented/wheels.py
 
 clean:  ## removes what these targets made
 	rm -rf $(VENV) build dist outputs .cache *.egg-info bench/build bench/*.egg-info kernels/rankpo_kernels/librankpo_native*
+
+# The Python, Triton and packages of a rented machine: its cache is found by these, and a rehearsal
+# runs with no more. Torch may be another, which asks for another Triton; 5 GB where pip finds it with CUDA alone.
+RENTED_PYTHON ?= python3.12
+$(RENTED)/.made:
+	$(RENTED_PYTHON) -m venv $(RENTED)
+	$(RENTED)/bin/python -m pip install --quiet "$(TORCH)" "numpy>=2,<2.4" "transformers==5.17.*" sentence-transformers==6.0.1 pytest nvidia-ml-py
+	$(RENTED)/bin/python -m pip install --quiet --no-deps triton==3.6.0
+	touch $@
 
 # Python's own pip may be years old, and takes twice the time then.
 $(MADE):

@@ -2,9 +2,17 @@
 
 `python -m bench.aot [--arch 80 90 100] [--output build/aot.json]` compiles the launches that
 `rankpo_kernels.triton.launches` lists, as their launchers specialise them, and runs nothing. It
-exits with 1 where a kernel does not compile or would be refused or slow on its GPU: see `faults`.
-What was compiled before, by the same Triton from the same source, is read from a file beside the
-output.
+exits with 1 where a kernel does not compile or would be refused or slow on its GPU: see `faults`;
+and where a pipeline is predicted above its target: see `hopper`. What was compiled before, by the
+same Triton from the same source, is read from a file beside the output.
+
+Of each kernel and tile that multiplies, beside registers, shared memory and spills:
+
+    programs_per_sm        that fit a multiprocessor at once
+    tma, warp_specialized  operands come by bulk copies; warps have roles, registers of their own
+    proxy_fence            wgmma sees what was written: `sass.proxy_fence`
+    epilogue_instructions  a thread of a consumer, after a tile's last product: `sass.tile_code`
+    tensor_clocks, epilogue_clocks    of a tile of 1024 dims, predicted, on sm_90: `hopper`
 """
 
 import argparse
@@ -19,7 +27,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +40,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import get_cache_key, make_backend
 from triton.runtime.jit import KernelInterface
 
+from rankpo_kernels.triton import tiles as _tiles
+
+from . import hopper, sass
+from .hopper import PIPELINES, ScoreKernel
+
+LAUNCHES = "rankpo_kernels.triton.launches"
+HOPPER = 90
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # what a block can have
+SHARED_BYTES_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+RESERVED_BYTES = 1024  # of shared memory, that the driver takes of each block
+# Of a multiprocessor, on all three: CUDA programming guide, "Technical Specifications per Compute
+# Capability". A scheduler of the 4 has a quarter of the registers, and gives a warp 256 at once.
+REGISTERS, THREADS, BLOCKS, SCHEDULERS, REGISTER_UNIT = 65536, 2048, 32, 4, 256
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100
 MATRIX = {90: "wgmma", 100: "tcgen05"}  # what a GEMM in bf16 must use to be worth its name
 INSTRUCTIONS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
@@ -41,6 +61,10 @@ BF16 = {name for name in LOW if "bf" in name}
 NARROW = re.compile(
     r"\bld\.global\S*\.[bu]16\b"
 )  # two bytes a thread: what is not aligned or in order
+
+
+KEYS = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"}  # of a tile of scores
+DOT = re.compile(r"\b(?:warp_group_dot|tc_gen5_mma|tt\.dot)\b(?!_wait)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +111,7 @@ class Driver:
 def recording(arch: int) -> Iterator[list[Job]]:
     """Launches in here, on any tensors, become jobs for `arch`."""
     jobs: list[Job] = []
-    this_file = Path(__file__).read_text()
+    this_file = Path(__file__).read_text() + Path(sass.__file__).read_text()
 
     def record(source: Any, target: GPUTarget, options: dict) -> Job:
         backend = make_backend(target)
@@ -113,6 +137,7 @@ def recording(arch: int) -> Iterator[list[Job]]:
 def measure(job: Job) -> dict:
     """Compile, and read what the compiler and ptxas say; `error` instead if they refuse."""
     log = io.StringIO()
+    triton.runtime.driver.set_active(Driver(job.target.arch))  # whom a kernel may ask for its GPU
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # a kernel from Triton's cache has no log
     try:
@@ -125,7 +150,7 @@ def measure(job: Job) -> dict:
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
     assert spills, f"no figures in the log of ptxas: {ptxas!r}"
     used = [short for name, short in INSTRUCTIONS.items() if name in ptx]
-    return {
+    row = {
         "shared": compiled.metadata.shared,
         "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", ptxas)),
         "spill_bytes": sum(int(n) for pair in spills for n in pair),
@@ -133,7 +158,66 @@ def measure(job: Job) -> dict:
         # None without a tl.dot, "fma" where it takes no matrix instruction
         "matrix": ("+".join(used) or "fma") if "tt.dot" in compiled.asm["ttir"] else None,
         "narrow_loads": len(NARROW.findall(ptx)),
+        "warps": compiled.metadata.num_warps,  # all, also those that the compiler added
     }
+    row["programs_per_sm"] = programs_per_sm(job.target.arch, row)
+    return row | (_of_products(compiled, ptx) if used else {})
+
+
+def programs_per_sm(arch: int, row: dict) -> int:
+    """How many programs of a kernel a multiprocessor holds at once."""
+    warps, registers = row["warps"], max(1, row["registers"])
+    a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    fits = [
+        SCHEDULERS * (REGISTERS // SCHEDULERS // a_warp) // warps,
+        SHARED_BYTES_PER_SM[arch] // (row["shared"] + RESERVED_BYTES),
+        THREADS // (32 * warps),
+        BLOCKS,
+    ]
+    if row["tensor_columns"]:
+        fits.append(TENSOR_COLUMNS // row["tensor_columns"])
+    return min(fits)
+
+
+def _of_products(compiled: Any, ptx: str) -> dict:
+    """What PTX, TTGIR and SASS say of a kernel with tensor instructions."""
+    ttgir, warps = compiled.asm["ttgir"], compiled.metadata.num_warps
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = sass.read(sass.disassemble(Path(file.name), triton.knobs.nvidia.nvdisasm.path))
+    tiles = sass.tile_code(code)
+    specialized = "setmaxnreg" in ptx or "ttg.warp_specialize(" in ttgir
+    row = {
+        "tma": "cp.async.bulk.tensor" in ptx,
+        "warp_specialized": specialized,
+        "proxy_fence": sass.proxy_fence(ptx),
+    }
+    if not tiles:
+        return row
+    longest = max(tiles, key=lambda tile: tile.epilogue.all)
+    return row | {
+        "epilogue_instructions": longest.epilogue.all,
+        "epilogue_reachable": longest.reachable,
+        "epilogue": asdict(longest.epilogue),
+        "prologue": asdict(longest.prologue),
+        "persistent": longest.loops,
+        "consumers": len(tiles),
+        "epilogue_warps": _consumer_warps(ttgir, warps) if specialized else warps,
+    }
+
+
+def _consumer_warps(ttgir: str, warps: int) -> int:
+    """Of a specialised kernel, those that multiply."""
+    first, *partitions = re.split(r"^\s+partition\d+\(", ttgir, flags=re.MULTILINE)
+    sizes = [
+        int(size[1])
+        for text in partitions
+        if DOT.search(text) and (size := re.search(r"\bnum_warps\((\d+)\)", text))
+    ]
+    if DOT.search(first) and (size := re.search(r'"ttg.num-warps" = (\d+)', first)):
+        sizes.append(int(size[1]))
+    return sum(sizes) or warps
 
 
 def faults(row: dict) -> Iterator[str]:
@@ -152,6 +236,53 @@ def faults(row: dict) -> Iterator[str]:
         yield f"loads two bytes a thread in {row['narrow_loads']} places"
     if bf16 and row["matrix"] and (wanted := MATRIX.get(arch)) and wanted not in row["matrix"]:
         yield f"multiplies by {row['matrix']} and not by {wanted}"
+    if low and "wgmma" in (row["matrix"] or "") and not row["proxy_fence"]:
+        yield "multiplies by wgmma what no fence.proxy.async made visible to it"
+    meant = row["programs_meant"]
+    if low and arch == HOPPER and meant > 1 and row["programs_per_sm"] < meant:
+        most = REGISTERS // (32 * row["warps"] * meant) // 8 * 8
+        yield (
+            f"fits {row['programs_per_sm']} times, not {meant}: {row['registers']} registers of "
+            f"{most}, {row['shared']} bytes of shared memory of "
+            f"{SHARED_BYTES_PER_SM[arch] // meant - RESERVED_BYTES}"
+        )
+
+
+def programs_meant(row: dict) -> int:
+    """Of a multiprocessor, by the table of tiles."""
+    if row.get("warp_specialized") or not row.get("matrix"):
+        return 1
+    tiles = row["tiles"]
+    table = [each for each in vars(_tiles).values() if isinstance(each, _tiles.Tiles)]
+    same = [each for each in table if all(getattr(each, key) == tiles.get(key) for key in KEYS)]
+    return max((each.programs for each in same), default=1)
+
+
+def is_score(row: dict) -> bool:
+    """Whether a kernel multiplies tiles of scores, and is understood well enough to predict it. Of
+    rows that overflowed there are none, as a rule, and a program looks after many tiles."""
+    return (
+        "epilogue" in row and row["tiles"].keys() >= KEYS and row["kernel"] != "overflowed_kernel"
+    )
+
+
+def _clocks(row: dict) -> dict:
+    """Of a tile of 1024 dims on sm_90."""
+    if row["arch"] != HOPPER or not is_score(row):
+        return {}
+    kernel = ScoreKernel.of(row)
+    return {
+        "tensor_clocks": round(hopper.tensor_clocks(kernel, 1024)),
+        "epilogue_clocks": round(hopper.epilogue_clocks(kernel)),
+    }
+
+
+def pipeline_faults(rows: list[dict], wanted: Iterable[str]) -> list[str]:
+    return [
+        f"pipeline {name}, sm_{HOPPER}: {fault}"
+        for name in wanted
+        for fault in hopper.faults(name, hopper.kernels_of(rows, name))
+    ]
 
 
 _inherited: list[Job] = []  # of a worker process
@@ -207,9 +338,52 @@ def _cell(row: dict) -> str:
     if "error" in row:
         return "does not compile"
     spilled = f" {row['spill_bytes']}B spilled" if row["spill_bytes"] else ""
-    return (
-        f"{row['shared'] / 1024:.0f}K {row['registers']}r {row['matrix'] or ''}".strip() + spilled
-    )
+    kind = (row["matrix"] or "") + "+ws" * row.get("warp_specialized", False)
+    after = f" {row['epilogue_instructions']}e" if row.get("epilogue_instructions") else ""
+    taken = f"{row['shared'] / 1024:.0f}K {row['registers']}r {row['programs_per_sm']}p {kind}"
+    return taken.rstrip() + after + spilled
+
+
+def record_all(module: str, archs: Iterable[int]) -> list[tuple[int, Any, list[Job]]]:
+    """(arch, launch, its jobs) of what the module's `launches()` lists."""
+    made = []
+    for arch in archs:
+        for launch in importlib.import_module(module).launches():
+            with recording(arch) as jobs:
+                launch.run()
+            made.append((arch, launch, jobs))
+    return made
+
+
+def judge(
+    made: list[tuple[int, Any, list[Job]]], measured: dict[str, dict], wanted: Iterable[str]
+) -> tuple[list[dict], list[str]]:
+    """(a row a kernel and tile, what is wrong); `wanted`: pipelines that must be there."""
+    rows: dict[str, dict[str, Any]] = {}
+    broken: list[str] = []
+    seen = set(wanted)
+    for arch, launch, jobs in made:
+        for job in jobs:
+            if job.key in rows:
+                continue
+            row = {"kernel": job.kernel, "arch": arch, "dtype": launch.dtype, "tiles": job.tiles}
+            row |= {"options": launch.options} | measured[job.key]
+            row["programs_meant"] = programs_meant(row)
+            rows[job.key] = row = row | _clocks(row) | {"pipelines": {}}
+            where = f"{job.kernel} of {launch.name}, sm_{arch}, {launch.dtype}, {tile_text(row)}"
+            broken += [f"{where}: {fault}" for fault in faults(row)]
+        of_launch = [rows[job.key] for job in jobs]
+        if launch.matrix and not any(row.get("matrix") or "error" in row for row in of_launch):
+            broken.append(
+                f"{launch.name}, sm_{arch}, {launch.dtype}: none of its kernels has a dot"
+            )
+        if arch == HOPPER and (pipeline := getattr(launch, "pipeline", None)):
+            seen.add(pipeline)
+            for position, row in enumerate(row for row in of_launch if is_score(row)):
+                for D in launch.dims:  # and its place among the pipeline's kernels
+                    row["pipelines"].setdefault(pipeline, {})[str(D)] = position
+    made_rows = list(rows.values())
+    return made_rows, broken + pipeline_faults(made_rows, sorted(seen))
 
 
 def main() -> int:
@@ -217,44 +391,22 @@ def main() -> int:
     archs = sorted(SHARED_BYTES)
     parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
     parser.add_argument("--output", type=Path, default=Path("build/aot.json"))
-    parser.add_argument(
-        "--launches", default="rankpo_kernels.triton.launches", help="module with `launches()`"
-    )
+    parser.add_argument("--launches", default=LAUNCHES, help="module with `launches()`")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
 
-    made = []  # (arch, launch, its jobs)
-    for arch in args.arch:
-        for launch in importlib.import_module(args.launches).launches():
-            with recording(arch) as jobs:
-                launch.run()
-            made.append((arch, launch, jobs))
+    made = record_all(args.launches, args.arch)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     cache = args.output.with_name(f"{args.output.stem}-cache.json")
     measured = compile_all([job for _, _, jobs in made for job in jobs], cache)
+    ours = args.launches == LAUNCHES and HOPPER in args.arch
+    rows, broken = judge(made, measured, PIPELINES if ours else ())
+    args.output.write_text(json.dumps(rows, indent=1) + "\n")
 
-    rows: dict[str, dict[str, Any]] = {}
-    broken: list[str] = []
-    for arch, launch, jobs in made:
-        for job in jobs:
-            row = {"kernel": job.kernel, "arch": arch, "dtype": launch.dtype, "tiles": job.tiles}
-            row |= {"options": launch.options} | measured[job.key]
-            if job.key not in rows:
-                where = (
-                    f"{job.kernel} of {launch.name}, sm_{arch}, {launch.dtype}, {tile_text(row)}"
-                )
-                broken += [f"{where}: {fault}" for fault in faults(row)]
-            rows.setdefault(job.key, row)
-        results = [measured[job.key] for job in jobs]
-        if launch.matrix and not any(r.get("matrix") or "error" in r for r in results):
-            broken.append(
-                f"{launch.name}, sm_{arch}, {launch.dtype}: none of its kernels has a dot"
-            )
-    args.output.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-
-    print(table(list(rows.values())))
-    print("K: KiB of shared memory, r: registers a thread")
+    print(table(rows))
+    print("K: KiB of shared memory, r: registers a thread, p: programs a multiprocessor,")
+    print("e: instructions a thread after a tile's last product, ws: warp specialised")
     for fault in broken:
         print(f"FAILED {fault}")
     print(f"{len(rows)} kernels, {len(broken)} faults, written to {args.output}")

@@ -1,19 +1,25 @@
 """What InfoNCE should cost on an H100, from counting alone: nothing in this table is measured.
 
-`python -m bench.cost [--M 4096 ...] [--N ...] [--D 384 ...]`
+`python -m bench.cost [--M 4096 ...] [--N ...] [--D 384 ...] [--aot build/aot.json]`
 
 The launchers themselves run, on tensors that hold nothing: chunks and tiles are theirs, and each
 kernel and torch op is counted as it comes. A launch takes its flops at a rate that cuBLAS reaches,
 or its bytes at the memory's rate, whichever is longer, and a fixed time more: the sum is a lower
 bound. A tensor that a launch takes counts as moved once; the columns of a score kernel once per
-group of row tiles. M queries, N passages, D dims.
+group of row tiles.
+
+A second table is of an H200, and of the kernels as they compile: what `hopper` predicts of them,
+from the file that `python -m bench.aot` writes, beside its targets, and what a result file of such
+a GPU measured. M queries, N passages, D dims.
 """
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +28,18 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rankpo_fast.errors import InputError
 from rankpo_kernels.chunked import info_nce as chunked
 from rankpo_kernels.problem import DIRECTIONS
 from rankpo_kernels.triton.tiles import stores_scores
 
-from .aot import Driver
+from . import hopper, results
+from .aot import HOPPER, Driver
 from .cases.info_nce import DIMS
 from .launch import SYMMETRIC, launch
 from .meter import Meter
 from .peers import cross_entropy
+from .questions import OURS
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ H100 = Rates()
 # Two cores, of which three GEMMs in fp32 reached this: bench/results/2026-11-24-cpu.json.
 CPU = Rates(flops=180e9, bytes=20e9, launch=5e-6)
 SIZES = [4096, 16384, 32768, 65536]
+RESULTS = Path(__file__).parent / "results"
 
 
 def plain_torch(q: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -129,8 +139,52 @@ def table(Ms: Sequence[int], Ns: Sequence[int] | None, Ds: Sequence[int]) -> str
     return "\n".join(lines)
 
 
+def predictions(aot: Path, measured: dict[tuple[str, int], float]) -> str:
+    """A line a pipeline and D: ratios to the products at the rate of a large GEMM."""
+    rows = [row for row in json.loads(aot.read_text()) if row["arch"] == HOPPER]
+    lines = [f"{'pipeline':17}{'D':>5}{'predicted':>11}{'target':>8}{'':6}{'whole step':>11}"
+             f"{'measured':>10}"]  # fmt: skip
+    for name, pipeline in hopper.PIPELINES.items():
+        kernels = hopper.kernels_of(rows, name)
+        for D, target in pipeline.targets.items():
+            if D not in kernels:
+                lines.append(f"{name:17}{D:5} no kernels in {aot}")
+                continue
+            predicted = hopper.ratio(name, kernels[D], D)
+            whole = hopper.ratio(name, kernels[D], D, whole=True)
+            was = f"{measured[name, D]:10.2f}" if (name, D) in measured else f"{'-':>10}"
+            above = "above" if predicted > target else ""
+            lines.append(
+                f"{name:17}{D:5}{predicted:11.2f}{target:8.2f} {above:5}{whole:11.2f}{was}"
+            )
+    return "\n".join(lines)
+
+
+def measurements(folder: Path) -> dict[tuple[str, int], float]:
+    """By pipeline and dims, what the newest result file of an H200 has of SIZE x SIZE in bf16."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            run = results.read(path)
+        except InputError:  # of another kind
+            continue
+        if "H200" not in str(run.machine.get("device")):
+            continue
+        gemm = run.machine.get("rates", {}).get("gemm", {}).get("bfloat16")
+        for result in run.results:
+            name = next((n for n, p in hopper.PIPELINES.items() if p.case == result.case), None)
+            size = [result.shape.get(key) for key in ("M", "N", "dtype")]
+            ours = [row.seconds for row in result.rows if row.implementation == OURS]
+            if name and gemm and size == [hopper.SIZE, hopper.SIZE, "bfloat16"] and any(ours):
+                D = result.shape["D"]
+                flops = hopper.bare_seconds(name, hopper.SIZE, hopper.SIZE, D) * hopper.GEMM
+                found[name, D] = ours[0] * gemm / flops
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cost", description=__doc__)
+    parser.add_argument("--aot", type=Path, default=Path("build/aot.json"))
     parser.add_argument("--M", type=int, nargs="+", default=SIZES)
     parser.add_argument("--N", type=int, nargs="+", help="one for each M; default: equal to it")
     parser.add_argument("--D", type=int, nargs="+", default=DIMS)
@@ -146,6 +200,13 @@ def main() -> None:
     for D in args.D:
         says = next(n for n in (2**k for k in range(8, 24)) if stores_scores(n, D, n))
         print(f"{D:5}{crossover(D):7}{says:7}")
+    print(f"\nPREDICTED, NOT MEASURED, of an H200 at M = N = {hopper.SIZE}:")
+    if args.aot.exists():
+        print("ratios to the products at the rate of a large GEMM; whole step: with norms, sums of")
+        print("tiles, gradients to bf16 and launches\n")
+        print(predictions(args.aot, measurements(RESULTS)))
+    else:
+        print(f"no {args.aot}: `python -m bench.aot` compiles the kernels")
 
 
 if __name__ == "__main__":

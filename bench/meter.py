@@ -64,10 +64,12 @@ class Meter(TorchDispatchMode):
             elif name == "finished_kernel":
                 sides = [side for side in (of["first"], of["second"]) if side.R]
                 flops = sum(2 * side.R * side.N * of["D"] for side in sides)
-            elif of.get("ONLY_OVER"):
+            elif name == "overflowed_kernel":
                 taken = {key: of[key] for key in ONLY_ROWS_OVER}
             elif "GROUP" in of:  # a score kernel
-                flops = 2 * of["R"] * of["N"] * (of["DIMS"][-1] + sum(of["GUIDE_DIMS"]))
+                second = "REFERENCE_DIMS" if "REFERENCE_DIMS" in of else "GUIDE_DIMS"
+                D = of["D"] if "D" in of else of["DIMS"][-1]
+                flops = 2 * of["R"] * of["N"] * (D + sum(of.get(second, ())))
                 walks = triton.cdiv(of["R"], of["BLOCK_M"] * of["GROUP"])
                 again = (walks - 1) * of["b"].x.nbytes
             self._launched(name, flops, taken, again)

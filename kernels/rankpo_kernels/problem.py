@@ -34,6 +34,14 @@ HARDNESS_MODES = (IN_BATCH, HARD, "all_negatives")
 SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
 
 DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
+LARGE_GPU, LARGE_WORKSPACE = 79 * 10**9, 1 << 30  # what GPUs of 80 GB say they have, and take
+
+
+def default_workspace(device_type: str, memory_bytes: int = 0) -> int:
+    """Of a device with so much memory: large chunks are few, and their products fill the GPU."""
+    if device_type == "cuda" and memory_bytes >= LARGE_GPU:
+        return LARGE_WORKSPACE
+    return DEFAULT_WORKSPACE[device_type]
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -115,7 +123,7 @@ class ScoreOptions(Settings):
     """Of every loss over the scores of a batch."""
 
     normalize: bool = True  # similarities are cosines, else dot products
-    workspace_bytes: int | None = None  # for one chunk of scores; None: DEFAULT_WORKSPACE
+    workspace_bytes: int | None = None  # for one chunk of scores; None: default_workspace
     backend: Backend | None = None  # None: triton on CUDA, torch elsewhere and in fp64
 
     def check(self) -> None:
@@ -128,7 +136,9 @@ class ScoreOptions(Settings):
         """Bytes for one chunk of scores."""
         if self.workspace_bytes is not None:
             return self.workspace_bytes
-        return DEFAULT_WORKSPACE[device.type]
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+        return default_workspace(device.type, memory)
 
 
 @dataclass(frozen=True, kw_only=True)

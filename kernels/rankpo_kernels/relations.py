@@ -121,11 +121,19 @@ def listed(relations: Relations, class_M: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(classes), torch.cat(columns)
 
 
+def _numbered(ids_M: Tensor) -> Tensor:
+    """Equal ids as equal numbers below M, which fit 32 bits in a kernel; no host sync."""
+    ids, order = ids_M.sort(stable=True)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[1:] = ids[1:] != ids[:-1]
+    return torch.empty_like(ids_M).scatter_(0, order, new.cumsum(0) - 1)
+
+
 def known(relations: Relations, N: int) -> Known:
     """Sorts of M + N integers; no host sync."""
     M, device = len(relations.labels_M), relations.labels_M.device
     query_ids, passage_ids = relations.query_ids_M, relations.passage_ids_N
-    class_M = torch.arange(M, device=device) if query_ids is None else query_ids.contiguous()
+    class_M = torch.arange(M, device=device) if query_ids is None else _numbered(query_ids)
     text_N = torch.arange(N, device=device) if passage_ids is None else passage_ids.contiguous()
     keys, columns = listed(relations, class_M)
     text_of_key = text_N[columns]

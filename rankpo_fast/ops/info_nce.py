@@ -283,7 +283,7 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             its softmax. For query_to_passage alone, without further positives, own negatives,
             smoothing, prefixes or hardness. 0 is exact; the loss always is.
         workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
-            256 MiB on CUDA.
+            256 MiB on CUDA, 1 GiB on GPUs of 80 GB and more.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
         process_group: of torch.distributed. Each of its ranks scores its own queries against the
             passages of all: the loss is that of one process with all rows in rank order, and

@@ -377,6 +377,7 @@ def test_a_gpu_has_the_shapes_that_matter_first():
     assert waves.index(plain.shapes("cuda", "default")[1]) == len(info_nce.QUESTIONS)
 
 
+@pytest.mark.gpu
 @pytest.mark.long
 def test_the_sweep_takes_the_tiles_it_names(interpreted):
     q, p, labels = (x.detach() for x in info_nce.loss.draw(24, 40, 16, "cpu", torch.bfloat16))

@@ -1,12 +1,16 @@
 """The cost model counts what the launcher launches, and its flops."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cost import H100, PIPELINES, count, plain_torch
+from bench import results
+from bench.cost import H100, PIPELINES, count, measurements, plain_torch, predictions
 from bench.launch import SYMMETRIC, launch
 from bench.meter import Meter
+from bench.questions import Result, Row
 from rankpo_kernels.chunked import info_nce as chunked
 from rankpo_kernels.problem import DIRECTIONS
 from rankpo_kernels.triton.tiles import stores_scores
@@ -29,6 +33,7 @@ def on_meta(*sizes: int):
     return q, p, torch.empty(len(q), dtype=torch.int64, device="meta")
 
 
+@pytest.mark.gpu
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [999, 16], ids=["one-chunk", "three-chunks"])
 @pytest.mark.parametrize("name", HOW)
@@ -95,3 +100,37 @@ def test_where_the_launcher_stores_the_model_finds_it_faster(D):
     for size in sizes:
         stored, exact = (H100.seconds(count(x, size, size, D)) for x in ("stored", "exact"))
         assert stored < exact
+
+
+SCORES = {
+    "kernel": "x", "arch": 90, "epilogue_warps": 8, "programs_per_sm": 1, "programs_meant": 1,
+    "consumers": 2,
+    "tiles": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    "warp_specialized": True, "persistent": True,
+    "prologue": {"all": 100}, "epilogue": {"all": 1500},
+    "pipelines": {"forward": dict.fromkeys(("384", "1024", "2048", "4096"), 0)},
+}  # fmt: skip
+
+
+def test_predictions_stand_beside_targets_and_measurements(tmp_path):
+    aot = tmp_path / "aot.json"
+    aot.write_text(json.dumps([SCORES, SCORES | {"arch": 80}]))
+    lines = predictions(aot, {("forward", 384): 1.23}).splitlines()
+    first, last = lines[1].split(), lines[4].split()
+    assert first[:2] == ["forward", "384"] and first[-1] == "1.23" and "above" in first
+    assert last[:2] == ["forward", "4096"] and last[-1] == "-" and "above" not in last
+    assert "no kernels" in lines[5]
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_what_an_h200_measured_is_found(tmp_path, device):
+    n, D, rate = 16384, 1024, 800e12
+    shape = {"M": n, "N": n, "D": D, "dtype": "bfloat16"}
+    seconds = 1.25 * 6 * n * n * D / rate
+    rows = (Row("3 GEMMs", seconds=1.0), Row("rankpo-fast", seconds=seconds))
+    result = Result("info_nce", "loss", "?", shape, rows)
+    machine = {"device": device, "rates": {"gemm": {"bfloat16": rate}, "copy": 4e12}}
+    results.write(tmp_path / "a.json", results.Run(machine, [result]))
+    (tmp_path / "b.json").write_text("{}")
+    found = measurements(tmp_path)
+    assert found == ({("stored", D): pytest.approx(1.25, rel=1e-3)} if "H200" in device else {})

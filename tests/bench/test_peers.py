@@ -35,6 +35,7 @@ def run(peer, q, p, labels, symmetric):
     return value.detach(), *torch.autograd.grad(value, (q, p))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one-directional", "symmetric"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_is_the_loss_in_fp64_and_leaves_its_inputs(name, symmetric):

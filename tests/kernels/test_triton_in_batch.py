@@ -23,7 +23,7 @@ from support.info_nce_problems import LAYOUTS
 from support.interpreter import LAST_FIRST, grid_order, shadow_memory
 from support.launcher import SMALL, NoSync, Work, launches, on_device
 
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("interpreted")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 interpreted_alone = pytest.mark.skipif(

@@ -31,7 +31,10 @@ from support.launcher import (
     uneven,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck"),
+]
 pipelines = pytest.mark.parametrize("pipeline", PIPELINES)
 FEW = ["not-cosine", "margin", "guide", "smoothing", "passage-to-query", "both-ways"]
 FEW += ["both-ways-apart", "hard-in-batch", "hard-both-ways"]  # options that few launches serve

@@ -21,7 +21,7 @@ from support.info_nce_problems import LAYOUTS
 from support.interpreter import LAST_FIRST, grid_order, shadow_memory
 from support.launcher import DEVICE, Work, launches
 
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("interpreted")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 interpreted_alone = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="looks into the interpreter"

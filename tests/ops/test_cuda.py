@@ -23,7 +23,10 @@ from support.gates import draw, error, gates
 from support.info_nce_problems import GRID
 from support.launcher import LOW, TIGHT, assert_equals_definition, option_case
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOTH_WAYS = {"directions": DIRECTIONS[:2], "partition": "per_direction"}
 FORMS = {"exact": (False, {}), "stored": (True, {}), "both-ways": (False, BOTH_WAYS)}

@@ -54,7 +54,7 @@ def triton(interpreted, monkeypatch):
     return {"backend": "triton"}
 
 
-@pytest.fixture(params=["native", "torch", "triton"])
+@pytest.fixture(params=["native", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def options(request, monkeypatch):
     """What takes this holds on every path: options that choose it."""
     if request.param == "triton":
@@ -158,6 +158,7 @@ def test_loss_and_gradients_pass_the_gates(M, N, D, loss, dtype, converged, temp
     pass_the_gates(loss, q, p, options | {"workspace_bytes": 8 * 16 * N}, temperature, numbers)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("converged", [False, True], ids=["fresh", "converged"])
 @pytest.mark.parametrize(

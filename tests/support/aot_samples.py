@@ -17,6 +17,8 @@ class Launch:
     options: str
     run: Callable[[], None]
     matrix: bool
+    pipeline: str | None = None
+    dims: tuple[int, ...] = (384, 1024, 2048, 4096)
 
 
 @triton.jit
@@ -35,6 +37,24 @@ def gemm_kernel(
         b = tl.load(b_ptr + offs_n[None, :] * stride_b + start_k + offs_k[:, None])
         acc = tl.dot(a, b, acc)
     tl.store(c_ptr + offs_m[:, None] * stride_c + offs_n[None, :], acc)
+
+
+@triton.jit
+def specialized_kernel(
+    a_ptr, b_ptr, out_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """out [tiles of N, M] = row sums of exp2(a b'), by warps with roles that walk over tiles."""
+    a = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    b = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, warp_specialize=True):
+        start_m, start_n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start_k in range(0, K, BLOCK_K):
+            acc = tl.dot(a.load([start_m, start_k]), b.load([start_n, start_k]).T, acc)
+        to = out_ptr + tile // tiles_m * M + start_m + tl.arange(0, BLOCK_M)
+        tl.store(to, tl.sum(tl.exp2(acc), 1))
 
 
 @triton.jit
@@ -66,6 +86,14 @@ def gemm(
     )  # fmt: skip
 
 
+def specialized() -> None:
+    a, b = torch.empty(2, 512, 512, dtype=torch.bfloat16)
+    specialized_kernel[(132,)](
+        a, b, torch.empty(2, 512), 512, 512, 512,
+        BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PROGRAMS=132, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
 def spill() -> None:
     x = torch.empty(16384, dtype=torch.bfloat16)
     centred_kernel[(1,)](x, x, BLOCK_N=16384, num_warps=1)  # 512 numbers a thread
@@ -83,6 +111,8 @@ def good() -> None:
 
 RUNS = {
     "good": good,
+    "specialized": specialized,
+    "large": lambda: gemm(torch.bfloat16, 128, 128, 64, warps=8, stages=4),
     "spill": spill,
     "shared": lambda: gemm(torch.bfloat16, 128, 128, 128, warps=4, stages=5),
     "matrix": lambda: gemm(torch.bfloat16, 16, 16, 32, warps=1, stages=2),
@@ -94,4 +124,5 @@ RUNS = {
 
 def launches() -> Iterator[Launch]:
     for name in os.environ["SAMPLES"].split():
-        yield Launch(name, "bf16", "", RUNS[name], matrix=name not in ("spill", "error"))
+        pipeline = "forward" if name == "specialized" else None
+        yield Launch(name, "bf16", "", RUNS[name], name not in ("spill", "error"), pipeline)

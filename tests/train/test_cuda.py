@@ -12,7 +12,10 @@ from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.cache import CachedVectors
 from support.model_families import FAMILIES, make_batch, make_encoder
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 CARD = torch.device("cuda")
 
 

@@ -13,6 +13,7 @@ from rankpo_kernels.triton import products
 from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Masks, Side
 from rankpo_kernels.triton.tiles import Tiles
+from rankpo_kernels.triton.waves import equal_rows, rows_of_chunk
 
 LEAST = torch.finfo(torch.float32).tiny  # a GPU may take what is smaller for 0
 
@@ -42,17 +43,21 @@ def padded(N: int) -> int:
 
 
 def chunks_of(
-    rows: int, columns: int, row_bytes: int, workspace_bytes: int, block: int
-) -> list[slice]:
-    """About equal slices of as many rows as the workspace holds, whole tiles where that allows."""
+    rows: int, columns: int, row_bytes: int, workspace_bytes: int, block: int,
+    products: tuple[int, int] | None = None,
+) -> list[slice]:  # fmt: skip
+    """Slices of as many rows as the workspace holds, about equal ones; with `products`, which are
+    (dims of their results, multiprocessors), such that they fill whole waves of those."""
     if (most := workspace_bytes // row_bytes) < 1:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} is too small for one row of {columns} passages: it "
             f"takes {row_bytes}"
         )
-    each = -(-rows // -(-rows // most))
-    if most >= block:
-        each = min(-(-each // block) * block, most // block * block)
+    if products is None:
+        each = equal_rows(rows, most, block)
+    else:
+        dims, sms = products
+        each = rows_of_chunk(rows, columns, dims, most, block, sms)
     return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 

@@ -44,16 +44,24 @@ from rankpo_kernels.triton.passes import (
 )
 from rankpo_kernels.triton.products import Product, Totals
 from rankpo_kernels.triton.rows import Scale
-from rankpo_kernels.triton.tiles import Tiles, score_tiles, stores_scores, takes_few_launches
+from rankpo_kernels.triton.streamed import streams
+from rankpo_kernels.triton.tiles import (
+    Tiles,
+    score_tiles,
+    stores_scores,
+    streamed_tiles,
+    takes_few_launches,
+)
 
 
 def info_nce(
     problem: InfoNCEProblem, weights_M: Tensor | None = None,
     needs: tuple[bool, bool, bool, bool] = (False,) * 4,
-    *, tiles: Tiles | None = None, stored: bool | None = None, few: bool | None = None,
+    *, tiles: Tiles | None = None, streamed: Tiles | None = None, stored: bool | None = None,
+    few: bool | None = None,
 ) -> InfoNCEResult:  # fmt: skip
-    """Losses and gradients as `chunked.info_nce`; `tiles`, `stored` and `few` (launches) override
-    the tables."""
+    """Losses and gradients as `chunked.info_nce`; `tiles`, `streamed`, `stored` and `few`
+    (launches) override the tables."""
     needed = Needs() if weights_M is None else Needs(*needs)
     if not len(problem.q_MD):
         return _nothing(problem, needed)
@@ -72,8 +80,11 @@ def info_nce(
     if few is None:
         few = takes_few_launches(q_MD.dtype, M, D, N)
     few = few and not stored and products_needed
-    tiles = tiles or score_tiles(q_MD.dtype, relations, settings, stored, few)
-    p = Inputs.of(problem, tiles)
+    if tiles is None:
+        tiles = score_tiles(q_MD.dtype, relations, settings)
+        if not few and streams(q_MD, p_ND):
+            streamed = streamed or streamed_tiles(q_MD.dtype, D, relations, settings)
+    p = Inputs.of(problem, tiles, streamed)
     if few and _is_one_chunk(p):
         return _in_few_launches(p, weights, needed)
     if one_softmax:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, Needs, gradient_dtype
 from rankpo_kernels.relations import Pairs, expand
-from rankpo_kernels.triton import products, rows, scores
+from rankpo_kernels.triton import gradients, products, rows
 from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, product, torch_number
 from rankpo_kernels.triton.inputs import Inputs, passage_block, query_block, score_block
 from rankpo_kernels.triton.passes import (
@@ -27,7 +27,7 @@ from rankpo_kernels.triton.passes import (
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs
-from rankpo_kernels.triton.tiles import FUSION
+from rankpo_kernels.triton.tiles import FUSION, multiprocessors
 
 
 def general(p: Inputs, own_HD: Tensor | None, weights: Scale, needs: Needs) -> InfoNCEResult:
@@ -150,7 +150,8 @@ def _add_block(
     # Without one bound of both rows and columns, fp16 could overflow: its gradients stay fp32.
     dtype = torch.float32 if p.q_MD.dtype == torch.float16 else p.q_MD.dtype
     row_bytes = L * padded(N) * dtype.itemsize
-    chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, p.tiles.BLOCK_M)
+    products = (p.dims[-1], multiprocessors(block.b.device))
+    chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, p.tiles.BLOCK_M, products)
     out = p.new(L, chunks[0].stop, padded(N), dtype=dtype)
     for part in chunks:
         R = part.stop - part.start
@@ -219,7 +220,7 @@ def _scatter_pairs(p: Inputs, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, par
     value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes
     (L, R, _), K = G_LRN.shape, len(rows_K)
     if K:
-        scores.scatter_kernel[(triton.cdiv(K, 128), L)](
+        gradients.scatter_kernel[(triton.cdiv(K, 128), L)](
             G_LRN, rows_K, columns_K, value_LK, part.start, R, K, G_LRN.stride(1), G_LRN.stride(0),
             128, **FUSION,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from rankpo_kernels.triton.blocks import (
 from rankpo_kernels.triton.inputs import Inputs, score_block
 from rankpo_kernels.triton.passes import (
     launch_gradients,
+    launch_overflowed,
     launch_statistics,
     output_rows,
     pair_outputs,
@@ -35,14 +36,16 @@ from rankpo_kernels.triton.passes import (
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials
 from rankpo_kernels.triton.slopes import PairOutputs, Stored
+from rankpo_kernels.triton.tiles import multiprocessors
 
 
 def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResult:
     M, block = len(p.q_MD), score_block(p, QP, None)
-    chunks = chunks_of(
-        M, len(p.p_ND), _row_bytes(p, block, needs.q or needs.p), p.workspace_bytes, p.tiles.BLOCK_M
-    )
-    outputs = pair_outputs(p, needs.q or needs.p, needs.scale)
+    with_gradients = needs.q or needs.p
+    products = (p.dims[-1], multiprocessors(p.q_MD.device)) if with_gradients else None
+    row_bytes, block_m = _row_bytes(p, block, with_gradients), p.row_tiles.BLOCK_M
+    chunks = chunks_of(M, len(p.p_ND), row_bytes, p.workspace_bytes, block_m, products)
+    outputs = pair_outputs(p, with_gradients, needs.scale)
     memory = Memory.of(p, chunks[0].stop, needs, stored)
     if memory.relative:
         outputs = outputs._replace(factor_M=p.new(M))
@@ -61,7 +64,7 @@ def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResul
 
 
 def _tiles_n(p: Inputs) -> int:
-    return triton.cdiv(len(p.p_ND), p.tiles.BLOCK_N)
+    return triton.cdiv(len(p.p_ND), p.row_tiles.BLOCK_N)
 
 
 def _row_bytes(p: Inputs, block: Block, with_gradients: bool) -> int:
@@ -139,10 +142,14 @@ def _write_gradients(
     assert memory.G_RN is not None
     if p.settings.gradient_filter:
         live = p.new(triton.cdiv(R, tiles.BLOCK_M), _tiles_n(p), dtype=torch.int32)
+    G_RN, of_rows, labels_LR = memory.G_RN[:R], local.qp, local.slope_LP
+    if memory.weighted_RD is not None:
+        assert labels_LR is not None and memory.inverse_top is not None
+        launch_overflowed(p, block, part, G_RN, of_rows, labels_LR, memory.inverse_top)
+        return None
     launch_gradients(
-        p, block, part, memory.G_RN[None, :R], row_slopes=local.qp, label_slope_LR=local.slope_LP,
+        p, block, part, G_RN[None], row_slopes=of_rows, label_slope_LR=labels_LR,
         inverse_top=memory.inverse_top, tile_parts=None if live is None else parts, live=live,
-        only_over=memory.weighted_RD is not None,
         filter_mass=p.settings.gradient_filter * tiles.BLOCK_N / N,
     )  # fmt: skip
     return live

@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     relations: Relations
     settings: InfoNCESettings
     tiles: Tiles
+    streamed: Tiles | None  # of `streamed`, for passes over the scores that it can do
     dims: tuple[int, ...]
     pairs: Pairs | None  # None where there are the labels alone
     known: Known | None  # None where it is labels and their places alone
@@ -37,7 +38,7 @@ class Inputs(NamedTuple):
     guide: Guide | None
 
     @staticmethod
-    def of(problem: InfoNCEProblem, tiles: Tiles) -> "Inputs":
+    def of(problem: InfoNCEProblem, tiles: Tiles, streamed: Tiles | None) -> "Inputs":
         q_MD, p_ND, _, scale, relations, settings = problem
         M, N, labels_M = len(q_MD), len(p_ND), relations.labels_M
         dims = tuple(prefix for prefix, _ in settings.levels(q_MD.shape[1]))
@@ -58,7 +59,7 @@ class Inputs(NamedTuple):
         margin = settings.false_negative_margin is not None
         keyed = not relations.labels_alone or {QQ, PP} & set(settings.directions)
         return Inputs(
-            q_MD, p_ND, as_number(scale), relations, settings, tiles, dims, pairs,
+            q_MD, p_ND, as_number(scale), relations, settings, tiles, streamed, dims, pairs,
             known(relations, N) if keyed else None, inverse_q, inverse_p, similarity_LP,
             limits(judged_LM, settings).contiguous() if margin else None, guide,
         )  # fmt: skip
@@ -72,6 +73,11 @@ class Inputs(NamedTuple):
         if self.pairs is None:
             return torch.arange(len(self.q_MD), device=self.q_MD.device)
         return self.pairs.rows_P
+
+    @property
+    def row_tiles(self) -> Tiles:
+        """Of a pass along rows alone."""
+        return self.streamed or self.tiles
 
     @property
     def workspace_bytes(self) -> int:

@@ -3,7 +3,7 @@ are not here. Tensors lie on the CPU and hold nothing; shapes only choose the sp
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,10 +29,14 @@ class Launch(NamedTuple):
     options: str
     run: Callable[[], object]
     matrix: bool  # holds a tl.dot
+    pipeline: str | None = None  # of `python -m bench.cost`, whose kernels these are
+    dims: tuple[int, ...] = ()  # for which its tiles are taken
 
 
 M, N, D = 256, 512, 1024  # whole tiles, as most batches have
 DIMS = (64, 256, 1024)
+NARROW = 384  # dims, of which Hopper takes other tiles than of 1024
+WIDE = (1024, 2048, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = torch.zeros(N, dtype=torch.int64)
 IDS = {"query_ids_M": INTEGERS[:M], "passage_ids_N": INTEGERS}
@@ -43,6 +47,16 @@ def launches() -> Iterator[Launch]:
     yield from info_nce_launches()
     yield from in_batch_launches()
     yield from rankpo_launches()
+
+
+def _launch(
+    name: str, dtype: torch.dtype, options: str, run: Callable[[], object],
+    pipelines: dict[str, str],
+) -> Launch:  # fmt: skip
+    narrow = options.removesuffix(", D=384")
+    pipeline = pipelines.get(narrow) if dtype == torch.bfloat16 else None
+    dims = WIDE if narrow == options else (NARROW,)
+    return Launch(name, str(dtype).removeprefix("torch."), options, run, True, pipeline, dims)
 
 
 def _batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -114,8 +128,19 @@ def info_nce_launches() -> Iterator[Launch]:
                 "plain, filter": loss(gradient_filter=1e-3),
                 "matryoshka, everything": loss(every, own=p[:M], **matryoshka, **learnt),
             }
+        pipelines = {"plain, forward": "forward", "plain, stored": "stored",
+                     "symmetric": "both directions"}  # fmt: skip
+        narrow: dict[str, dict[str, Any]] = {
+            "plain, forward": {"needs": (False,) * 4},
+            "plain, stored": {"stored": True},
+            "plain, stored, learnt scale": {"stored": True, **learnt},
+            "plain": {},
+            "symmetric": apart,
+        }
+        if dtype == torch.bfloat16:
+            cases |= {f"{name}, D=384": loss(D=NARROW, **how) for name, how in narrow.items()}
         for options, run in cases.items():
-            yield Launch("info_nce", str(dtype).removeprefix("torch."), options, run, True)
+            yield _launch("info_nce", dtype, options, run, pipelines)
 
 
 def in_batch_launches() -> Iterator[Launch]:
@@ -154,8 +179,10 @@ def in_batch_launches() -> Iterator[Launch]:
                 "hinge, everything": loss(ids | guide, kind="hinge", **sft),
                 "siglip, ids": loss(ids, kind="siglip"),
             }
+        if dtype == torch.bfloat16:
+            cases |= {"rankpo, D=384": loss(D=NARROW), "hinge, D=384": loss(D=NARROW, kind="hinge")}
         for options, run in cases.items():
-            yield Launch("in_batch", str(dtype).removeprefix("torch."), options, run, True)
+            yield _launch("in_batch", dtype, options, run, {"rankpo": "in-batch RankPO"})
 
 
 def rankpo_launches() -> Iterator[Launch]:

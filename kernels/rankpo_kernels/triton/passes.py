@@ -5,7 +5,7 @@ R rows of a chunk, M queries, N passages, P positive pairs, L prefixes.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +14,21 @@ from torch import Tensor
 
 from rankpo_kernels.objective import Stats, add_ranks_, of_all_ranks
 from rankpo_kernels.problem import PP, PQ, QP, QQ
-from rankpo_kernels.triton import rows, scores, slopes
+from rankpo_kernels.triton import rows, slopes
 from rankpo_kernels.triton.blocks import Block, chunks_of
+from rankpo_kernels.triton.gradients import gradients_kernel, overflowed_kernel
 from rankpo_kernels.triton.inputs import Inputs
 from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs, Softmax, Softmaxes, Stored
-from rankpo_kernels.triton.tiles import FUSION, Tiles
+from rankpo_kernels.triton.statistics import statistics_kernel
+from rankpo_kernels.triton.streamed import (
+    folded,
+    launch_streamed,
+    streamed_gradients_kernel,
+    streamed_statistics_kernel,
+)
+from rankpo_kernels.triton.tiles import FUSION
 
 
 def partials(
@@ -40,14 +48,21 @@ def launch_statistics(
     column_parts: Partials | None, positive_R: Tensor | None = None,
     inverse_top: Tensor | None = None, stored: Tensor | None = None,
 ) -> None:  # fmt: skip
-    tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
+    R, N = part.stop - part.start, len(block.b)
+    if p.streamed is not None and row_parts is not None and column_parts is None:
+        launch_streamed(
+            streamed_statistics_kernel, p.streamed, block, part, row_parts, positive_R, inverse_top,
+            stored, p.scale, R, N, 0 if stored is None else stored.stride(0),
+        )  # fmt: skip
+        return
+    tiles = p.tiles
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
-    scores.statistics_kernel[grid](
+    statistics_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
         row_parts or absent(Partials), column_parts or absent(Partials),
         positive_R, inverse_top, stored,
         p.scale, R, N, 0 if stored is None else stored.stride(0),
-        p.dims, block.guide_dims, block.curated, **tile_arguments(tiles),
+        p.dims, block.guide_dims, block.curated, **tiles.arguments,
     )  # fmt: skip
 
 
@@ -56,19 +71,52 @@ def launch_gradients(
     column_slopes: Slopes | None = None, label_slope_LR: Tensor | None = None,
     inverse_top: Tensor | None = None, tile_parts: Partials | None = None,
     live: Tensor | None = None, along: tuple[Tensor | None, Tensor | None] = (None, None),
-    filter_mass: float = 0.0, only_over: bool = False,
+    filter_mass: float = 0.0,
 ) -> None:  # fmt: skip
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
-    if only_over:  # a row that overflows works for all rows of its tile
-        tiles = replace(tiles, BLOCK_M=min(64, tiles.BLOCK_M))
+    if _streams_gradients(p, block, row_slopes, column_slopes, label_slope_LR, live, along):
+        assert p.streamed is not None and row_slopes is not None and label_slope_LR is not None
+        launch_streamed(
+            streamed_gradients_kernel, p.streamed, block, part, folded(row_slopes),
+            column_slopes and folded(column_slopes), label_slope_LR[0], inverse_top, out_LRN[0],
+            p.scale, R, N, out_LRN.stride(1),
+        )  # fmt: skip
+        return
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
-    scores.gradients_kernel[grid](
+    gradients_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
         row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR,
         inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
         p.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
         0 if label_slope_LR is None else label_slope_LR.stride(0),
-        p.dims, block.guide_dims, block.curated, only_over, **tile_arguments(tiles),
+        p.dims, block.guide_dims, block.curated, **tiles.arguments,
+    )  # fmt: skip
+
+
+def _streams_gradients(
+    p: Inputs, block: Block, row_slopes: Slopes | None, column_slopes: Slopes | None,
+    label_slope_LR: Tensor | None, live: Tensor | None, along: tuple[Tensor | None, Tensor | None],
+) -> bool:  # fmt: skip
+    """Not where columns end within a tile and have slopes: that spills."""
+    if p.streamed is None or row_slopes is None or label_slope_LR is None:
+        return False
+    whole = column_slopes is None or len(block.b) % p.streamed.BLOCK_N == 0
+    return whole and block.index is None and live is None and along == (None, None)
+
+
+def launch_overflowed(
+    p: Inputs, block: Block, part: slice, out_RN: Tensor, row_slopes: Slopes,
+    label_slope_LR: Tensor, inverse_top: Tensor,
+) -> None:  # fmt: skip
+    """The rows whose exponentials did not fit: mostly none, so a program looks after all tiles of
+    its rows."""
+    # a row that overflows works for all rows of its tile
+    tiles = replace(p.tiles, BLOCK_M=min(64, p.tiles.BLOCK_M), programs=1)
+    R, N = part.stop - part.start, len(block.b)
+    overflowed_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
+        *block.chunk(part), block.hardness or absent(Hardness), row_slopes, absent(Slopes),
+        label_slope_LR, inverse_top, out_RN, p.scale, R, N, out_RN.stride(0),
+        p.dims, block.guide_dims, block.curated, **tiles.arguments,
     )  # fmt: skip
 
 
@@ -77,10 +125,6 @@ def along_parts(p: Inputs, block: Block, R: int) -> tuple[Tensor, Tensor]:
     L, N = len(p.dims), len(block.b)
     tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
     return p.new(L, tiles_n, R), p.new(L, tiles_m, N)
-
-
-def tile_arguments(tiles: Tiles) -> dict[str, int]:
-    return asdict(tiles) | FUSION
 
 
 def pair_outputs(p: Inputs, gradients: bool, need_scale: bool) -> PairOutputs:

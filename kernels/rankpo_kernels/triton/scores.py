@@ -1,16 +1,13 @@
-"""Score kernels: tiles of S = scale * A B' / (|a| |b|), summed up or turned into gradients, never
-stored whole.
+"""Tiles of scores S = scale * A B' / (|a| |b|), as the kernels of `statistics`, `gradients` and
+`in_batch` take them: the records of their arguments, dot products, and which pairs are closed.
 
-    statistics   per row (or column): logsumexp, softmax mean, top of the unmasked scores
-    gradients    G_ij = scale / (|a_i| |b_j|) * (soft_i exp(s_ij - lse_i) - flat_i, + the same of j)
+A score counts in units of log 2, s * log2(e), where exponentials are of base 2. What is no negative
+of row i: its label, a column whose keys hold the row's class, or one whose similarity (or a
+guide's) lies above the row's limit and that was not curated for the row. Its score is -inf. A mask
+is decided by the same arithmetic in every kernel.
 
-Both recompute a tile by `dots` and `similarity`, so a mask is decided by the same arithmetic in
-both. What is no negative of row i: a column whose keys hold the row's class, or one whose
-similarity (or a guide's) lies above the row's limit and that was not curated for the row. Along the
-rows of query_to_passage hardness adds its share of the similarity to the scores, in exponentials
-alone.
-
-R rows of A, N rows of B (columns of S), D dims, L prefixes of D (DIMS), W walks over a row's tiles.
+R rows of A, N rows of B (columns of S), D dims, L prefixes of D (DIMS). A tile of BLOCK_N columns
+is finished in PARTS, one after the other: fewer numbers stand in registers.
 """
 
 from typing import NamedTuple
@@ -18,13 +15,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from rankpo_kernels import relations
 from rankpo_kernels.relations import Known
-from rankpo_kernels.triton.rows import number
 
 EXEMPT, MASKED = 1, 2  # what a passage that was curated for the row is
 APART = tl.constexpr(relations.APART)
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 class Side(NamedTuple):
@@ -99,6 +97,21 @@ def _whole(dims, block):
     return all(dim % block == 0 for dim in dims)
 
 
+# Such a Triton lets wgmma read shared memory that cp.async wrote, unordered.
+UNFENCED = tl.constexpr(triton.__version__ < "3.7" and not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def proxy_fence(at):
+    """Between copies to shared memory and the tensor cores that read it. Of a loop that Triton
+    pipelines it stays behind the wait for the copies: `make aot` looks that it does."""
+    if UNFENCED:  # noqa: SIM102  a constexpr: what is inside is compiled for such alone
+        if cuda_capability_geq(9):
+            tl.inline_asm_elementwise(
+                "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [at], tl.int32, False, 1
+            )
+
+
 @triton.jit
 def dots(
     acc, a, a_row, stride_ad, b, b_row, stride_bd, level, DIMS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -118,6 +131,8 @@ def dots(
         else:
             x_mk = tl.load(a_mk, mask=offs_k[None, :] < last, other=0.0)
             y_nk = tl.load(b_nk, mask=offs_k[None, :] < last, other=0.0)
+        if x_mk.dtype.primitive_bitwidth == 16:
+            proxy_fence(start)
         # fp32 stays fp32: tf32 is 4e-2 off at temperature 0.01
         acc = tl.dot(x_mk, tl.trans(y_nk), acc, input_precision="ieee")
     return acc
@@ -131,114 +146,189 @@ def rows_of(side, offs):
     return offs.to(tl.int64)
 
 
+# --- factors: a cosine is dot * by_m * by_n ---
+
+
 @triton.jit
-def similarity(acc, a, rows, b, columns, level):
+def row_factors(a, rows, level):
+    """[BLOCK_M]: 1 / |a|, 1 without norms."""
+    if a.inverse_L is not None:
+        return tl.load(a.inverse_L + level * a.inverse_stride + rows)
+    else:
+        return tl.full(rows.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def column_factors(b, offs_n, mask_n, level):
+    """[BLOCK_N]: 1 / |b|, 0 past the end. Masked, not held to the last column: neighbours load
+    together."""
+    if b.inverse_L is not None:
+        inverse = b.inverse_L + level * b.inverse_stride + offs_n
+        return tl.load(inverse, mask=mask_n, other=0.0)
+    else:
+        return tl.where(mask_n, 1.0, 0.0)
+
+
+@triton.jit
+def similarity(acc, a, rows, b, offs_n, mask_n, level):
     """Dot products to cosines; left as they are without norms."""
     if a.inverse_L is not None:
-        inverse_m = tl.load(a.inverse_L + level * a.inverse_stride + rows)
-        inverse_n = tl.load(b.inverse_L + level * b.inverse_stride + columns)
-        acc = acc * inverse_m[:, None] * inverse_n[None, :]
+        by_m, by_n = row_factors(a, rows, level), column_factors(b, offs_n, mask_n, level)
+        acc = acc * by_m[:, None] * by_n[None, :]
     return acc
 
 
-@triton.jit
-def _judged(open_mn, judge_mn, masks, offs_m, offs_n, level, CURATED: tl.constexpr):
-    """What remains open once pairs above the row's limit are closed, and curated ones treated."""
-    if masks.limit_LR is not None:
-        limit_m = tl.load(masks.limit_LR + level * masks.limit_stride + offs_m)
-        close_mn = judge_mn > limit_m[:, None]
-        if CURATED == 1:
-            owner_n = tl.load(masks.owner_N + offs_n)
-            id_m = tl.load(masks.id_R + offs_m)
-            close_mn = close_mn & (id_m[:, None] != owner_n[None, :])
-        open_mn = open_mn & ~close_mn
-    if CURATED == 2:
-        owner_n = tl.load(masks.owner_N + offs_n)
-        id_m = tl.load(masks.id_R + offs_m)
-        open_mn = open_mn & (id_m[:, None] != owner_n[None, :]) & (owner_n != APART)[None, :]
-    return open_mn
+# --- what is no negative: its score becomes -inf ---
 
 
 @triton.jit
-def _hardened(s_mn, similarity_mn, hardness, masks, offs_m, offs_n):
-    """The scores along rows."""
-    if hardness.other is not None:
-        by = hardness.other
-        if masks.owner_N is not None:
-            id_m, owner_n = tl.load(masks.id_R + offs_m), tl.load(masks.owner_N + offs_n)
-            mine_mn = id_m[:, None] == owner_n[None, :]
-            by = tl.where(mine_mn, hardness.chosen, hardness.other)
-        s_mn += by * similarity_mn
+def holds_closed(
+    masks, first_m, first_n, R, N,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile may hold pairs that `closed` closes: most do not, and are not looked through.
+
+    ROWS: past the end of rows too, for sums along columns; others leave such rows unwritten."""
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < R, offs_n < N
+    holds = first_n + BLOCK_N > N
+    if ROWS:
+        holds = holds | (first_m + BLOCK_M > R)
+    if masks.label_R is not None:
+        label_m = tl.load(masks.label_R + offs_m, mask=mask_m, other=-1).to(tl.int32)
+        here_m = (label_m >= first_n) & (label_m < first_n + BLOCK_N)
+        holds = holds | (tl.max(here_m.to(tl.int32), 0) > 0)
+    if masks.keys is not None:
+        class_m = tl.load(masks.class_R + offs_m, mask=mask_m, other=-1).to(tl.int32)
+        least, most = tl.min(tl.where(mask_m, class_m, 2**31 - 1), 0), tl.max(class_m, 0)
+        start_n = tl.load(masks.start_N + offs_n, mask=mask_n, other=0).to(tl.int32)
+        stop_n = tl.load(masks.stop_N + offs_n, mask=mask_n, other=0).to(tl.int32)
+        for step in range(0, tl.max(stop_n - start_n, 0)):
+            at_n = start_n + step
+            key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=-2).to(tl.int32)
+            near_n = (key_n >= least) & (key_n <= most)
+            holds = holds | (tl.max(near_n.to(tl.int32), 0) > 0)
+    return holds
+
+
+@triton.jit
+def closed(
+    s_mn, masks, first_m, first_n, R, N,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf past the end of columns, at the label and at what the row knows."""
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < R, offs_n < N
+    open_mn = mask_n[None, :]
+    if ROWS:
+        open_mn = open_mn & mask_m[:, None]
+    if masks.label_R is not None:
+        label_m = tl.load(masks.label_R + offs_m, mask=mask_m, other=-1).to(tl.int32)
+        open_mn = open_mn & (label_m[:, None] != offs_n[None, :])
+    s_mn = tl.where(open_mn, s_mn, -float("inf"))
+    if masks.keys is not None:
+        class_m = tl.load(masks.class_R + offs_m, mask=mask_m, other=-1).to(tl.int32)
+        start_n = tl.load(masks.start_N + offs_n, mask=mask_n, other=0).to(tl.int32)
+        stop_n = tl.load(masks.stop_N + offs_n, mask=mask_n, other=0).to(tl.int32)
+        # mostly none or one: a passage is a positive of few texts
+        for step in range(0, tl.max(stop_n - start_n, 0)):
+            at_n = start_n + step
+            key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=-2).to(tl.int32)
+            s_mn = tl.where(class_m[:, None] == key_n[None, :], -float("inf"), s_mn)
     return s_mn
 
 
 @triton.jit
-def unrelated(
-    masks, guide_a, guide_b, offs_m, offs_n,
-    GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
+def _judged(s_mn, judge_mn, masks, offs_m, offs_n, mask_n, level, CURATED: tl.constexpr):
+    """Scores, -inf above the row's limit and where curated pairs are no negatives."""
+    if masks.limit_LR is not None or CURATED != 0:
+        open_mn = tl.full(s_mn.shape, 1, tl.int1)
+        if masks.limit_LR is not None:
+            limit_m = tl.load(masks.limit_LR + level * masks.limit_stride + offs_m)
+            close_mn = judge_mn > limit_m[:, None]
+            if CURATED == 1:
+                close_mn = close_mn & ~_curated(masks, offs_m, offs_n, mask_n)
+            open_mn = open_mn & ~close_mn
+        if CURATED == 2:
+            owner_n = tl.load(masks.owner_N + offs_n, mask=mask_n, other=0).to(tl.int32)
+            mine_mn = _curated(masks, offs_m, offs_n, mask_n)
+            open_mn = open_mn & ~mine_mn & (owner_n != APART)[None, :]
+        s_mn = tl.where(open_mn, s_mn, -float("inf"))
+    return s_mn
+
+
+@triton.jit
+def _curated(masks, offs_m, offs_n, mask_n):
+    """[BLOCK_M, BLOCK_N]: whether a passage was chosen for the row."""
+    id_m = tl.load(masks.id_R + offs_m).to(tl.int32)
+    owner_n = tl.load(masks.owner_N + offs_n, mask=mask_n, other=-1).to(tl.int32)
+    return id_m[:, None] == owner_n[None, :]
+
+
+@triton.jit
+def guide_similarity(
+    guide_a, guide_b, safe_m, safe_n, offs_n, mask_n,
+    GUIDE_DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: neither the label nor known to the row, nor found close by a guide."""
-    open_mn = tl.full([BLOCK_M, BLOCK_N], 1, tl.int1)
-    if masks.label_R is not None:
-        open_mn = open_mn & (tl.load(masks.label_R + offs_m)[:, None] != offs_n[None, :])
-    if masks.keys is not None:
-        class_m = tl.load(masks.class_R + offs_m)
-        start_n = tl.load(masks.start_N + offs_n)
-        stop_n = tl.load(masks.stop_N + offs_n)
-        # mostly none or one: a passage is a positive of few texts
-        for step in range(0, tl.max(stop_n - start_n)):
-            at_n = start_n + step
-            key_n = tl.load(masks.keys + at_n, mask=at_n < stop_n, other=0)
-            same_mn = class_m[:, None] == key_n[None, :]
-            open_mn = open_mn & ~(same_mn & (at_n < stop_n)[None, :])
-    if guide_a.x is not None:
-        rows_a, rows_b = rows_of(guide_a, offs_m), rows_of(guide_b, offs_n)
-        judge_mn = dots(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_a * guide_a.stride,
-            guide_a.stride_d, guide_b.x, rows_b * guide_b.stride, guide_b.stride_d,
-            0, GUIDE_DIMS, BLOCK_K,
-        )  # fmt: skip
-        judge_mn = similarity(judge_mn, guide_a, rows_a, guide_b, rows_b, 0)
-        open_mn = _judged(open_mn, judge_mn, masks, offs_m, offs_n, 0, CURATED)
-    return open_mn
+    """[BLOCK_M, BLOCK_N] of other embeddings: the guide's, or a reference's."""
+    rows_a, rows_b = rows_of(guide_a, safe_m), rows_of(guide_b, safe_n)
+    judge_mn = dots(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_a * guide_a.stride,
+        guide_a.stride_d, guide_b.x, rows_b * guide_b.stride, guide_b.stride_d,
+        0, GUIDE_DIMS, BLOCK_K,
+    )  # fmt: skip
+    return similarity(judge_mn, guide_a, rows_a, guide_b, offs_n, mask_n, 0)
 
 
 @triton.jit
-def _part(s_mn, hard_mn, open_mn, partials, at, AXIS: tl.constexpr, mask):
-    """Store the partial statistics of a tile along an axis, at offset `at` of each array; returns
-    the largest scores and the exponentials beside them, 0 where closed. `hard_mn`: with hardness.
-    """
-    if partials.hardest is not None:
-        hardest = tl.max(tl.where(open_mn, s_mn, -float("inf")), AXIS)
-        tl.store(partials.hardest + at, hardest, mask=mask)
-    masked_mn = tl.where(open_mn, hard_mn, -float("inf"))
-    top = tl.max(masked_mn, AXIS)
-    floor = tl.where(top == -float("inf"), 0.0, top)  # nothing is open: exp(-inf - 0) = 0
-    e_mn = tl.exp(masked_mn - (floor[:, None] if AXIS == 1 else floor[None, :]))
-    tl.store(partials.top + at, top, mask=mask)
-    tl.store(partials.z + at, tl.sum(e_mn, AXIS), mask=mask)
-    if partials.zs is not None:
-        tl.store(partials.zs + at, tl.sum(tl.where(open_mn, e_mn * s_mn, 0.0), AXIS), mask=mask)
-    if partials.sum is not None:
-        tl.store(partials.sum + at, tl.sum(tl.where(open_mn, s_mn, 0.0), AXIS), mask=mask)
-        tl.store(partials.count + at, tl.sum(open_mn.to(tl.float32), AXIS), mask=mask)
-    return top, e_mn
-
-
-# exp(s - s_positive + SHIFT) is stored; bf16 has fp32's range, e^+-87: rows of gaps below 35 fit,
-# and their e^-65 beside weights too
-SHIFT = tl.constexpr(30.0)
+def _hardened(t_mn, similarity_mn, hardness, masks, offs_m, offs_n, mask_n):
+    """The scores along rows, in units of log 2."""
+    by = hardness.other * LOG2E
+    if masks.owner_N is not None:
+        mine_mn = _curated(masks, offs_m, offs_n, mask_n)
+        by = tl.where(mine_mn, hardness.chosen * LOG2E, hardness.other * LOG2E)
+    return t_mn + by * similarity_mn
 
 
 @triton.jit
-def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Programs in groups of GROUP tiles of rows, so that those that run together share columns."""
-    pid = tl.program_id(0)
+def scores(
+    dots_mn, judge_mn, a, rows_a, b, masks, hardness, scale, level, rare, first_m, first_n, R, N,
+    CURATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores in units of log 2, -inf where closed: (without hardness, with hardness); `rare`: of a
+    tile that `holds_closed`. A guide's similarities `judge_mn`, or none, decide in place of the
+    tile's own."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n, safe_m = offs_n < N, tl.minimum(first_m + tl.arange(0, BLOCK_M), R - 1)
+    by_m = row_factors(a, rows_a, level) * (scale * LOG2E)
+    by_n = column_factors(b, offs_n, mask_n, level)
+    t_mn = dots_mn * by_n[None, :] * by_m[:, None]
+    if rare:
+        t_mn = closed(t_mn, masks, first_m, first_n, R, N, ROWS, BLOCK_M, BLOCK_N)
+    similarity_mn = None
+    if (judge_mn is None and masks.limit_LR is not None) or hardness.other is not None:
+        similarity_mn = similarity(dots_mn, a, rows_a, b, offs_n, mask_n, level)
+    if judge_mn is None:
+        t_mn = _judged(t_mn, similarity_mn, masks, safe_m, offs_n, mask_n, level, CURATED)
+    else:
+        t_mn = _judged(t_mn, judge_mn, masks, safe_m, offs_n, mask_n, 0, CURATED)
+    h_mn = t_mn
+    if hardness.other is not None:
+        h_mn = _hardened(t_mn, similarity_mn, hardness, masks, safe_m, offs_n, mask_n)
+    return t_mn, h_mn
+
+
+# --- where tiles are ---
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tiles in groups of GROUP tiles of rows, so that those that run together share columns."""
     in_group = GROUP * tiles_n
-    first_m = pid // in_group * GROUP
+    first_m = tile // in_group * GROUP
     group = min(tiles_m - first_m, GROUP)
-    return first_m + pid % in_group % group, pid % in_group // group
+    return first_m + tile % in_group % group, tile % in_group // group
 
 
 @triton.jit
@@ -249,180 +339,18 @@ def tile_at(out, pid_m, pid_n, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def statistics_kernel(
-    a, b, guide_a, guide_b, masks, hardness, rows, columns, positive_R, inverse_top, stored,
-    scale, R, N, stored_stride,
-    DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of scores a program: partial statistics along rows and columns; `stored` keeps
-    exp(s - s_positive + SHIFT) |b|-wise scaled, for gradients that need no second pass."""
-    tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid_m, pid_n = tile_of(tiles_m, tiles_n, GROUP)
-    scale = number(scale)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < R, offs_n < N
-    # the last row stands in for those past the end, which are masked where results leave
-    safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)
-    open_mn = unrelated(
-        masks, guide_a, guide_b, safe_m, safe_n,
-        GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    rows_a, rows_b = rows_of(a, safe_m), rows_of(b, safe_n)
-    dots_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for level in range(len(DIMS)):  # not unrolled: that would take the registers of all levels
-        dots_mn = dots(
-            dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-            level, DIMS, BLOCK_K,
-        )  # fmt: skip
-        similarity_mn = similarity(dots_mn, a, rows_a, b, rows_b, level)
-        left_mn = open_mn
-        if guide_a.x is None:
-            left_mn = _judged(open_mn, similarity_mn, masks, safe_m, safe_n, level, CURATED)
-        s_mn = scale * similarity_mn
-        if rows.top is not None:
-            at = (level * tiles_n + pid_n) * R + offs_m
-            hard_mn = _hardened(s_mn, similarity_mn, hardness, masks, safe_m, safe_n)
-            top_m, e_mn = _part(s_mn, hard_mn, left_mn & mask_n[None, :], rows, at, 1, mask_m)
-            if stored is not None:
-                # a tile far below the row's largest score may underflow: it is nothing beside it
-                by_m = tl.exp(top_m - scale * tl.load(positive_R + safe_m) + SHIFT)
-                if b.inverse_L is not None:
-                    relative_n = tl.load(b.inverse_L + rows_b) * (1.0 / tl.load(inverse_top))
-                    e_mn *= relative_n[None, :]
-                e_mn *= tl.where(top_m == -float("inf"), 0.0, by_m)[:, None]
-                to_mn = tile_at(stored, pid_m, pid_n, stored_stride, BLOCK_M, BLOCK_N)
-                e_mn = e_mn.to(stored.dtype.element_ty)  # 0 past N
-                tl.store(to_mn, e_mn, mask=mask_m[:, None] & (offs_n < stored_stride)[None, :])
-        if columns.top is not None:
-            at = (level * tiles_m + pid_m) * N + offs_n
-            _part(s_mn, s_mn, left_mn & mask_m[:, None], columns, at, 0, mask_n)
+def column_parts(x_mn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """The tile as a tuple of one, two or four tiles side by side."""
+    if PARTS == 1:
+        return (x_mn,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x_mn, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        return column_parts(left, BLOCK_M, BLOCK_N // 2, PARTS // 2) + column_parts(
+            right, BLOCK_M, BLOCK_N // 2, PARTS // 2
+        )
 
 
 @triton.jit
-def _heavy(
-    row_slopes, tile_parts, masks, pid_n, rows, R, filter_mass, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Rows with a pull of which the tile of columns holds the label, or more of the softmax's mass
-    than may be left out."""
-    at_m = pid_n * R + rows
-    lse_m, pulls_m = tl.load(row_slopes.lse + rows), tl.load(row_slopes.soft + rows) != 0
-    mass_m = tl.load(tile_parts.z + at_m) * tl.exp(tl.load(tile_parts.top + at_m) - lse_m)
-    holds_label = tl.load(masks.label_R + rows) // BLOCK_N == pid_n
-    # NaN compares false and must not be filtered away
-    return (((mass_m > filter_mass) | holds_label) & pulls_m) | (mass_m != mass_m)
-
-
-@triton.jit
-def gradients_kernel(
-    a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR, inverse_top,
-    tile_parts, live, out, along_rows, along_columns,
-    scale, filter_mass, R, N, out_stride, level_stride, label_stride,
-    DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr, ONLY_OVER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of d total / d dot a program, at each level the sum over it and longer prefixes.
-
-    ONLY_OVER: only rows with a slope, those that `stored` exponentials could not hold.
-    live: tiles without any row of mass above filter_mass are marked 0 and left unwritten.
-    """
-    tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid_m, pid_n = tile_of(tiles_m, tiles_n, GROUP)
-    scale = number(scale)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < R, offs_n < N
-    safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)
-
-    write_m = mask_m
-    work = True
-    if ONLY_OVER:
-        write_m = mask_m & (tl.load(row_slopes.soft + safe_m) != 0)
-        work = tl.max(write_m.to(tl.int32)) > 0
-    if live is not None:
-        heavy_m = _heavy(row_slopes, tile_parts, masks, pid_n, safe_m, R, filter_mass, BLOCK_N)
-        work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
-        tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
-    if work:
-        open_mn = unrelated(
-            masks, guide_a, guide_b, safe_m, safe_n,
-            GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rows_a, rows_b = rows_of(a, safe_m), rows_of(b, safe_n)
-        # rows are padded to their stride with zeros: whole vectors are stored, and loaded later
-        write_mn = write_m[:, None] & (offs_n < out_stride)[None, :]
-        out_mn = tile_at(out, pid_m, pid_n, out_stride, BLOCK_M, BLOCK_N)
-        dots_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for level in range(len(DIMS)):
-            dots_mn = dots(
-                dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-                level, DIMS, BLOCK_K,
-            )  # fmt: skip
-            similarity_mn = similarity(dots_mn, a, rows_a, b, rows_b, level)
-            left_mn = open_mn
-            if guide_a.x is None:
-                left_mn = _judged(open_mn, similarity_mn, masks, safe_m, safe_n, level, CURATED)
-            s_mn = scale * similarity_mn
-
-            g_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # d total / d s
-            if row_slopes.lse is not None:
-                at_m = level * row_slopes.stride + safe_m
-                hard_mn = _hardened(s_mn, similarity_mn, hardness, masks, safe_m, safe_n)
-                g_mn += tl.load(row_slopes.soft + at_m)[:, None] * tl.exp(
-                    hard_mn - tl.load(row_slopes.lse + at_m)[:, None]
-                )
-                if row_slopes.flat is not None:
-                    g_mn -= tl.load(row_slopes.flat + at_m)[:, None]
-            if column_slopes.lse is not None:
-                at_n = level * column_slopes.stride + safe_n
-                g_mn += tl.load(column_slopes.soft + at_n)[None, :] * tl.exp(
-                    s_mn - tl.load(column_slopes.lse + at_n)[None, :]
-                )
-                if column_slopes.flat is not None:
-                    g_mn -= tl.load(column_slopes.flat + at_n)[None, :]
-            g_mn = tl.where(left_mn, g_mn, 0.0)
-            if label_slope_LR is not None:
-                at_label_m = tl.load(label_slope_LR + level * label_stride + safe_m)
-                label_mn = tl.load(masks.label_R + safe_m)[:, None] == offs_n[None, :]
-                g_mn = tl.where(label_mn, at_label_m[:, None], g_mn)
-            if inverse_top is not None:  # relative: row factors and the largest |b|^-1 come later
-                if b.inverse_L is not None:
-                    relative_n = tl.load(b.inverse_L + rows_b) / tl.load(inverse_top)
-                    g_mn *= relative_n[None, :]
-            else:
-                g_mn = similarity(scale * g_mn, a, rows_a, b, rows_b, level)
-            g_mn = tl.where(mask_n[None, :], g_mn, 0.0)
-            rounded_mn = g_mn.to(out.dtype.element_ty)
-            tl.store(out_mn, rounded_mn, mask=write_mn)
-            if along_rows is not None:
-                # what the products will have along their rows, as it is rounded
-                along_mn = tl.where(write_mn, rounded_mn.to(tl.float32) * dots_mn, 0.0)
-                at_m = (level * tiles_n + pid_n) * R + offs_m
-                tl.store(along_rows + at_m, tl.sum(along_mn, 1), mask=mask_m)
-                at_n = (level * tiles_m + pid_m) * N + offs_n
-                tl.store(along_columns + at_n, tl.sum(along_mn, 0), mask=mask_n)
-            out_mn += level_stride  # not level * level_stride: that may not fit 32 bits
-        if len(DIMS) > 1:
-            # A block of dims takes part in every prefix from its own on.
-            tl.debug_barrier()
-            sum_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for _ in range(len(DIMS)):
-                out_mn -= level_stride
-                sum_mn += tl.load(out_mn, mask=write_mn, other=0.0).to(tl.float32)
-                tl.store(out_mn, sum_mn.to(out.dtype.element_ty), mask=write_mn)
-
-
-@triton.jit(do_not_specialize=["first_row", "R", "K"])
-def scatter_kernel(
-    out, rows_K, columns_K, values_LK, first_row, R, K, out_stride, level_stride,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[l, row - first_row, column] = value, for the pairs whose row is in this chunk."""
-    level = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows_K + offs, mask=offs < K, other=-1) - first_row
-    column = tl.load(columns_K + offs, mask=offs < K, other=0)
-    value = tl.load(values_LK + level * K + offs, mask=offs < K, other=0.0)
-    to = out + level * level_stride + row * out_stride + column
-    tl.store(to, value.to(out.dtype.element_ty), mask=(row >= 0) & (row < R))
+def finite(x):
+    """0 for -inf: exp(-inf - 0) = 0 where nothing is open."""
+    return tl.where(x == -float("inf"), 0.0, x)

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rankpo_kernels.triton.rows import absent, number
-from rankpo_kernels.triton.scores import SHIFT, Partials, Slopes
+from rankpo_kernels.triton.scores import Partials, Slopes, finite
+from rankpo_kernels.triton.statistics import SHIFT
 from rankpo_kernels.triton.tiles import FUSION
 
 BLOCK = 32  # rows a program
@@ -94,11 +95,6 @@ def sigmoid(x):
 
 
 @triton.jit
-def _finite(x):
-    return tl.where(x == -float("inf"), 0.0, x)
-
-
-@triton.jit
 def _merged(softmax, level, R, rows):
     """(top, z, zs, sum, count, hardest) of rows (below R) over all their parts."""
     parts, n_parts = softmax.parts, softmax.n_parts
@@ -115,7 +111,7 @@ def _merged(softmax, level, R, rows):
             hardest = tl.maximum(hardest, part)
     top = tl.max(top, 0)
     hardest = top if parts.hardest is None else tl.max(hardest, 0)
-    floor = _finite(top)
+    floor = finite(top)
     z, zs, total, count = none, none, none, none
     for first in range(0, n_parts, PARTS):
         offs_p = first + tl.arange(0, PARTS)
@@ -137,7 +133,7 @@ def _union(a, b):
     top_a, z_a, zs_a, sum_a, count_a, hardest_a = a
     top_b, z_b, zs_b, sum_b, count_b, hardest_b = b
     top = tl.maximum(top_a, top_b)
-    floor = _finite(top)
+    floor = finite(top)
     by_a, by_b = tl.exp(top_a - floor), tl.exp(top_b - floor)
     z, zs = z_a * by_a + z_b * by_b, zs_a * by_a + zs_b * by_b
     return top, z, zs, sum_a + sum_b, count_a + count_b, tl.maximum(hardest_a, hardest_b)
@@ -165,7 +161,7 @@ def _pair(s, sums, whole, omega, smoothing, COPIES: tl.constexpr, JOINT: tl.cons
     lse = _lse(whole)
     gap = lse - s - LOG
     loss, pull = softplus(gap) + LOG, sigmoid(gap)
-    soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), -pull
+    soft, slope = pull * tl.exp(_lse(sums) - finite(lse)), -pull
     flat = tl.zeros_like(pull)
     if smoothing is not None:  # a mean over all candidates, the positive among them
         _, _, _, total, count, _ = whole

@@ -4,12 +4,12 @@ None of it is measured yet: the figures are from flops, bytes (`python -m bench.
 compiles without spills (`make aot`). `python -m bench` on a GPU sweeps the tiles.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
 
-from rankpo_kernels.problem import InfoNCESettings, is_plain
+from rankpo_kernels.problem import InfoNCESettings
 from rankpo_kernels.relations import Relations
 
 FUSION = {"enable_fp_fusion": True}  # said at every launch: Triton's default is about to change
@@ -23,39 +23,72 @@ class Tiles:
     num_warps: int
     num_stages: int
     GROUP: int = 8  # tiles of rows that walk the columns together, their rows staying in L2
+    PARTS: int = 1  # of its columns, finished one after the other: fewer numbers in registers
+    programs: int = 1  # that are meant to share a multiprocessor: `make aot` looks that they fit
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Of a launch."""
+        return {name: x for name, x in asdict(self).items() if name != "programs"} | FUSION
 
 
-# 64 numbers of a score tile a thread, two warp groups of wgmma 64 x 128: what an epilogue adds must
-# fit beside them in 255 registers. A thread also holds a value for each of its columns from every
-# vector along the columns, so what reads many of them takes fewer columns.
-WIDE = Tiles(128, 128, 64, num_warps=8, num_stages=3)
-SLIM = Tiles(128, 64, 64, num_warps=8, num_stages=3)
-SMALL = Tiles(64, 64, 32, num_warps=8, num_stages=4)
+# Two programs share a multiprocessor, so that one's epilogue runs beside the other's products. Of
+# four warps each thread may have 255 registers then, 128 of which hold its part of a WIDE tile.
+# SLIM reads half as much again from L2 for a product: for what spills in the other.
+WIDE = Tiles(128, 128, 64, num_warps=4, num_stages=3, PARTS=4, programs=2)
+SLIM = Tiles(128, 64, 64, num_warps=4, num_stages=3, PARTS=2, programs=2)
+# A program of `streamed`: twelve warps, two thirds of which multiply and finish 64 x 256 each.
+STREAMED = Tiles(128, 256, 64, num_warps=4, num_stages=3)
+SMALL = Tiles(64, 64, 32, num_warps=4, num_stages=4)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
 
 
-def score_tiles(
-    dtype: torch.dtype, relations: Relations, settings: InfoNCESettings, stored: bool, few: bool
-) -> Tiles:  # fmt: skip
+def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESettings) -> Tiles:
     if dtype == torch.float32:
         return FULL
     if relations.guide is not None or len(settings.matryoshka_dims or ()) > 1:
         return SMALL  # two accumulators, or one that outlives several epilogues
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
-    masked = judged or not relations.labels_alone
-    if masked or few or settings.gradient_filter or not is_plain(relations, settings):
-        return SLIM  # few launches: their gradients keep dot products beside the slopes
-    # tensor memory of sm_100 comes as 64 columns a thread, with wgmma they are 32
-    relative = stored or dtype == torch.float16
-    return SLIM if relative and _architecture() >= 100 else WIDE
+    return SLIM if judged else WIDE  # similarities beside the scores
+
+
+def streamed_tiles(
+    dtype: torch.dtype, D: int, relations: Relations, settings: InfoNCESettings
+) -> Tiles | None:
+    """For passes over scores whose rows know their labels alone; None where others are taken. By
+    the model of `python -m bench.cost` from D = 768 on: below, the epilogue is longer than what a
+    wide tile saves."""
+    if dtype != torch.bfloat16 or D < 768 or _architecture() != 90:
+        return None
+    one_level = len(settings.matryoshka_dims or (D,)) == 1 and not settings.label_smoothing
+    judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
+    plain = relations.labels_alone and one_level and not judged and not settings.gradient_filter
+    return STREAMED if plain else None
+
+
+def pair_tiles(dtype: torch.dtype, reference: bool, more: bool) -> Tiles:
+    """Of losses over pairs; `more`: SFT or the scale's moment, which stand beside x."""
+    if dtype == torch.float32:
+        return FULL
+    if reference:
+        return SMALL
+    # wgmma reads its operands from shared memory, mma.sync holds them in registers
+    return SLIM if more or _architecture() == 80 else WIDE
 
 
 def _architecture() -> int:
     if triton.knobs.runtime.interpret:
         return 0
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def multiprocessors(device: torch.device) -> int:
+    """0 where nobody knows, as in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def takes_few_launches(dtype: torch.dtype, M: int, D: int, N: int) -> bool:
