@@ -82,9 +82,9 @@ PIPELINES = {
 
 
 # What is known to miss its target, with the figure above which it may not rise. At D = 384 a tile
-# of 128 x 128 takes 19 % longer to come from L2 than to be multiplied, and exponentials longer still
-# to leave; a wider one has an epilogue of half its products, beside which nothing runs. RankPO's
-# epilogue of 29 instructions a score spills in the wider one, which its D = 4096 would need.
+# of 128 x 128 takes 19 % longer to come from L2 than to be multiplied, and what it stores goes the
+# same way; a wider one's epilogue takes half as long as its products, and nothing runs beside it.
+# RankPO's epilogue of 29 instructions a score spills in the wider one, which D = 4096 would need.
 MISSED = {(FORWARD, 384): 1.20, (STORED, 384): 1.17, (RANKPO, 384): 1.25, (RANKPO, 4096): 1.08}
 
 

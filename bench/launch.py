@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from rankpo_kernels.problem import (
-    DEFAULT_WORKSPACE,
+    LARGE_GPU,
     PQ,
     QP,
     InfoNCEProblem,
     InfoNCEResult,
     InfoNCESettings,
+    default_workspace,
 )
 from rankpo_kernels.relations import Relations
 from rankpo_kernels.triton.info_nce import info_nce
@@ -23,14 +24,19 @@ from .peers import SCALE
 SYMMETRIC = {"directions": (QP, PQ), "partition": "per_direction"}
 
 
+def workspace(x: Tensor, kind: str) -> int | None:
+    """Of the device that x lies on; of a GPU of 80 GB where it holds nothing."""
+    return None if x.device.type == "cuda" else default_workspace(kind, LARGE_GPU)
+
+
 def launch(
     q: Tensor, p: Tensor, labels: Tensor, *, function: Callable = info_nce, grads: bool = True,
     options: dict | None = None, **overrides: Any,
 ) -> InfoNCEResult:  # fmt: skip
     """Losses, and gradients of embeddings; `options` are those of InfoNCESettings, overrides
     (tiles, stored, few) the launcher's."""
-    workspace = DEFAULT_WORKSPACE["cpu" if function is not info_nce else "cuda"]
-    settings = InfoNCESettings(**{"workspace_bytes": workspace} | (options or {}))
+    kind = "cpu" if function is not info_nce else "cuda"
+    settings = InfoNCESettings(**{"workspace_bytes": workspace(q, kind)} | (options or {}))
     scale = torch.tensor(SCALE, dtype=torch.float64)
     problem = InfoNCEProblem(q, p, None, scale, Relations(labels), settings)
     weight = torch.tensor(1 / max(1, len(q))) if grads else None  # of every query

@@ -16,7 +16,6 @@ from torch import Tensor
 from rankpo_fast.ops.rankpo import margin_loss
 from rankpo_kernels.objective import softplus
 from rankpo_kernels.problem import (
-    DEFAULT_WORKSPACE,
     InBatchProblem,
     InBatchSettings,
     RankPOProblem,
@@ -30,7 +29,7 @@ from ..cases import in_batch as in_batch_cases
 from ..cases import info_nce as info_nce_cases
 from ..cases import loss
 from ..cases import rankpo as rankpo_cases
-from ..launch import SYMMETRIC, launch
+from ..launch import SYMMETRIC, launch, workspace
 from ..peers import SCALE
 
 BETA_BY_TEMPERATURE = 20.0  # of in-batch RankPO, by the authors' defaults
@@ -95,7 +94,7 @@ def _info_nce(batch: Batch, **how: Any) -> Sequence[Tensor]:
 
 def _in_batch(batch: Batch) -> Sequence[Tensor]:
     (q, p), N = batch.leaves, len(batch.leaves[1])
-    settings = InBatchSettings(workspace_bytes=DEFAULT_WORKSPACE["cuda"])
+    settings = InBatchSettings(workspace_bytes=workspace(q, "cuda"))
     scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (BETA_BY_TEMPERATURE, 0.0))
     problem = InBatchProblem(q, p, scale, bias, Relations(batch.labels), settings)
     weights = q.new_full((len(q),), 1 / (len(q) * (N - 1)), dtype=torch.float32)

@@ -75,7 +75,7 @@ def test_peak_of_memory_is_the_workspace_and_fp32_gradients(pipeline):
     size, D = 32768, 256
     meter = count(pipeline, size, size, D)
     gradients, fp32 = 2 * size * D * 2, 2 * size * D * 4
-    assert 200 << 20 < meter.peak - gradients < (256 << 20) + 2 * fp32 < size * size * 2
+    assert 800 << 20 < meter.peak - gradients < (1 << 30) + 2 * fp32 < size * size * 2
 
 
 def test_bytes_are_at_least_what_must_move():

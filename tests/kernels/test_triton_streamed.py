@@ -118,6 +118,23 @@ def test_a_zero_vector_has_no_gradient():
     assert all(x.isfinite().all() for x in gradients(result))
 
 
+def test_own_negatives_are_summed_beside_them():
+    M, N, D = 17, 70, 24
+    q, p, labels = draw(M, N, D, torch.bfloat16, False)
+    own = torch.randn(2 * M, D).to(torch.bfloat16)
+    relations = Relations(labels, own_offsets=2 * torch.arange(M + 1))
+    truth = exact(q, p, own, relations, ROOMY, uneven(M), scale=20.0)
+    tensors = map(on_device, (q, p, own, relations, uneven(M)))
+    q, p, own, relations, weights = tensors
+    problem = InfoNCEProblem(q, p, own, torch.tensor(20.0), relations, ROOMY)
+    with launches() as kernels:
+        result = info_nce(problem, weights, ALL, tiles=SMALL, streamed=TILES, few=False)
+    assert {STATISTICS, GRADIENTS} <= set(kernels)
+    assert error(result.loss_M.cpu(), truth[0]) < gates(torch.bfloat16, 0.05)[0]
+    pairs = zip(gradients(result), truth[1], strict=True)
+    assert max(error(got.cpu(), want) for got, want in pairs) < 5e-3
+
+
 def test_rows_that_memory_cannot_hand_over_by_descriptor_are_refused():
     x = torch.zeros(8, 64, dtype=torch.bfloat16)
     assert streamed.streams(x, x[1:], x[:, :32])
@@ -131,13 +148,23 @@ def test_rows_that_memory_cannot_hand_over_by_descriptor_are_refused():
     [
         ({}, {}),
         ({}, SYMMETRIC),
+        ({}, {"directions": DIRECTIONS}),
         ({"query_ids_M": torch.arange(4)}, {}),
         ({}, {"label_smoothing": 0.1}),
         ({}, {"false_negative_margin": 0.1}),
         ({}, {"gradient_filter": 0.1}),
         ({}, {"matryoshka_dims": (512, 1024)}),
     ],
-    ids=["plain", "symmetric", "ids", "smoothing", "margin", "filter", "matryoshka"],
+    ids=[
+        "plain",
+        "symmetric",
+        "four-directions",
+        "ids",
+        "smoothing",
+        "margin",
+        "filter",
+        "matryoshka",
+    ],
 )
 def test_table_takes_them_for_what_they_can_do_on_hopper_alone(monkeypatch, changed, options):
     relations = Relations(torch.arange(4), **changed)

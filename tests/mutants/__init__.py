@@ -12,13 +12,17 @@ from mutants import (
     rankpo,
     ranks,
     training,
+    triton_gradients,
     triton_info_nce,
     triton_scores,
     triton_slopes,
+    triton_streamed,
 )
 
 AREAS = [
     triton_scores,
+    triton_gradients,
+    triton_streamed,
     triton_slopes,
     triton_info_nce,
     objective,

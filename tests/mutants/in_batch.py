@@ -4,6 +4,7 @@ from mutants.mutant import Mutant
 from mutants.suites import in_batch, of, ranks
 
 TRITON = "kernels/rankpo_kernels/triton/in_batch.py"
+TILES = "kernels/rankpo_kernels/triton/pairs.py"
 CHUNKED = "kernels/rankpo_kernels/chunked/in_batch.py"
 NATIVE = "kernels/native/in_batch.cpp"
 OP = "rankpo_fast/ops/in_batch.py"
@@ -16,37 +17,37 @@ RANKS_PAIRS = ranks("pair and 2-")
 
 MUTANTS = [
     Mutant(
-        "pairs-past-the-end", TRITON,
-        "open_mn = open_mn & write_mn",
-        "pass",
+        "pairs-past-the-end", TILES,
+        "closed(x_mn, masks, first_m, first_n, R, N,",
+        "closed(x_mn, masks, first_m, first_n, R, first_n + BLOCK_N,",
         EACH_OPTION_TRITON,
     ),
     Mutant(
-        "pairs-without-reference", TRITON,
-        "over_mn -= r_mn",
-        "over_mn -= 0.0 * r_mn",
+        "pairs-without-reference", TILES,
+        "x_mn -= scale * UNIT * r_mn",
+        "x_mn -= 0.0 * r_mn",
         EACH_OPTION_TRITON,
     ),
     Mutant(
-        "pairs-without-the-label", TRITON,
+        "pairs-without-the-label", TILES,
         "element_r = -slope_r",
         "element_r = 0.0 * slope_r",
         EACH_OPTION_TRITON,
     ),
     Mutant(
-        "siglip-without-its-positive", TRITON,
+        "siglip-without-its-positive", TILES,
         "loss_r += softplus(z_r)",
         "loss_r += 0.0",
         EACH_OPTION_TRITON,
     ),
     Mutant(
-        "hinge-swallows-nan", TRITON,
+        "hinge-swallows-nan", TILES,
         "tl.where(x_mn <= -1.0, 0.0, 1.0 + x_mn)",
         "tl.where(x_mn > -1.0, 1.0 + x_mn, 0.0)",
         in_batch("nan_in and triton"),
     ),
     Mutant(
-        "pairs-of-fp16-underflow", TRITON,
+        "pairs-of-fp16-underflow", TILES,
         "1.0 / tl.where(size_r < 1e-30, 1e-30, size_r) * SUM",
         "1.0 + 0.0 * size_r",
         of(KERNEL_TESTS, "small_gradients"),
@@ -58,16 +59,64 @@ MUTANTS = [
         EACH_OPTION_TRITON,
     ),
     Mutant(
-        "no-last-row-of-pairs-stands-in", TRITON,
+        "no-last-row-of-pairs-stands-in", TILES,
         "safe_m, safe_n = tl.minimum(offs_m, R - 1), tl.minimum(offs_n, N - 1)",
         "safe_m, safe_n = offs_m, offs_n",
         of(KERNEL_TESTS, "outside"),
     ),
     Mutant(
-        "later-parts-forgotten", TRITON,
+        "later-parts-forgotten", TILES,
         "loss_pr += tl.load(sums.loss",
         "loss_pr = tl.load(sums.loss",
         of(KERNEL_TESTS, "small-chunks"),
+    ),
+    Mutant(
+        "pairs-without-the-references-label", TILES,
+        "offset_m += scale * tl.load(reference_R + rows)",
+        "offset_m += 0.0",
+        EACH_OPTION_TRITON,
+    ),
+    Mutant(
+        "softplus-of-pairs-lacks-a-power", TILES,
+        "for power in tl.static_range(8):",
+        "for power in tl.static_range(7):",
+        EACH_OPTION_TRITON,
+    ),
+    Mutant(
+        "softplus-of-pairs-is-1e-5-off", TILES,
+        "0.9999999403953552",
+        "0.99999",
+        in_batch("triton_passes"),
+    ),
+    Mutant(
+        "sigmoid-of-pairs-falls", TILES,
+        "return f, tl.exp2(x - f)",
+        "return f, tl.exp2(-f)",
+        EACH_OPTION_TRITON,
+    ),
+    Mutant(
+        "pairs-of-the-last-part", TILES,
+        "top_m, wins_m, total_m = tl.maximum(top_m, top), wins_m + wins, total_m + total",
+        "top_m, wins_m, total_m = tl.maximum(top_m, top), wins, total",
+        of(KERNEL_TESTS, "shipped-tiles"),
+    ),
+    Mutant(
+        "tiles-without-labels-have-no-wins", TILES,
+        "wins_m = tl.sum(tl.where(x_mn < 0, 1.0, 0.0), 1)",
+        "wins_m = tl.zeros_like(top_m)",
+        (KERNEL_TESTS,),
+    ),
+    Mutant(
+        "tiles-without-labels-have-no-total", TILES,
+        "total_m = tl.sum(x_mn, 1)",
+        "total_m = tl.zeros_like(top_m)",
+        (KERNEL_TESTS,),
+    ),
+    Mutant(
+        "tiles-without-labels-have-no-top", TILES,
+        "top_m = tl.max(u_mn, 1) * inverse_m",
+        "top_m = tl.max(u_mn, 1) - float(\"inf\")",
+        (KERNEL_TESTS,),
     ),
     Mutant(
         "cpu-pair-chunks-overwrite-dp", CHUNKED,

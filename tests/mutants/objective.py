@@ -1,7 +1,7 @@
 """What all implementations of the losses over a batch share."""
 
 from mutants.mutant import Mutant
-from mutants.suites import CHUNKED_OPTIONS, chunked, in_batch, info_nce
+from mutants.suites import CHUNKED_OPTIONS, TRITON_OPTIONS, chunked, in_batch, info_nce
 
 OBJECTIVE = "kernels/rankpo_kernels/objective.py"
 RELATIONS = "kernels/rankpo_kernels/relations.py"
@@ -30,6 +30,30 @@ MUTANTS = [
         "torch.searchsorted(text_of_run, text_N, right=True)",
         "torch.searchsorted(text_of_run, text_N)",
         CHUNKED_OPTIONS,
+    ),
+    Mutant(
+        "equal-queries-have-two-numbers", RELATIONS,
+        "    new[1:] = ids[1:] != ids[:-1]\n",
+        "",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "numbers-of-other-queries", RELATIONS,
+        "scatter_(0, order, new.cumsum(0) - 1)",
+        "copy_(new.cumsum(0) - 1)",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "query-ids-in-32-bits", RELATIONS,
+        "else _numbered(query_ids)",
+        "else query_ids",
+        TRITON_OPTIONS,
+    ),
+    Mutant(
+        "exclusions-are-no-more-than-labels", RELATIONS,
+        "self.passage_ids_N, self.excluded_offsets,",
+        "self.passage_ids_N,",
+        in_batch("each_option and excluded"),
     ),
     Mutant(
         "others-are-counted-by-text", RELATIONS,

@@ -43,6 +43,7 @@ def bench(name: str, names: str) -> tuple[str, ...]:
     return of(f"tests/bench/test_{name}.py", names)
 
 
+STREAMED = "tests/kernels/test_triton_streamed.py"
 TRITON_OPTIONS = triton("options_in_fp32")
 FAR_APART = triton("too_far or zero_vector")
 FILTER = triton("filter")

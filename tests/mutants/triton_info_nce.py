@@ -120,8 +120,8 @@ MUTANTS = [
     ),
     Mutant(
         "few-launches-with-a-sum", LAUNCHER,
-        "products_needed\n    tiles",
-        "False\n    tiles",
+        "few = few and not stored and products_needed",
+        "few = False",
         triton("launches"),
     ),
     Mutant(

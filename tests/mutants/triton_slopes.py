@@ -56,8 +56,8 @@ MUTANTS = [
     ),
     Mutant(
         "label-pulls-the-other-way", SLOPES,
-        "soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), -pull",
-        "soft, slope = pull * tl.exp(_lse(sums) - _finite(lse)), pull",
+        "soft, slope = pull * tl.exp(_lse(sums) - finite(lse)), -pull",
+        "soft, slope = pull * tl.exp(_lse(sums) - finite(lse)), pull",
         TRITON_OPTIONS,
     ),
     Mutant(

@@ -18,6 +18,7 @@ from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, pro
 from rankpo_kernels.triton.inputs import Inputs, passage_block, query_block, score_block
 from rankpo_kernels.triton.passes import (
     along_parts,
+    column_over,
     hardest,
     launch_gradients,
     pair_outputs,
@@ -153,6 +154,9 @@ def _add_block(
     products = (p.dims[-1], multiprocessors(block.b.device))
     chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, p.tiles.BLOCK_M, products)
     out = p.new(L, chunks[0].stop, padded(N), dtype=dtype)
+    if not block.column_direction:
+        column_slopes = None
+    over = column_over(p, block, column_slopes)
     for part in chunks:
         R = part.stop - part.start
         G_LRN = out[:, :R]
@@ -160,7 +164,7 @@ def _add_block(
         launch_gradients(
             p, block, part, G_LRN, along=along or (None, None),
             row_slopes=row_slopes and _part_of_slopes(row_slopes, part),
-            column_slopes=column_slopes if block.column_direction else None,
+            column_slopes=column_slopes, column_over=over,
             label_slope_LR=slope_LP[:, part] if scored else None,
         )  # fmt: skip
         if scored and p.pairs is not None:

@@ -140,11 +140,14 @@ def tiles_kernel(
 
 
 @triton.constexpr_function
-def _log1p(power):
+def _log1p(place):
+    """Coefficients of log1p(e) / e over [0, 1], the highest power first: off by 3e-8 of it, by
+    Remez' algorithm."""
     return (
-        -0.029505213722586632, 0.07822591066360474, -0.13663242757320404, 0.19106005132198334,
-        -0.2484298199415207, 0.3331909775733948, -0.4999949336051941, 0.9999999403953552,
-    )[power]  # fmt: skip
+        0.0052326880395412445, -0.029505213722586632, 0.07822591066360474, -0.13663242757320404,
+        0.19106005132198334, -0.2484298199415207, 0.3331909775733948, -0.4999949336051941,
+        0.9999999403953552,
+    )[place]  # fmt: skip
 
 
 @triton.jit
@@ -152,10 +155,9 @@ def softplus_and_sigmoid(x):
     """(softplus in units of log 2, sigmoid) of x in units of log 2, by two exponentials and no
     division: log sigmoid(x) = x - softplus(x)."""
     e = tl.exp2(-tl.abs(x))
-    # log1p(e) / e over [0, 1], the highest power first: off by 3e-8 of it, by Remez' algorithm
-    log1p = tl.full(x.shape, 0.0052326880395412445 * LOG2E, tl.float32)
-    for power in tl.static_range(8):
-        log1p = log1p * e + _log1p(power) * LOG2E
+    log1p = tl.full(x.shape, _log1p(0) * LOG2E, tl.float32)
+    for place in tl.static_range(1, 9):
+        log1p = log1p * e + _log1p(place) * LOG2E
     f = tl.maximum(x, 0.0) + log1p * e
     return f, tl.exp2(x - f)
 

@@ -68,17 +68,24 @@ def launch_statistics(
 
 def launch_gradients(
     p: Inputs, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
-    column_slopes: Slopes | None = None, label_slope_LR: Tensor | None = None,
-    inverse_top: Tensor | None = None, tile_parts: Partials | None = None,
-    live: Tensor | None = None, along: tuple[Tensor | None, Tensor | None] = (None, None),
-    filter_mass: float = 0.0,
+    column_slopes: Slopes | None = None, column_over: Tensor | None = None,
+    label_slope_LR: Tensor | None = None, inverse_top: Tensor | None = None,
+    tile_parts: Partials | None = None, live: Tensor | None = None,
+    along: tuple[Tensor | None, Tensor | None] = (None, None), filter_mass: float = 0.0,
 ) -> None:  # fmt: skip
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
-    if _streams_gradients(p, block, row_slopes, column_slopes, label_slope_LR, live, along):
-        assert p.streamed is not None and row_slopes is not None and label_slope_LR is not None
+    columns_done = column_slopes is None or column_over is not None
+    if (
+        p.streamed is not None
+        and row_slopes is not None
+        and label_slope_LR is not None
+        and columns_done
+        and live is None
+        and along == (None, None)
+    ):
         launch_streamed(
-            streamed_gradients_kernel, p.streamed, block, part, folded(row_slopes),
-            column_slopes and folded(column_slopes), label_slope_LR[0], inverse_top, out_LRN[0],
+            streamed_gradients_kernel, p.streamed, block, part, row_slopes, column_over,
+            label_slope_LR[0], inverse_top, out_LRN[0],
             p.scale, R, N, out_LRN.stride(1),
         )  # fmt: skip
         return
@@ -93,15 +100,11 @@ def launch_gradients(
     )  # fmt: skip
 
 
-def _streams_gradients(
-    p: Inputs, block: Block, row_slopes: Slopes | None, column_slopes: Slopes | None,
-    label_slope_LR: Tensor | None, live: Tensor | None, along: tuple[Tensor | None, Tensor | None],
-) -> bool:  # fmt: skip
-    """Not where columns end within a tile and have slopes: that spills."""
-    if p.streamed is None or row_slopes is None or label_slope_LR is None:
-        return False
-    whole = column_slopes is None or len(block.b) % p.streamed.BLOCK_N == 0
-    return whole and block.index is None and live is None and along == (None, None)
+def column_over(p: Inputs, block: Block, column_slopes: Slopes | None) -> Tensor | None:
+    """For `streamed`; not where columns end within a tile: that spills."""
+    if column_slopes is None or p.streamed is None or len(block.b) % p.streamed.BLOCK_N:
+        return None
+    return folded(column_slopes)
 
 
 def launch_overflowed(
@@ -218,7 +221,8 @@ def statistics(
 ) -> dict[str, Partials]:
     """Of a block's directions, each in parts: of its chunks, or of its tiles where they may be (no
     other block needs the memory, and a column is merged once) and there is one chunk alone."""
-    L, N, tiles, hard = len(p.dims), len(block.b), p.tiles, block.hardness is not None
+    L, N, hard = len(p.dims), len(block.b), block.hardness is not None
+    tiles = p.tiles if block.column_direction else p.row_tiles
     if block.row_direction is None and block.column_direction is None:
         return {}
     of_row = 4 * (2 + want[0] + 2 * want[1] + hard) * L

@@ -97,7 +97,7 @@ def streamed_statistics_kernel(
 
 @triton.jit
 def streamed_gradients_kernel(
-    a, b, masks, row_under, column_under, label_slope_R, inverse_top, out,
+    a, b, masks, row_slopes, column_over, label_slope_R, inverse_top, out,
     scale, R, N, out_stride,
     D: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -123,11 +123,13 @@ def streamed_gradients_kernel(
         t_mn = dots_mn * by_n[None, :] * (by_m * LOG2E)[:, None]
         if EDGE:  # beside a small sum, exp(0 - lse) overflows
             t_mn = tl.where(mask_n[None, :], t_mn, -float("inf"))
-        # soft exp2(t - lse) = exp2(t - under): a vector less along the columns
-        g_mn = tl.exp2(t_mn - tl.load(row_under + safe_m)[:, None])
-        if column_under is not None:
-            under_n = tl.load(column_under + offs_n, mask=mask_n, other=float("inf"))
-            g_mn += tl.exp2(t_mn - under_n[None, :])
+        # soft exp2(t - lse) = exp2(t + over): a vector less along the columns
+        lse_m = finite(tl.load(row_slopes.lse + safe_m)) * LOG2E
+        over_m = tl.log2(tl.load(row_slopes.soft + safe_m)) - lse_m
+        g_mn = tl.exp2(t_mn + over_m[:, None])
+        if column_over is not None:
+            over_n = tl.load(column_over + offs_n, mask=mask_n, other=-float("inf"))
+            g_mn += tl.exp2(t_mn + over_n[None, :])
         label_m = tl.load(masks.label_R + safe_m).to(tl.int32)
         slope_m = tl.load(label_slope_R + safe_m)
         g_mn = tl.where(label_m[:, None] == offs_n[None, :], slope_m[:, None], g_mn)
@@ -139,12 +141,11 @@ def streamed_gradients_kernel(
         to.store([pid_m * BLOCK_M, pid_n * BLOCK_N], g_mn.to(out.dtype.element_ty))
 
 
-def folded(slopes: Slopes) -> Tensor | None:
-    """What to take from a score in units of log 2, for an exponential that has `soft` in it."""
-    if slopes.lse is None:
-        return None
-    lse = slopes.lse[0].masked_fill(slopes.lse[0] == -torch.inf, 0)  # of rows without a slope
-    return lse * LOG2E.value - slopes.soft[0].log2()
+def folded(slopes: Slopes) -> Tensor:
+    """What to add to scores in units of log 2, for an exponential that has `soft` in it: of few
+    launches, for all chunks at once."""
+    lse = slopes.lse[0].clamp(min=-1e30)  # of columns without a negative
+    return torch.sub(slopes.soft[0].log2(), lse, alpha=LOG2E.value)
 
 
 def streams(*tensors: Tensor) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 
-from rankpo_kernels.problem import InfoNCESettings
+from rankpo_kernels.problem import PQ, QP, InfoNCESettings
 from rankpo_kernels.relations import Relations
 
 FUSION = {"enable_fp_fusion": True}  # said at every launch: Triton's default is about to change
@@ -64,8 +64,9 @@ def streamed_tiles(
         return None
     one_level = len(settings.matryoshka_dims or (D,)) == 1 and not settings.label_smoothing
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
-    plain = relations.labels_alone and one_level and not judged and not settings.gradient_filter
-    return STREAMED if plain else None
+    one_block = {*settings.directions} <= {QP, PQ}
+    simple = one_block and one_level and not judged and not settings.gradient_filter
+    return STREAMED if simple and relations.labels_alone else None
 
 
 def pair_tiles(dtype: torch.dtype, reference: bool, more: bool) -> Tiles:
@@ -85,7 +86,9 @@ def _architecture() -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """0 where nobody knows, as in the interpreter."""
+    """0 where nobody knows, as in the interpreter. Tensors without memory stand for an H100's."""
+    if device.type == "meta":
+        return 132
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,248 @@
+"""InfoNCE's kernels for Hopper, who takes them, and how many rows a chunk has."""
+
+from mutants.mutant import Mutant
+from mutants.suites import STREAMED, of
+
+KERNELS = "kernels/rankpo_kernels/triton/streamed.py"
+PASSES = "kernels/rankpo_kernels/triton/passes.py"
+INPUTS = "kernels/rankpo_kernels/triton/inputs.py"
+TILES = "kernels/rankpo_kernels/triton/tiles.py"
+WAVES = "kernels/rankpo_kernels/triton/waves.py"
+
+GATES = of(STREAMED, "pass_the_gates")
+BOTH_DIRECTIONS = of(STREAMED, "pass_the_gates and both-directions")
+REFUSED = of(STREAMED, "are_refused")
+TABLE = of(STREAMED, "table")
+FORM = of(STREAMED, "are_those_of_the_form")
+CHUNKS = ("tests/kernels/test_waves.py",)
+
+MUTANTS = [
+    Mutant(
+        "streamed-label-is-a-negative", KERNELS,
+        "open_mn = label_m[:, None] != offs_n[None, :]",
+        "open_mn = label_m[:, None] >= 0 * offs_n[None, :]",
+        GATES,
+    ),
+    Mutant(
+        "streamed-label-keeps-its-softmax", KERNELS,
+        "g_mn = tl.where(label_m[:, None] == offs_n[None, :], slope_m[:, None], g_mn)",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-columns-past-the-end", KERNELS,
+        "open_mn = open_mn & mask_n[None, :]",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-columns-never-end", KERNELS,
+        "EDGE=N % tiles.BLOCK_N != 0",
+        "EDGE=False",
+        GATES,
+    ),
+    Mutant(
+        "streamed-gradients-past-the-end", KERNELS,
+        't_mn = tl.where(mask_n[None, :], t_mn, -float("inf"))',
+        "pass",
+        (STREAMED,),
+    ),
+    Mutant(
+        "streamed-exponentials-without-norms", KERNELS,
+        "e_mn *= (by_n * (1.0 / tl.load(inverse_top)))[None, :]",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-exponentials-beside-the-top", KERNELS,
+        "e_mn *= beside_positive(top_m, positive_R, scale, safe_m, mask_m)[:, None]",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-gradients-without-column-norms", KERNELS,
+        "g_mn *= by_n[None, :]",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-gradients-without-row-norms", KERNELS,
+        "g_mn *= by_m[:, None]",
+        "pass",
+        GATES,
+    ),
+    Mutant(
+        "streamed-relative-gradients-without-top", KERNELS,
+        "by_n *= 1.0 / tl.load(inverse_top)",
+        "pass",
+        (STREAMED,),
+    ),
+    Mutant(
+        "streamed-gradients-without-columns", KERNELS,
+        "g_mn += tl.exp2(t_mn + over_n[None, :])",
+        "pass",
+        BOTH_DIRECTIONS,
+    ),
+    Mutant(
+        "streamed-rows-without-weights", KERNELS,
+        "over_m = tl.log2(tl.load(row_slopes.soft + safe_m)) - lse_m",
+        "over_m = 0.0 - lse_m",
+        GATES,
+    ),
+    Mutant(
+        "streamed-columns-without-pull", KERNELS,
+        "torch.sub(slopes.soft[0].log2(), lse, alpha=LOG2E.value)",
+        "lse * -LOG2E.value",
+        BOTH_DIRECTIONS,
+    ),
+    Mutant(
+        "streamed-rows-without-negatives", KERNELS,
+        "lse_m = finite(tl.load(row_slopes.lse + safe_m)) * LOG2E",
+        "lse_m = tl.load(row_slopes.lse + safe_m) * LOG2E",
+        (STREAMED,),
+    ),
+    Mutant(
+        "streamed-columns-without-negatives", KERNELS,
+        ".clamp(min=-1e30)",
+        "",
+        (STREAMED,),
+    ),
+    Mutant(
+        "streamed-sums-of-some-tiles", KERNELS,
+        "    if stored is not None:\n        to = described(stored, R, stored_stride, stored_stride, "
+        "BLOCK_M, BLOCK_N)\n    for tile in tl.range(\n        tl.program_id(0), tiles_m * tiles_n, "
+        "tl.num_programs(0),",
+        "    if stored is not None:\n        to = described(stored, R, stored_stride, stored_stride, "
+        "BLOCK_M, BLOCK_N)\n    for tile in tl.range(\n        tl.program_id(0), tiles_m * tiles_n, "
+        "tl.num_programs(0) + 1,",
+        GATES,
+    ),
+    Mutant(
+        "streamed-gradients-of-all-tiles-by-each", KERNELS,
+        "    to = described(out, R, out_stride, out_stride, BLOCK_M, BLOCK_N)\n    for tile in "
+        "tl.range(\n        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),",
+        "    to = described(out, R, out_stride, out_stride, BLOCK_M, BLOCK_N)\n    for tile in "
+        "tl.range(\n        tl.program_id(0), tiles_m * tiles_n, 1,",
+        of(STREAMED, "lies_outside"),
+    ),
+    Mutant(
+        "streamed-misaligned", KERNELS,
+        "x.data_ptr() % 16 == 0",
+        "x.data_ptr() >= 0",
+        REFUSED,
+    ),
+    Mutant(
+        "streamed-with-misaligned-rows", KERNELS,
+        "x.stride(0) * x.element_size() % 16 == 0",
+        "x.stride(0) >= 0",
+        REFUSED,
+    ),
+    Mutant(
+        "streamed-with-gaps", KERNELS,
+        "x.stride(1) == 1",
+        "x.stride(1) >= 1",
+        REFUSED,
+    ),
+    Mutant(
+        "callers-allocator-is-replaced", KERNELS,
+        "contextvars.copy_context().run(launch)",
+        "launch()",
+        of(STREAMED, "allocator"),
+    ),
+    Mutant(
+        "streamed-columns-end-and-have-slopes", PASSES,
+        "p.streamed is None or len(block.b) % p.streamed.BLOCK_N:",
+        "p.streamed is None:",
+        FORM,
+    ),
+    Mutant(
+        "streamed-columns-end-and-are-forgotten", PASSES,
+        "columns_done = column_slopes is None or column_over is not None",
+        "columns_done = True",
+        BOTH_DIRECTIONS,
+    ),
+    Mutant(
+        "streamed-columns-need-sums", PASSES,
+        "if p.streamed is not None and row_parts is not None and column_parts is None:",
+        "if p.streamed is not None and row_parts is not None:",
+        BOTH_DIRECTIONS,
+    ),
+    Mutant(
+        "streamed-in-parts-of-other-tiles", INPUTS,
+        "return self.streamed or self.tiles",
+        "return self.tiles",
+        (STREAMED,),
+    ),
+    Mutant(
+        "streamed-elsewhere", TILES,
+        "_architecture() != 90",
+        "_architecture() < 90",
+        TABLE,
+    ),
+    Mutant(
+        "streamed-with-ids", TILES,
+        "plain = relations.labels_alone and one_level",
+        "plain = one_level",
+        TABLE,
+    ),
+    Mutant(
+        "chunks-hold-more-than-most", WAVES,
+        "return _best_rows(M, N, D, most // block, block, sms)",
+        "return _best_rows(M, N, D, -(-most // block), block, sms)",
+        CHUNKS,
+    ),
+    Mutant(
+        "equal-chunks-hold-more-than-most", WAVES,
+        "return min(-(-each // block) * block, most // block * block) if",
+        "return -(-each // block) * block if",
+        CHUNKS,
+    ),
+    Mutant(
+        "chunks-end-within-a-block", WAVES,
+        "-(-M // chunks // block) * block for",
+        "-(-M // chunks) for",
+        CHUNKS,
+    ),
+    Mutant(
+        "waves-end-within-a-block", WAVES,
+        "sizes.add(waves * sms // across * rows // block * block)",
+        "sizes.add(waves * sms // across * rows)",
+        CHUNKS,
+    ),
+    Mutant(
+        "two-chunks-where-one-fits", WAVES,
+        "if most >= M:",
+        "if most > M:",
+        CHUNKS,
+    ),
+    Mutant(
+        "waves-are-never-filled", WAVES,
+        "            sizes.add(waves",
+        "            continue\n            sizes.add(waves",
+        CHUNKS,
+    ),
+    Mutant(
+        "last-waves-are-full", WAVES,
+        "return -(-tiles // sms)",
+        "return tiles / sms",
+        CHUNKS,
+    ),
+    Mutant(
+        "ragged-chunks-are-free", WAVES,
+        "(_chunk_clocks(rest, N, D, block, sms) if rest else 0)",
+        "0",
+        CHUNKS,
+    ),
+    Mutant(
+        "launches-are-free", WAVES,
+        "scores + dq + dp + LAUNCHES",
+        "scores + dq + dp",
+        CHUNKS,
+    ),
+    Mutant(
+        "products-by-the-usual-tile", WAVES,
+        "return (usual + min(usual, *others)) / 2",
+        "return usual",
+        CHUNKS,
+    ),
+]  # fmt: skip
