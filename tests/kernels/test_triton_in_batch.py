@@ -13,8 +13,8 @@ import triton
 from hypothesis import strategies as st
 
 from rankpo_kernels.chunked import in_batch as chunks
-from rankpo_kernels.problem import InBatchProblem, InBatchSettings
-from rankpo_kernels.relations import known
+from rankpo_kernels.problem import KINDS, InBatchProblem, InBatchSettings
+from rankpo_kernels.relations import Relations, known
 from rankpo_kernels.triton import in_batch
 from rankpo_kernels.triton.blocks import padded
 from support.gates import error
@@ -98,6 +98,15 @@ def test_results_are_those_of_the_chunks_of_torch(
     bounds = [2e-6] * 5 + [of_gradients] * 2 + [5e-6] * 2
     for x, want, bound in zip(launch(case, tiles), by_torch(case), bounds, strict=False):
         assert error(x, want) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_without_a_label_or_an_end_are_summed_too(kind):
+    """The last two of four tiles of 32 columns: nobody looks there for what is closed."""
+    case = case_of("rankpo", replace(PLAIN, kind=kind), M=16, N=128, D=24)
+    case = (*case[:4], Relations(torch.arange(16)), None, *case[6:])
+    for x, want in zip(launch(case, SMALL), by_torch(case), strict=False):
+        assert error(x, want) < 5e-6
 
 
 def by_torch(case):

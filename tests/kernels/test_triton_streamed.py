@@ -29,7 +29,7 @@ from support.launcher import (
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck", "three_programs")
-TILES = Tiles(16, 32, 16, num_warps=4, num_stages=1, GROUP=2) if DEVICE == "cpu" else STREAMED
+TILES = Tiles(16, 64, 16, num_warps=4, num_stages=1, GROUP=2) if DEVICE == "cpu" else STREAMED
 SYMMETRIC = {"directions": DIRECTIONS[:2], "partition": "per_direction"}
 STATISTICS, GRADIENTS = "streamed_statistics_kernel", "streamed_gradients_kernel"
 FORMS = {
@@ -64,6 +64,7 @@ def run(q, p, labels, weights, form, *, scale=20.0, rows=99, needs=ALL):
     [
         pytest.param(17, 64, 24, 99, id="whole-columns-and-a-block-of-dims-past-the-end"),
         pytest.param(33, 70, 64, 16, id="columns-end-within-a-tile-in-three-chunks"),
+        pytest.param(17, 128, 24, 99, id="two-tiles-of-columns"),
     ],
 )
 @forms

@@ -114,3 +114,11 @@ def test_the_usual_tile_of_products_is_not_taken_for_the_only_one():
     a wave, and the 45th costs more than the 44th."""
     one, two, three = (cost(rows * 128, 4096, 384, rows * 128, BLOCK, SMS) for rows in (43, 44, 45))
     assert three - two > 2 * (two - one)
+
+
+def test_workspace_of_large_gpus_is_larger():
+    from rankpo_kernels.problem import default_workspace
+
+    assert default_workspace("cuda", 85 * 10**9) == 1 << 30  # 80 GB, as it says of itself
+    assert default_workspace("cuda", 48 * 10**9) == default_workspace("cuda") == 256 << 20
+    assert default_workspace("cpu", 10**12) == 90 << 20

@@ -44,12 +44,6 @@ MUTANTS = [
         TRITON_OPTIONS,
     ),
     Mutant(
-        "query-ids-in-32-bits", RELATIONS,
-        "else _numbered(query_ids)",
-        "else query_ids",
-        TRITON_OPTIONS,
-    ),
-    Mutant(
         "exclusions-are-no-more-than-labels", RELATIONS,
         "self.passage_ids_N, self.excluded_offsets,",
         "self.passage_ids_N,",

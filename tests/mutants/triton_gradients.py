@@ -72,7 +72,7 @@ MUTANTS = [
         "labels-of-rows-that-fit", GRADIENTS,
         "(label_m < first_n + BLOCK_N) & write_m",
         "(label_m < first_n + BLOCK_N) & (rows >= 0)",
-        FAR_APART,
+        MEMORY,
     ),
     Mutant(
         "columns-beside-no-top", GRADIENTS,
@@ -120,6 +120,12 @@ MUTANTS = [
         "overflow-not-mended", GRADIENTS,
         "soft_m != 0, R, N",
         "soft_m > 2, R, N",
+        FAR_APART,
+    ),
+    Mutant(
+        "rows-that-fit-are-mended", GRADIENTS,
+        "soft_m != 0, R, N",
+        "offs_m < R, R, N",
         FAR_APART,
     ),
     Mutant(

@@ -123,7 +123,10 @@ def problem(*names, M=M, N=N, D=D, dtype=torch.float32, seed=0):
         offsets, columns = lists([i % 5 for i in range(M)], N, generator)
         fields |= {"excluded_offsets": offsets, "excluded_columns": columns}
     if "ids" in names:
-        fields |= {"query_ids_M": integers(12, M), "passage_ids_N": integers(25, N) * 10**12}
+        fields |= {
+            "query_ids_M": integers(12, M) * 10**12,
+            "passage_ids_N": integers(25, N) * 10**12,
+        }
     if "own" in names:
         lengths = torch.arange(M) * 7 % 4  # none, or several
         lengths[-1:] = 0

@@ -114,7 +114,8 @@ def launch_overflowed(
     """The rows whose exponentials did not fit: mostly none, so a program looks after all tiles of
     its rows."""
     # a row that overflows works for all rows of its tile
-    tiles = replace(p.tiles, BLOCK_M=min(64, p.tiles.BLOCK_M), programs=1)
+    block_m, block_n = min(64, p.tiles.BLOCK_M), min(64, p.tiles.BLOCK_N)
+    tiles = replace(p.tiles, BLOCK_M=block_m, BLOCK_N=block_n, PARTS=1, programs=1)
     R, N = part.stop - part.start, len(block.b)
     overflowed_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
         *block.chunk(part), block.hardness or absent(Hardness), row_slopes, absent(Slopes),

@@ -39,7 +39,9 @@ WIDE = Tiles(128, 128, 64, num_warps=4, num_stages=3, PARTS=4, programs=2)
 SLIM = Tiles(128, 64, 64, num_warps=4, num_stages=3, PARTS=2, programs=2)
 # A program of `streamed`: twelve warps, two thirds of which multiply and finish 64 x 256 each.
 STREAMED = Tiles(128, 256, 64, num_warps=4, num_stages=3)
-SMALL = Tiles(64, 64, 32, num_warps=4, num_stages=4)
+SMALL = Tiles(64, 64, 32, num_warps=8, num_stages=4)
+# sm_100, whose tensor memory hands a thread its columns at once, not part by part
+BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=3)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
@@ -51,7 +53,11 @@ def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESetti
     if relations.guide is not None or len(settings.matryoshka_dims or ()) > 1:
         return SMALL  # two accumulators, or one that outlives several epilogues
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
-    return SLIM if judged else WIDE  # similarities beside the scores
+    if _architecture() >= 100:
+        return SMALL if judged else BY_COLUMNS
+    if judged:  # similarities stand beside the scores; mma.sync holds its operands besides
+        return SMALL if _architecture() == 80 else SLIM
+    return WIDE
 
 
 def streamed_tiles(
@@ -73,8 +79,10 @@ def pair_tiles(dtype: torch.dtype, reference: bool, more: bool) -> Tiles:
     """Of losses over pairs; `more`: SFT or the scale's moment, which stand beside x."""
     if dtype == torch.float32:
         return FULL
-    if reference:
+    if reference or (more and _architecture() >= 100):
         return SMALL
+    if _architecture() >= 100:
+        return BY_COLUMNS
     # wgmma reads its operands from shared memory, mma.sync holds them in registers
     return SLIM if more or _architecture() == 80 else WIDE
 
