@@ -73,9 +73,9 @@ MUTANTS = [
         BOTH_DIRECTIONS,
     ),
     Mutant(
-        "streamed-rows-without-weights", KERNELS,
-        "over_m = tl.log2(tl.load(row_slopes.soft + safe_m)) - lse_m",
-        "over_m = 0.0 - lse_m",
+        "streamed-rows-without-sums", KERNELS,
+        "tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])",
+        "tl.exp2(t_mn)",
         GATES,
     ),
     Mutant(

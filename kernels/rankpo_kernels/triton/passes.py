@@ -84,7 +84,7 @@ def launch_gradients(
         and along == (None, None)
     ):
         launch_streamed(
-            streamed_gradients_kernel, p.streamed, block, part, row_slopes, column_over,
+            streamed_gradients_kernel, p.streamed, block, part, folded(row_slopes), column_over,
             label_slope_LR[0], inverse_top, out_LRN[0],
             p.scale, R, N, out_LRN.stride(1),
         )  # fmt: skip

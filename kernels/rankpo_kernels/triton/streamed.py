@@ -97,7 +97,7 @@ def streamed_statistics_kernel(
 
 @triton.jit
 def streamed_gradients_kernel(
-    a, b, masks, row_slopes, column_over, label_slope_R, inverse_top, out,
+    a, b, masks, row_over, column_over, label_slope_R, inverse_top, out,
     scale, R, N, out_stride,
     D: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -124,9 +124,7 @@ def streamed_gradients_kernel(
         if EDGE:  # beside a small sum, exp(0 - lse) overflows
             t_mn = tl.where(mask_n[None, :], t_mn, -float("inf"))
         # soft exp2(t - lse) = exp2(t + over): a vector less along the columns
-        lse_m = finite(tl.load(row_slopes.lse + safe_m)) * LOG2E
-        over_m = tl.log2(tl.load(row_slopes.soft + safe_m)) - lse_m
-        g_mn = tl.exp2(t_mn + over_m[:, None])
+        g_mn = tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])
         if column_over is not None:
             over_n = tl.load(column_over + offs_n, mask=mask_n, other=-float("inf"))
             g_mn += tl.exp2(t_mn + over_n[None, :])
@@ -142,9 +140,8 @@ def streamed_gradients_kernel(
 
 
 def folded(slopes: Slopes) -> Tensor:
-    """What to add to scores in units of log 2, for an exponential that has `soft` in it: of few
-    launches, for all chunks at once."""
-    lse = slopes.lse[0].clamp(min=-1e30)  # of columns without a negative
+    """What to add to scores in units of log 2, for an exponential that has `soft` in it."""
+    lse = slopes.lse[0].clamp(min=-1e30)  # of those without a negative
     return torch.sub(slopes.soft[0].log2(), lse, alpha=LOG2E.value)
 
 

@@ -39,9 +39,10 @@ WIDE = Tiles(128, 128, 64, num_warps=4, num_stages=3, PARTS=4, programs=2)
 SLIM = Tiles(128, 64, 64, num_warps=4, num_stages=3, PARTS=2, programs=2)
 # A program of `streamed`: twelve warps, two thirds of which multiply and finish 64 x 256 each.
 STREAMED = Tiles(128, 256, 64, num_warps=4, num_stages=3)
-SMALL = Tiles(64, 64, 32, num_warps=8, num_stages=4)
-# sm_100, whose tensor memory hands a thread its columns at once, not part by part
+SMALL = Tiles(64, 64, 32, num_warps=4, num_stages=4)
+# Of sm_100, whose tensor memory hands a thread its columns at once, not part by part.
 BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=3)
+SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=4)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
@@ -50,14 +51,15 @@ FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
 def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESettings) -> Tiles:
     if dtype == torch.float32:
         return FULL
-    if relations.guide is not None or len(settings.matryoshka_dims or ()) > 1:
-        return SMALL  # two accumulators, or one that outlives several epilogues
+    # two accumulators, or one that outlives several epilogues
+    doubled = relations.guide is not None or len(settings.matryoshka_dims or ()) > 1
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
     if _architecture() >= 100:
-        return SMALL if judged else BY_COLUMNS
-    if judged:  # similarities stand beside the scores; mma.sync holds its operands besides
-        return SMALL if _architecture() == 80 else SLIM
-    return WIDE
+        return SMALL_BY_COLUMNS if doubled or judged else BY_COLUMNS
+    # similarities stand beside the scores; mma.sync holds its operands besides
+    if doubled or (judged and _architecture() == 80):
+        return SMALL
+    return SLIM if judged else WIDE
 
 
 def streamed_tiles(
@@ -79,10 +81,10 @@ def pair_tiles(dtype: torch.dtype, reference: bool, more: bool) -> Tiles:
     """Of losses over pairs; `more`: SFT or the scale's moment, which stand beside x."""
     if dtype == torch.float32:
         return FULL
-    if reference or (more and _architecture() >= 100):
-        return SMALL
     if _architecture() >= 100:
-        return BY_COLUMNS
+        return SMALL_BY_COLUMNS if reference or more else BY_COLUMNS
+    if reference:
+        return SMALL
     # wgmma reads its operands from shared memory, mma.sync holds them in registers
     return SLIM if more or _architecture() == 80 else WIDE
 
