@@ -112,7 +112,6 @@ def good() -> None:
 RUNS = {
     "good": good,
     "specialized": specialized,
-    "large": lambda: gemm(torch.bfloat16, 128, 128, 64, warps=8, stages=4),
     "spill": spill,
     "shared": lambda: gemm(torch.bfloat16, 128, 128, 128, warps=4, stages=5),
     "matrix": lambda: gemm(torch.bfloat16, 16, 16, 32, warps=1, stages=2),
