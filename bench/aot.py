@@ -262,7 +262,7 @@ def is_score(row: dict) -> bool:
     """Whether a kernel multiplies tiles of scores, and is understood well enough to predict it. Of
     rows that overflowed there are none, as a rule, and a program looks after many tiles."""
     return (
-        "epilogue" in row and row["tiles"].keys() >= KEYS and row["kernel"] != "overflowed_kernel"
+        "epilogue" in row and row["tiles"].keys() >= KEYS and row["kernel"] != "rest_kernel"
     )
 
 

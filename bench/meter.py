@@ -18,7 +18,6 @@ from triton.runtime.jit import KernelInterface
 from rankpo_kernels.chunked import native
 
 FACTORS = {"mm": 0, "addmm": 1, "addmm_": 1}  # where a product has its left factor
-ONLY_ROWS_OVER = {"row_slopes"}  # all that a launch for rows that overflowed reads, as a rule
 
 
 class Launch(NamedTuple):
@@ -64,8 +63,9 @@ class Meter(TorchDispatchMode):
             elif name == "finished_kernel":
                 sides = [side for side in (of["first"], of["second"]) if side.R]
                 flops = sum(2 * side.R * side.N * of["D"] for side in sides)
-            elif name == "overflowed_kernel":
-                taken = {key: of[key] for key in ONLY_ROWS_OVER}
+            elif name == "rest_kernel":
+                # what tells that no row is left, as a rule
+                taken = of["row_slopes"] if of["lowest"] is None else of["lowest"]
             elif "GROUP" in of:  # a score kernel
                 second = "REFERENCE_DIMS" if "REFERENCE_DIMS" in of else "GUIDE_DIMS"
                 D = of["D"] if "D" in of else of["DIMS"][-1]

@@ -111,6 +111,22 @@ def test_no_address_lies_outside_and_the_order_of_programs_changes_no_bit(form):
         assert all(map(torch.equal, gradients(run(*batch, form)), gradients(usual)))
 
 
+@pytest.mark.parametrize("signs", ["negative", "of-both-signs"])
+@forms
+def test_weights_may_be_negative(form, signs):
+    """They hold upstream gradients, and the slopes of both directions are taken as logarithms."""
+    M, N, D = 33, 128, 24
+    q, p, labels = draw(M, N, D, torch.bfloat16, False)
+    weights = -uneven(M)
+    if signs == "of-both-signs":
+        weights[::3] *= -1
+    settings = replace(ROOMY, **FORMS[form][0])
+    truth = exact(q, p, None, Relations(labels), settings, weights, scale=20.0)
+    result = run(q, p, labels, weights, form, rows=16)
+    pairs = zip((result.dq_MD, result.dp_ND), truth[1], strict=False)
+    assert max(error(*pair) for pair in pairs) < gates(torch.bfloat16, 0.05)[1]
+
+
 def test_a_zero_vector_has_no_gradient():
     q, p, labels = draw(17, 64, 24, torch.bfloat16, False)
     q[3], p[5] = 0, 0

@@ -1,7 +1,7 @@
 """InfoNCE's kernels that make gradients of scores."""
 
 from mutants.mutant import Mutant
-from mutants.suites import FAR_APART, FILTER, MEMORY, TRITON_OPTIONS, triton
+from mutants.suites import FAR_APART, FILTER, MEMORY, STREAMED, TRITON_OPTIONS, of, triton
 
 GRADIENTS = "kernels/rankpo_kernels/triton/gradients.py"
 
@@ -118,15 +118,21 @@ MUTANTS = [
     ),
     Mutant(
         "overflow-not-mended", GRADIENTS,
-        "soft_m != 0, R, N",
-        "soft_m > 2, R, N",
+        "mask=offs_m < R, other=0.0) != 0",
+        "mask=offs_m < R, other=0.0) > 2",
         FAR_APART,
     ),
     Mutant(
         "rows-that-fit-are-mended", GRADIENTS,
-        "soft_m != 0, R, N",
-        "offs_m < R, R, N",
+        "number(scale), pid_m, pid_n, rest_m, R",
+        "number(scale), pid_m, pid_n, offs_m < R, R",
         FAR_APART,
+    ),
+    Mutant(
+        "negative-slopes-not-mended", GRADIENTS,
+        "tl.load(lowest) < 0",
+        "tl.load(lowest) < -1e30",
+        of(STREAMED, "may_be_negative"),
     ),
     Mutant(
         "overflow-mended-in-the-first-tile", GRADIENTS,

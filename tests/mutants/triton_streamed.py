@@ -62,9 +62,21 @@ MUTANTS = [
     ),
     Mutant(
         "streamed-gradients-without-row-norms", KERNELS,
-        "g_mn *= by_m[:, None]",
+        "(tl.load(row_slopes.soft + safe_m) * by_m)",
+        "tl.load(row_slopes.soft + safe_m)",
+        GATES,
+    ),
+    Mutant(
+        "streamed-labels-without-row-norms", KERNELS,
+        "slope_m *= by_m",
         "pass",
         GATES,
+    ),
+    Mutant(
+        "streamed-both-directions-without-row-norms", KERNELS,
+        "g_mn *= by_m[:, None]",
+        "pass",
+        BOTH_DIRECTIONS,
     ),
     Mutant(
         "streamed-gradients-without-columns", KERNELS,
@@ -74,9 +86,21 @@ MUTANTS = [
     ),
     Mutant(
         "streamed-rows-without-sums", KERNELS,
-        "tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])",
+        "tl.exp2(t_mn - lse_m[:, None])",
         "tl.exp2(t_mn)",
         GATES,
+    ),
+    Mutant(
+        "streamed-both-directions-without-rows", KERNELS,
+        "tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])",
+        "tl.zeros_like(t_mn)",
+        BOTH_DIRECTIONS,
+    ),
+    Mutant(
+        "streamed-columns-of-any-sign", KERNELS,
+        "lowest = torch.minimum(*(side.soft[0].amin() for side in sides))",
+        "lowest = row_slopes.soft[0].amax().abs()",
+        of(STREAMED, "may_be_negative"),
     ),
     Mutant(
         "streamed-columns-without-pull", KERNELS,
@@ -122,14 +146,14 @@ MUTANTS = [
     ),
     Mutant(
         "streamed-columns-end-and-have-slopes", PASSES,
-        "p.streamed is None or len(block.b) % p.streamed.BLOCK_N:",
-        "p.streamed is None:",
+        "whole = len(block.b) % p.streamed.BLOCK_N == 0",
+        "whole = True",
         FORM,
     ),
     Mutant(
         "streamed-columns-end-and-are-forgotten", PASSES,
-        "columns_done = column_slopes is None or column_over is not None",
-        "columns_done = True",
+        "and (column_slopes is None or folded is not None)",
+        "",
         BOTH_DIRECTIONS,
     ),
     Mutant(

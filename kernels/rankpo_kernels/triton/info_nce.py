@@ -84,8 +84,6 @@ def info_nce(
         tiles = score_tiles(q_MD.dtype, relations, settings)
         if not few and streams(q_MD, p_ND):
             streamed = streamed or streamed_tiles(q_MD.dtype, D, relations, settings)
-    if weights.at is None and weights.value < 0:
-        streamed = None  # whose gradients have their weights in an exponent
     p = Inputs.of(problem, tiles, streamed)
     if few and _is_one_chunk(p):
         return _in_few_launches(p, weights, needed)

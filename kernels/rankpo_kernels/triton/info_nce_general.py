@@ -18,7 +18,7 @@ from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, pro
 from rankpo_kernels.triton.inputs import Inputs, passage_block, query_block, score_block
 from rankpo_kernels.triton.passes import (
     along_parts,
-    column_over,
+    folded_slopes,
     hardest,
     launch_gradients,
     pair_outputs,
@@ -156,7 +156,7 @@ def _add_block(
     out = p.new(L, chunks[0].stop, padded(N), dtype=dtype)
     if not block.column_direction:
         column_slopes = None
-    over = column_over(p, block, column_slopes)
+    folded = folded_slopes(p, block, row_slopes, column_slopes)
     for part in chunks:
         R = part.stop - part.start
         G_LRN = out[:, :R]
@@ -164,7 +164,7 @@ def _add_block(
         launch_gradients(
             p, block, part, G_LRN, along=along or (None, None),
             row_slopes=row_slopes and _part_of_slopes(row_slopes, part),
-            column_slopes=column_slopes, column_over=over,
+            column_slopes=column_slopes, folded=folded,
             label_slope_LR=slope_LP[:, part] if scored else None,
         )  # fmt: skip
         if scored and p.pairs is not None:

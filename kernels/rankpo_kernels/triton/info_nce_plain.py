@@ -26,7 +26,7 @@ from rankpo_kernels.triton.blocks import (
 from rankpo_kernels.triton.inputs import Inputs, score_block
 from rankpo_kernels.triton.passes import (
     launch_gradients,
-    launch_overflowed,
+    launch_rest,
     launch_statistics,
     output_rows,
     pair_outputs,
@@ -145,7 +145,9 @@ def _write_gradients(
     G_RN, of_rows, labels_LR = memory.G_RN[:R], local.qp, local.slope_LP
     if memory.weighted_RD is not None:
         assert labels_LR is not None and memory.inverse_top is not None
-        launch_overflowed(p, block, part, G_RN, of_rows, labels_LR, memory.inverse_top)
+        launch_rest(
+            p, block, part, G_RN, of_rows, labels_LR, inverse_top=memory.inverse_top
+        )
         return None
     launch_gradients(
         p, block, part, G_RN[None], row_slopes=of_rows, label_slope_LR=labels_LR,

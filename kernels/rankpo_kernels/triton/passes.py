@@ -16,14 +16,14 @@ from rankpo_kernels.objective import Stats, add_ranks_, of_all_ranks
 from rankpo_kernels.problem import PP, PQ, QP, QQ
 from rankpo_kernels.triton import rows, slopes
 from rankpo_kernels.triton.blocks import Block, chunks_of
-from rankpo_kernels.triton.gradients import gradients_kernel, overflowed_kernel
+from rankpo_kernels.triton.gradients import gradients_kernel, rest_kernel
 from rankpo_kernels.triton.inputs import Inputs
 from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs, Softmax, Softmaxes, Stored
 from rankpo_kernels.triton.statistics import statistics_kernel
 from rankpo_kernels.triton.streamed import (
-    folded,
+    Folded,
     launch_streamed,
     streamed_gradients_kernel,
     streamed_statistics_kernel,
@@ -68,26 +68,32 @@ def launch_statistics(
 
 def launch_gradients(
     p: Inputs, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
-    column_slopes: Slopes | None = None, column_over: Tensor | None = None,
+    column_slopes: Slopes | None = None, folded: Folded | None = None,
     label_slope_LR: Tensor | None = None, inverse_top: Tensor | None = None,
     tile_parts: Partials | None = None, live: Tensor | None = None,
     along: tuple[Tensor | None, Tensor | None] = (None, None), filter_mass: float = 0.0,
 ) -> None:  # fmt: skip
+    """`folded`: the slopes of all rows and columns, for `streamed`."""
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
-    columns_done = column_slopes is None or column_over is not None
     if (
         p.streamed is not None
         and row_slopes is not None
         and label_slope_LR is not None
-        and columns_done
+        and (column_slopes is None or folded is not None)
+        and inverse_top is None
         and live is None
         and along == (None, None)
     ):
+        over = (None, None) if folded is None else (folded.rows_M[part], folded.columns_N)
         launch_streamed(
-            streamed_gradients_kernel, p.streamed, block, part, folded(row_slopes), column_over,
-            label_slope_LR[0], inverse_top, out_LRN[0],
-            p.scale, R, N, out_LRN.stride(1),
+            streamed_gradients_kernel, p.streamed, block, part, row_slopes, *over,
+            label_slope_LR[0], out_LRN[0], p.scale, R, N, out_LRN.stride(1),
         )  # fmt: skip
+        if folded is not None:
+            launch_rest(
+                p, block, part, out_LRN[0], row_slopes, label_slope_LR,
+                column_slopes=column_slopes, lowest=folded.lowest,
+            )  # fmt: skip
         return
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
     gradients_kernel[grid](
@@ -100,27 +106,31 @@ def launch_gradients(
     )  # fmt: skip
 
 
-def column_over(p: Inputs, block: Block, column_slopes: Slopes | None) -> Tensor | None:
-    """For `streamed`; not where columns end within a tile: that spills."""
-    if column_slopes is None or p.streamed is None or len(block.b) % p.streamed.BLOCK_N:
+def folded_slopes(
+    p: Inputs, block: Block, row_slopes: Slopes | None, column_slopes: Slopes | None
+) -> Folded | None:
+    """Of both directions, for `streamed`; not where columns end within a tile: that spills."""
+    if p.streamed is None or row_slopes is None or column_slopes is None:
         return None
-    return folded(column_slopes)
+    whole = len(block.b) % p.streamed.BLOCK_N == 0
+    return Folded.of(row_slopes, column_slopes) if whole else None
 
 
-def launch_overflowed(
+def launch_rest(
     p: Inputs, block: Block, part: slice, out_RN: Tensor, row_slopes: Slopes,
-    label_slope_LR: Tensor, inverse_top: Tensor,
+    label_slope_LR: Tensor, *, column_slopes: Slopes | None = None,
+    inverse_top: Tensor | None = None, lowest: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The rows whose exponentials did not fit: mostly none, so a program looks after all tiles of
+    """The rows that faster kernels could not do: mostly none, so a program looks after all tiles of
     its rows."""
-    # a row that overflows works for all rows of its tile
+    # a row that is left works for all rows of its tile
     block_m, block_n = min(64, p.tiles.BLOCK_M), min(64, p.tiles.BLOCK_N)
     tiles = replace(p.tiles, BLOCK_M=block_m, BLOCK_N=block_n, PARTS=1, programs=1)
     R, N = part.stop - part.start, len(block.b)
-    overflowed_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
-        *block.chunk(part), block.hardness or absent(Hardness), row_slopes, absent(Slopes),
-        label_slope_LR, inverse_top, out_RN, p.scale, R, N, out_RN.stride(0),
-        p.dims, block.guide_dims, block.curated, **tiles.arguments,
+    rest_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
+        *block.chunk(part), block.hardness or absent(Hardness), row_slopes,
+        column_slopes or absent(Slopes), label_slope_LR, inverse_top, lowest, out_RN,
+        p.scale, R, N, out_RN.stride(0), p.dims, block.guide_dims, block.curated, **tiles.arguments,
     )  # fmt: skip
 
 

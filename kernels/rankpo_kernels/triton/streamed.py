@@ -12,7 +12,7 @@ R rows of A, N rows of B (columns of S), D dims.
 """
 
 import contextvars
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -97,12 +97,12 @@ def streamed_statistics_kernel(
 
 @triton.jit
 def streamed_gradients_kernel(
-    a, b, masks, row_over, column_over, label_slope_R, inverse_top, out,
+    a, b, masks, row_slopes, row_over, column_over, label_slope_R, out,
     scale, R, N, out_stride,
     D: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """d total / d dot of all tiles."""
+    """d total / d dot of all tiles: along rows by their slopes, along both by what was folded."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     scale = number(scale)
     of_a = described(a.x, R, D, a.stride, BLOCK_M, BLOCK_K)
@@ -123,24 +123,41 @@ def streamed_gradients_kernel(
         t_mn = dots_mn * by_n[None, :] * (by_m * LOG2E)[:, None]
         if EDGE:  # beside a small sum, exp(0 - lse) overflows
             t_mn = tl.where(mask_n[None, :], t_mn, -float("inf"))
-        # soft exp2(t - lse) = exp2(t + over): a vector less along the columns
-        g_mn = tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])
-        if column_over is not None:
+        if column_over is None:
+            # -inf of a row without negatives beside closed pairs would be NaN
+            lse_m = finite(tl.load(row_slopes.lse + safe_m)) * LOG2E
+            g_mn = tl.exp2(t_mn - lse_m[:, None])
+            g_mn *= (tl.load(row_slopes.soft + safe_m) * by_m)[:, None]
+        else:  # no further vector along the columns fits the registers
             over_n = tl.load(column_over + offs_n, mask=mask_n, other=-float("inf"))
+            g_mn = tl.exp2(t_mn + tl.load(row_over + safe_m)[:, None])
             g_mn += tl.exp2(t_mn + over_n[None, :])
         label_m = tl.load(masks.label_R + safe_m).to(tl.int32)
-        slope_m = tl.load(label_slope_R + safe_m)
+        slope_m = tl.load(label_slope_R + safe_m)  # earlier, it takes 150 instructions more
+        if column_over is None:
+            slope_m *= by_m
         g_mn = tl.where(label_m[:, None] == offs_n[None, :], slope_m[:, None], g_mn)
-        if inverse_top is None:
+        if column_over is not None:
             g_mn *= by_m[:, None]
-        else:  # relative: row factors and the largest |b|^-1 come later
-            by_n *= 1.0 / tl.load(inverse_top)
         g_mn *= by_n[None, :]
         to.store([pid_m * BLOCK_M, pid_n * BLOCK_N], g_mn.to(out.dtype.element_ty))
 
 
-def folded(slopes: Slopes) -> Tensor:
-    """What to add to scores in units of log 2, for an exponential that has `soft` in it."""
+class Folded(NamedTuple):
+    """Slopes of which none is negative: soft exp2(t - lse) = exp2(t + over)."""
+
+    rows_M: Tensor
+    columns_N: Tensor
+    lowest: Tensor  # a number: negative where they do not hold
+
+    @staticmethod
+    def of(row_slopes: Slopes, column_slopes: Slopes) -> "Folded":
+        sides = (row_slopes, column_slopes)
+        lowest = torch.minimum(*(side.soft[0].amin() for side in sides))
+        return Folded(*(_over(side) for side in sides), lowest)
+
+
+def _over(slopes: Slopes) -> Tensor:
     lse = slopes.lse[0].clamp(min=-1e30)  # of those without a negative
     return torch.sub(slopes.soft[0].log2(), lse, alpha=LOG2E.value)
 
