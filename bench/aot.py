@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import get_cache_key, make_backend
 from triton.runtime.jit import KernelInterface
 
-from rankpo_kernels.triton import tiles as _tiles
+from rankpo_kernels.triton import tiles
 
 from . import hopper, sass
 from .hopper import PIPELINES, ScoreKernel
@@ -252,18 +252,16 @@ def programs_meant(row: dict) -> int:
     """Of a multiprocessor, by the table of tiles."""
     if row.get("warp_specialized") or not row.get("matrix"):
         return 1
-    tiles = row["tiles"]
-    table = [each for each in vars(_tiles).values() if isinstance(each, _tiles.Tiles)]
-    same = [each for each in table if all(getattr(each, key) == tiles.get(key) for key in KEYS)]
+    of = row["tiles"]
+    table = [each for each in vars(tiles).values() if isinstance(each, tiles.Tiles)]
+    same = [each for each in table if all(getattr(each, key) == of.get(key) for key in KEYS)]
     return max((each.programs for each in same), default=1)
 
 
 def is_score(row: dict) -> bool:
-    """Whether a kernel multiplies tiles of scores, and is understood well enough to predict it. Of
-    rows that overflowed there are none, as a rule, and a program looks after many tiles."""
-    return (
-        "epilogue" in row and row["tiles"].keys() >= KEYS and row["kernel"] != "rest_kernel"
-    )
+    """Whether a kernel multiplies tiles of scores, and is understood well enough to predict it: of
+    the rest there is none, as a rule, and a program looks after many tiles."""
+    return "epilogue" in row and row["tiles"].keys() >= KEYS and row["kernel"] != "rest_kernel"
 
 
 def _clocks(row: dict) -> dict:
@@ -349,7 +347,7 @@ def record_all(module: str, archs: Iterable[int]) -> list[tuple[int, Any, list[J
     made = []
     for arch in archs:
         for launch in importlib.import_module(module).launches():
-            if arch != HOPPER and launch.dims == (384,):  # it alone has other tiles for few dims
+            if arch != HOPPER and not launch.everywhere:
                 continue
             with recording(arch) as jobs:
                 launch.run()

@@ -117,7 +117,7 @@ class TileCode:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> str:
-    command = [nvdisasm, "-c", str(cubin)]
+    command = [nvdisasm, "-c", "-ndf", str(cubin)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

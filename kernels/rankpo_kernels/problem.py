@@ -44,6 +44,13 @@ def default_workspace(device_type: str, memory_bytes: int = 0) -> int:
     return DEFAULT_WORKSPACE[device_type]
 
 
+def workspace_of(device: torch.device) -> int:
+    """The default of a device that is here."""
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    return default_workspace(device.type, memory)
+
+
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype that losses compute in: fp32 for everything up to fp32, fp64 for fp64."""
     return torch.float64 if stored == torch.float64 else torch.float32
@@ -123,7 +130,7 @@ class ScoreOptions(Settings):
     """Of every loss over the scores of a batch."""
 
     normalize: bool = True  # similarities are cosines, else dot products
-    workspace_bytes: int | None = None  # for one chunk of scores; None: default_workspace
+    workspace_bytes: int | None = None  # for one chunk of scores; None: the device's
     backend: Backend | None = None  # None: triton on CUDA, torch elsewhere and in fp64
 
     def check(self) -> None:
@@ -136,9 +143,7 @@ class ScoreOptions(Settings):
         """Bytes for one chunk of scores."""
         if self.workspace_bytes is not None:
             return self.workspace_bytes
-        on_gpu = device.type == "cuda"
-        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
-        return default_workspace(device.type, memory)
+        return workspace_of(device)
 
 
 @dataclass(frozen=True, kw_only=True)

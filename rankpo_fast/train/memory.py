@@ -25,9 +25,8 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.train.meters import Meter, meter_of, release
-from rankpo_kernels.problem import DEFAULT_WORKSPACE
+from rankpo_kernels.problem import workspace_of
 
-LOSS_WORKSPACE = DEFAULT_WORKSPACE["cuda"]
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
 # elements still counted in 31 bits.
 MOST_TOKENS = 65536
@@ -69,10 +68,10 @@ class Memory:
                 )
             else:
                 trial = _reckoned(encoder, table, meter, max_tokens, longest)
-                if trial.graph > (free := _free(meter)):
+                if trial.graph > (free := _free(meter, encoder.device)):
                     warnings.warn(_scarce(trial, free), stacklevel=2)
             if room is None:
-                room = max(0.0, _free(meter) - (trial.peak - trial.graph))
+                room = max(0.0, _free(meter, encoder.device) - (trial.peak - trial.graph))
         return cls(trial.max_tokens, room, trial.graph / trial.tokens, longest)
 
     def summary(self) -> str:
@@ -130,7 +129,7 @@ def why_checkpointed(encoder: Encoder, table: TokenTable, max_tokens: int | None
             release(encoder.device)
             return None if fits else f"{tokens:,} tokens at once do not fit without"
         graph = _reckoned(encoder, table, meter, tokens, longest).graph
-    free = _free(meter)
+    free = _free(meter, encoder.device)
     if graph <= free:
         return None
     return (
@@ -139,9 +138,9 @@ def why_checkpointed(encoder: Encoder, table: TokenTable, max_tokens: int | None
     )
 
 
-def _free(meter: Meter) -> float:
+def _free(meter: Meter, device: torch.device) -> float:
     """Bytes for graphs: what the loss does not take."""
-    return max(0.0, meter.free() - LOSS_WORKSPACE)
+    return max(0.0, meter.free() - workspace_of(device))
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _reckoned(
     while True:
         tokens = min(budget, int(table.lengths.sum()))
         graph = int(tokens * per_token)
-        fits = graph <= _free(meter)
+        fits = graph <= _free(meter, encoder.device)
         if fits or max_tokens is not None or budget // 2 < max(longest, GOOD_TOKENS):
             return _Trial(budget, tokens, graph, graph)
         budget //= 2

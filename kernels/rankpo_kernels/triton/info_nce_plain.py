@@ -145,9 +145,7 @@ def _write_gradients(
     G_RN, of_rows, labels_LR = memory.G_RN[:R], local.qp, local.slope_LP
     if memory.weighted_RD is not None:
         assert labels_LR is not None and memory.inverse_top is not None
-        launch_rest(
-            p, block, part, G_RN, of_rows, labels_LR, inverse_top=memory.inverse_top
-        )
+        launch_rest(p, block, part, G_RN, of_rows, labels_LR, inverse_top=memory.inverse_top)
         return None
     launch_gradients(
         p, block, part, G_RN[None], row_slopes=of_rows, label_slope_LR=labels_LR,

@@ -31,6 +31,7 @@ class Launch(NamedTuple):
     matrix: bool  # holds a tl.dot
     pipeline: str | None = None  # of `python -m bench.cost`, whose kernels these are
     dims: tuple[int, ...] = ()  # for which its tiles are taken
+    everywhere: bool = True  # or for sm_90 alone
 
 
 M, N, D = 256, 512, 1024  # whole tiles, as most batches have
@@ -56,7 +57,10 @@ def _launch(
     narrow = options.removesuffix(", D=384")
     pipeline = pipelines.get(narrow) if dtype == torch.bfloat16 else None
     dims = WIDE if narrow == options else (NARROW,)
-    return Launch(name, str(dtype).removeprefix("torch."), options, run, True, pipeline, dims)
+    # tiles of few dims are Hopper's; it stands for the others where dtypes add no form of their own
+    everywhere = narrow == options and (dtype == torch.bfloat16 or options in ("plain", "rankpo"))
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Launch(name, dtype_name, options, run, True, pipeline, dims, everywhere)
 
 
 def _batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
