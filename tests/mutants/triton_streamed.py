@@ -98,7 +98,7 @@ MUTANTS = [
     ),
     Mutant(
         "streamed-columns-of-any-sign", KERNELS,
-        "lowest = torch.minimum(*(side.soft[0].amin() for side in sides))",
+        "lowest = torch.minimum(row_slopes.soft[0].amin(), column_slopes.soft[0].amin())",
         "lowest = row_slopes.soft[0].amax().abs()",
         of(STREAMED, "may_be_negative"),
     ),

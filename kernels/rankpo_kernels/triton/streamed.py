@@ -152,9 +152,8 @@ class Folded(NamedTuple):
 
     @staticmethod
     def of(row_slopes: Slopes, column_slopes: Slopes) -> "Folded":
-        sides = (row_slopes, column_slopes)
-        lowest = torch.minimum(*(side.soft[0].amin() for side in sides))
-        return Folded(*(_over(side) for side in sides), lowest)
+        lowest = torch.minimum(row_slopes.soft[0].amin(), column_slopes.soft[0].amin())
+        return Folded(_over(row_slopes), _over(column_slopes), lowest)
 
 
 def _over(slopes: Slopes) -> Tensor:
