@@ -80,8 +80,9 @@ def ended(
     """(what a program says, its exit status; None where it was ended by that signal)."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(by, signal.SIG_DFL),  # a shell's `&` ignores SIGINT
+        )  # fmt: skip
         code: int | None = None
         try:
             code = process.wait(min(max(0.1, seconds), LONGEST_S))

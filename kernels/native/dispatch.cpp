@@ -16,14 +16,17 @@ namespace {
 struct RowFunctions {
     const char* name;
     decltype(&baseline::info_nce_rows) info_nce_rows;
+    decltype(&baseline::column_sums) column_sums;
+    decltype(&baseline::both_directions) both_directions;
     decltype(&baseline::in_batch_rows) in_batch_rows;
     decltype(&baseline::inverse_norms) inverse_norms;
     decltype(&baseline::tangent) tangent;
     decltype(&baseline::rankpo_rows) rankpo_rows;
 };
 
-#define RANKPO_TABLE(ISA) \
-    {#ISA, ISA::info_nce_rows, ISA::in_batch_rows, ISA::inverse_norms, ISA::tangent, ISA::rankpo_rows}
+#define RANKPO_TABLE(ISA)                                                                                      \
+    {#ISA, ISA::info_nce_rows, ISA::column_sums, ISA::both_directions, ISA::in_batch_rows, ISA::inverse_norms, \
+     ISA::tangent, ISA::rankpo_rows}
 
 // RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
@@ -60,13 +63,25 @@ void share(int64_t rows, double nanoseconds_per_row, int32_t threads, const Work
 
 }  // namespace
 
-int32_t rankpo_abi_version() { return 6; }
+int32_t rankpo_abi_version() { return 7; }
 
 const char* rankpo_instruction_set() { return chosen().name; }
 
 void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
     share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
         chosen().info_nce_rows(*chunk, begin, end);
+    });
+}
+
+void rankpo_column_sums(const BothDirections* chunk, double* sums, int32_t threads) {
+    share(chunk->columns, 0.2 * chunk->rows, threads, [=](int64_t begin, int64_t end) {
+        chosen().column_sums(*chunk, sums, begin, end);
+    });
+}
+
+void rankpo_both_directions(const BothDirections* chunk, int32_t threads) {
+    share(chunk->rows, 0.3 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
+        chosen().both_directions(*chunk, begin, end);
     });
 }
 

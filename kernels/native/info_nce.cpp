@@ -125,13 +125,21 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     if (alone && !poisoned) {
         in.hardest[i] = -INFINITY;
         in.loss[i] = 0.0f;
-        if (in.row_weights) std::memset(s, 0, n * sizeof(float));
+        if (in.sums) {
+            in.sums[i] = 0.0f;
+            in.tops[i] = -INFINITY;
+        }
+        if (in.row_weights || in.sums) std::memset(s, 0, n * sizeof(float));
         if (in.d_logits) in.d_logits[i] = 0.0f;
         return;
     }
     const float gap = sums.top + std::log(static_cast<float>(sum)) - positive;
     in.hardest[i] = sums.hardest / in.scale;
     in.loss[i] = softplus(gap);
+    if (in.sums) {
+        in.sums[i] = static_cast<float>(sum);
+        in.tops[i] = sums.top;
+    }
     if (!in.row_weights) return;
 
     const float pull = in.row_weights[i] * sigmoid(gap);  // = -d loss / d positive logit
@@ -151,6 +159,39 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
 
 void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) info_nce_row(chunk, i);
+}
+
+// Columns [begin, end), in the same order whoever has them: fp32 sums of eight rows, fp64 across.
+void column_sums(const BothDirections& in, double* sums, int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 8, kColumns = 512;
+    for (int64_t first = begin; first < end; first += kColumns) {
+        const int64_t width = first + kColumns < end ? kColumns : end - first;
+        double* out = sums + first;
+        std::memset(out, 0, width * sizeof(double));
+        for (int64_t row = 0; row < in.rows; row += kRows) {
+            const int64_t count = row + kRows < in.rows ? kRows : in.rows - row;
+            float of_rows[kColumns] = {};
+            for (int64_t i = row; i < row + count; ++i) {
+                const float* e = in.exponentials + i * in.columns + first;
+                const float share = in.share[i];
+#pragma omp simd
+                for (int64_t j = 0; j < width; ++j) of_rows[j] += share * e[j];
+            }
+#pragma omp simd
+            for (int64_t j = 0; j < width; ++j) out[j] += of_rows[j];
+        }
+    }
+}
+
+void both_directions(const BothDirections& in, int64_t begin, int64_t end) {
+    const float *column_scale = in.column_scale, *column_slopes = in.column_slopes;
+    for (int64_t i = begin; i < end; ++i) {
+        float* e = in.exponentials + i * in.columns;
+        const float slope = in.row_slopes[i], share = in.share[i];
+#pragma omp simd
+        for (int64_t j = 0; j < in.columns; ++j) e[j] *= slope * column_scale[j] + share * column_slopes[j];
+        e[in.labels[i]] = in.label_slopes[i];
+    }
 }
 
 }  // namespace RANKPO_ISA

@@ -12,7 +12,8 @@
 #endif
 
 // One chunk of InfoNCE rows. `scores` [R, N] holds dot products; times column_scale they are similarities. Overwritten:
-// with row_weights by d(sum_i w_i loss_i)/d(dot_ij), without by values of no meaning.
+// with row_weights by d(sum_i w_i loss_i)/d(dot_ij), without by exp(logit - largest logit of the row), 0 where there is no
+// negative.
 // No negatives of row i are: its label; the columns known_columns[start[e]:stop[e]] of each text e that it knows, e in
 // first[i]:last[i]; and those that the judge finds above limit[i], unless they were curated for it.
 struct InfoNCERows {
@@ -31,12 +32,28 @@ struct InfoNCERows {
     float* positive;             // [R] similarity of the positive
     float* hardest;              // [R] similarity of the hardest negative, -inf if there is none
     float* d_logits;             // [R] or null, with row_weights: sum_j scale sim_j d(w_i loss_i)/d(logit_j)
+    float *sums, *tops;          // [R] or null: of the exponentials; the largest logit, -inf where there is no negative
     int64_t rows, columns;
     int64_t first_row;  // number of this chunk's first row
     float scale;        // 1 / temperature, > 0
     // Logits of negatives are (scale + hardness) similarity, with the gradient of scale similarity: of those that were
     // curated for the row, and of others.
     float chosen_hardness, other_hardness;
+};
+
+// One chunk of exponentials e that InfoNCERows left, of both directions. Sums of columns:
+//   sums_j = sum_i share_i e_ij
+// In place, what is d(sum_i w_i loss_i)/d(dot_ij), with the label's element put in:
+//   e_ij (row_slopes_i column_scale_j + share_i column_slopes_j)
+struct BothDirections {
+    float* exponentials;         // [R, N]
+    const float* share;          // [R] exp(largest logit of the row - largest of all)
+    const int64_t* labels;       // [R]
+    const float* row_slopes;     // [R]
+    const float* column_scale;   // [N]
+    const float* column_slopes;  // [N] times column_scale
+    const float* label_slopes;   // [R]
+    int64_t rows, columns;
 };
 
 // One chunk of rows of a loss that is a sum over pairs. `scores` [R, N] holds dot products; times column_scale they are
@@ -92,6 +109,8 @@ struct Rows {
 RANKPO_API int32_t rankpo_abi_version();
 RANKPO_API const char* rankpo_instruction_set();
 RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
+RANKPO_API void rankpo_column_sums(const BothDirections* chunk, double* sums, int32_t threads);
+RANKPO_API void rankpo_both_directions(const BothDirections* chunk, int32_t threads);
 RANKPO_API void rankpo_in_batch_rows(const InBatchRows* chunk, int32_t threads);
 // 1 / |x_i| [R]; 0 for a zero vector.
 RANKPO_API void rankpo_inverse_norms(const Rows* x, float* inverse_norms, int32_t threads);

@@ -282,8 +282,9 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             small: the gradient of each unit vector is off by at most eps * scale * the weight of
             its softmax. For query_to_passage alone, without further positives, own negatives,
             smoothing, prefixes or hardness. 0 is exact; the loss always is.
-        workspace_bytes: at most, for the scores of one chunk of queries; default 90 MiB on the CPU,
-            256 MiB on CUDA, 1 GiB on GPUs of 80 GB and more.
+        workspace_bytes: at most, for scores that are there at once; default 90 MiB on the CPU
+            (256 MiB in both directions, where it spares a product to keep them), 256 MiB on CUDA,
+            1 GiB on GPUs of 80 GB and more.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
         process_group: of torch.distributed. Each of its ranks scores its own queries against the
             passages of all: the loss is that of one process with all rows in rank order, and

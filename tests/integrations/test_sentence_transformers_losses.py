@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rankpo_fast.ops import checks
+from rankpo_kernels.chunked import info_nce_both
 from support.gates import error as off
 from support.gates import gates, in_fp64, pass_the_gates
 from support.info_nce_problems import NoMatrix
@@ -324,7 +325,9 @@ def test_a_learnt_scale_has_their_gradient(cached, tiny_tokenizer):
 @EACH_FORM
 def test_no_matrix_of_scores_is_made(form, around, tiny_tokenizer, monkeypatch):
     B, documents = 256, 2
-    monkeypatch.setitem(checks.DEFAULT_WORKSPACE, "cpu", 4 * B * documents * 4 * 8)
+    workspace = 4 * B * documents * 4 * 8
+    monkeypatch.setitem(checks.DEFAULT_WORKSPACE, "cpu", workspace)
+    monkeypatch.setattr(info_nce_both, "WORKSPACE", workspace)
     model = Rows(16, tiny_tokenizer, rows=B * (1 + documents))
     guide = Rows(6, tiny_tokenizer, seed=5, rows=B * (1 + documents))
     loss = made(ours, form, model, guide)

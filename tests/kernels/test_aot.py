@@ -195,8 +195,8 @@ def test_faults_of_a_row(changed, fault):
 
 
 def test_table_of_tiles_says_how_many_programs_are_meant(monkeypatch):
-    told = tool._tiles.Tiles(128, 128, 64, num_warps=8, num_stages=9, programs=3)
-    monkeypatch.setattr(tool._tiles, "TOLD", told, raising=False)
+    told = tool.tiles.Tiles(128, 128, 64, num_warps=8, num_stages=9, programs=3)
+    monkeypatch.setattr(tool.tiles, "TOLD", told, raising=False)
     row = GOOD | {"tiles": GOOD["tiles"] | {"num_stages": 9}}
     assert tool.programs_meant(row) == 3
     assert tool.programs_meant(row | {"warp_specialized": True}) == 1

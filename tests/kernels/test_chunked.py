@@ -85,7 +85,7 @@ def test_both_directions_make_small_scores_once(monkeypatch, kept_bytes, rows, g
     monkeypatch.setattr(info_nce_general, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(chunks, "CPU_ROWS", rows)
     q, p, relations = torch.randn(256, 8), torch.randn(192, 8), Relations(torch.arange(256) % 192)
-    settings = replace(PLAIN, workspace_bytes=2**24, directions=(QP, PQ))
+    settings = replace(PLAIN, workspace_bytes=2**24, directions=(QP, PQ), label_smoothing=0.1)
     with Products() as made:
         weights = torch.ones(256) if grads else None
         case = InfoNCEProblem(q, p, None, torch.tensor(9.0), relations, settings)

@@ -3,6 +3,7 @@
     s_ij = scale * <a_i, b_j> / (|a_i| |b_j|),   loss and slopes dS from rankpo_kernels.objective
 
     plain     one softmax per query, fp32 on the CPU: a native row pass between the GEMMs    6MND
+    both      of both directions, the same: exponentials that are kept              6 to 8MND
     general   everything else: `combine` turns statistics of rows and columns into slopes,
               from which dS is written                                               6 to 8MND
 
@@ -12,8 +13,9 @@ M queries, N passages, H own negatives, D dims.
 from torch import Tensor
 
 from rankpo_kernels.chunked import native
+from rankpo_kernels.chunked.info_nce_both import both, takes_both
 from rankpo_kernels.chunked.info_nce_general import general
-from rankpo_kernels.chunked.info_nce_plain import plain
+from rankpo_kernels.chunked.info_nce_plain import plain, takes_plain
 from rankpo_kernels.objective import expanded_weights, on_device
 from rankpo_kernels.problem import (
     InfoNCEProblem,
@@ -21,7 +23,6 @@ from rankpo_kernels.problem import (
     Needs,
     compute_dtype,
     gradient_dtype,
-    is_plain,
 )
 
 
@@ -44,8 +45,14 @@ def info_nce(
     if weights_M is not None:
         M = len(relations.rows(settings.window).labels_M)
         weights_M = expanded_weights(weights_M, M, device, dtype)
-    native_rows = is_plain(relations, settings) and native.usable(q_MD.new_empty(0, dtype=dtype))
-    result = (plain if native_rows else general)(problem, weights_M, needed)
+    result: InfoNCEResult | None = None
+    if native.usable(q_MD.new_empty(0, dtype=dtype)):
+        if takes_plain(problem):
+            result = plain(problem, weights_M, needed)
+        elif takes_both(problem, needed):
+            result = both(problem, weights_M, needed)
+    if result is None:
+        result = general(problem, weights_M, needed)
     stored = {"dq_MD": q_MD, "dp_ND": p_ND, "d_own_HD": own_HD}
     return result._replace(**{
         name: grad.to(gradient_dtype(x.dtype))

@@ -4,71 +4,67 @@ place of the scores, two GEMMs; 6MND flops.
 M queries, N passages, D dims; R rows of a chunk, r rows of a slab, C columns that are kept.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from rankpo_kernels.chunked import native
-from rankpo_kernels.chunked.chunks import Lists, column_lists, row_chunks, slab_rows, slices
-from rankpo_kernels.chunked.norms import inverse_norms, tangent_
-from rankpo_kernels.objective import limits
-from rankpo_kernels.problem import InfoNCEProblem, InfoNCEResult, InfoNCESettings, Needs
-from rankpo_kernels.relations import known
+from rankpo_kernels.chunked.chunks import row_chunks, slab_rows, slices
+from rankpo_kernels.chunked.norms import tangent_
+from rankpo_kernels.chunked.row_pass import RowPass
+from rankpo_kernels.problem import InfoNCEProblem, InfoNCEResult, Needs
+
+
+def takes_plain(problem: InfoNCEProblem) -> bool:
+    """Whether this form can: one softmax per query, of whose own negatives no option tells them
+    from others."""
+    relations, settings = problem.relations, problem.settings
+    chosen, other = settings.hardness
+    alike = (
+        settings.false_negative_margin is None and chosen == other and not settings.gradient_filter
+    )
+    one_positive = relations.positive_offsets is None
+    return settings.plain and one_positive and (relations.own_offsets is None or alike)
 
 
 def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> InfoNCEResult:
     """As `chunked.info_nce`, whose scale and weights are of the dtype of computing by now."""
-    q_MD, p_ND, _, scale, relations, settings = problem
+    q_MD, p_ND, own_HD, scale, _, settings = problem
     (M, D), N, dtype = q_MD.shape, len(p_ND), scale.dtype
-    masks = Masks.of(problem)
-    labels_M = relations.labels_M.contiguous()
-    p_gemm_ND = p_ND.to(dtype)
-    inverse_p_N = inverse_norms(p_ND, dtype) if settings.normalize else None
-
-    loss_M, positive_M, hardest_M = q_MD.new_empty(3, M, dtype=dtype)
+    of = RowPass.of(problem)
     dq_MD = q_MD.new_empty(M, D, dtype=dtype) if needs.q else None
     # The first chunk of rows overwrites dp, the others add to it; without rows it is zero.
     dp_ND = q_MD.new_empty(N, D, dtype=dtype) if needs.p else None
     if dp_ND is not None and not M:
         dp_ND.zero_()
-    d_logits_M = torch.empty_like(loss_M) if needs.scale else None
+    d_own_HD = None
+    if own_HD is not None and needs.own:
+        d_own_HD = own_HD.new_empty(own_HD.shape, dtype=dtype)
 
-    scale_number, memory, buffers = scale.item(), None, 1 + (masks.guide is not None)
-    for rows in row_chunks(M, N, buffers, loss_M, settings.workspace(q_MD.device)):
-        unit_RD, inverse_q_R = q_MD[rows].to(dtype), None
-        if settings.normalize:
-            inverse_q_R = inverse_norms(unit_RD, dtype)
-            unit_RD = unit_RD * inverse_q_R[:, None]
+    memory = None
+    for rows in row_chunks(M, of.columns, of.buffers, of.p_ND, settings.workspace(q_MD.device)):
+        unit_RD, inverse_q_R = of.unit(rows)
         R = len(unit_RD)
         if memory is None:
-            memory = q_MD.new_empty(buffers, R, N, dtype=dtype)
-        grad_RN = memory[
-            0, :R
-        ]  # scores, and after the row pass d(sum_i w_i loss_i) / d<unit_i, p_j>
-        torch.mm(unit_RD, p_gemm_ND.T, out=grad_RN)
-        limit_R, judge = masks.limit_of(rows, grad_RN, memory[-1, :R], inverse_p_N)
+            memory = q_MD.new_empty(of.buffers, R, of.columns, dtype=dtype)
+        grad_RC = memory[0, :R]
         weights_R = None
-        if weights_M is not None and (needs.q or needs.p or needs.scale):
+        if weights_M is not None and any(needs):
             weights_R = weights_M[rows]
-        native.info_nce_rows(
-            grad_RN, inverse_p_N, labels_M[rows], masks.lists and masks.lists.rows(rows),
-            limit_R, judge, masks.curated_N, weights_R,
-            loss_M[rows], positive_M[rows], hardest_M[rows],
-            None if d_logits_M is None else d_logits_M[rows],
-            rows.start, scale_number, *settings.hardness,
-        )  # fmt: skip
-        columns, p_CD = None, p_gemm_ND
+        of.read(rows, unit_RD, grad_RC, memory[-1, :R], weights_R, scale_gradient=needs.scale)
+        grad_RN, columns, p_CD = grad_RC[:, :N], None, of.p_ND
         if settings.gradient_filter and weights_R is not None and (needs.q or needs.p):
-            pull_R = weights_R * -torch.expm1(-loss_M[rows])  # w sigmoid(gap), loss = softplus(gap)
-            least_R = pull_R.abs() * (scale_number * settings.gradient_filter / N)
-            columns = _kept(grad_RN, least_R, inverse_p_N)
+            # w sigmoid(gap), where loss = softplus(gap)
+            pull_R = weights_R * -torch.expm1(-of.loss_M[rows])
+            least_R = pull_R.abs() * (of.scale * settings.gradient_filter / N)
+            columns = _kept(grad_RN, least_R, of.inverse_p_N)
         if columns is not None:
-            grad_RN, p_CD = _compacted(grad_RN, columns), p_gemm_ND[columns]
+            grad_RN, p_CD = _compacted(grad_RN, columns), of.p_ND[columns]
         if dq_MD is not None:
             torch.mm(grad_RN, p_CD, out=dq_MD[rows])
-            if inverse_q_R is not None:
-                tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
+        if of.own is not None:
+            d_unit_RD = None if dq_MD is None else dq_MD[rows]
+            of.own.add_gradients(rows, unit_RD, grad_RC[:, N:], d_unit_RD, d_own_HD)
+        if dq_MD is not None and inverse_q_R is not None:
+            tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
         if dp_ND is not None and columns is None:
             dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if rows.start == 0 else 1)
         elif dp_ND is not None and columns is not None:
@@ -76,68 +72,13 @@ def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> In
                 dp_ND.zero_()
             dp_ND.index_add_(0, columns, grad_RN.T @ unit_RD)
 
-    if dp_ND is not None and inverse_p_N is not None:
-        tangent_(dp_ND, p_gemm_ND, inverse_p_N)  # the scores' gradient has 1 / |p| already
-    d_scale = None if d_logits_M is None else d_logits_M.sum() / scale
-    return InfoNCEResult(loss_M, positive_M, hardest_M, dq_MD, dp_ND, None, d_scale)
-
-
-@dataclass(frozen=True)
-class Guide:
-    """Embeddings whose similarities decide about the margin, in the dtype of computing."""
-
-    queries_MG: Tensor
-    passages_NG: Tensor
-    inverse_M: Tensor
-    inverse_N: Tensor
-
-    @classmethod
-    def of(cls, guide: tuple[Tensor, Tensor], dtype: torch.dtype, normalize: bool) -> "Guide":
-        queries, passages = (x.to(dtype) for x in guide)
-        unit = inverse_norms if normalize else lambda x, dtype: x.new_ones(len(x))
-        return cls(queries, passages, unit(queries, dtype), unit(passages, dtype))
-
-
-@dataclass(frozen=True)
-class Masks:
-    """What is no negative of a row."""
-
-    labels_M: Tensor
-    lists: Lists | None  # None: a query knows its label alone
-    curated_N: Tensor | None
-    guide: Guide | None
-    settings: InfoNCESettings
-
-    @classmethod
-    def of(cls, problem: InfoNCEProblem) -> "Masks":
-        relations, settings, curated_N, guide = problem.relations, problem.settings, None, None
-        lists = None
-        if not relations.labels_alone:
-            lists = column_lists(known(relations, len(problem.p_ND)))
-        judged, (chosen, other) = settings.false_negative_margin is not None, settings.hardness
-        if relations.curated_N is not None and (judged or chosen != other):
-            curated_N = relations.curated_N.to(torch.int32)  # half the bytes to compare
-        if judged and relations.guide is not None:
-            guide = Guide.of(relations.guide, problem.scale.dtype, settings.normalize)
-        return cls(relations.labels_M, lists, curated_N, guide, settings)
-
-    def limit_of(
-        self, rows: slice, scores_RN: Tensor, memory_RN: Tensor, inverse_N: Tensor | None
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """(the similarity above which nothing is a negative, dot products of the guide with what
-        makes them similarities), None without a margin or a guide."""
-        if self.settings.false_negative_margin is None:
-            return None, None
-        judge = None
-        if self.guide is not None:
-            guide_RG = self.guide.queries_MG[rows] * self.guide.inverse_M[rows, None]
-            torch.mm(guide_RG, self.guide.passages_NG.T, out=memory_RN)
-            scores_RN, inverse_N = judge = memory_RN, self.guide.inverse_N
-        labels_R = self.labels_M[rows]
-        positive_R = scores_RN.gather(1, labels_R[:, None])[:, 0]
-        if inverse_N is not None:
-            positive_R *= inverse_N[labels_R]
-        return limits(positive_R, self.settings), judge
+    if settings.normalize:  # the scores' gradients have 1 / |p| already
+        if dp_ND is not None and of.inverse_p_N is not None:
+            tangent_(dp_ND, of.p_ND, of.inverse_p_N)
+        if d_own_HD is not None and of.own is not None:
+            tangent_(d_own_HD, of.own.own_HD, of.own.inverse_H)
+    d_scale = of.d_logits_M.sum() / scale if needs.scale else None
+    return InfoNCEResult(of.loss_M, of.positive_M, of.hardest_M, dq_MD, dp_ND, d_own_HD, d_scale)
 
 
 def _kept(grad_RN: Tensor, least_R: Tensor, inverse_N: Tensor | None) -> Tensor | None:

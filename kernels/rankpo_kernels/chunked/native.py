@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankpo_kernels.problem import KINDS, InBatchSettings, RankPOSettings
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `RankPORows` counts them
 MOST_PASSAGES = 256  # RANKPO_MOST_PASSAGES
 
@@ -41,6 +41,8 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("positive", ctypes.c_void_p),
         ("hardest", ctypes.c_void_p),
         ("d_logits", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("tops", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("first_row", ctypes.c_int64),
@@ -48,6 +50,19 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("chosen_hardness", ctypes.c_float),
         ("other_hardness", ctypes.c_float),
     ]
+
+
+class _BothDirections(ctypes.Structure):  # BothDirections of kernels/native/rankpo_native.h
+    _fields_ = [
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                "exponentials", "share", "labels", "row_slopes", "column_scale", "column_slopes",
+                "label_slopes",
+            )
+        ],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns")],
+    ]  # fmt: skip
 
 
 class _InBatchRows(ctypes.Structure):  # InBatchRows of kernels/native/rankpo_native.h
@@ -132,14 +147,17 @@ def library() -> ctypes.CDLL | None:
         return None
     threads, pointer = ctypes.c_int32, ctypes.c_void_p
     lib.rankpo_info_nce_rows.argtypes = [ctypes.POINTER(_InfoNCERows), threads]
+    lib.rankpo_column_sums.argtypes = [ctypes.POINTER(_BothDirections), pointer, threads]
+    lib.rankpo_both_directions.argtypes = [ctypes.POINTER(_BothDirections), threads]
     lib.rankpo_in_batch_rows.argtypes = [ctypes.POINTER(_InBatchRows), threads]
     lib.rankpo_inverse_norms.argtypes = [ctypes.POINTER(_Rows), pointer, threads]
     lib.rankpo_tangent.argtypes = [ctypes.POINTER(_Rows), pointer, pointer, pointer, threads]
     lib.rankpo_rankpo_rows.argtypes = [ctypes.POINTER(_RankPORows), threads]
     lib.rankpo_will_be_written.argtypes = [pointer, ctypes.c_int64]
     for function in (
-        lib.rankpo_info_nce_rows, lib.rankpo_in_batch_rows, lib.rankpo_inverse_norms,
-        lib.rankpo_tangent, lib.rankpo_rankpo_rows, lib.rankpo_will_be_written,
+        lib.rankpo_info_nce_rows, lib.rankpo_column_sums, lib.rankpo_both_directions,
+        lib.rankpo_in_batch_rows, lib.rankpo_inverse_norms, lib.rankpo_tangent,
+        lib.rankpo_rankpo_rows, lib.rankpo_will_be_written,
     ):  # fmt: skip
         function.restype = None
     return lib
@@ -184,15 +202,39 @@ def info_nce_rows(
     limit: Tensor | None, judge: tuple[Tensor, Tensor] | None, curated: Tensor | None,
     row_weights: Tensor | None,
     loss: Tensor, positive: Tensor, hardest: Tensor, d_logits: Tensor | None,
-    first_row: int, scale: float, *hardness: float,
+    first_row: int, scale: float, hardness: tuple[float, float] = (0.0, 0.0),
+    sums: Tensor | None = None, tops: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One chunk of rows, in place; the arguments are the fields of `InfoNCERows`."""
     tensors = (
         scores_RN, column_scale, labels, *(known or (None,) * 5), limit, *(judge or (None,) * 2),
-        curated, row_weights, loss, positive, hardest, d_logits,
+        curated, row_weights, loss, positive, hardest, d_logits, sums, tops,
     )  # fmt: skip
     chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale, *hardness)
     _loaded().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+
+
+def column_sums(exponentials_RN: Tensor, share_R: Tensor) -> Tensor:
+    """[N] in fp64: sum_i share_i e_ij."""
+    sums_N = exponentials_RN.new_empty(exponentials_RN.shape[1], dtype=torch.float64)
+    none = (None,) * 5
+    chunk = _BothDirections(*map(_pointer, (exponentials_RN, share_R)), *none, *exponentials_RN.shape)
+    _loaded().rankpo_column_sums(ctypes.byref(chunk), sums_N.data_ptr(), torch.get_num_threads())
+    return sums_N
+
+
+def both_directions_(
+    exponentials_RN: Tensor, share_R: Tensor, labels_R: Tensor, row_slopes_R: Tensor,
+    column_scale_N: Tensor, column_slopes_N: Tensor, label_slopes_R: Tensor,
+) -> None:  # fmt: skip
+    """In place: e_ij := e_ij (row_slopes_i column_scale_j + share_i column_slopes_j), and the
+    labels' elements."""
+    tensors = (
+        exponentials_RN, share_R, labels_R, row_slopes_R, column_scale_N, column_slopes_N,
+        label_slopes_R,
+    )  # fmt: skip
+    chunk = _BothDirections(*map(_pointer, tensors), *exponentials_RN.shape)
+    _loaded().rankpo_both_directions(ctypes.byref(chunk), torch.get_num_threads())
 
 
 def in_batch_rows(
