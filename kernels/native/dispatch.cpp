@@ -16,6 +16,7 @@ namespace {
 struct RowFunctions {
     const char* name;
     decltype(&baseline::info_nce_rows) info_nce_rows;
+    decltype(&baseline::info_nce_prefixes) info_nce_prefixes;
     decltype(&baseline::column_sums) column_sums;
     decltype(&baseline::both_directions) both_directions;
     decltype(&baseline::in_batch_rows) in_batch_rows;
@@ -24,9 +25,9 @@ struct RowFunctions {
     decltype(&baseline::rankpo_rows) rankpo_rows;
 };
 
-#define RANKPO_TABLE(ISA)                                                                                      \
-    {#ISA, ISA::info_nce_rows, ISA::column_sums, ISA::both_directions, ISA::in_batch_rows, ISA::inverse_norms, \
-     ISA::tangent, ISA::rankpo_rows}
+#define RANKPO_TABLE(ISA)                                                                                          \
+    {#ISA, ISA::info_nce_rows, ISA::info_nce_prefixes, ISA::column_sums, ISA::both_directions, ISA::in_batch_rows, \
+     ISA::inverse_norms, ISA::tangent, ISA::rankpo_rows}
 
 // RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
@@ -70,6 +71,14 @@ const char* rankpo_instruction_set() { return chosen().name; }
 void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads) {
     share(chunk->rows, 0.8 * chunk->columns, threads, [=](int64_t begin, int64_t end) {
         chosen().info_nce_rows(*chunk, begin, end);
+    });
+}
+
+void rankpo_info_nce_prefixes(const InfoNCEPrefixes* chunk, int32_t threads) {
+    const int64_t groups = (chunk->levels->rows + RANKPO_GROUP - 1) / RANKPO_GROUP;
+    const double nanoseconds = 1.5 * chunk->count * chunk->levels->columns * RANKPO_GROUP;
+    share(groups, nanoseconds, threads, [=](int64_t begin, int64_t end) {
+        chosen().info_nce_prefixes(*chunk, begin, end);
     });
 }
 

@@ -97,13 +97,14 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     float* s = in.scores + i * in.columns;  // [N] dots, then logits, then exponentials, then gradients
     const int64_t n = in.columns, label = in.labels[i];
     const float* column_scale = in.column_scale;
+    const float scale = in.row_scale ? in.scale * in.row_scale[i] : in.scale;
 
     if (column_scale) {
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale * column_scale[j];
+        for (int64_t j = 0; j < n; ++j) s[j] *= scale * column_scale[j];
     } else {
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) s[j] *= in.scale;
+        for (int64_t j = 0; j < n; ++j) s[j] *= scale;
     }
     const float positive = s[label];
     if (in.limit) {
@@ -143,7 +144,7 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     if (!in.row_weights) return;
 
     const float pull = in.row_weights[i] * sigmoid(gap);  // = -d loss / d positive logit
-    const float factor = pull * in.scale / static_cast<float>(sum);
+    const float factor = pull * scale / static_cast<float>(sum);
     if (column_scale) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) s[j] *= factor * column_scale[j];
@@ -151,7 +152,7 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) s[j] *= factor;
     }
-    s[label] = -pull * in.scale * (column_scale ? column_scale[label] : 1.0f);
+    s[label] = -pull * scale * (column_scale ? column_scale[label] : 1.0f);
     if (in.d_logits) in.d_logits[i] = pull * (sums.hardest - positive + static_cast<float>(sums.moment / sum));
 }
 
@@ -159,6 +160,39 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
 
 void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) info_nce_row(chunk, i);
+}
+
+void info_nce_prefixes(const InfoNCEPrefixes& in, int64_t begin, int64_t end) {
+    const int64_t n = in.levels->columns, rows = in.levels->rows, count = in.count;
+    const bool gradients = in.levels->row_weights != nullptr;
+    for (int64_t group = begin; group < end; ++group) {
+        float* along = in.along + group * (count + 1) * n;
+        float* dots = along + count * n;
+        std::memset(along, 0, count * n * sizeof(float));
+        const int64_t last = (group + 1) * RANKPO_GROUP < rows ? (group + 1) * RANKPO_GROUP : rows;
+        for (int64_t i = group * RANKPO_GROUP; i < last; ++i) {
+            for (int64_t level = 1; level < count; ++level) {
+                float* s = in.levels[level].scores + i * n;
+                const float* shorter = in.levels[level - 1].scores + i * n;
+#pragma omp simd
+                for (int64_t j = 0; j < n; ++j) s[j] += shorter[j];
+            }
+            for (int64_t level = 0; level < count; ++level) {
+                float *s = in.levels[level].scores + i * n, *sum = along + level * n;
+                if (gradients) std::memcpy(dots, s, n * sizeof(float));
+                info_nce_row(in.levels[level], i);
+                if (!gradients) continue;
+#pragma omp simd
+                for (int64_t j = 0; j < n; ++j) sum[j] += dots[j] * s[j];
+            }
+            for (int64_t level = count - 2; gradients && level >= 0; --level) {
+                float* s = in.levels[level].scores + i * n;
+                const float* longer = in.levels[level + 1].scores + i * n;
+#pragma omp simd
+                for (int64_t j = 0; j < n; ++j) s[j] += longer[j];
+            }
+        }
+    }
 }
 
 // Columns [begin, end), in the same order whoever has them: fp32 sums of eight rows, fp64 across.

@@ -28,6 +28,7 @@ struct InfoNCERows {
     const float* judge_scale;    // [N] where there is a judge
     const int32_t* curated;      // [N] or null: the row, counted from the first of all chunks
     const float* row_weights;    // [R] or null
+    const float* row_scale;      // [R] or null: the similarities' other factor
     float* loss;                 // [R] softplus(logsumexp of the negatives - positive logit), unweighted
     float* positive;             // [R] similarity of the positive
     float* hardest;              // [R] similarity of the hardest negative, -inf if there is none
@@ -40,6 +41,16 @@ struct InfoNCERows {
     // curated for the row, and of others.
     float chosen_hardness, other_hardness;
 };
+
+// The same for L prefixes of the dims at once. The scores of `levels` hold the dot products
+// of each prefix's own block of dims; overwritten by the sum of d(sum_i w_i loss_i)/d(dot_ij) of its prefix and all longer
+// ones.
+struct InfoNCEPrefixes {
+    const InfoNCERows* levels;  // [L], shortest first, of as many rows and columns
+    float* along;  // [G, L + 1, N], of each group of RANKPO_GROUP rows: sum_i dot_ij d/d(dot_ij) of each prefix; then scratch
+    int64_t count;  // L
+};
+#define RANKPO_GROUP 64
 
 // One chunk of exponentials e that InfoNCERows left, of both directions. Sums of columns:
 //   sums_j = sum_i share_i e_ij
@@ -109,6 +120,7 @@ struct Rows {
 RANKPO_API int32_t rankpo_abi_version();
 RANKPO_API const char* rankpo_instruction_set();
 RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
+RANKPO_API void rankpo_info_nce_prefixes(const InfoNCEPrefixes* chunk, int32_t threads);
 RANKPO_API void rankpo_column_sums(const BothDirections* chunk, double* sums, int32_t threads);
 RANKPO_API void rankpo_both_directions(const BothDirections* chunk, int32_t threads);
 RANKPO_API void rankpo_in_batch_rows(const InBatchRows* chunk, int32_t threads);

@@ -173,16 +173,16 @@ def test_only_what_is_needed_is_given(needs, forms):
 
 def test_what_the_form_cannot_is_left_to_the_general_one():
     q, p, labels = draw(4, 6, 8, torch.float32, False)
-    takes = lambda needs=ALL, relations=Relations(labels), **options: info_nce_both.takes_both(  # noqa: E731
-        InfoNCEProblem(q, p, None, torch.tensor(1.0), relations, replace(BOTH, **options)),
-        Needs(*needs),
-    )
+
+    def takes(needs=ALL, relations=None, **options):
+        related, settings = relations or Relations(labels), replace(BOTH, **options)
+        case = InfoNCEProblem(q, p, None, torch.tensor(1.0), related, settings)
+        return info_nce_both.takes_both(case, Needs(*needs))
+
     assert takes() and takes(directions=(PQ, QP))
     offsets = torch.arange(5)
     assert not takes(relations=Relations(labels, own_offsets=offsets))
-    assert not takes(
-        relations=Relations(labels, positive_offsets=offsets, positive_columns=labels)
-    )
+    assert not takes(relations=Relations(labels, positive_offsets=offsets, positive_columns=labels))
     assert not takes(needs=(False, True, False, True))  # the scale's is read off the queries'
     for options in (
         {"directions": (QP,)}, {"label_smoothing": 0.1}, {"matryoshka_dims": (4,)},

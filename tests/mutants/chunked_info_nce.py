@@ -6,11 +6,17 @@ from mutants.suites import CHUNKED_OPTIONS, RANKS_OPTIONS, chunked, info_nce, of
 BLOCKS = "kernels/rankpo_kernels/chunked/blocks.py"
 GENERAL = "kernels/rankpo_kernels/chunked/info_nce_general.py"
 PLAIN = "kernels/rankpo_kernels/chunked/info_nce_plain.py"
+KEPT = "kernels/rankpo_kernels/chunked/info_nce_both.py"
+ROW_PASS = "kernels/rankpo_kernels/chunked/row_pass.py"
 NORMS = "kernels/rankpo_kernels/chunked/norms.py"
 NATIVE = "kernels/native/info_nce.cpp"
 ROW_MATH = "kernels/native/row_math.h"
 
 SMALL_CHUNKS = info_nce("gates and nothing-round and float32 and native")
+FORMS_BOTH, FORMS = (f"tests/kernels/test_chunked_{name}.py" for name in ("both", "forms"))
+BOTH = of(FORMS_BOTH, "options or gates")
+OWN = of(FORMS, "test_own_negatives")
+PREFIXES = of(FORMS, "test_prefixes")
 LONG_ROWS = of("tests/kernels/test_native.py", "long_rows")
 
 MUTANTS = [
@@ -51,7 +57,7 @@ MUTANTS = [
         SMALL_CHUNKS,
     ),
     Mutant(
-        "cpu-labels-have-gaps", PLAIN,
+        "cpu-labels-have-gaps", ROW_PASS,
         "relations.labels_M.contiguous()",
         "relations.labels_M",
         info_nce("have_gaps"),
@@ -101,5 +107,95 @@ MUTANTS = [
         "column_lists(keys, relations.labels_M)\n            blocks.append(block(\n"
         "                queries, queries,",
         RANKS_OPTIONS,
+    ),
+    Mutant(
+        "column-sums-without-row-shares", NATIVE,
+        "of_rows[j] += share * e[j]",
+        "of_rows[j] += e[j]",
+        BOTH,
+    ),
+    Mutant(
+        "column-sums-of-whole-blocks-of-rows", NATIVE,
+        "in.rows ? kRows : in.rows - row;",
+        "in.rows ? kRows : 0;",
+        BOTH,
+    ),
+    Mutant(
+        "both-directions-without-labels", NATIVE,
+        "e[in.labels[i]] = in.label_slopes[i];",
+        "",
+        BOTH,
+    ),
+    Mutant(
+        "columns-out-of-range-are-taken", KEPT,
+        "if columns.out_of_range(M)[of.labels_M].any():",
+        "if False:",
+        of(FORMS_BOTH, "far_below"),
+    ),
+    Mutant(
+        "columns-whose-zeros-may-count-are-taken", KEPT,
+        "SMALLEST + ROUNDING + math.log(M)",
+        "SMALLEST",
+        of(FORMS_BOTH, "far_below"),
+    ),
+    Mutant(
+        "the-last-chunk-is-read-again", KEPT,
+        "for number in (len(self.chunks) - 1, *range(len(self.chunks) - 1)):",
+        "for number in range(len(self.chunks)):",
+        of(FORMS_BOTH, "made_again"),
+    ),
+    Mutant(
+        "gradients-are-taken-for-exponentials", KEPT,
+        "self.places[place] != number",
+        "self.places[place] is None",
+        of(FORMS_BOTH, "options"),
+    ),
+    Mutant(
+        "columns-relative-to-each-chunk", KEPT,
+        "self.sums_N *= math.exp(self.top - top)",
+        "pass",
+        BOTH,
+    ),
+    Mutant(
+        "scale-gradient-past-the-norms", KEPT,
+        "vecdot(dq_MD[rows], unit_RD)",
+        "vecdot(dq_MD[rows], of.q_MD[rows])",
+        BOTH,
+    ),
+    Mutant(
+        "missing-own-negatives-are-negatives", ROW_PASS,
+        "out_RK.masked_fill_(none_RK, self.NOTHING)",
+        "pass",
+        OWN,
+    ),
+    Mutant(
+        "own-gradients-without-norms", ROW_PASS,
+        "grad_RK = grad_RK * inverse_RK",
+        "pass",
+        OWN,
+    ),
+    Mutant(
+        "prefixes-without-longer-ones", NATIVE,
+        "s[j] += longer[j]",
+        "s[j] += 0 * longer[j]",
+        PREFIXES,
+    ),
+    Mutant(
+        "prefixes-without-shorter-ones", NATIVE,
+        "s[j] += shorter[j]",
+        "s[j] += 0 * shorter[j]",
+        PREFIXES,
+    ),
+    Mutant(
+        "prefixes-along-the-gradients-alone", NATIVE,
+        "sum[j] += dots[j] * s[j]",
+        "sum[j] += s[j]",
+        PREFIXES,
+    ),
+    Mutant(
+        "prefixes-with-one-norm", NATIVE,
+        "in.row_scale ? in.scale * in.row_scale[i] : in.scale;",
+        "in.scale;",
+        PREFIXES,
     ),
 ]  # fmt: skip

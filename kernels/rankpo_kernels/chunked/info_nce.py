@@ -4,6 +4,7 @@
 
     plain     one softmax per query, fp32 on the CPU: a native row pass between the GEMMs    6MND
     both      of both directions, the same: exponentials that are kept              6 to 8MND
+    prefixes  of dims, the same: one pass over the rows of all                               6MND
     general   everything else: `combine` turns statistics of rows and columns into slopes,
               from which dS is written                                               6 to 8MND
 
@@ -16,6 +17,7 @@ from rankpo_kernels.chunked import native
 from rankpo_kernels.chunked.info_nce_both import both, takes_both
 from rankpo_kernels.chunked.info_nce_general import general
 from rankpo_kernels.chunked.info_nce_plain import plain, takes_plain
+from rankpo_kernels.chunked.info_nce_prefixes import prefixes, takes_prefixes
 from rankpo_kernels.objective import expanded_weights, on_device
 from rankpo_kernels.problem import (
     InfoNCEProblem,
@@ -49,6 +51,8 @@ def info_nce(
     if native.usable(q_MD.new_empty(0, dtype=dtype)):
         if takes_plain(problem):
             result = plain(problem, weights_M, needed)
+        elif takes_prefixes(problem):
+            result = prefixes(problem, weights_M, needed)
         elif takes_both(problem, needed):
             result = both(problem, weights_M, needed)
     if result is None:

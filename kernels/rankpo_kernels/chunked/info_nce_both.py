@@ -1,10 +1,10 @@
-"""InfoNCE of both directions, in fp32 on the CPU. The scores' exponentials are made once and kept as
-far as the workspace goes: 6MND flops, 8 of the rows that have no place.
+"""InfoNCE of both directions, in fp32 on the CPU. The scores' exponentials are made once, and kept
+as far as the workspace goes: 6MND flops, 8 for rows that have no place.
 
     E_ij = exp(s_ij - top_i),   top_i the largest logit of row i's negatives; no negative: 0
 
     sum over row i       exp(top_i) sum_j E_ij
-    sum over column j    exp(top) sum_i share_i E_ij,   share_i = exp(top_i - top), top their largest
+    sum over column j    exp(top) sum_i share_i E_ij,   share_i = exp(top_i - top), top the largest
     d total / d s_ij     E_ij (u_i + share_i v_j),      u, v: slopes over sums
 
 What is 87 below its row's largest logit, or 87 below the largest of all, is 0: too little for every
@@ -70,7 +70,8 @@ def both(
     if not any(needs):
         return result
     gradients = Gradients.of_slopes(of, slopes, slope_M, columns)
-    return result._replace(**gradients.added(kept, needs))
+    dq_MD, dp_ND, d_scale = gradients.added(kept, needs)
+    return result._replace(dq_MD=dq_MD, dp_ND=dp_ND, d_scale=d_scale)
 
 
 class Kept:
@@ -97,10 +98,9 @@ class Kept:
         return out_RN
 
     def taken(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk once, to be overwritten; the last was read last and is there."""
+        """Each chunk once, to be overwritten: after that nothing is kept. The last is there."""
         for number in (len(self.chunks) - 1, *range(len(self.chunks) - 1)):
             yield self.chunks[number], self.exponentials(number)
-            self.places[min(number, len(self.places) - 1)] = None
 
 
 class ColumnSums:
@@ -149,7 +149,9 @@ class Gradients:
     def of_slopes(
         cls, of: RowPass, slopes: dict[str, Slopes], slope_M: Tensor, columns: ColumnSums
     ) -> "Gradients":
-        scale_N = of.scale * (torch.ones_like(of.p_ND[:, 0]) if of.inverse_p_N is None else of.inverse_p_N)
+        scale_N = of.scale * (
+            torch.ones_like(of.p_ND[:, 0]) if of.inverse_p_N is None else of.inverse_p_N
+        )
         rows, per_column = slopes[QP].soft / of.sums_M, slopes[PQ].soft / columns.sums_N
         return cls(
             of, columns.top, rows.masked_fill(slopes[QP].soft == 0, 0), scale_N,
@@ -157,10 +159,12 @@ class Gradients:
             slope_M * scale_N[of.labels_M],
         )  # fmt: skip
 
-    def added(self, kept: Kept, needs: Needs) -> dict[str, Tensor | None]:
+    def added(self, kept: Kept, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dq_MD, dp_ND, d scale), None where there is no need."""
         of, (N, D) = self.of, self.of.p_ND.shape
         new = lambda rows, need: of.p_ND.new_empty(rows, D) if need else None  # noqa: E731
-        dq_MD, dp_ND, d_scale = new(len(of.loss_M), needs.q), new(N, needs.p), 0.0
+        dq_MD, dp_ND = new(len(of.loss_M), needs.q), new(N, needs.p)
+        d_scale = of.p_ND.new_zeros((), dtype=torch.float64)
         for number, (rows, grad_RN) in enumerate(kept.taken()):
             native.both_directions_(
                 grad_RN, (of.tops_M[rows] - self.top).exp(), of.labels_M[rows],
@@ -179,4 +183,4 @@ class Gradients:
         if dp_ND is not None and of.inverse_p_N is not None:
             tangent_(dp_ND, of.p_ND, of.inverse_p_N)  # the scores' gradient has 1 / |p| already
         of_scale = (d_scale / of.scale).to(of.p_ND.dtype) if needs.scale else None
-        return {"dq_MD": dq_MD, "dp_ND": dp_ND, "d_scale": of_scale}
+        return dq_MD, dp_ND, of_scale

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rankpo_kernels.problem import KINDS, InBatchSettings, RankPOSettings
 ABI_VERSION = 7
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `RankPORows` counts them
 MOST_PASSAGES = 256  # RANKPO_MOST_PASSAGES
+GROUP = 64  # RANKPO_GROUP
 
 
 class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_native.h
@@ -37,6 +39,7 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("judge_scale", ctypes.c_void_p),
         ("curated", ctypes.c_void_p),
         ("row_weights", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
         ("positive", ctypes.c_void_p),
         ("hardest", ctypes.c_void_p),
@@ -49,6 +52,14 @@ class _InfoNCERows(ctypes.Structure):  # InfoNCERows of kernels/native/rankpo_na
         ("scale", ctypes.c_float),
         ("chosen_hardness", ctypes.c_float),
         ("other_hardness", ctypes.c_float),
+    ]
+
+
+class _InfoNCEPrefixes(ctypes.Structure):  # InfoNCEPrefixes of kernels/native/rankpo_native.h
+    _fields_ = [
+        ("levels", ctypes.POINTER(_InfoNCERows)),
+        ("along", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     ]
 
 
@@ -147,6 +158,7 @@ def library() -> ctypes.CDLL | None:
         return None
     threads, pointer = ctypes.c_int32, ctypes.c_void_p
     lib.rankpo_info_nce_rows.argtypes = [ctypes.POINTER(_InfoNCERows), threads]
+    lib.rankpo_info_nce_prefixes.argtypes = [ctypes.POINTER(_InfoNCEPrefixes), threads]
     lib.rankpo_column_sums.argtypes = [ctypes.POINTER(_BothDirections), pointer, threads]
     lib.rankpo_both_directions.argtypes = [ctypes.POINTER(_BothDirections), threads]
     lib.rankpo_in_batch_rows.argtypes = [ctypes.POINTER(_InBatchRows), threads]
@@ -155,7 +167,8 @@ def library() -> ctypes.CDLL | None:
     lib.rankpo_rankpo_rows.argtypes = [ctypes.POINTER(_RankPORows), threads]
     lib.rankpo_will_be_written.argtypes = [pointer, ctypes.c_int64]
     for function in (
-        lib.rankpo_info_nce_rows, lib.rankpo_column_sums, lib.rankpo_both_directions,
+        lib.rankpo_info_nce_rows, lib.rankpo_info_nce_prefixes, lib.rankpo_column_sums,
+        lib.rankpo_both_directions,
         lib.rankpo_in_batch_rows, lib.rankpo_inverse_norms, lib.rankpo_tangent,
         lib.rankpo_rankpo_rows, lib.rankpo_will_be_written,
     ):  # fmt: skip
@@ -196,29 +209,47 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def info_nce_rows(
+def info_nce_rows(*arguments: Any, **more: Any) -> None:
+    """One chunk of rows, in place, as `rows` has it."""
+    chunk = rows(*arguments, **more)
+    _loaded().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+
+
+def rows(
     scores_RN: Tensor, column_scale: Tensor | None, labels: Tensor,
     known: tuple[Tensor, ...] | None,  # first [R], last [R], start [E], stop [E], columns [N]
     limit: Tensor | None, judge: tuple[Tensor, Tensor] | None, curated: Tensor | None,
     row_weights: Tensor | None,
     loss: Tensor, positive: Tensor, hardest: Tensor, d_logits: Tensor | None,
-    first_row: int, scale: float, hardness: tuple[float, float] = (0.0, 0.0),
-    sums: Tensor | None = None, tops: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One chunk of rows, in place; the arguments are the fields of `InfoNCERows`."""
+    first_row: int, scale: float, hardness: tuple[float, float] = (0.0, 0.0), *,
+    row_scale: Tensor | None = None, sums: Tensor | None = None, tops: Tensor | None = None,
+) -> _InfoNCERows:  # fmt: skip
+    """The fields of `InfoNCERows`; the tensors must live as long."""
     tensors = (
         scores_RN, column_scale, labels, *(known or (None,) * 5), limit, *(judge or (None,) * 2),
-        curated, row_weights, loss, positive, hardest, d_logits, sums, tops,
+        curated, row_weights, row_scale, loss, positive, hardest, d_logits, sums, tops,
     )  # fmt: skip
-    chunk = _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale, *hardness)
-    _loaded().rankpo_info_nce_rows(ctypes.byref(chunk), torch.get_num_threads())
+    return _InfoNCERows(*map(_pointer, tensors), *scores_RN.shape, first_row, scale, *hardness)
+
+
+def info_nce_prefixes(levels: Sequence[_InfoNCERows], like: Tensor) -> Tensor:
+    """The same of several prefixes, in place: see `InfoNCEPrefixes`. Returns [L, N]: sums over the
+    rows of dots times their gradients, with row_weights."""
+    groups, N = -(-levels[0].rows // GROUP), levels[0].columns
+    along = like.new_empty(groups, len(levels) + 1, N)
+    array = (_InfoNCERows * len(levels))(*levels)
+    chunk = _InfoNCEPrefixes(array, along.data_ptr(), len(levels))
+    _loaded().rankpo_info_nce_prefixes(ctypes.byref(chunk), torch.get_num_threads())
+    return along[:, :-1].sum(0)
 
 
 def column_sums(exponentials_RN: Tensor, share_R: Tensor) -> Tensor:
     """[N] in fp64: sum_i share_i e_ij."""
     sums_N = exponentials_RN.new_empty(exponentials_RN.shape[1], dtype=torch.float64)
     none = (None,) * 5
-    chunk = _BothDirections(*map(_pointer, (exponentials_RN, share_R)), *none, *exponentials_RN.shape)
+    chunk = _BothDirections(
+        *map(_pointer, (exponentials_RN, share_R)), *none, *exponentials_RN.shape
+    )
     _loaded().rankpo_column_sums(ctypes.byref(chunk), sums_N.data_ptr(), torch.get_num_threads())
     return sums_N
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankpo_kernels.chunked import native
-from rankpo_kernels.chunked.chunks import Lists, column_lists
+from rankpo_kernels.chunked.chunks import SLAB, Lists, column_lists, slices
 from rankpo_kernels.chunked.norms import inverse_norms
 from rankpo_kernels.objective import limits
 from rankpo_kernels.problem import InfoNCEProblem, InfoNCESettings
@@ -90,7 +90,8 @@ class RowPass:
             self.loss_M[rows], self.positive_M[rows], self.hardest_M[rows],
             self.d_logits_M[rows] if scale_gradient else None,
             rows.start, self.scale, self.settings.hardness,
-            *(x[rows] if weights_R is None else None for x in (self.sums_M, self.tops_M)),
+            sums=self.sums_M[rows] if weights_R is None else None,
+            tops=self.tops_M[rows] if weights_R is None else None,
         )  # fmt: skip
 
 
@@ -132,8 +133,13 @@ class OwnColumns:
 
     def dots(self, rows: slice, unit_RD: Tensor, out_RK: Tensor) -> None:
         own_RKD, inverse_RK, none_RK = self._of(rows)
-        dots_RK = torch.bmm(own_RKD, unit_RD[:, :, None])[:, :, 0] * inverse_RK
-        out_RK.copy_(dots_RK if none_RK is None else dots_RK.masked_fill(none_RK, self.NOTHING))
+        R, K, D = own_RKD.shape
+        for slab in slices(R, max(1, SLAB["cpu"] // (K * D))):
+            # products summed in pairs: the one running sum of bmm is three times as far off
+            out_RK[slab] = torch.linalg.vecdot(own_RKD[slab], unit_RD[slab, None])
+        out_RK *= inverse_RK
+        if none_RK is not None:
+            out_RK.masked_fill_(none_RK, self.NOTHING)
 
     def add_gradients(
         self, rows: slice, unit_RD: Tensor, grad_RK: Tensor, d_unit_RD: Tensor | None,
