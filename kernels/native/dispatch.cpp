@@ -17,6 +17,8 @@ struct RowFunctions {
     const char* name;
     decltype(&baseline::info_nce_rows) info_nce_rows;
     decltype(&baseline::info_nce_prefixes) info_nce_prefixes;
+    decltype(&baseline::own_dots) own_dots;
+    decltype(&baseline::own_gradients) own_gradients;
     decltype(&baseline::column_sums) column_sums;
     decltype(&baseline::both_directions) both_directions;
     decltype(&baseline::in_batch_rows) in_batch_rows;
@@ -25,9 +27,9 @@ struct RowFunctions {
     decltype(&baseline::rankpo_rows) rankpo_rows;
 };
 
-#define RANKPO_TABLE(ISA)                                                                                          \
-    {#ISA, ISA::info_nce_rows, ISA::info_nce_prefixes, ISA::column_sums, ISA::both_directions, ISA::in_batch_rows, \
-     ISA::inverse_norms, ISA::tangent, ISA::rankpo_rows}
+#define RANKPO_TABLE(ISA)                                                                                              \
+    {#ISA, ISA::info_nce_rows, ISA::info_nce_prefixes, ISA::own_dots, ISA::own_gradients, ISA::column_sums,            \
+     ISA::both_directions, ISA::in_batch_rows, ISA::inverse_norms, ISA::tangent, ISA::rankpo_rows}
 
 // RANKPO_INSTRUCTION_SET in the environment asks for one set, to test what this machine would not take.
 RowFunctions choose() {
@@ -79,6 +81,18 @@ void rankpo_info_nce_prefixes(const InfoNCEPrefixes* chunk, int32_t threads) {
     const double nanoseconds = 1.5 * chunk->count * chunk->levels->columns * RANKPO_GROUP;
     share(groups, nanoseconds, threads, [=](int64_t begin, int64_t end) {
         chosen().info_nce_prefixes(*chunk, begin, end);
+    });
+}
+
+void rankpo_own_dots(const OwnRows* chunk, int32_t threads) {
+    share(chunk->rows, 0.2 * chunk->width * chunk->dims, threads, [=](int64_t begin, int64_t end) {
+        chosen().own_dots(*chunk, begin, end);
+    });
+}
+
+void rankpo_own_gradients(const OwnRows* chunk, int32_t threads) {
+    share(chunk->rows, 0.5 * chunk->width * chunk->dims, threads, [=](int64_t begin, int64_t end) {
+        chosen().own_gradients(*chunk, begin, end);
     });
 }
 

@@ -156,6 +156,10 @@ void info_nce_row(const InfoNCERows& in, int64_t i) {
     if (in.d_logits) in.d_logits[i] = pull * (sums.hardest - positive + static_cast<float>(sums.moment / sum));
 }
 
+float dot_of_unit(const float* unit, const float* x, float inverse, int64_t dims) {
+    return static_cast<float>(sum_over_dims(dims, [=](int64_t d) { return unit[d] * (x[d] * inverse); }));
+}
+
 }  // namespace
 
 void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end) {
@@ -190,6 +194,43 @@ void info_nce_prefixes(const InfoNCEPrefixes& in, int64_t begin, int64_t end) {
                 const float* longer = in.levels[level + 1].scores + i * n;
 #pragma omp simd
                 for (int64_t j = 0; j < n; ++j) s[j] += longer[j];
+            }
+        }
+    }
+}
+
+void own_dots(const OwnRows& in, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        float* s = in.scores + i * (in.columns + in.width) + in.columns;
+        const float* unit = in.unit + i * in.dims;
+        const int64_t first = in.offsets[i], count = in.offsets[i + 1] - first;
+        for (int64_t k = 0; k < in.width; ++k) {
+            const float* own = in.own + (first + k) * in.dims;
+            // of nothing: times any scale a logit without weight
+            s[k] = k < count ? dot_of_unit(unit, own, in.inverse[first + k], in.dims) : -1e30f;
+        }
+    }
+}
+
+// Of the negatives themselves, less what their norms take away.
+void own_gradients(const OwnRows& in, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const float* g = in.scores + i * (in.columns + in.width) + in.columns;
+        const float* unit = in.unit + i * in.dims;
+        const int64_t first = in.offsets[i], count = in.offsets[i + 1] - first;
+        for (int64_t k = 0; k < count; ++k) {
+            const float* own = in.own + (first + k) * in.dims;
+            const float inverse = in.inverse[first + k], slope = g[k];
+            if (in.d_unit) {
+                float* d_unit = in.d_unit + i * in.dims;
+#pragma omp simd
+                for (int64_t d = 0; d < in.dims; ++d) d_unit[d] += slope * (own[d] * inverse);
+            }
+            if (in.d_own) {
+                float* d_own = in.d_own + (first + k) * in.dims;
+                const float radial = in.normalize ? dot_of_unit(unit, own, inverse, in.dims) : 0.0f;
+#pragma omp simd
+                for (int64_t d = 0; d < in.dims; ++d) d_own[d] = slope * inverse * (unit[d] - radial * (own[d] * inverse));
             }
         }
     }

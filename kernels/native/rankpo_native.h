@@ -52,6 +52,20 @@ struct InfoNCEPrefixes {
 };
 #define RANKPO_GROUP 64
 
+// Negatives of one query each, offsets[i]:offsets[i + 1] of those that row i of a chunk has, at most `width`. Their columns in
+// its scores come behind those of the passages.
+struct OwnRows {
+    float* scores;           // [R, columns + width]: dot products of units; then d(sum_i w_i loss_i)/d(dot)
+    const float* unit;       // [R, D] queries as the dot products have them
+    const float* own;        // [H, D]
+    const float* inverse;    // [H] 1 / |own|, or 1
+    const int64_t* offsets;  // [R + 1], in `own`
+    float* d_unit;           // [R, D] or null: added to
+    float* d_own;            // [H, D] or null
+    int64_t rows, columns, width, dims;
+    int32_t normalize;
+};
+
 // One chunk of exponentials e that InfoNCERows left, of both directions. Sums of columns:
 //   sums_j = sum_i share_i e_ij
 // In place, what is d(sum_i w_i loss_i)/d(dot_ij), with the label's element put in:
@@ -121,6 +135,8 @@ RANKPO_API int32_t rankpo_abi_version();
 RANKPO_API const char* rankpo_instruction_set();
 RANKPO_API void rankpo_info_nce_rows(const InfoNCERows* chunk, int32_t threads);
 RANKPO_API void rankpo_info_nce_prefixes(const InfoNCEPrefixes* chunk, int32_t threads);
+RANKPO_API void rankpo_own_dots(const OwnRows* chunk, int32_t threads);
+RANKPO_API void rankpo_own_gradients(const OwnRows* chunk, int32_t threads);
 RANKPO_API void rankpo_column_sums(const BothDirections* chunk, double* sums, int32_t threads);
 RANKPO_API void rankpo_both_directions(const BothDirections* chunk, int32_t threads);
 RANKPO_API void rankpo_in_batch_rows(const InBatchRows* chunk, int32_t threads);

@@ -7,6 +7,8 @@
     namespace ISA {                                                                                                 \
     void info_nce_rows(const InfoNCERows& chunk, int64_t begin, int64_t end);                                       \
     void info_nce_prefixes(const InfoNCEPrefixes& chunk, int64_t begin, int64_t end);                               \
+    void own_dots(const OwnRows& chunk, int64_t begin, int64_t end);                                                \
+    void own_gradients(const OwnRows& chunk, int64_t begin, int64_t end);                                           \
     void column_sums(const BothDirections& chunk, double* sums, int64_t begin, int64_t end);                        \
     void both_directions(const BothDirections& chunk, int64_t begin, int64_t end);                                  \
     void in_batch_rows(const InBatchRows& chunk, int64_t begin, int64_t end);                                       \

@@ -77,6 +77,17 @@ def test_gradients_of_own_negatives_alone_or_not_at_all(needs, options, never_ge
         assert (got is not None) == need and (got is None or torch.equal(got, want))
 
 
+@pytest.mark.parametrize("length", [1e-18, 1e18])
+def test_own_negatives_of_any_length(length, never_general):
+    """Whose squares fp32 cannot hold."""
+    q, p, own, relations = problem("own")
+    usual, other = (
+        run(q, p, x, relations, PLAIN, torch.ones(len(q)), 3.0) for x in (own, own * length)
+    )
+    assert error(other.loss_M, usual.loss_M) < 1e-6
+    assert error(other.d_own_HD * length, usual.d_own_HD) < 1e-5
+
+
 def test_no_own_negatives_at_all(never_general):
     q, p, labels = draw(5, 7, 8, torch.float32, False)
     relations = Relations(labels, own_offsets=torch.zeros(6, dtype=torch.int64))

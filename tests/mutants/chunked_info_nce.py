@@ -163,15 +163,15 @@ MUTANTS = [
         BOTH,
     ),
     Mutant(
-        "missing-own-negatives-are-negatives", ROW_PASS,
-        "out_RK.masked_fill_(none_RK, self.NOTHING)",
-        "pass",
+        "missing-own-negatives-are-negatives", NATIVE,
+        ": -1e30f;",
+        ": 0.0f;",
         OWN,
     ),
     Mutant(
-        "own-gradients-without-norms", ROW_PASS,
-        "grad_RK = grad_RK * inverse_RK",
-        "pass",
+        "own-gradients-without-norms", NATIVE,
+        "d_unit[d] += slope * (own[d] * inverse);",
+        "d_unit[d] += slope * own[d];",
         OWN,
     ),
     Mutant(

@@ -62,7 +62,7 @@ def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> In
             torch.mm(grad_RN, p_CD, out=dq_MD[rows])
         if of.own is not None:
             d_unit_RD = None if dq_MD is None else dq_MD[rows]
-            of.own.add_gradients(rows, unit_RD, grad_RC[:, N:], d_unit_RD, d_own_HD)
+            of.own.add_gradients(rows, unit_RD, grad_RC, d_unit_RD, d_own_HD)
         if dq_MD is not None and inverse_q_R is not None:
             tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
         if dp_ND is not None and columns is None:
@@ -72,11 +72,8 @@ def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> In
                 dp_ND.zero_()
             dp_ND.index_add_(0, columns, grad_RN.T @ unit_RD)
 
-    if settings.normalize:  # the scores' gradients have 1 / |p| already
-        if dp_ND is not None and of.inverse_p_N is not None:
-            tangent_(dp_ND, of.p_ND, of.inverse_p_N)
-        if d_own_HD is not None and of.own is not None:
-            tangent_(d_own_HD, of.own.own_HD, of.own.inverse_H)
+    if dp_ND is not None and of.inverse_p_N is not None:
+        tangent_(dp_ND, of.p_ND, of.inverse_p_N)  # the scores' gradient has 1 / |p| already
     d_scale = of.d_logits_M.sum() / scale if needs.scale else None
     return InfoNCEResult(of.loss_M, of.positive_M, of.hardest_M, dq_MD, dp_ND, d_own_HD, d_scale)
 

@@ -63,6 +63,17 @@ class _InfoNCEPrefixes(ctypes.Structure):  # InfoNCEPrefixes of kernels/native/r
     ]
 
 
+class _OwnRows(ctypes.Structure):  # OwnRows of kernels/native/rankpo_native.h
+    _fields_ = [
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("scores", "unit", "own", "inverse", "offsets", "d_unit", "d_own")
+        ],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "width", "dims")],
+        ("normalize", ctypes.c_int32),
+    ]
+
+
 class _BothDirections(ctypes.Structure):  # BothDirections of kernels/native/rankpo_native.h
     _fields_ = [
         *[
@@ -159,6 +170,8 @@ def library() -> ctypes.CDLL | None:
     threads, pointer = ctypes.c_int32, ctypes.c_void_p
     lib.rankpo_info_nce_rows.argtypes = [ctypes.POINTER(_InfoNCERows), threads]
     lib.rankpo_info_nce_prefixes.argtypes = [ctypes.POINTER(_InfoNCEPrefixes), threads]
+    lib.rankpo_own_dots.argtypes = [ctypes.POINTER(_OwnRows), threads]
+    lib.rankpo_own_gradients.argtypes = [ctypes.POINTER(_OwnRows), threads]
     lib.rankpo_column_sums.argtypes = [ctypes.POINTER(_BothDirections), pointer, threads]
     lib.rankpo_both_directions.argtypes = [ctypes.POINTER(_BothDirections), threads]
     lib.rankpo_in_batch_rows.argtypes = [ctypes.POINTER(_InBatchRows), threads]
@@ -167,8 +180,8 @@ def library() -> ctypes.CDLL | None:
     lib.rankpo_rankpo_rows.argtypes = [ctypes.POINTER(_RankPORows), threads]
     lib.rankpo_will_be_written.argtypes = [pointer, ctypes.c_int64]
     for function in (
-        lib.rankpo_info_nce_rows, lib.rankpo_info_nce_prefixes, lib.rankpo_column_sums,
-        lib.rankpo_both_directions,
+        lib.rankpo_info_nce_rows, lib.rankpo_info_nce_prefixes, lib.rankpo_own_dots,
+        lib.rankpo_own_gradients, lib.rankpo_column_sums, lib.rankpo_both_directions,
         lib.rankpo_in_batch_rows, lib.rankpo_inverse_norms, lib.rankpo_tangent,
         lib.rankpo_rankpo_rows, lib.rankpo_will_be_written,
     ):  # fmt: skip
@@ -241,6 +254,24 @@ def info_nce_prefixes(levels: Sequence[_InfoNCERows], like: Tensor) -> Tensor:
     chunk = _InfoNCEPrefixes(array, along.data_ptr(), len(levels))
     _loaded().rankpo_info_nce_prefixes(ctypes.byref(chunk), torch.get_num_threads())
     return along[:, :-1].sum(0)
+
+
+def own_rows(
+    scores_RC: Tensor, unit_RD: Tensor, own_HD: Tensor, inverse_H: Tensor, offsets: Tensor,
+    width: int, normalize: bool, d_unit_RD: Tensor | None = None, d_own_HD: Tensor | None = None,
+) -> _OwnRows:  # fmt: skip
+    """The fields of `OwnRows`; the tensors must live as long."""
+    tensors = scores_RC, unit_RD, own_HD, inverse_H, offsets, d_unit_RD, d_own_HD
+    R, C = scores_RC.shape
+    return _OwnRows(*map(_pointer, tensors), R, C - width, width, own_HD.shape[1], normalize)
+
+
+def own_dots(rows: _OwnRows) -> None:
+    _loaded().rankpo_own_dots(ctypes.byref(rows), torch.get_num_threads())
+
+
+def own_gradients(rows: _OwnRows) -> None:
+    _loaded().rankpo_own_gradients(ctypes.byref(rows), torch.get_num_threads())
 
 
 def column_sums(exponentials_RN: Tensor, share_R: Tensor) -> Tensor:

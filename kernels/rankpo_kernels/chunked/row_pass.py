@@ -4,12 +4,13 @@ M queries, N passages, D dims; R rows of a chunk.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankpo_kernels.chunked import native
-from rankpo_kernels.chunked.chunks import SLAB, Lists, column_lists, slices
+from rankpo_kernels.chunked.chunks import Lists, column_lists
 from rankpo_kernels.chunked.norms import inverse_norms
 from rankpo_kernels.objective import limits
 from rankpo_kernels.problem import InfoNCEProblem, InfoNCESettings
@@ -65,7 +66,7 @@ class RowPass:
 
     def unit(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Queries as the GEMMs take them, and the inverse norms in them."""
-        unit_RD = self.q_MD[rows].to(self.p_ND.dtype)
+        unit_RD = self.q_MD[rows].to(self.p_ND.dtype).contiguous()
         if not self.settings.normalize:
             return unit_RD, None
         inverse_R = inverse_norms(unit_RD, unit_RD.dtype)
@@ -81,7 +82,7 @@ class RowPass:
         N = len(self.p_ND)
         torch.mm(unit_RD, self.p_ND.T, out=out_RC[:, :N])
         if self.own is not None:
-            self.own.dots(rows, unit_RD, out_RC[:, N:])
+            self.own.fill(rows, unit_RD, out_RC)
         limit_R, judge = self.masks.limit_of(rows, out_RC, judge_RN, self.inverse_p_N)
         lists = self.masks.lists
         native.info_nce_rows(
@@ -100,61 +101,37 @@ class OwnColumns:
     """Negatives of one query each, as further columns of its row: as many in each row as the query
     with the most has, K."""
 
-    NOTHING = -1e30  # times any scale, a logit without weight
-
     own_HD: Tensor  # of the dtype of computing
     inverse_H: Tensor  # 1 / |own|, 1 without normalisation
     offsets: Tensor
     width: int  # K
-    even: bool  # every query has as many
+    normalize: bool
 
     @classmethod
     def of(cls, problem: InfoNCEProblem) -> "OwnColumns | None":
         own_HD, offsets = problem.own_HD, problem.relations.own_offsets
         if own_HD is None or offsets is None or not len(own_HD):
             return None
-        own_HD = own_HD.to(problem.scale.dtype)
-        normalize, count_M = problem.settings.normalize, offsets.diff()
+        own_HD, normalize = own_HD.to(problem.scale.dtype).contiguous(), problem.settings.normalize
         unit = inverse_norms(own_HD, own_HD.dtype) if normalize else own_HD.new_ones(len(own_HD))
-        width = int(count_M.max())
-        return cls(own_HD, unit, offsets, width, bool((count_M == width).all()))
+        return cls(own_HD, unit, offsets.contiguous(), int(offsets.diff().max()), normalize)
 
-    def _of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(own negatives [R, K, D], their inverse norms, which of them are none)."""
-        first, last = self.offsets[rows], self.offsets[rows.start + 1 : rows.stop + 1]
-        if self.even:
-            at = slice(int(first[0]), int(last[-1]))
-            shape = (len(first), self.width)
-            return self.own_HD[at].unflatten(0, shape), self.inverse_H[at].unflatten(0, shape), None
-        at_RK = first[:, None] + torch.arange(self.width)
-        none_RK = at_RK >= last[:, None]
-        at_RK = at_RK.masked_fill(none_RK, 0)
-        return self.own_HD[at_RK], self.inverse_H[at_RK], none_RK
-
-    def dots(self, rows: slice, unit_RD: Tensor, out_RK: Tensor) -> None:
-        own_RKD, inverse_RK, none_RK = self._of(rows)
-        R, K, D = own_RKD.shape
-        for slab in slices(R, max(1, SLAB["cpu"] // (K * D))):
-            # products summed in pairs: the one running sum of bmm is three times as far off
-            out_RK[slab] = torch.linalg.vecdot(own_RKD[slab], unit_RD[slab, None])
-        out_RK *= inverse_RK
-        if none_RK is not None:
-            out_RK.masked_fill_(none_RK, self.NOTHING)
+    def fill(self, rows: slice, unit_RD: Tensor, scores_RC: Tensor) -> None:
+        """The last columns of the scores with dot products of units."""
+        native.own_dots(self._of(rows, unit_RD, scores_RC))
 
     def add_gradients(
-        self, rows: slice, unit_RD: Tensor, grad_RK: Tensor, d_unit_RD: Tensor | None,
+        self, rows: slice, unit_RD: Tensor, grad_RC: Tensor, d_unit_RD: Tensor | None,
         d_own_HD: Tensor | None,
     ) -> None:  # fmt: skip
-        """From those of the dot products of units: that of the queries' units, and d own but for
-        what goes along it."""
-        own_RKD, inverse_RK, none_RK = self._of(rows)
-        grad_RK = grad_RK * inverse_RK
-        if d_unit_RD is not None:
-            d_unit_RD += torch.bmm(grad_RK[:, None], own_RKD)[:, 0]
-        if d_own_HD is not None:
-            at = slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
-            d_own_RKD = grad_RK[:, :, None] * unit_RD[:, None]
-            d_own_HD[at] = d_own_RKD.flatten(0, 1) if none_RK is None else d_own_RKD[~none_RK]
+        """To those of the queries' units; and what those of the negatives are."""
+        native.own_gradients(self._of(rows, unit_RD, grad_RC, d_unit_RD, d_own_HD))
+
+    def _of(self, rows: slice, unit_RD: Tensor, scores_RC: Tensor, *grads: Tensor | None) -> Any:
+        return native.own_rows(
+            scores_RC, unit_RD, self.own_HD, self.inverse_H,
+            self.offsets[rows.start : rows.stop + 1], self.width, self.normalize, *grads,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
