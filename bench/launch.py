@@ -34,7 +34,7 @@ def launch(
     options: dict | None = None, **overrides: Any,
 ) -> InfoNCEResult:  # fmt: skip
     """Losses, and gradients of embeddings; `options` are those of InfoNCESettings, overrides
-    (tiles, stored, few) the launcher's."""
+    (tiles, stored, few, kept) the launcher's."""
     kind = "cpu" if function is not info_nce else "cuda"
     settings = InfoNCESettings(**{"workspace_bytes": workspace(q, kind)} | (options or {}))
     scale = torch.tensor(SCALE, dtype=torch.float64)

@@ -43,7 +43,10 @@ class Meter(TorchDispatchMode):
         patch(KernelInterface, "__getitem__", lambda kernel, grid: self._launcher(kernel))
         patch(native, "usable", lambda *tensors: True)
         for name in ("info_nce_rows", "inverse_norms", "tangent_"):
-            patch(native, name, lambda *args, name=name: self._launched(name, 0, args))
+            patch(
+                native, name,
+                lambda *args, name=name, **more: self._launched(name, 0, (args, more)),
+            )  # fmt: skip
         super().__enter__()
         return self
 
@@ -65,7 +68,7 @@ class Meter(TorchDispatchMode):
                 flops = sum(2 * side.R * side.N * of["D"] for side in sides)
             elif name == "rest_kernel":
                 # what tells that no row is left, as a rule
-                taken = of["row_slopes"] if of["lowest"] is None else of["lowest"]
+                taken = of["row_slopes"] if of["rest_R"] is None else of["rest_R"]
             elif "GROUP" in of:  # a score kernel
                 second = "REFERENCE_DIMS" if "REFERENCE_DIMS" in of else "GUIDE_DIMS"
                 D = of["D"] if "D" in of else of["DIMS"][-1]

@@ -171,7 +171,11 @@ PIPELINES = [
     Pipeline("stored", _of(_info_nce, stored=True), **_INFO_NCE),
     Pipeline("exact", _of(_info_nce, stored=False, few=False), **_INFO_NCE),
     Pipeline(
-        "both directions", _of(_info_nce, options=SYMMETRIC, few=False),
+        "both directions, kept", _of(_info_nce, options=SYMMETRIC, few=False, kept=True),
+        **_INFO_NCE | {"rows_loss": both_ways_rows},
+    ),
+    Pipeline(
+        "both directions", _of(_info_nce, options=SYMMETRIC, few=False, kept=False),
         **_INFO_NCE | {"rows_loss": both_ways_rows},
     ),
     Pipeline(

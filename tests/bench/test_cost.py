@@ -23,7 +23,8 @@ HOW = {
     "few-launches-symmetric": {"few": True, "options": SYMMETRIC},
     "stored": {"stored": True},
     "forward": {"grads": False},
-    "symmetric": {"options": SYMMETRIC, "few": False},
+    "symmetric": {"options": SYMMETRIC, "few": False, "kept": False},
+    "symmetric-kept": {"options": SYMMETRIC, "few": False, "kept": True},
     "four-directions": {"options": {"directions": DIRECTIONS}},
 }
 
@@ -54,6 +55,7 @@ def test_kernels_and_products_are_those_that_run(interpreted, name, rows):
 @pytest.mark.parametrize(
     ("pipeline", "multiple"),
     [("exact", 8), ("few launches", 8), ("stored", 6), ("forward", 2), ("symmetric", 8),
+     ("symmetric, kept", 6),
      ("four directions", 24), ("plain torch", 6), ("liger-like", 6), ("fused on a CPU", 6)],
 )  # fmt: skip
 def test_flops_are_those_of_the_design(pipeline, multiple):

@@ -130,8 +130,8 @@ MUTANTS = [
     ),
     Mutant(
         "negative-slopes-not-mended", GRADIENTS,
-        "tl.load(lowest) < 0",
-        "tl.load(lowest) < -1e30",
+        "tl.load(rest_R + offs_m, mask=offs_m < R, other=0.0) < 0",
+        "tl.load(rest_R + offs_m, mask=offs_m < R, other=0.0) < -1e30",
         of(STREAMED, "may_be_negative"),
     ),
     Mutant(

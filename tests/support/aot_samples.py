@@ -19,6 +19,7 @@ class Launch:
     matrix: bool
     pipeline: str | None = None
     dims: tuple[int, ...] = (384, 1024, 2048, 4096)
+    everywhere: bool = True
 
 
 @triton.jit

@@ -225,21 +225,20 @@ def gradients_kernel(
 @triton.jit
 def rest_kernel(
     a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR, inverse_top,
-    lowest, out,
+    rest_R, out,
     scale, R, N, out_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of BLOCK_M rows a program: of the rows that have a slope, which are those that
-    `stored` exponentials could not hold; or, with `lowest`, of all if it is negative, which
-    `Folded` slopes are not made for. Mostly there are none."""
+    """All tiles of BLOCK_M rows a program: of those rows whose `rest_R` is negative; without it, of
+    those that have a slope, which `stored` exponentials could not hold. Mostly there are none."""
     pid_m = tl.program_id(0)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    if lowest is None:
+    if rest_R is None:
         rest_m = tl.load(row_slopes.soft + offs_m, mask=offs_m < R, other=0.0) != 0
     else:
-        rest_m = offs_m < tl.where(tl.load(lowest) < 0, R, 0)
+        rest_m = tl.load(rest_R + offs_m, mask=offs_m < R, other=0.0) < 0
     if tl.max(rest_m.to(tl.int32), 0) > 0:
         for pid_n in range(0, tl.cdiv(N, BLOCK_N)):
             gradients_of_tile(

@@ -6,6 +6,8 @@
                     overflowed, 2 products a chunk | finish                                  6MND
     general         prepare | statistics of every block | pairs, columns |
                     gradients and products of every block | finish                      8MND a block
+    kept            prepare | statistics of both directions that keep exp(s), pairs, columns, turn,
+                    gradients of rows that overflowed | 2 products | finish                  6MND
 
 plain is one softmax per query (`problem.is_plain`). Nothing waits for the device, and all but the
 rarer options' list-making torch calls are kernels of `rows`, `scores`, `slopes`, `products` and
@@ -34,6 +36,7 @@ from rankpo_kernels.triton.blocks import addressable, as_number, padded
 from rankpo_kernels.triton.info_nce_general import general
 from rankpo_kernels.triton.info_nce_plain import plain
 from rankpo_kernels.triton.inputs import Inputs, score_block
+from rankpo_kernels.triton.kept import fits
 from rankpo_kernels.triton.passes import (
     along_parts,
     hardest,
@@ -46,7 +49,10 @@ from rankpo_kernels.triton.products import Product, Totals
 from rankpo_kernels.triton.rows import Scale
 from rankpo_kernels.triton.streamed import streams
 from rankpo_kernels.triton.tiles import (
+    SLIM,
+    WIDE,
     Tiles,
+    keeps_scores,
     score_tiles,
     stores_scores,
     streamed_tiles,
@@ -58,10 +64,10 @@ def info_nce(
     problem: InfoNCEProblem, weights_M: Tensor | None = None,
     needs: tuple[bool, bool, bool, bool] = (False,) * 4,
     *, tiles: Tiles | None = None, streamed: Tiles | None = None, stored: bool | None = None,
-    few: bool | None = None,
+    few: bool | None = None, kept: bool | None = None,
 ) -> InfoNCEResult:  # fmt: skip
-    """Losses and gradients as `chunked.info_nce`; `tiles`, `streamed`, `stored` and `few`
-    (launches) override the tables."""
+    """Losses and gradients as `chunked.info_nce`; `tiles`, `streamed`, `stored`, `few` (launches)
+    and `kept` override the tables."""
     needed = Needs() if weights_M is None else Needs(*needs)
     if not len(problem.q_MD):
         return _nothing(problem, needed)
@@ -84,12 +90,17 @@ def info_nce(
         tiles = score_tiles(q_MD.dtype, relations, settings)
         if not few and streams(q_MD, p_ND):
             streamed = streamed or streamed_tiles(q_MD.dtype, D, relations, settings)
+    if kept is None:
+        kept = keeps_scores(q_MD.dtype, D, relations, settings)
+    kept = kept and products_needed and not few
+    if kept and needed.scale and tiles is WIDE:
+        tiles = SLIM  # whose sums have registers left for the moments
     p = Inputs.of(problem, tiles, streamed)
     if few and _is_one_chunk(p):
         return _in_few_launches(p, weights, needed)
     if one_softmax:
         return plain(p, weights, needed, stored)
-    return general(p, own_HD, weights, needed)
+    return general(p, own_HD, weights, needed, kept and fits(p, needed.scale))
 
 
 def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:

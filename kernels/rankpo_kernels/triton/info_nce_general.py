@@ -16,6 +16,7 @@ from rankpo_kernels.relations import Pairs, expand
 from rankpo_kernels.triton import gradients, products, rows
 from rankpo_kernels.triton.blocks import Block, add_rows, chunks_of, padded, product, torch_number
 from rankpo_kernels.triton.inputs import Inputs, passage_block, query_block, score_block
+from rankpo_kernels.triton.kept import Kept
 from rankpo_kernels.triton.passes import (
     along_parts,
     folded_slopes,
@@ -31,12 +32,19 @@ from rankpo_kernels.triton.slopes import PairOutputs
 from rankpo_kernels.triton.tiles import FUSION, multiprocessors
 
 
-def general(p: Inputs, own_HD: Tensor | None, weights: Scale, needs: Needs) -> InfoNCEResult:
+def general(
+    p: Inputs, own_HD: Tensor | None, weights: Scale, needs: Needs, keep: bool = False
+) -> InfoNCEResult:  # fmt: skip
+    """`keep`: the exponentials of the one block."""
     directions, blocks = p.settings.directions, _blocks(p)
     want = (needs.scale, p.settings.label_smoothing > 0)
     sums: dict[str, Partials] = {}
+    kept = Kept.of(p) if keep else None
     for block in blocks:
-        sums |= statistics(p, block, want, len(blocks) == 1 and p.pairs is None)
+        if kept is not None:
+            sums |= kept.statistics(p, block, want)
+        else:
+            sums |= statistics(p, block, want, len(blocks) == 1 and p.pairs is None)
     own = None if own_HD is None or QP not in directions else OwnNegatives.of(p, own_HD)
     outputs = pair_outputs(p, any(needs), needs.scale)
     column_slopes = settle(p, sums, own and own.sums, weights, outputs)
@@ -48,7 +56,7 @@ def general(p: Inputs, own_HD: Tensor | None, weights: Scale, needs: Needs) -> I
         return result
     grads = Gradients.zeros(p, needs)
     for block in blocks:
-        _add_block(p, block, outputs, column_slopes, grads)
+        _add_block(p, block, outputs, column_slopes, grads, kept)
     d_own_HD = None
     if own_HD is not None and needs.own:
         d_own_HD = own_HD.new_zeros(own_HD.shape, dtype=gradient_dtype(own_HD.dtype))
@@ -137,11 +145,16 @@ class Gradients(NamedTuple):
 
 
 def _add_block(
-    p: Inputs, block: Block, outputs: PairOutputs, column_slopes: Slopes | None, grads: Gradients
-) -> None:
+    p: Inputs, block: Block, outputs: PairOutputs, column_slopes: Slopes | None, grads: Gradients,
+    kept: Kept | None,
+) -> None:  # fmt: skip
     """A block's gradients, and what is along the rows."""
     d_a, d_b, along_a, along_b = grads.sides(block)
     if d_a is None and d_b is None:
+        return
+    if kept is not None and column_slopes is not None and outputs.slope_LP is not None:
+        G_MN = kept.gradients(p, block, outputs.qp, column_slopes, outputs.slope_LP[0])
+        _add_products(p, block, slice(0, len(G_MN)), G_MN[None], d_a, d_b)
         return
     L, N = len(p.dims), len(block.b)
     scored = block.row_direction not in (QQ, PP)  # queries against passages

@@ -81,7 +81,7 @@ def info_nce_launches() -> Iterator[Launch]:
 
         def loss(
             relations=None, own=None, needs=(True, True, True, False), D=D, N=N, q=q, p=p,
-            stored=False, few=False, normalize=True, **options,
+            stored=False, few=False, kept=False, normalize=True, **options,
         ):  # fmt: skip
             problem = InfoNCEProblem(
                 q[:, :D], p[:N, :D], own, torch.tensor(50.0, dtype=torch.float64),
@@ -89,7 +89,7 @@ def info_nce_launches() -> Iterator[Launch]:
                 InfoNCESettings(normalize=normalize, workspace_bytes=1 << 30, **options),
             )  # fmt: skip
             weights = torch.empty(M) if any(needs) else None
-            return lambda: info_nce(problem, weights, needs, stored=stored, few=few)
+            return lambda: info_nce(problem, weights, needs, stored=stored, few=few, kept=kept)
 
         matryoshka, margin = {"matryoshka_dims": DIMS}, {"false_negative_margin": 0.1}
         symmetric, learnt = {"directions": DIRECTIONS[:2]}, {"needs": (True,) * 4}
@@ -109,6 +109,8 @@ def info_nce_launches() -> Iterator[Launch]:
                 "plain, stored": loss(stored=True),
                 "plain, stored, learnt scale": loss(stored=True, **learnt),
                 "plain, forward": loss(needs=(False,) * 4),
+                "symmetric, kept": loss(kept=True, **apart),
+                "symmetric, kept, odd N, learnt scale": loss(kept=True, N=N - 1, **apart, **learnt),
                 "few launches": loss(few=True),
                 "few launches, odd N": loss(few=True, N=N - 1),
                 "plain, stored, odd N": loss(stored=True, N=N - 1),
@@ -133,7 +135,8 @@ def info_nce_launches() -> Iterator[Launch]:
                 "matryoshka, everything": loss(every, own=p[:M], **matryoshka, **learnt),
             }
         pipelines = {"plain, forward": "forward", "plain, stored": "stored",
-                     "symmetric": "both directions"}  # fmt: skip
+                     "symmetric": "both directions",
+                     "symmetric, kept": "both directions, kept"}  # fmt: skip
         narrow: dict[str, dict[str, Any]] = {
             "plain, forward": {"needs": (False,) * 4},
             "plain, stored": {"stored": True},

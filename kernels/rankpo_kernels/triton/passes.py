@@ -92,7 +92,7 @@ def launch_gradients(
         if folded is not None:
             launch_rest(
                 p, block, part, out_LRN[0], row_slopes, label_slope_LR,
-                column_slopes=column_slopes, lowest=folded.lowest,
+                column_slopes=column_slopes, rest_R=folded.rest_M[part],
             )  # fmt: skip
         return
     grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
@@ -119,7 +119,7 @@ def folded_slopes(
 def launch_rest(
     p: Inputs, block: Block, part: slice, out_RN: Tensor, row_slopes: Slopes,
     label_slope_LR: Tensor, *, column_slopes: Slopes | None = None,
-    inverse_top: Tensor | None = None, lowest: Tensor | None = None,
+    inverse_top: Tensor | None = None, rest_R: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The rows that faster kernels could not do: mostly none, so a program looks after all tiles of
     its rows."""
@@ -129,7 +129,7 @@ def launch_rest(
     R, N = part.stop - part.start, len(block.b)
     rest_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
         *block.chunk(part), block.hardness or absent(Hardness), row_slopes,
-        column_slopes or absent(Slopes), label_slope_LR, inverse_top, lowest, out_RN,
+        column_slopes or absent(Slopes), label_slope_LR, inverse_top, rest_R, out_RN,
         p.scale, R, N, out_RN.stride(0), p.dims, block.guide_dims, block.curated, **tiles.arguments,
     )  # fmt: skip
 

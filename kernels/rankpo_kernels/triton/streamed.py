@@ -148,12 +148,13 @@ class Folded(NamedTuple):
 
     rows_M: Tensor
     columns_N: Tensor
-    lowest: Tensor  # a number: negative where they do not hold
+    rest_M: Tensor  # negative, all, where they do not hold
 
     @staticmethod
     def of(row_slopes: Slopes, column_slopes: Slopes) -> "Folded":
         lowest = torch.minimum(row_slopes.soft[0].amin(), column_slopes.soft[0].amin())
-        return Folded(_over(row_slopes), _over(column_slopes), lowest)
+        rest_M = lowest.expand(row_slopes.soft.shape[1]).contiguous()
+        return Folded(_over(row_slopes), _over(column_slopes), rest_M)
 
 
 def _over(slopes: Slopes) -> Tensor:

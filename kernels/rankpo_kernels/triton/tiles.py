@@ -119,3 +119,17 @@ def stores_scores(M: int, D: int, N: int) -> bool:
     the host's time for two launches more, which a run of 0.2 ms feels.
     """
     return M * N * D > 2**34  # 4k x 4k x 1024
+
+
+def keeps_scores(
+    dtype: torch.dtype, D: int, relations: Relations, settings: InfoNCESettings
+) -> bool:
+    """Whether both directions turn kept exponentials into gradients (6MND) where they fit the
+    workspace, or compute the scores twice (8MND). By the model from D = 768 on: below, moving them
+    costs as much as the product."""
+    both = {*settings.directions} == {QP, PQ}
+    plain = settings.matryoshka_dims is None and not settings.label_smoothing
+    judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
+    one = relations.labels_alone and relations.positive_offsets is None
+    fits = dtype == torch.bfloat16 and D >= 768
+    return fits and both and plain and not judged and one
