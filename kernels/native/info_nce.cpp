@@ -69,7 +69,7 @@ Sums exponentials(float* s, int64_t n, Hard hard) {
         for (int64_t j = start; j < stop; ++j) {
             const float e = exp_nonpositive(hard(s[j], j) - top);
             sum += e;
-            if (kMoment) moment += e * (s[j] - hardest);
+            if (kMoment) moment += e * ((s[j] > kMasked ? s[j] : kMasked) - hardest);  // 0 times -inf would be NaN
             s[j] = e;
         }
         sums.exponentials += sum;
@@ -206,8 +206,7 @@ void own_dots(const OwnRows& in, int64_t begin, int64_t end) {
         const int64_t first = in.offsets[i], count = in.offsets[i + 1] - first;
         for (int64_t k = 0; k < in.width; ++k) {
             const float* own = in.own + (first + k) * in.dims;
-            // of nothing: times any scale a logit without weight
-            s[k] = k < count ? dot_of_unit(unit, own, in.inverse[first + k], in.dims) : -1e30f;
+            s[k] = k < count ? dot_of_unit(unit, own, in.inverse[first + k], in.dims) : -INFINITY;
         }
     }
 }

@@ -88,6 +88,21 @@ def test_own_negatives_of_any_length(length, never_general):
     assert error(other.d_own_HD * length, usual.d_own_HD) < 1e-5
 
 
+def test_a_query_without_any_negative_stands_beside_others(never_general):
+    """All passages are known to all; the second query has own negatives, the others none."""
+    q, p, labels = draw(3, 4, 8, torch.float32, False)
+    ids = torch.zeros(3, dtype=torch.int64)
+    own, offsets = torch.randn(2, 8), torch.tensor([0, 0, 2, 2])
+    relations = Relations(
+        labels, own_offsets=offsets, query_ids_M=ids, passage_ids_N=torch.zeros(4).long()
+    )
+    result = run(q, p, own, relations, PLAIN, torch.ones(3), 20.0)
+    assert (result.hardest_M > -torch.inf).tolist() == [False, True, False]
+    assert (result.loss_M > 0).tolist() == [False, True, False]
+    assert result.dq_MD.any(1).tolist() == [False, True, False]
+    assert result.d_own_HD.any() and result.d_scale.isfinite()
+
+
 def test_no_own_negatives_at_all(never_general):
     q, p, labels = draw(5, 7, 8, torch.float32, False)
     relations = Relations(labels, own_offsets=torch.zeros(6, dtype=torch.int64))

@@ -84,8 +84,8 @@ MUTANTS = [
     ),
     Mutant(
         "native-moment-with-hardness", NATIVE,
-        "moment += e * (s[j] - hardest)",
-        "moment += e * (hard(s[j], j) - hardest)",
+        "(s[j] > kMasked ? s[j] : kMasked) - hardest",
+        "hard(s[j], j) - hardest",
         CHUNKED_OPTIONS,
     ),
     Mutant(
@@ -164,7 +164,7 @@ MUTANTS = [
     ),
     Mutant(
         "missing-own-negatives-are-negatives", NATIVE,
-        ": -1e30f;",
+        ": -INFINITY;",
         ": 0.0f;",
         OWN,
     ),

@@ -83,7 +83,7 @@ class Kept:
         R, N = chunks[0].stop, len(of.p_ND)
         a_chunk = R * N * of.p_ND.element_size()
         places = min(len(chunks), max(1, nbytes // a_chunk - (of.buffers - 1)))
-        self.memory = of.p_ND.new_empty(places + of.buffers - 1, R, N)
+        self.memory = native.in_huge_pages(of.p_ND.new_empty(places + of.buffers - 1, R, N))
         self.places: list[int | None] = [None] * places  # the chunks there
 
     def exponentials(self, number: int) -> Tensor:
@@ -149,15 +149,12 @@ class Gradients:
     def of_slopes(
         cls, of: RowPass, slopes: dict[str, Slopes], slope_M: Tensor, columns: ColumnSums
     ) -> "Gradients":
-        scale_N = of.scale * (
-            torch.ones_like(of.p_ND[:, 0]) if of.inverse_p_N is None else of.inverse_p_N
-        )
-        rows, per_column = slopes[QP].soft / of.sums_M, slopes[PQ].soft / columns.sums_N
-        return cls(
-            of, columns.top, rows.masked_fill(slopes[QP].soft == 0, 0), scale_N,
-            per_column.masked_fill(slopes[PQ].soft == 0, 0).to(scale_N.dtype) * scale_N,
-            slope_M * scale_N[of.labels_M],
-        )  # fmt: skip
+        inverse_N = torch.ones_like(of.p_ND[:, 0]) if of.inverse_p_N is None else of.inverse_p_N
+        scale_N, soft_M, soft_N = of.scale * inverse_N, slopes[QP].soft, slopes[PQ].soft
+        # 0 / 0 of what has no negative
+        u_M = (soft_M / of.sums_M).masked_fill(soft_M == 0, 0)
+        v_N = (soft_N / columns.sums_N).masked_fill(soft_N == 0, 0).to(scale_N.dtype)
+        return cls(of, columns.top, u_M, scale_N, v_N * scale_N, slope_M * scale_N[of.labels_M])
 
     def added(self, kept: Kept, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dq_MD, dp_ND, d scale), None where there is no need."""

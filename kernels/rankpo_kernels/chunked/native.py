@@ -333,10 +333,14 @@ def tangent_(grad_ND: Tensor, x_ND: Tensor, inverse_N: Tensor, factor_N: Tensor 
 
 def new_empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous memory of the same shape, in huge pages where the kernel has some."""
-    out = torch.empty(like.shape, dtype=dtype, device=like.device)
-    if out.device.type == "cpu" and usable():
-        _loaded().rankpo_will_be_written(out.data_ptr(), out.nbytes)
-    return out
+    return in_huge_pages(torch.empty(like.shape, dtype=dtype, device=like.device))
+
+
+def in_huge_pages(new: Tensor) -> Tensor:
+    """The same tensor, if all of it will be written."""
+    if new.device.type == "cpu" and usable():
+        _loaded().rankpo_will_be_written(new.data_ptr(), new.nbytes)
+    return new
 
 
 def rankpo_rows(
