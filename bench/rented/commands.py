@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 MARK = "gpu"
 # Where the marked tests are, of most worth first; a folder's other files come after them.
 FIRST = [
-    "tests/ops/test_cuda.py", "tests/train/test_cuda.py", "tests/kernels/test_triton_info_nce.py",
+    "tests/ops/test_cuda.py", "tests/train/test_cuda.py", "tests/kernels/test_triton_streamed.py",
+    "tests/kernels/test_triton_kept.py", "tests/kernels/test_triton_info_nce.py",
     "tests/kernels/test_triton_in_batch.py", "tests/kernels/test_triton_rankpo.py",
     "tests/kernels/test_triton_info_nce_edges.py",
 ]  # fmt: skip

@@ -15,7 +15,10 @@ from support.info_nce_problems import exact
 from support.interpreter import LAST_FIRST, grid_order, shadow_memory
 from support.launcher import ALL, DEVICE, ROOMY, SMALL, gradients, launches, on_device, uneven
 
-pytestmark = pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck"),
+]
 BOTH = replace(ROOMY, directions=(QP, PQ), partition="per_direction")
 KEPT = {"prepare_kernel", "statistics_kernel", "pairs_kernel", "columns_kernel", "turn_kernel",
         "rest_kernel", "finish_kernel"}  # fmt: skip

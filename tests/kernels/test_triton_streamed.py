@@ -28,7 +28,10 @@ from support.launcher import (
     uneven,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck", "three_programs")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("interpreted", "nothing_is_zero_by_luck", "three_programs"),
+]
 TILES = Tiles(16, 64, 16, num_warps=4, num_stages=1, GROUP=2) if DEVICE == "cpu" else STREAMED
 SYMMETRIC = {"directions": DIRECTIONS[:2], "partition": "per_direction"}
 STATISTICS, GRADIENTS = "streamed_statistics_kernel", "streamed_gradients_kernel"
