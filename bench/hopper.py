@@ -221,31 +221,20 @@ def product_seconds(rows: int, columns: int, depth: int, moved: int, adds: int) 
     return max(min(options), least, moved / COPY)
 
 
-def chunk_rows(M: int, N: int, D: int, row_sums: int) -> int:
-    """As the launchers choose them."""
-    row_bytes = 2 * N + 4 * (row_sums + 1) * -(-N // BLOCK)
-    return waves.rows_of_chunk(M, N, D, WORKSPACE // row_bytes, BLOCK, SMS)
-
-
 def seconds(pipeline: str, kernels: Sequence[ScoreKernel], M: int, N: int, D: int) -> float:
     """Of scores and products; in both directions the first kernel scores all rows at once, for the
     sums of columns."""
     if pipeline == FORWARD:
         return sum(score_seconds(kernel, M, N, D) for kernel in kernels)
-    turned = 0.0
-    if pipeline == KEPT:  # all rows at once; what is kept is read and written once more
-        turned = 4 * M * N / COPY
     first = 1 if pipeline == BOTH else 0
     total = sum(score_seconds(kernel, M, N, D) for kernel in kernels[:first])
-    return (
-        turned
-        + total
-        + sum(
-            sum(score_seconds(kernel, R, N, D) for kernel in kernels[first:])
-            + product_seconds(R, D, N, 2 * R * N + 2 * N * D + 4 * R * D, adds=4 * R * D)
-            + product_seconds(N, D, R, 2 * R * N + 2 * R * D + 8 * N * D, adds=8 * N * D)
-            for R in chunks(pipeline, M, N, D)
-        )
+    if pipeline == KEPT:  # what is kept is read and written once more
+        total += 4 * M * N / COPY
+    return total + sum(
+        sum(score_seconds(kernel, R, N, D) for kernel in kernels[first:])
+        + product_seconds(R, D, N, 2 * R * N + 2 * N * D + 4 * R * D, adds=4 * R * D)
+        + product_seconds(N, D, R, 2 * R * N + 2 * R * D + 8 * N * D, adds=8 * N * D)
+        for R in chunks(pipeline, M, N, D)
     )
 
 
@@ -257,9 +246,8 @@ def other_seconds(pipeline: str, kernels: Sequence[ScoreKernel], M: int, N: int,
     if pipeline != FORWARD:
         count = len(chunks(pipeline, M, N, D))
         moved += 8 * (M + N) * D
-        launches = (
-            3 + count * (4 + len(kernels)) + (12 if pipeline == KEPT else 0)
-        )  # scores; pairs, two products, gradients of q
+        launches = 3 + count * (4 + len(kernels))  # scores; pairs, two products, gradients of q
+        launches += 12 if pipeline == KEPT else 0  # turn, rest, and what decides about the rest
     return moved / COPY + launches * LAUNCH
 
 
