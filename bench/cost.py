@@ -30,13 +30,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankpo_fast.errors import InputError
 from rankpo_kernels.chunked import info_nce as chunked
-from rankpo_kernels.problem import DIRECTIONS
-from rankpo_kernels.triton.tiles import stores_scores
+from rankpo_kernels.problem import DIRECTIONS, InfoNCESettings
+from rankpo_kernels.relations import Relations
+from rankpo_kernels.triton.tiles import (
+    against_few_launches,
+    against_keeping,
+    against_storing,
+)
 
 from . import hopper, results
 from .aot import HOPPER, Driver
 from .cases.info_nce import DIMS
-from .launch import SYMMETRIC, launch
+from .launch import SYMMETRIC, launch, workspace
 from .meter import Meter
 from .peers import cross_entropy
 from .questions import OURS
@@ -111,6 +116,54 @@ def count(pipeline: str, M: int, N: int, D: int) -> Meter:
     return meter
 
 
+BATCHES: dict[str, dict[str, Any]] = {
+    "one direction": {},
+    "one direction, fp32": {},
+    "both directions": SYMMETRIC,
+    "both directions, margin": SYMMETRIC | {"false_negative_margin": 0.1},
+    "both directions, smoothing": SYMMETRIC | {"label_smoothing": 0.1},
+}
+
+
+def form(batch: str, size: int, D: int) -> tuple[str, dict[str, str]]:
+    """Which form the launcher takes of size x size, from what it launches; and what is against the
+    others that have fewer flops or launches."""
+    dtype = torch.float32 if batch.endswith("fp32") else torch.bfloat16
+    q, p = (torch.empty(size, D, dtype=dtype, device="meta") for _ in range(2))
+    labels, options = torch.empty(size, dtype=torch.int64, device="meta"), BATCHES[batch]
+    with Meter(q, p, labels) as meter:
+        launch(q, p, labels, options=options)
+    names = {each.name for each in meter.launches}
+    flops = sum(each.flops for each in meter.launches)
+    few, both = "finished_kernel" in names, "directions" in options
+    lean = "kept" if both else "stored"
+    taken = "few launches" if few else lean if flops == 6 * size * size * D else "exact"
+    settings = InfoNCESettings(workspace_bytes=workspace(q, "cuda"), **options)
+    against = {"few launches": against_few_launches(dtype, size, D, size)}
+    if both:
+        against[lean] = against_keeping(dtype, D, Relations(labels), settings)
+    else:
+        against[lean] = against_storing(dtype, size, D, size)
+    if both and taken == "exact" and not against[lean]:  # what the table does not know
+        try:
+            with Meter(q, p, labels):
+                launch(q, p, labels, options=options, few=False, kept=True)
+        except ValueError as error:
+            against[lean] = str(error)
+    return taken, {name: why for name, why in against.items() if why}
+
+
+def forms(sizes: Sequence[int], Ds: Sequence[int]) -> str:
+    lines = []
+    for batch in BATCHES:
+        for D in Ds:
+            for size in sizes:
+                taken, against = form(batch, size, D)
+                whys = "; ".join(f"not {name}: {why}" for name, why in against.items())
+                lines.append(f"{batch:27}{D:5}{size:7}  {taken:13}{whys}")
+    return "\n".join(lines)
+
+
 def crossover(D: int) -> int:
     """The smallest power of two M = N from which storing is never slower, by this model."""
     sizes = [2**k for k in range(8, 17)]
@@ -125,7 +178,11 @@ def table(Ms: Sequence[int], Ns: Sequence[int] | None, Ds: Sequence[int]) -> str
     for D in Ds:
         for M, N in zip(Ms, Ns or Ms, strict=True):
             for name in PIPELINES:
-                meter = count(name, M, N, D)
+                try:
+                    meter = count(name, M, N, D)
+                except ValueError as error:  # of a form asked for by name, where it cannot be
+                    lines.append(f"{D:5}{M:7}{N:7}  {name:16}{error}")
+                    continue
                 flops = sum(each.flops for each in meter.launches)
                 size = sum(each.bytes for each in meter.launches)
                 rates, itemsize = (CPU, 4) if name.endswith("CPU") else (H100, 2)
@@ -199,8 +256,11 @@ def main() -> None:
     print(table(args.M, args.N, args.D))
     print("\nstoring exp(s) wins from M = N =, and the launcher stores from:")
     for D in args.D:
-        says = next(n for n in (2**k for k in range(8, 24)) if stores_scores(n, D, n))
+        sizes = (2**k for k in range(8, 24))
+        says = next(n for n in sizes if not against_storing(torch.bfloat16, n, D, n))
         print(f"{D:5}{crossover(D):7}{says:7}")
+    print("\nthe form that a batch of M = N takes, and what is against others (exact: 8MND)\n")
+    print(forms(args.M, args.D))
     print(f"\nPREDICTED, NOT MEASURED, of an H200 at M = N = {hopper.SIZE}:")
     if args.aot.exists():
         print("ratios to the products at the rate of a large GEMM; whole step: with norms, sums of")

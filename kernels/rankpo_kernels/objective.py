@@ -101,6 +101,24 @@ def _reduced(x: Tensor, how: str, group: str) -> Tensor:
     return x
 
 
+STEPS = 2**40  # of a sum that is exact in any order, as one of floats is not
+
+
+def by_pull(loss_R: Tensor, weights_R: Tensor | float, share: float) -> tuple[Tensor, Tensor]:
+    """(rows, those with the largest pull first; how many of them are kept): the others' pulls sum
+    to at most this share of all. Of one softmax per row, and without a wait for the device.
+
+    pull_i = |w_i| (1 - p_i), p_i being the positive's share of the softmax. d total / d s_i is
+    -pull_i for the positive, and sums to pull_i over the negatives.
+    """
+    pull_R = (weights_R * torch.expm1(-loss_R.double())).abs()
+    share_R = pull_R / pull_R.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    share_R = torch.where(share_R >= 0, share_R, 1.0)  # NaN stays in
+    share_R, rows_R = share_R.sort(descending=True, stable=True)
+    above_R = (share_R * STEPS).ceil().long().flip(0).cumsum(0) > share * STEPS
+    return rows_R, above_R.sum(dtype=torch.int32)
+
+
 class Slopes(NamedTuple):
     """d total / d s of a negative: soft * exp(s - lse) - flat, of its row (or column)."""
 

@@ -169,7 +169,9 @@ class InfoNCEOptions(ScoreOptions):
         self.check_one_of("hardness_mode", (None, *HARDNESS_MODES))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        for name in ("false_negative_margin", "gradient_filter", "hardness_strength"):
+        if not 0 <= self.gradient_filter < 1:
+            raise ValueError(f"gradient_filter must lie in [0, 1), got {self.gradient_filter}")
+        for name in ("false_negative_margin", "hardness_strength"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
@@ -186,10 +188,10 @@ class InfoNCEOptions(ScoreOptions):
             )
         if self.hardness_mode and QP not in directions:
             raise ValueError(f"hardness_mode is of {QP}, which is not among {directions}")
-        if self.gradient_filter and not (self.plain and self.hardness_mode is None):
+        if self.gradient_filter and not self.plain:
             raise ValueError(
-                "gradient_filter goes with query_to_passage alone, without label_smoothing, "
-                "matryoshka_dims or hardness_mode"
+                "gradient_filter goes with query_to_passage alone, without label_smoothing or "
+                "matryoshka_dims"
             )
         self._check_matryoshka()
 

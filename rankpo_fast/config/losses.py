@@ -54,7 +54,9 @@ class ContrastiveLossConfig(Config):
     )  # fmt: skip
     hardness_strength: float = flag("How much more; a similarity times this is added.", 0.0)
     gradient_filter: float = flag(
-        "Leave out gradients below this bound, to save time; 0: exact.", 0.0
+        "Leave out the queries with the least to learn, to save time: those with together this "
+        "share of all that is to learn. 0.004 is how bf16 rounds; 0: exact.",
+        0.0,
     )
 
     def check(self) -> None:

@@ -73,6 +73,7 @@ class Scale:
     mined_rate: float = 1e-3
     alignment_rate: float = 1e-4
     replay_weight: float = 0.1
+    gradient_filter: float = 0.0  # in stage 1
     evaluations: int = 6  # on the validation split, in each training
 
 
@@ -217,7 +218,7 @@ class Demo:
             train_contrastive(
                 self._untrained() if start == UNTRAINED else self._trained(start),
                 ContrastiveDataConfig([str(self._data(name))], num_negatives=NEGATIVES[name]),
-                ContrastiveLossConfig(),
+                ContrastiveLossConfig(gradient_filter=self.scale.gradient_filter),
                 self._training(name, steps, rate, self.scale.queries),
                 self._evaluation("validation", preferences=False),
                 self.compute,

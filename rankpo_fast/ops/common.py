@@ -11,7 +11,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rankpo_fast.ops.options import Reduction
 from rankpo_kernels.problem import InBatchProblem, InfoNCEProblem, compute_dtype
@@ -97,6 +100,67 @@ def scaled_grads(
 def crossing(problem: InfoNCEProblem | InBatchProblem) -> tuple:
     """The arguments by which an op takes a problem."""
     return (*problem.leaves, list(problem.relations), problem.settings.text())
+
+
+_function_of: dict[CustomOpDef, Callable] = {}
+
+
+def loss_op(name: str) -> Callable[[Callable], CustomOpDef]:
+    """Register a function with torch, and keep it as it is: see `called`."""
+
+    def decorate(function: Callable) -> CustomOpDef:
+        op = torch.library.custom_op(f"rankpo_fast::{name}", function, mutates_args=())
+        _function_of[op] = function
+        return op
+
+    return decorate
+
+
+def called(op: CustomOpDef, *arguments: Any) -> Any:
+    """What an op gives, in no graph; by itself where nobody would see that torch was not asked, who
+    takes a third of a millisecond."""
+    if any(_is_watched(x) for x in arguments if isinstance(x, Tensor)):
+        return op(*arguments)
+    with torch.no_grad():
+        return _function_of[op](*arguments)
+
+
+def weighted_sum(
+    op: CustomOpDef, problem: InfoNCEProblem | InBatchProblem, weights: Tensor, needs: list[bool]
+) -> Tensor:
+    """The first of what an op `with_grads` (see `register_gradients`) gives, in the graph."""
+    arguments = (*crossing(problem), weights, needs)
+    if any(_is_watched(x) for x in problem.leaves if x is not None):
+        return op(*arguments)[0]
+    return _WithGrads.apply(_function_of[op], len(problem.leaves), *arguments)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether something may look at torch's calls: a compiler, a mode, a transform, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in (Tensor, Parameter)
+    )
+
+
+class _WithGrads(torch.autograd.Function):
+    """What the op's registered gradients do."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable, leaves: int, *arguments: Any) -> Tensor:
+        total, _, _, _, *grads = function(*arguments)
+        ctx.needs, ctx.inputs = arguments[-1], len(arguments)
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in arguments[:leaves]]
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple:
+        grads = scaled_grads(ctx.saved_tensors, grad_total, ctx.needs, ctx.dtypes)
+        return None, None, *grads, *[None] * (ctx.inputs - len(grads))
 
 
 def in_own_memory(*rows: Tensor) -> list[Tensor]:

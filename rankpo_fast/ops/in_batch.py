@@ -37,11 +37,14 @@ from rankpo_fast.ops.checks import (
 from rankpo_fast.ops.common import (
     LossAndGrads,
     batch_weights,
+    called,
     crossing,
     in_own_memory,
+    loss_op,
     mean,
     register_gradients,
     unit_rows,
+    weighted_sum,
 )
 from rankpo_fast.ops.options import InBatchRankPOCall, Reduction, SigLIPCall, takes
 from rankpo_fast.ops.rankpo import margin_loss
@@ -89,7 +92,7 @@ def siglip_definition(
     return loss_M + softplus(-x_MN.gather(1, labels_M1))[:, 0]
 
 
-@torch.library.custom_op("rankpo_fast::in_batch", mutates_args=())
+@loss_op("in_batch")
 def _in_batch(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor, relations: list[Tensor | None], settings: str
 ) -> Tensor:
@@ -97,7 +100,7 @@ def _in_batch(
     return in_own_memory(_launch(q, p, scale, bias, relations, settings)[0].loss_M)[0]
 
 
-@torch.library.custom_op("rankpo_fast::in_batch_grads", mutates_args=())
+@loss_op("in_batch_grads")
 def _in_batch_grads(
     q: Tensor, p: Tensor, scale: Tensor, bias: Tensor,
     relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
@@ -185,9 +188,11 @@ register_gradients(_in_batch, _in_batch_grads)
 def _reduced(problem: InBatchProblem, weights: Tensor, reduction: Reduction) -> Tensor:
     needs = [torch.is_grad_enabled() and x.requires_grad for x in problem.leaves]
     if reduction == "none" or not any(needs):
-        loss_M = _in_batch(*crossing(problem)) * weights
+        arguments = crossing(problem)
+        loss_M = _in_batch(*arguments) if any(needs) else called(_in_batch, *arguments)
+        loss_M = loss_M * weights
         return loss_M if reduction == "none" else loss_M.sum()
-    return _in_batch_grads(*crossing(problem), weights, needs)[0]
+    return weighted_sum(_in_batch_grads, problem, weights, needs)
 
 
 @takes(InBatchRankPOCall)
@@ -247,8 +252,8 @@ def in_batch_rankpo_loss_and_grads(
     part = across_ranks(call, check_in_batch_rankpo)
     if call.reduction == "none":  # told after the ranks have agreed on it
         raise ValueError("in_batch_rankpo_loss_and_grads needs one loss: reduction 'mean' or 'sum'")
-    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = _in_batch_grads(
-        *crossing(part.problem), part.weights_M, [True, True, False, False]
+    loss, _, positive_M, (hardest_M, wins_M, total_M, count_M), dq, dp, *_ = called(
+        _in_batch_grads, *crossing(part.problem), part.weights_M, [True, True, False, False]
     )
     dq, dp = part.home(dq, dp)
     pairs, has_pair_M = count_M.sum().clamp(min=1), count_M > 0

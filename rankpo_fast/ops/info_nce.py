@@ -38,11 +38,14 @@ from rankpo_fast.ops.checks import (
 from rankpo_fast.ops.common import (
     LossAndGrads,
     batch_weights,
+    called,
     crossing,
     in_own_memory,
+    loss_op,
     mean,
     register_gradients,
     unit_rows,
+    weighted_sum,
 )
 from rankpo_fast.ops.options import InfoNCECall, takes
 from rankpo_fast.ops.ranks import (
@@ -130,7 +133,7 @@ def info_nce_definition(
     return loss_M
 
 
-@torch.library.custom_op("rankpo_fast::info_nce", mutates_args=())
+@loss_op("info_nce")
 def _info_nce(
     q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor,
     relations: list[Tensor | None], settings: str,
@@ -139,7 +142,7 @@ def _info_nce(
     return in_own_memory(_launch(q, p, own, scale, relations, settings).loss_M)[0]
 
 
-@torch.library.custom_op("rankpo_fast::info_nce_grads", mutates_args=())
+@loss_op("info_nce_grads")
 def _info_nce_grads(
     q: Tensor, p: Tensor, own: Tensor | None, scale: Tensor,
     relations: list[Tensor | None], settings: str, weights: Tensor, needs: list[bool],
@@ -278,10 +281,14 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             query; "hard_negatives", those that were (curated, own_negatives); "all_negatives".
         hardness_strength: > 0. That times their similarity, without its gradient, is added to their
             logits in the softmax; what label_smoothing adds is as without it.
-        gradient_filter: eps > 0 lets the gradient products leave out scores whose gradients are
-            small: the gradient of each unit vector is off by at most eps * scale * the weight of
-            its softmax. For query_to_passage alone, without further positives, own negatives,
-            smoothing, prefixes or hardness. 0 is exact; the loss always is.
+        gradient_filter: in [0, 1): the gradient products may leave out the queries with the least
+            to learn. Their pulls, weight * (1 - the positive's share of the softmax), sum to at
+            most this share of all pulls, and so do the norms of what the gradients of the unit
+            vectors lose: those of queries and those of passages to at most 2 * gradient_filter *
+            scale * the sum of all pulls each. 2**-8 is how bf16 rounds; at least eps / 2 of the
+            dtype. Loss and the gradient of the scale stay exact. For query_to_passage alone,
+            without further positives, own negatives, smoothing or prefixes; in fp64 nothing is
+            left out.
         workspace_bytes: at most, for scores that are there at once; default 90 MiB on the CPU
             (256 MiB in both directions, where it spares a product to keep them), 256 MiB on CUDA,
             1 GiB on GPUs of 80 GB and more.
@@ -312,10 +319,15 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
     problem, weights, leaves = part.problem, part.weights_M, part.problem.leaves
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if part.ring or call.reduction == "none" or not any(needs):
-        loss_M = ring_losses(part)[0] if part.ring else _info_nce(*crossing(problem))
+        if part.ring:
+            loss_M = ring_losses(part)[0]
+        elif any(needs):
+            loss_M = _info_nce(*crossing(problem))
+        else:
+            loss_M = called(_info_nce, *crossing(problem))
         loss_M = loss_M * weights
         return loss_M if call.reduction == "none" else loss_M.sum()
-    return _info_nce_grads(*crossing(problem), weights, needs)[0]
+    return weighted_sum(_info_nce_grads, problem, weights, needs)
 
 
 class InfoNCEStats(NamedTuple):
@@ -355,7 +367,7 @@ def info_nce_loss_and_grads(call: InfoNCECall) -> LossAndGrads[InfoNCEGrads, Inf
     loss, _, positive_M, hardest_M, dq, dp, d_own, d_scale = (
         ring_grads(part)
         if part.ring
-        else _info_nce_grads(*crossing(part.problem), part.weights_M, needs)
+        else called(_info_nce_grads, *crossing(part.problem), part.weights_M, needs)
     )
     dq, dp = part.home(dq, dp)
     has_negative_M = hardest_M > -torch.inf
@@ -411,8 +423,14 @@ def check_info_nce(
         positive_columns=positive_columns, own_offsets=own_offsets, curated_N=curated,
     )  # fmt: skip
     settings = InfoNCESettings.of(call, group=None, window=None)
-    if settings.gradient_filter and not is_plain(relations, settings):
-        raise ValueError("gradient_filter goes with no positives and no own_negatives")
+    if settings.gradient_filter:
+        if not is_plain(relations, settings):
+            raise ValueError("gradient_filter goes with no positives and no own_negatives")
+        if settings.gradient_filter < (least := torch.finfo(dtype).eps / 2):
+            raise ValueError(
+                f"gradient_filter must be 0, or at least {least:.2g}, which {dtype} can tell, got "
+                f"{settings.gradient_filter}"
+            )
     check_relations(relations, call)
     weights = batch_weights(q, call.weights, call.reduction)
     scale = as_scale(call.temperature, call.scale, scale_on, device)

@@ -28,6 +28,7 @@ from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
+from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.callbacks import Callback
@@ -262,6 +263,8 @@ class ContrastiveTask(TrainingTask[ContrastiveBatch]):
             )
         d_queries = scatter_sum(len(queries), (batch.query_rows, grads.queries))
         metrics, others = stats._asdict(), []
+        if config.gradient_filter:  # whose gradient is 0, in bits
+            metrics["queries_left_out"] = mean((grads.queries == 0).all(1).float())
         if self.log_scale is not None:  # d loss / d log(s) = s * d loss / d s
             scale = self.log_scale.detach().exp()
             metrics["temperature"] = 1 / scale

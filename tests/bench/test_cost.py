@@ -7,13 +7,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import results
-from bench.cost import H100, PIPELINES, count, measurements, plain_torch, predictions
+from bench.cost import (
+    BATCHES,
+    H100,
+    PIPELINES,
+    count,
+    form,
+    measurements,
+    plain_torch,
+    predictions,
+)
 from bench.launch import SYMMETRIC, launch
 from bench.meter import Meter
 from bench.questions import Result, Row
 from rankpo_kernels.chunked import info_nce as chunked
 from rankpo_kernels.problem import DIRECTIONS
-from rankpo_kernels.triton.tiles import stores_scores
+from rankpo_kernels.triton.tiles import against_storing
 from support.launcher import SMALL, Work, launches
 
 M, N, D = 40, 70, 24
@@ -43,6 +52,10 @@ def test_kernels_and_products_are_those_that_run(interpreted, name, rows):
     how = HOW[name] | {"options": options, "tiles": SMALL}
     device = "cpu" if interpreted else "cuda"
     q, p = (torch.randn(n, D, device=device).to(torch.bfloat16) for n in (M, N))
+    if name == "symmetric-kept" and rows < M:
+        with pytest.raises(ValueError, match="kept=True: workspace_bytes=2816 of the"):
+            launch(q, p, torch.arange(M, device=device), **how)
+        return
     with launches() as kernels, Work() as work:
         launch(q, p, torch.arange(M, device=device), **how)
     with Meter(*(meta := on_meta(M, N))) as meter:
@@ -97,11 +110,28 @@ def test_the_cpu_is_counted_by_its_own_form():
 @pytest.mark.parametrize("D", [384, 4096])
 def test_where_the_launcher_stores_the_model_finds_it_faster(D):
     """Not the other way round: a launch takes the host longer than the model says."""
-    sizes = [size for size in (4096, 16384, 65536) if stores_scores(size, D, size)]
+    sizes = [n for n in (4096, 16384, 65536) if not against_storing(torch.bfloat16, n, D, n)]
     assert sizes
     for size in sizes:
         stored, exact = (H100.seconds(count(x, size, size, D)) for x in ("stored", "exact"))
         assert stored < exact
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "taken", "reason"),
+    [
+        ("one direction", 2048, "few launches", "not above"),
+        ("one direction", 16384, "stored", "flops count"),
+        ("one direction, fp32", 16384, "exact", "do not fit torch.float32"),
+        ("both directions", 16384, "kept", "flops count"),
+        ("both directions", 65536, "exact", "of the 9"),
+        ("both directions, margin", 16384, "exact", "rows know more"),
+    ],
+)
+def test_the_form_of_a_batch_and_what_is_against_others(batch, size, taken, reason):
+    found, against = form(batch, size, 1024)
+    assert batch in BATCHES and found == taken and found not in against
+    assert reason in " ".join(against.values())
 
 
 SCORES = {

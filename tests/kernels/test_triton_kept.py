@@ -9,7 +9,7 @@ import torch
 from rankpo_kernels.problem import DIRECTIONS, PQ, QP, InfoNCEProblem, InfoNCESettings
 from rankpo_kernels.relations import Relations
 from rankpo_kernels.triton.info_nce import info_nce
-from rankpo_kernels.triton.tiles import keeps_scores
+from rankpo_kernels.triton.tiles import against_keeping
 from support.gates import FLOOR, draw, error, gates
 from support.info_nce_problems import exact
 from support.interpreter import LAST_FIRST, grid_order, shadow_memory
@@ -111,11 +111,12 @@ def test_kernels_are_those_of_the_form():
         run(*case)
     assert set(names) == KEPT
     parts = 12 * (33 * 64 // SMALL.BLOCK_N + 64 * -(-33 // SMALL.BLOCK_M))
-    for spare, kept in ((0, True), (-1, False)):  # bytes of the workspace
-        settings = replace(BOTH, workspace_bytes=33 * 64 * 2 + parts + spare)
-        with launches() as names:
-            run(*case, settings)
-        assert ("turn_kernel" in names) == kept
+    needed = 33 * 64 * 2 + parts  # bytes of the workspace
+    with launches() as names:
+        run(*case, replace(BOTH, workspace_bytes=needed))
+    assert set(names) == KEPT
+    with pytest.raises(ValueError, match=f"{needed - 1} of the {needed} that 33 x 64 take"):
+        run(*case, replace(BOTH, workspace_bytes=needed - 1))
     with launches() as names:
         run(*case, needs=(False, False, False, True))  # which no product is needed for
     assert "turn_kernel" not in names
@@ -173,6 +174,6 @@ def test_table_takes_it_for_what_it_can_do(changed, options, takes):
         **{"workspace_bytes": 1 << 20, "directions": (QP, PQ), "partition": "per_direction"}
         | options
     )
-    assert keeps_scores(torch.bfloat16, 1024, relations, settings) == takes
-    assert not keeps_scores(torch.bfloat16, 384, relations, settings)
-    assert not keeps_scores(torch.float16, 1024, relations, settings)
+    assert (against_keeping(torch.bfloat16, 1024, relations, settings) == "") == takes
+    assert against_keeping(torch.bfloat16, 384, relations, settings)
+    assert against_keeping(torch.float16, 1024, relations, settings)

@@ -172,7 +172,6 @@ def test_rows_that_memory_cannot_hand_over_by_descriptor_are_refused():
         ({"query_ids_M": torch.arange(4)}, {}),
         ({}, {"label_smoothing": 0.1}),
         ({}, {"false_negative_margin": 0.1}),
-        ({}, {"gradient_filter": 0.1}),
         ({}, {"matryoshka_dims": (512, 1024)}),
     ],
     ids=[
@@ -182,7 +181,6 @@ def test_rows_that_memory_cannot_hand_over_by_descriptor_are_refused():
         "ids",
         "smoothing",
         "margin",
-        "filter",
         "matryoshka",
     ],
 )

@@ -5,6 +5,7 @@ from mutants.suites import CHUNKED_OPTIONS, RANKS_OPTIONS, chunked, info_nce, of
 
 BLOCKS = "kernels/rankpo_kernels/chunked/blocks.py"
 GENERAL = "kernels/rankpo_kernels/chunked/info_nce_general.py"
+OBJECTIVE = "kernels/rankpo_kernels/objective.py"
 PLAIN = "kernels/rankpo_kernels/chunked/info_nce_plain.py"
 KEPT = "kernels/rankpo_kernels/chunked/info_nce_both.py"
 ROW_PASS = "kernels/rankpo_kernels/chunked/row_pass.py"
@@ -63,10 +64,28 @@ MUTANTS = [
         info_nce("have_gaps"),
     ),
     Mutant(
-        "cpu-filter-keeps-negative-rows", PLAIN,
-        "pull_R.abs() *",
-        "pull_R *",
+        "filter-drops-negative-rows", OBJECTIVE,
+        "torch.expm1(-loss_R.double())).abs()",
+        "-torch.expm1(-loss_R.double()))",
         info_nce("are_odd"),
+    ),
+    Mutant(
+        "filter-takes-more", OBJECTIVE,
+        "> share * STEPS",
+        "> 1.1 * share * STEPS",
+        of("tests/kernels/test_objective.py", "share"),
+    ),
+    Mutant(
+        "filter-takes-nan", OBJECTIVE,
+        "torch.where(share_R >= 0, share_R, 1.0)",
+        "torch.where(share_R >= 0, share_R, 0.0)",
+        of("tests/kernels/test_objective.py", "nan"),
+    ),
+    Mutant(
+        "filter-forgets-passages-of-others", PLAIN,
+        "unit_RD[kept_K]",
+        "unit_RD[: len(kept_K)]",
+        info_nce("filter"),
     ),
     Mutant(
         "native-norms-in-one-running-sum", ROW_MATH,

@@ -1,7 +1,7 @@
 """InfoNCE's kernels that make gradients of scores."""
 
 from mutants.mutant import Mutant
-from mutants.suites import FAR_APART, FILTER, MEMORY, STREAMED, TRITON_OPTIONS, of, triton
+from mutants.suites import FAR_APART, MEMORY, STREAMED, TRITON_OPTIONS, of, triton
 
 GRADIENTS = "kernels/rankpo_kernels/triton/gradients.py"
 
@@ -79,30 +79,6 @@ MUTANTS = [
         "by_n *= 1.0 / tl.load(inverse_top)",
         "pass",
         FAR_APART,
-    ),
-    Mutant(
-        "filter-takes-more", GRADIENTS,
-        "mass_m > filter_mass",
-        "mass_m > 2 * filter_mass",
-        FILTER,
-    ),
-    Mutant(
-        "filter-takes-labels", GRADIENTS,
-        " | holds_label",
-        "",
-        FILTER,
-    ),
-    Mutant(
-        "filter-takes-nan", GRADIENTS,
-        "(mass_m != mass_m)",
-        "(mass_m < 0)",
-        triton("nan_is"),
-    ),
-    Mutant(
-        "filter-takes-negative-rows", GRADIENTS,
-        "tl.load(row_slopes.soft + rows) != 0",
-        "tl.load(row_slopes.soft + rows) > 0",
-        FILTER,
     ),
     Mutant(
         "scatter-in-32-bits", GRADIENTS,

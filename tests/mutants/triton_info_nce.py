@@ -48,14 +48,32 @@ MUTANTS = [
     ),
     Mutant(
         "one-program-too-few", PRODUCTS,
-        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)",
-        "(rows * triton.cdiv(D, PRODUCT.BLOCK_N),)",
+        "(rows * cdiv(D, PRODUCT.BLOCK_N) + 1,)",
+        "(rows * cdiv(D, PRODUCT.BLOCK_N),)",
         triton("one_weight"),
     ),
     Mutant(
         "filtered-product-overwrites", PRODUCTS,
         "    if ADD:\n",
         "    if ADD and False:\n",
+        FILTER,
+    ),
+    Mutant(
+        "filtered-rows-are-not-zeroed", PRODUCTS,
+        "out.zero_()",
+        "pass",
+        FILTER,
+    ),
+    Mutant(
+        "filtered-passages-miss-a-row", PRODUCTS,
+        "mask_m, steps = offs_m < N, count",
+        "mask_m, steps = offs_m < N, tl.maximum(count - 1, 0)",
+        FILTER,
+    ),
+    Mutant(
+        "filtered-queries-miss-a-row", PRODUCTS,
+        "mask_m = offs_m < count",
+        "mask_m = offs_m < tl.maximum(count - 1, 0)",
         FILTER,
     ),
     Mutant(
@@ -149,8 +167,8 @@ MUTANTS = [
         triton("are_odd"),
     ),
     Mutant(
-        "dead-tiles-are-read", BLOCKS,
-        "of_chunk, False, transpose=True, **of_live)",
+        "filtered-rows-are-read", BLOCKS,
+        "of_chunk, False, transpose=True, chosen=chosen)",
         "of_chunk, False, transpose=True)",
         FILTER,
     ),

@@ -54,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "kept-beyond-the-workspace", KERNELS,
-        "return exponentials + 4 * (2 + moments) * parts <= p.workspace_bytes",
-        "return True",
+        'return "" if needed <= has else',
+        'return "" if needed else',
         of(TESTS, "of_the_form"),
     ),
 ]  # fmt: skip

@@ -35,7 +35,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 def choose(monkeypatch, stored: bool) -> None:
     """The pipeline for bf16, whatever the size."""
-    monkeypatch.setattr(module, "stores_scores", lambda *sizes: stored)
+    monkeypatch.setattr(module, "against_storing", lambda *sizes: "" if stored else "not asked")
 
 
 def gradients(function, tensors, loss_scale):

@@ -143,15 +143,54 @@ def test_nan_in_one_query_stays_in_its_row(options, path):
     assert torch.equal(loss_M[others], clean[others])
 
 
-def test_gradient_filter_keeps_the_loss_and_bounds_the_gradient():
-    q, p, labels = draw(40, 200, 32, torch.float32, converged=False)
-    truth = exact(q, p, labels, 50)
-    for eps in (1e-2, 0.1):
-        # a row a chunk: what is left out must be small in all of them
-        result = ours(q, p, labels, 50, gradient_filter=eps, workspace_bytes=4 * 200)
-        assert error(result[0], truth[0]) < gates(torch.float32, 1 / 50)[0]
-        assert 2e-3 * eps < error(result[1], truth[1]) < eps
-        assert error(result[2], truth[2]) < eps
+def batch_of(kind: str) -> tuple[torch.Tensor, ...]:
+    """Unit vectors, and upstream gradients of the rows."""
+    q, p, labels = draw(40, 200, 32, torch.float32, converged=kind == "learnt")
+    above_M = torch.ones(40)
+    if kind == "one unlearnt":  # beside which all others are a rounding
+        p[labels] = q
+        p[labels[7]] = -q[7]
+    if kind == "equal":
+        q, labels = q[:1].repeat(40, 1), labels[:1].repeat(40)
+    if kind == "weighted":
+        above_M = torch.logspace(-6, 0, 40) * (-1) ** torch.arange(40)
+    unit = torch.nn.functional.normalize
+    return unit(q), unit(p), labels, above_M
+
+
+@pytest.mark.parametrize("kind", ["fresh", "learnt", "one unlearnt", "equal", "weighted"])
+@pytest.mark.parametrize("share", [2**-8, 0.1, 0.9])
+@pytest.mark.parametrize("rows", [40, 7])
+def test_gradient_filter_loses_no_more_than_its_bound(kind, share, rows):
+    """Also of the rows that one chunk alone knows."""
+    *case, above_M = batch_of(kind)
+    exactly, roughly = (
+        gradients_of(*case, above_M, gradient_filter=eps, workspace_bytes=4 * 200 * rows)
+        for eps in (0.0, share)
+    )
+    loss_M, *_, d_scale = exactly
+    assert torch.equal(roughly[0], loss_M) and torch.equal(roughly[3], d_scale)
+    pull_M = (above_M * (1 - (-loss_M.double()).exp())).abs()
+    most = 2 * share * 50 * pull_M.sum()
+    lost = [(x - y).norm(dim=1).sum() for x, y in zip(exactly[1:3], roughly[1:3], strict=True)]
+    assert all(x <= most * (1 + 1e-5) for x in lost)
+    out_M = (roughly[1] == 0).all(1)
+    of_others = gradients_of(*case, above_M * ~out_M)
+    assert all(error(*pair) < 1e-5 for pair in zip(roughly[1:3], of_others[1:3], strict=True))
+    of_chunks = zip(pull_M.split(rows), out_M.split(rows), strict=True)
+    for pull_R, out_R in of_chunks:
+        budget = share * pull_R.sum() * (1 + 1e-6)
+        assert pull_R[out_R].sum() <= budget
+        if not out_R.all():  # not one more would go
+            assert pull_R[out_R].sum() + pull_R[~out_R].min() > budget * (1 - 1e-5)
+
+
+def gradients_of(q, p, labels, above_M, **options):
+    """(losses, d q, d p, d scale) at scale 50."""
+    leaves = [q.clone(), p.clone(), torch.tensor(50.0)]
+    q, p, scale = (x.requires_grad_() for x in leaves)
+    loss_M = info_nce_loss(q, p, labels, scale=scale, normalize=False, reduction="none", **options)
+    return loss_M.detach(), *torch.autograd.grad(loss_M, (q, p, scale), above_M)
 
 
 def test_groups_put_the_positive_first():

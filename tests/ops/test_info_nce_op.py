@@ -64,12 +64,12 @@ def test_gradients_are_odd_in_upstream_ones(gradient_filter):
     q, p, labels = draw(7, 60, 16, torch.float32, converged=False)
     q.requires_grad_(), p.requires_grad_()
     loss_M = info_nce_loss(q, p, labels, reduction="none", gradient_filter=gradient_filter)
-    above_M = torch.linspace(-1, 2, 7)
+    above_M = torch.linspace(-1, 2.1, 7)
     dq, dp = torch.autograd.grad(loss_M, (q, p), above_M, retain_graph=True)
     opposite = torch.autograd.grad(loss_M, (q, p), -above_M)
     assert torch.equal(dq, -opposite[0]) and torch.equal(dp, -opposite[1])
-    left_out = (dp == 0).all(1).sum()
-    assert left_out > 30 if gradient_filter else left_out == 0
+    left_out = (dq == 0).all(1).sum()
+    assert 0 < left_out < 7 if gradient_filter else left_out == 0
 
 
 def test_a_kept_graph_gives_the_same_gradients_again():
@@ -278,7 +278,12 @@ BAD = {
         "guide queries must be fp64, fp32, bf16 or fp16, got torch.int32",
     ),
     "smoothing": (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
-    "filter": (dict(gradient_filter=-1e-3), "gradient_filter must be >= 0 and finite, got -0.001"),
+    "filter": (dict(gradient_filter=-1e-3), r"gradient_filter must lie in \[0, 1\), got -0.001"),
+    "filter-of-all": (dict(gradient_filter=1.0), r"gradient_filter must lie in \[0, 1\), got 1.0"),
+    "filter-below-the-dtype": (
+        dict(gradient_filter=1e-9),
+        "must be 0, or at least 6e-08, which torch.float32 can tell, got 1e-09",
+    ),
     "filter-smoothing": (
         dict(gradient_filter=1e-3, label_smoothing=0.1),
         "gradient_filter goes with",
@@ -305,7 +310,6 @@ BAD = {
         HARD_ALL | dict(hardness_mode="hard_negatives", passages=torch.ones(4, 6)),
         "'hard_negatives' finds none: .* more than one passage per query",
     ),
-    "filter-hardness": (HARD_ALL | dict(gradient_filter=1e-3), "gradient_filter goes with"),
     "prefix-long": (dict(matryoshka_dims=(3, 7)), r"of 1 to D=6, got \(3, 7\)"),
     "prefix-zero": (dict(matryoshka_dims=(0, 3)), "matryoshka_dims must be distinct and of 1"),
     "prefix-twice": (dict(matryoshka_dims=(3, 3)), "matryoshka_dims must be distinct"),

@@ -35,9 +35,8 @@ def info_nce(
     """Losses of all queries and, given weights ([M], or [] for all), the gradients of
     sum_i w_i loss_i that `needs` (q, p, own, scale) names.
 
-    With gradient_filter = eps, the two products of a chunk of the plain form leave out columns with
-    |dS_ij| <= pull_i eps / N in every row, pull_i = w_i sigmoid(lse_i - s_i,label). So for each row
-    the gradient of its unit vector is off by at most pull_i * scale * eps.
+    With gradient_filter, the two products of a chunk of the plain form leave out the rows that have
+    the least to learn, whose pulls (`objective.by_pull`) sum to that share of the chunk's.
     """
     q_MD, p_ND, own_HD, scale, relations, settings = problem
     dtype, device = compute_dtype(q_MD.dtype), q_MD.device

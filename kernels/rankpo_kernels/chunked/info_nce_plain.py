@@ -1,7 +1,8 @@
 """InfoNCE as one softmax per query, in fp32 on the CPU: a GEMM, a native row pass that leaves dS in
 place of the scores, two GEMMs; 6MND flops.
 
-M queries, N passages, D dims; R rows of a chunk, r rows of a slab, C columns that are kept.
+M queries, N passages, D dims; R rows of a chunk, K of which are kept, C columns: the passages, and
+the own negatives of a row.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from rankpo_kernels.chunked.chunks import row_chunks, slab_rows, slices
 from rankpo_kernels.chunked.norms import tangent_
 from rankpo_kernels.chunked.row_pass import RowPass
+from rankpo_kernels.objective import by_pull
 from rankpo_kernels.problem import InfoNCEProblem, InfoNCEResult, Needs
 
 
@@ -50,27 +52,22 @@ def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> In
         if weights_M is not None and any(needs):
             weights_R = weights_M[rows]
         of.read(rows, unit_RD, grad_RC, memory[-1, :R], weights_R, scale_gradient=needs.scale)
-        grad_RN, columns, p_CD = grad_RC[:, :N], None, of.p_ND
+        grad_RN, kept_K = grad_RC[:, :N], None
         if settings.gradient_filter and weights_R is not None and (needs.q or needs.p):
-            # w sigmoid(gap), where loss = softplus(gap)
-            pull_R = weights_R * -torch.expm1(-of.loss_M[rows])
-            least_R = pull_R.abs() * (of.scale * settings.gradient_filter / N)
-            columns = _kept(grad_RN, least_R, of.inverse_p_N)
-        if columns is not None:
-            grad_RN, p_CD = _compacted(grad_RN, columns), of.p_ND[columns]
-        if dq_MD is not None:
-            torch.mm(grad_RN, p_CD, out=dq_MD[rows])
+            kept_K = _kept(of.loss_M[rows], weights_R, settings.gradient_filter)
+        if kept_K is not None:
+            grad_RN, unit_RD = _compacted(grad_RN, kept_K), unit_RD[kept_K]
+        if dq_MD is not None and kept_K is None:
+            torch.mm(grad_RN, of.p_ND, out=dq_MD[rows])
+        elif dq_MD is not None and kept_K is not None:
+            dq_MD[rows].zero_().index_copy_(0, kept_K, grad_RN @ of.p_ND)
         if of.own is not None:
             d_unit_RD = None if dq_MD is None else dq_MD[rows]
             of.own.add_gradients(rows, unit_RD, grad_RC, d_unit_RD, d_own_HD)
         if dq_MD is not None and inverse_q_R is not None:
             tangent_(dq_MD[rows], q_MD[rows], inverse_q_R, inverse_q_R)
-        if dp_ND is not None and columns is None:
+        if dp_ND is not None:
             dp_ND.addmm_(grad_RN.T, unit_RD, beta=0 if rows.start == 0 else 1)
-        elif dp_ND is not None and columns is not None:
-            if rows.start == 0:
-                dp_ND.zero_()
-            dp_ND.index_add_(0, columns, grad_RN.T @ unit_RD)
 
     if dp_ND is not None and of.inverse_p_N is not None:
         tangent_(dp_ND, of.p_ND, of.inverse_p_N)  # the scores' gradient has 1 / |p| already
@@ -78,20 +75,16 @@ def plain(problem: InfoNCEProblem, weights_M: Tensor | None, needs: Needs) -> In
     return InfoNCEResult(of.loss_M, of.positive_M, of.hardest_M, dq_MD, dp_ND, d_own_HD, d_scale)
 
 
-def _kept(grad_RN: Tensor, least_R: Tensor, inverse_N: Tensor | None) -> Tensor | None:
-    """Columns with |grad| > least * inverse in some row; None if they are more than half."""
-    keep_N = torch.zeros_like(grad_RN[0], dtype=torch.bool)
-    for rows in slices(len(grad_RN), slab_rows(grad_RN)):
-        least = least_R[rows, None] if inverse_N is None else least_R[rows, None] * inverse_N
-        keep_N |= ~(grad_RN[rows].abs() <= least).all(0)  # NaN stays in
-    return keep_N.nonzero()[:, 0] if 2 * keep_N.sum() <= len(keep_N) else None
+def _kept(loss_R: Tensor, weights_R: Tensor, share: float) -> Tensor | None:
+    """Rows whose gradients are not left out, ascending; None for all."""
+    rows_R, count = by_pull(loss_R, weights_R, share)
+    return None if count == len(rows_R) else rows_R[:count].sort().values
 
 
-def _compacted(scores_RC: Tensor, columns: Tensor) -> Tensor:
-    """The chosen columns, moved to the front of the same memory: a row moves only to where rows
-    that were moved before it stood, and itself."""
-    R, K = len(scores_RC), len(columns)
-    out_RK = scores_RC.view(-1)[: R * K].view(R, K)
-    for rows in slices(R, slab_rows(scores_RC)):
-        out_RK[rows] = scores_RC[rows].index_select(1, columns)
-    return out_RK
+def _compacted(grad_RN: Tensor, kept_K: Tensor) -> Tensor:
+    """The kept rows, moved to the front of the same memory: a row moves only to where it stood, or
+    rows that were moved before it."""
+    out_KN = grad_RN[: len(kept_K)]
+    for part in slices(len(kept_K), slab_rows(grad_RN)):
+        out_KN[part] = grad_RN[kept_K[part]]
+    return out_KN

@@ -4,15 +4,15 @@ their rows, and the products of a chunk.
 R rows of a chunk, N columns, D dims, L prefixes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankpo_kernels.triton import products
+from rankpo_kernels.triton.products import Chosen
 from rankpo_kernels.triton.rows import Scale, absent
 from rankpo_kernels.triton.scores import Hardness, Masks, Side
-from rankpo_kernels.triton.tiles import Tiles
 from rankpo_kernels.triton.waves import equal_rows, rows_of_chunk
 
 LEAST = torch.finfo(torch.float32).tiny  # a GPU may take what is smaller for 0
@@ -137,17 +137,12 @@ def _part_of(masks: Masks, part: slice) -> Masks:
 
 def product(
     g_RN: Tensor, b: Tensor, out: Tensor, add: bool, *, transpose: bool = False,
-    live: Tensor | None = None, tiles: Tiles | None = None,
+    chosen: Chosen | None = None,
 ) -> None:  # fmt: skip
-    """out = (or +=) g b, or g' b, in fp32; of g the live tiles alone where they are told."""
+    """out = (or +=) g b, or g' b, in fp32; of g the chosen rows alone where they are told."""
     a = g_RN.T if transpose else g_RN
-    if live is not None:
-        assert tiles is not None
-        blocks = (tiles.BLOCK_M, tiles.BLOCK_N)
-        products.filtered(
-            a, b, live.T if transpose else live, out, add, tiles,
-            *(blocks[::-1] if transpose else blocks),
-        )  # fmt: skip
+    if chosen is not None:
+        products.of_chosen(g_RN, b, out, chosen, add, transpose)
     elif out.device.type == "cpu":  # the interpreter's: the CPU has no product of mixed dtypes
         out.addmm_(a.float(), b.float(), beta=int(add))
     elif a.dtype == torch.float32:
@@ -175,7 +170,7 @@ def largest_inverse(inverse_LN: Tensor | None, like: Tensor) -> Tensor:
 
 def add_relative(
     g_RN: Tensor, q_RD: Tensor, factor_R: Tensor, inverse_R: Tensor | None, dp_ND: Tensor,
-    first: bool, **of_live: Any,
+    first: bool, chosen: Chosen | None = None,
 ) -> None:  # fmt: skip
     """dp (=, or += after the first chunk) g' (factor q / |q|) for rows of g that were divided by
     their factors: the largest one joins in fp32, where fp16 would lose it."""
@@ -183,6 +178,7 @@ def add_relative(
     by_R = factor_R / largest
     by_R = by_R if inverse_R is None else by_R * inverse_R
     of_chunk = torch.empty_like(dp_ND)
-    product(g_RN, (q_RD * by_R[:, None]).to(g_RN.dtype), of_chunk, False, transpose=True, **of_live)
+    weighted_RD = (q_RD * by_R[:, None]).to(g_RN.dtype)
+    product(g_RN, weighted_RD, of_chunk, False, transpose=True, chosen=chosen)
     of_chunk *= largest
     dp_ND.copy_(of_chunk) if first else dp_ND.add_(of_chunk)

@@ -26,20 +26,6 @@ from rankpo_kernels.triton.scores import (
 
 
 @triton.jit
-def _heavy(
-    row_slopes, tile_parts, masks, pid_n, rows, R, filter_mass, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Rows with a pull of which the tile of columns holds the label, or more of the softmax's mass
-    than may be left out."""
-    at_m = pid_n * R + rows
-    lse_m, pulls_m = tl.load(row_slopes.lse + rows), tl.load(row_slopes.soft + rows) != 0
-    mass_m = tl.load(tile_parts.z + at_m) * tl.exp(tl.load(tile_parts.top + at_m) - lse_m)
-    holds_label = tl.load(masks.label_R + rows) // BLOCK_N == pid_n
-    # NaN compares false and must not be filtered away
-    return (((mass_m > filter_mass) | holds_label) & pulls_m) | (mass_m != mass_m)
-
-
-@triton.jit
 def softmax_slopes(t_mn, slopes, at, mask, AXIS: tl.constexpr):
     """soft exp2(t - lse) - flat: d total / d s of scores t in units of log 2, 0 where they are -inf
     but for `flat`."""
@@ -193,33 +179,22 @@ def gradients_of_tile(
 @triton.jit
 def gradients_kernel(
     a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR, inverse_top,
-    tile_parts, live, out, along_rows, along_columns,
-    scale, filter_mass, R, N, out_stride, level_stride, label_stride,
+    out, along_rows, along_columns,
+    scale, R, N, out_stride, level_stride, label_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of gradients a program.
-
-    live: tiles without any row of mass above filter_mass are marked 0 and left unwritten.
-    """
+    """One tile of gradients a program."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < R
-    work = True
-    if live is not None:
-        safe_m = tl.minimum(offs_m, R - 1)
-        heavy_m = _heavy(row_slopes, tile_parts, masks, pid_n, safe_m, R, filter_mass, BLOCK_N)
-        work = tl.max((heavy_m & mask_m).to(tl.int32)) > 0
-        tl.store(live + pid_m * tiles_n + pid_n, work.to(tl.int32))
-    if work:
-        gradients_of_tile(
-            a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR,
-            inverse_top, out, along_rows, along_columns,
-            number(scale), pid_m, pid_n, mask_m, R, N, out_stride, level_stride, label_stride,
-            DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
-        )  # fmt: skip
+    gradients_of_tile(
+        a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR,
+        inverse_top, out, along_rows, along_columns,
+        number(scale), pid_m, pid_n, offs_m < R, R, N, out_stride, level_stride, label_stride,
+        DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -14,7 +14,6 @@ M queries, N passages, D dims; R rows of a chunk.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from rankpo_kernels.problem import (
@@ -49,7 +48,7 @@ from rankpo_kernels.triton.pairs import (
 )
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Masks
-from rankpo_kernels.triton.tiles import FUSION, Tiles, multiprocessors, pair_tiles
+from rankpo_kernels.triton.tiles import FUSION, Tiles, cdiv, multiprocessors, pair_tiles
 
 
 def in_batch(
@@ -137,7 +136,7 @@ class ChunkKernels(NamedTuple):
 
     @property
     def tiles_n(self) -> int:
-        return triton.cdiv(len(self.block.b), self.tiles.BLOCK_N)
+        return cdiv(len(self.block.b), self.tiles.BLOCK_N)
 
     def tiles_and_settle(
         self, part: slice, sums: Sums, outcome: Outcome, positive_R: Tensor,
@@ -149,14 +148,14 @@ class ChunkKernels(NamedTuple):
         R, siglip = part.stop - part.start, settings.kind == SIGLIP
         weights_R = None if self.weights_M is None else self.weights_M[part]
         sizes = (R, len(block.b), 0 if out is None else out.stride(0))
-        tiles_kernel[(triton.cdiv(R, tiles.BLOCK_M) * self.tiles_n,)](
+        tiles_kernel[(cdiv(R, tiles.BLOCK_M) * self.tiles_n,)](
             a, b, *references, masks, sums, positive_R, reference_R, weights_R,
             outcome.by_R if again else None, top, out, self.numbers, *sizes,
             HINGE=settings.kind == HINGE, SIGLIP=siglip, SFT=settings.sft_weight > 0,
             DIMS=(block.a.shape[1],), REFERENCE_DIMS=block.guide_dims,
             **tiles.arguments,
         )  # fmt: skip
-        settle_kernel[(triton.cdiv(R, BLOCK_R),)](
+        settle_kernel[(cdiv(R, BLOCK_R),)](
             sums, outcome, masks.label_R, positive_R, weights_R,
             None if block.inverse_a is None else block.inverse_a[0, part],
             None if block.inverse_b is None else block.inverse_b[0],

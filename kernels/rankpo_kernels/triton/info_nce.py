@@ -17,7 +17,6 @@ M queries, N passages, H own negatives, D dims.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from rankpo_kernels.problem import (
@@ -36,7 +35,7 @@ from rankpo_kernels.triton.blocks import addressable, as_number, padded
 from rankpo_kernels.triton.info_nce_general import general
 from rankpo_kernels.triton.info_nce_plain import plain
 from rankpo_kernels.triton.inputs import Inputs, score_block
-from rankpo_kernels.triton.kept import fits
+from rankpo_kernels.triton.kept import against_workspace
 from rankpo_kernels.triton.passes import (
     along_parts,
     hardest,
@@ -52,11 +51,12 @@ from rankpo_kernels.triton.tiles import (
     SLIM,
     WIDE,
     Tiles,
-    keeps_scores,
+    against_few_launches,
+    against_keeping,
+    against_storing,
+    cdiv,
     score_tiles,
-    stores_scores,
     streamed_tiles,
-    takes_few_launches,
 )
 
 
@@ -80,18 +80,18 @@ def info_nce(
         weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
     one_softmax, products_needed = is_plain(relations, settings), needed.q or needed.p
     if stored is None:
-        stored = stores_scores(M, D, N)
+        stored = not against_storing(q_MD.dtype, M, D, N)
     stored = stored and one_softmax and products_needed and q_MD.dtype == torch.bfloat16
-    stored = stored and not settings.gradient_filter
     if few is None:
-        few = takes_few_launches(q_MD.dtype, M, D, N)
+        few = not against_few_launches(q_MD.dtype, M, D, N)
     few = few and not stored and products_needed
     if tiles is None:
         tiles = score_tiles(q_MD.dtype, relations, settings)
         if not few and streams(q_MD, p_ND):
             streamed = streamed or streamed_tiles(q_MD.dtype, D, relations, settings)
+    asked = kept
     if kept is None:
-        kept = keeps_scores(q_MD.dtype, D, relations, settings)
+        kept = not against_keeping(q_MD.dtype, D, relations, settings)
     kept = kept and products_needed and not few
     if kept and needed.scale and tiles is WIDE:
         tiles = SLIM  # whose sums have registers left for the moments
@@ -100,7 +100,11 @@ def info_nce(
         return _in_few_launches(p, weights, needed)
     if one_softmax:
         return plain(p, weights, needed, stored)
-    return general(p, own_HD, weights, needed, kept and fits(p, needed.scale))
+    if kept and (why := against_workspace(p, needed.scale)):
+        if asked:
+            raise ValueError(f"kept=True: {why}; kept=None takes 8MND there")
+        kept = False
+    return general(p, own_HD, weights, needed, kept)
 
 
 def _addressable(problem: InfoNCEProblem) -> InfoNCEProblem:
@@ -128,7 +132,7 @@ def _is_one_chunk(p: Inputs) -> bool:
     """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
     filter, further positives or own negatives."""
     settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
-    parts = M * triton.cdiv(N, p.tiles.BLOCK_N) + N * triton.cdiv(M, p.tiles.BLOCK_M)
+    parts = M * cdiv(N, p.tiles.BLOCK_N) + N * cdiv(M, p.tiles.BLOCK_M)
     return (
         p.dims == (D,)
         and not settings.gradient_filter

@@ -8,7 +8,6 @@ R rows of a chunk, M queries, N passages, P positive pairs, H own negatives, D d
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from rankpo_kernels.problem import PP, PQ, QP, QQ, InfoNCEResult, Needs, gradient_dtype
@@ -29,7 +28,7 @@ from rankpo_kernels.triton.passes import (
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials, Slopes
 from rankpo_kernels.triton.slopes import PairOutputs
-from rankpo_kernels.triton.tiles import FUSION, multiprocessors
+from rankpo_kernels.triton.tiles import FUSION, cdiv, multiprocessors
 
 
 def general(
@@ -237,7 +236,7 @@ def _scatter_pairs(p: Inputs, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, par
     value_LK = value_LK.flip(0).cumsum(0).flip(0).contiguous()  # of this and all longer prefixes
     (L, R, _), K = G_LRN.shape, len(rows_K)
     if K:
-        gradients.scatter_kernel[(triton.cdiv(K, 128), L)](
+        gradients.scatter_kernel[(cdiv(K, 128), L)](
             G_LRN, rows_K, columns_K, value_LK, part.start, R, K, G_LRN.stride(1), G_LRN.stride(0),
             128, **FUSION,
         )  # fmt: skip

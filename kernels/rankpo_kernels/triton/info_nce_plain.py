@@ -10,9 +10,9 @@ R rows of a chunk, M queries, N passages, D dims.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from rankpo_kernels.objective import by_pull
 from rankpo_kernels.problem import QP, InfoNCEResult, Needs, gradient_dtype
 from rankpo_kernels.triton import rows
 from rankpo_kernels.triton.blocks import (
@@ -33,10 +33,11 @@ from rankpo_kernels.triton.passes import (
     partials,
     settle,
 )
+from rankpo_kernels.triton.products import Chosen
 from rankpo_kernels.triton.rows import Rows, Scale
 from rankpo_kernels.triton.scores import Partials
 from rankpo_kernels.triton.slopes import PairOutputs, Stored
-from rankpo_kernels.triton.tiles import multiprocessors
+from rankpo_kernels.triton.tiles import cdiv, multiprocessors
 
 
 def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResult:
@@ -55,8 +56,8 @@ def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResul
         local = output_rows(outputs, part)
         _settle_chunk(p, block, part, parts, weights, local, memory)
         if memory.G_RN is not None:
-            live = _write_gradients(p, block, part, parts, local, memory)
-            _add_products(p, part, local, memory, live)
+            _write_gradients(p, block, part, local, memory)
+            _add_products(p, part, local, memory, _chosen(p, part, weights, local))
     return InfoNCEResult(
         outputs.loss_LM[0], p.similarity_LP[0], outputs.hardest_M, memory.dq_MD, memory.dp_out,
         None, None if outputs.d_scale_LM is None else outputs.d_scale_LM.sum(),
@@ -64,7 +65,7 @@ def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResul
 
 
 def _tiles_n(p: Inputs) -> int:
-    return triton.cdiv(len(p.p_ND), p.row_tiles.BLOCK_N)
+    return cdiv(len(p.p_ND), p.row_tiles.BLOCK_N)
 
 
 def _row_bytes(p: Inputs, block: Block, with_gradients: bool) -> int:
@@ -134,48 +135,49 @@ def _settle_chunk(
 
 
 def _write_gradients(
-    p: Inputs, block: Block, part: slice, parts: Partials, local: PairOutputs, memory: Memory
-) -> Tensor | None:
-    """d total / d dot of a chunk; of stored exponentials, of those rows alone that overflowed.
-    Returns which tiles are not filtered away."""
-    R, N, tiles, live = part.stop - part.start, len(p.p_ND), p.tiles, None
+    p: Inputs, block: Block, part: slice, local: PairOutputs, memory: Memory
+) -> None:
+    """d total / d dot of a chunk; of stored exponentials, of those rows alone that overflowed."""
     assert memory.G_RN is not None
-    if p.settings.gradient_filter:
-        live = p.new(triton.cdiv(R, tiles.BLOCK_M), _tiles_n(p), dtype=torch.int32)
-    G_RN, of_rows, labels_LR = memory.G_RN[:R], local.qp, local.slope_LP
+    G_RN, of_rows = memory.G_RN[: part.stop - part.start], local.qp
+    labels_LR = local.slope_LP
     if memory.weighted_RD is not None:
         assert labels_LR is not None and memory.inverse_top is not None
         launch_rest(p, block, part, G_RN, of_rows, labels_LR, inverse_top=memory.inverse_top)
+    else:
+        launch_gradients(
+            p, block, part, G_RN[None], row_slopes=of_rows, label_slope_LR=labels_LR,
+            inverse_top=memory.inverse_top,
+        )  # fmt: skip
+
+
+def _chosen(p: Inputs, part: slice, weights: Scale, local: PairOutputs) -> Chosen | None:
+    """The rows that are not filtered away."""
+    if not p.settings.gradient_filter:
         return None
-    launch_gradients(
-        p, block, part, G_RN[None], row_slopes=of_rows, label_slope_LR=labels_LR,
-        inverse_top=memory.inverse_top, tile_parts=None if live is None else parts, live=live,
-        filter_mass=p.settings.gradient_filter * tiles.BLOCK_N / N,
-    )  # fmt: skip
-    return live
+    weights_R = weights.value if weights.at is None else weights.at[part]
+    return Chosen(*by_pull(local.loss_LM[0], weights_R, p.settings.gradient_filter))
 
 
 def _add_products(
-    p: Inputs, part: slice, local: PairOutputs, memory: Memory, live: Tensor | None
+    p: Inputs, part: slice, local: PairOutputs, memory: Memory, chosen: Chosen | None
 ) -> None:
     """dq of a chunk, and its part of dp."""
     R, N, first = part.stop - part.start, len(p.p_ND), part.start == 0
     assert memory.G_RN is not None
     G_RN, (q_RD, inverse_q) = memory.G_RN[:R, :N], _query_rows(p, part)
-    ready, tiles = [], p.tiles
+    ready = []
     if memory.dq_MD is not None:
         dq_RD = memory.dq_MD[part] if memory.dq_RD is None else memory.dq_RD[:R]
-        product(G_RN, p.p_ND, dq_RD, False, live=live, tiles=tiles)
+        product(G_RN, p.p_ND, dq_RD, False, chosen=chosen)
         ready.append(Rows.of(dq_RD, q_RD, inverse_q, local.factor_M, None, memory.dq_MD[part]))
     if memory.dp_ND is not None and memory.relative and memory.weighted_RD is None:
         assert local.factor_M is not None
         inverse_R = None if inverse_q is None else inverse_q[0]
-        add_relative(
-            G_RN, q_RD, local.factor_M, inverse_R, memory.dp_ND, first, live=live, tiles=tiles
-        )
+        add_relative(G_RN, q_RD, local.factor_M, inverse_R, memory.dp_ND, first, chosen)
     elif memory.dp_ND is not None:
         left_RD = q_RD if memory.weighted_RD is None else memory.weighted_RD[:R]
-        product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, live=live, tiles=tiles)
+        product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, chosen=chosen)
     last = part.stop == len(p.q_MD)
     if memory.dp_ND is not None and memory.dp_out is not None and last:
         ready.append(Rows.of(memory.dp_ND, p.p_ND, p.inverse_p, None, None, memory.dp_out))

@@ -33,7 +33,7 @@ from rankpo_kernels.triton.scores import (
 )
 from rankpo_kernels.triton.slopes import OVER
 from rankpo_kernels.triton.statistics import SHIFT
-from rankpo_kernels.triton.tiles import FUSION
+from rankpo_kernels.triton.tiles import FUSION, cdiv
 
 SMALLEST = -87.3  # in whose power of e fp32 and bf16 end
 ROUNDING = 7.0  # e to its negative is less than bf16 tells from 0 beside 1
@@ -79,12 +79,13 @@ def turn_kernel(
     tl.store(at_mn, g_mn.to(kept.dtype.element_ty), mask=write_mn)
 
 
-def fits(p: Inputs, moments: bool) -> bool:
-    """Whether exponentials of all rows, and the sums of their tiles, fit the workspace."""
+def against_workspace(p: Inputs, moments: bool) -> str:
+    """Why exponentials of all rows, and the sums of their tiles, do not fit it; empty: they do."""
     M, N, tiles = len(p.q_MD), len(p.p_ND), p.tiles
-    parts = M * triton.cdiv(N, tiles.BLOCK_N) + N * triton.cdiv(M, tiles.BLOCK_M)
-    exponentials = M * padded(N) * p.q_MD.element_size()
-    return exponentials + 4 * (2 + moments) * parts <= p.workspace_bytes
+    parts = M * cdiv(N, tiles.BLOCK_N) + N * cdiv(M, tiles.BLOCK_M)
+    needed = M * padded(N) * p.q_MD.element_size() + 4 * (2 + moments) * parts
+    has = p.workspace_bytes
+    return "" if needed <= has else f"workspace_bytes={has} of the {needed} that {M} x {N} take"
 
 
 class Kept(NamedTuple):
@@ -102,8 +103,8 @@ class Kept(NamedTuple):
         """Of rows and columns, in parts of tiles."""
         M, N, tiles = len(p.q_MD), len(p.p_ND), p.tiles
         assert block.row_direction and block.column_direction
-        of_rows = partials(p, triton.cdiv(N, tiles.BLOCK_N), M, want)
-        of_columns = partials(p, triton.cdiv(M, tiles.BLOCK_M), N, want)
+        of_rows = partials(p, cdiv(N, tiles.BLOCK_N), M, want)
+        of_columns = partials(p, cdiv(M, tiles.BLOCK_M), N, want)
         launch_statistics(
             p, block, slice(0, M), of_rows, of_columns, p.similarity_LP[0], self.inverse_top,
             self.exponentials_MN,
@@ -117,7 +118,7 @@ class Kept(NamedTuple):
         (M, stride), N = self.exponentials_MN.shape, len(p.p_ND)
         all_rows = slice(0, M)
         a, b, *_ = block.chunk(all_rows)
-        turn_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(stride, BLOCK_N),)](
+        turn_kernel[(cdiv(M, BLOCK_M) * cdiv(stride, BLOCK_N),)](
             self.exponentials_MN, a, b, p.relations.labels_M, p.similarity_LP[0], row_slopes,
             column_slopes, slope_M, self.inverse_top, p.scale, M, N, stride, BLOCK_M, BLOCK_N,
             num_warps=4, **FUSION,

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from rankpo_kernels.objective import Stats, add_ranks_, of_all_ranks
@@ -28,7 +27,7 @@ from rankpo_kernels.triton.streamed import (
     streamed_gradients_kernel,
     streamed_statistics_kernel,
 )
-from rankpo_kernels.triton.tiles import FUSION
+from rankpo_kernels.triton.tiles import FUSION, cdiv
 
 
 def partials(
@@ -56,7 +55,7 @@ def launch_statistics(
         )  # fmt: skip
         return
     tiles = p.tiles
-    grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
+    grid = (cdiv(R, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N),)
     statistics_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
         row_parts or absent(Partials), column_parts or absent(Partials),
@@ -70,8 +69,7 @@ def launch_gradients(
     p: Inputs, block: Block, part: slice, out_LRN: Tensor, *, row_slopes: Slopes | None = None,
     column_slopes: Slopes | None = None, folded: Folded | None = None,
     label_slope_LR: Tensor | None = None, inverse_top: Tensor | None = None,
-    tile_parts: Partials | None = None, live: Tensor | None = None,
-    along: tuple[Tensor | None, Tensor | None] = (None, None), filter_mass: float = 0.0,
+    along: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:  # fmt: skip
     """`folded`: the slopes of all rows and columns, for `streamed`."""
     tiles, R, N = p.tiles, part.stop - part.start, len(block.b)
@@ -81,7 +79,6 @@ def launch_gradients(
         and label_slope_LR is not None
         and (column_slopes is None or folded is not None)
         and inverse_top is None
-        and live is None
         and along == (None, None)
     ):
         over = (None, None) if folded is None else (folded.rows_M[part], folded.columns_N)
@@ -95,12 +92,11 @@ def launch_gradients(
                 column_slopes=column_slopes, rest_R=folded.rest_M[part],
             )  # fmt: skip
         return
-    grid = (triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N),)
+    grid = (cdiv(R, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N),)
     gradients_kernel[grid](
         *block.chunk(part), block.hardness or absent(Hardness),
         row_slopes or absent(Slopes), column_slopes or absent(Slopes), label_slope_LR,
-        inverse_top, tile_parts or absent(Partials), live, out_LRN, *along,
-        p.scale, filter_mass, R, N, out_LRN.stride(1), out_LRN.stride(0),
+        inverse_top, out_LRN, *along, p.scale, R, N, out_LRN.stride(1), out_LRN.stride(0),
         0 if label_slope_LR is None else label_slope_LR.stride(0),
         p.dims, block.guide_dims, block.curated, **tiles.arguments,
     )  # fmt: skip
@@ -127,7 +123,7 @@ def launch_rest(
     block_m, block_n = min(64, p.tiles.BLOCK_M), min(64, p.tiles.BLOCK_N)
     tiles = replace(p.tiles, BLOCK_M=block_m, BLOCK_N=block_n, PARTS=1, programs=1)
     R, N = part.stop - part.start, len(block.b)
-    rest_kernel[(triton.cdiv(R, tiles.BLOCK_M),)](
+    rest_kernel[(cdiv(R, tiles.BLOCK_M),)](
         *block.chunk(part), block.hardness or absent(Hardness), row_slopes,
         column_slopes or absent(Slopes), label_slope_LR, inverse_top, rest_R, out_RN,
         p.scale, R, N, out_RN.stride(0), p.dims, block.guide_dims, block.curated, **tiles.arguments,
@@ -137,7 +133,7 @@ def launch_rest(
 def along_parts(p: Inputs, block: Block, R: int) -> tuple[Tensor, Tensor]:
     """Memory for the parts of gradients along R rows and along all columns."""
     L, N = len(p.dims), len(block.b)
-    tiles_m, tiles_n = triton.cdiv(R, p.tiles.BLOCK_M), triton.cdiv(N, p.tiles.BLOCK_N)
+    tiles_m, tiles_n = cdiv(R, p.tiles.BLOCK_M), cdiv(N, p.tiles.BLOCK_N)
     return p.new(L, tiles_n, R), p.new(L, tiles_m, N)
 
 
@@ -186,7 +182,7 @@ def settle(
     of = Softmaxes(*map(Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
     smoothing = settings.label_smoothing or None
     levels = tuple([weight for _, weight in settings.levels(D)])
-    slopes.pairs_kernel[(triton.cdiv(M, slopes.BLOCK), L)](
+    slopes.pairs_kernel[(cdiv(M, slopes.BLOCK), L)](
         of, outputs, stored or absent(Stored), columns_P,
         p.relations.positive_offsets, p.similarity_LP[:, part],
         weights, smoothing, p.scale, M, N, P, D,
@@ -198,7 +194,7 @@ def settle(
     flat = None if smoothing is None else p.new(L, N)
     out = Slopes(p.new(L, N), p.new(L, N), flat, N if L > 1 else 0)
     d_scale = outputs.d_scale_LM
-    slopes.columns_kernel[(triton.cdiv(N, 32), L)](
+    slopes.columns_kernel[(cdiv(N, 32), L)](
         of.pq, columns_P, outputs.pull_LP, outputs.flat_LP, out,
         None if d_scale is None else d_scale[:, M:], outputs.d_scale_stride, p.scale, N, P,
         32, 256, **FUSION,
@@ -237,7 +233,7 @@ def statistics(
     if block.row_direction is None and block.column_direction is None:
         return {}
     of_row = 4 * (2 + want[0] + 2 * want[1] + hard) * L
-    row_bytes = of_row * triton.cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
+    row_bytes = of_row * cdiv(N, tiles.BLOCK_N) + of_row * N // tiles.BLOCK_M
     chunks = chunks_of(block.rows, N, row_bytes, p.workspace_bytes, tiles.BLOCK_M)
     sums: dict[str, Partials] = {}
     row_parts: list[Partials] = []
@@ -246,9 +242,9 @@ def statistics(
         R = part.stop - part.start
         of_rows = of_columns = None
         if block.row_direction:
-            of_rows = partials(p, triton.cdiv(N, tiles.BLOCK_N), R, want, hard)
+            of_rows = partials(p, cdiv(N, tiles.BLOCK_N), R, want, hard)
         if block.column_direction:
-            of_columns = partials(p, triton.cdiv(R, tiles.BLOCK_M), N, want)
+            of_columns = partials(p, cdiv(R, tiles.BLOCK_M), N, want)
         launch_statistics(p, block, part, of_rows, of_columns)
         if in_tiles and len(chunks) == 1:
             row_parts, columns = [] if of_rows is None else [of_rows], of_columns

@@ -1,25 +1,22 @@
-"""Gradient products that cuBLAS has no form of: finished as they are, over live tiles only, or over
+"""Gradient products that cuBLAS has no form of: finished as they are, of chosen rows only, or over
 own rows only.
 
     finished   d q = G P, d p = G' Q, less their parts along q and p: both in one launch
-    filtered   out_m = sum over live tiles n of G_mn B_n   (or G' A: then m and n change roles)
+    chosen     d q_i = G_i P of the chosen rows i of G; d p = sum over them of G_i' q_i
     own        d q_i += sum_h g_h n_h,  d n_h = g_h q_i,   h over the own negatives of query i
 
-Large dense products belong to cuBLAS. M queries, N passages, D dims,
-H own negatives, L prefixes.
+Large dense products belong to cuBLAS. M queries, N passages, D dims, H own negatives, L prefixes;
+R rows of a chunk.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rankpo_kernels.triton.rows import Scale, absent, block_d, sum_of_parts
-from rankpo_kernels.triton.tiles import FUSION, PRODUCT, Tiles
-
-BLOCK_D = 128  # dims of a tile of a product
+from rankpo_kernels.triton.tiles import FUSION, PRODUCT, cdiv, product_tiles
 
 
 class Product(NamedTuple):
@@ -142,53 +139,74 @@ def finished_kernel(
 def finished(g_MN: Tensor, first: Product, second: Product, totals: Totals) -> None:
     """Gradients of both sides (each may be absent) in their last form, and the sums."""
     D = next(side.x.shape[1] for side in (first, second) if side.out is not None)
-    rows = sum(triton.cdiv(side.R, PRODUCT.BLOCK_M) for side in (first, second) if side.R)
-    finished_kernel[(rows * triton.cdiv(D, PRODUCT.BLOCK_N) + 1,)](
+    rows = sum(cdiv(side.R, PRODUCT.BLOCK_M) for side in (first, second) if side.R)
+    finished_kernel[(rows * cdiv(D, PRODUCT.BLOCK_N) + 1,)](
         g_MN, first, second, totals, D, PRODUCT.BLOCK_M, PRODUCT.BLOCK_N, PRODUCT.BLOCK_K, 1024,
         num_warps=PRODUCT.num_warps, num_stages=PRODUCT.num_stages, **FUSION,
     )  # fmt: skip
 
 
+class Chosen(NamedTuple):
+    """Rows of a chunk whose gradients are not left out: the first of an order, on the device, so
+    that nobody waits for their number."""
+
+    order_R: Tensor
+    size: Tensor  # int32, of one
+
+
 @triton.jit
-def filtered_kernel(
-    g, b, out, order, counts, R, N, D, stride_gm, stride_gn, stride_b, stride_bd, max_tiles,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def chosen_kernel(
+    g, b, out, chosen, N, D, stride_g, stride_b, stride_bd,
+    TRANSPOSE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out [R, D] a program; order[m] lists the live tiles of its rows, counts[m] says how
-    many."""
-    pid_m, pid_d = tl.program_id(0), tl.program_id(1)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_m, mask_d = offs_m < R, offs_d < D
-    acc_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for step in range(0, tl.load(counts + pid_m)):
-        tile = tl.load(order + pid_m * max_tiles + step)
-        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        at_mn = offs_m.to(tl.int64)[:, None] * stride_gm + offs_n.to(tl.int64)[None, :] * stride_gn
-        g_mn = tl.load(g + at_mn, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        at_nd = offs_n.to(tl.int64)[:, None] * stride_b + offs_d[None, :] * stride_bd
-        b_nd = tl.load(b + at_nd, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        acc_md = tl.dot(g_mn, b_nd, acc_md, input_precision="ieee")
-    to_md = out + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
+    """A tile of out a program: [R, D] at the chosen rows, or with TRANSPOSE [N, D], to which ADD
+    adds."""
+    tiles_d = tl.cdiv(D, BLOCK_N)
+    count = tl.load(chosen.size)
+    offs_m = tl.program_id(0) // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.program_id(0) % tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_d = offs_d < D
+    if TRANSPOSE:
+        mask_m, steps = offs_m < N, count
+        row_m = offs_m.to(tl.int64)
+    else:
+        mask_m = offs_m < count
+        steps = tl.where(tl.max(mask_m.to(tl.int32), 0) > 0, N, 0)
+        row_m = tl.load(chosen.order_R + offs_m, mask=mask_m, other=0)
+    acc_md = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, steps, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < steps
+        if TRANSPOSE:
+            row_k = tl.load(chosen.order_R + offs_k, mask=mask_k, other=0)
+            at_mk = row_k[None, :] * stride_g + row_m[:, None]
+        else:
+            row_k = offs_k.to(tl.int64)
+            at_mk = row_m[:, None] * stride_g + row_k[None, :]
+        g_mk = tl.load(g + at_mk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        at_kd = row_k[:, None] * stride_b + offs_d[None, :] * stride_bd
+        b_kd = tl.load(b + at_kd, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
+        acc_md = tl.dot(g_mk, b_kd, acc_md, input_precision="ieee")
+    to_md = out + row_m[:, None] * D + offs_d[None, :]
     write_md = mask_m[:, None] & mask_d[None, :]
     if ADD:
         acc_md += tl.load(to_md, mask=write_md, other=0.0)
     tl.store(to_md, acc_md, mask=write_md)
 
 
-def filtered(
-    g_RN: Tensor, b_ND: Tensor, live: Tensor, out_RD: Tensor, add: bool, tiles: Tiles,
-    row_block: int, column_block: int,
-) -> None:  # fmt: skip
-    """out [R, D] fp32 = (or +=) g b over the tiles of row_block x column_block that `live`
-    [tiles of rows, tiles of columns] marks; the others are not read."""
-    (R, N), D = g_RN.shape, b_ND.shape[1]
-    counts = live.sum(1, dtype=torch.int32)
-    order = live.argsort(dim=1, descending=True, stable=True).to(torch.int32).contiguous()
-    filtered_kernel[(live.shape[0], triton.cdiv(D, BLOCK_D))](
-        g_RN, b_ND, out_RD, order, counts, R, N, D, *g_RN.stride(), *b_ND.stride(), live.shape[1],
-        add, row_block, column_block, BLOCK_D,
+def of_chosen(
+    g_RN: Tensor, b: Tensor, out: Tensor, chosen: Chosen, add: bool, transpose: bool
+) -> None:
+    """out (fp32) = g b at the chosen rows and 0 at the others, or (+)= g' b over the chosen rows,
+    both of which lie in b."""
+    N, D, tiles = g_RN.shape[1], b.shape[1], product_tiles(g_RN.dtype)
+    if not transpose:
+        out.zero_()
+    grid = cdiv(len(out), tiles.BLOCK_M) * cdiv(D, tiles.BLOCK_N)
+    chosen_kernel[(grid,)](
+        g_RN, b, out, chosen, N, D, g_RN.stride(0), *b.stride(), transpose, add,
+        tiles.BLOCK_M, tiles.BLOCK_N, tiles.BLOCK_K,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSION,
     )  # fmt: skip
 
@@ -244,7 +262,7 @@ def own_gradients(
     tangent is left to `rows.finish`, d own is projected here."""
     (M, D), H = q_MD.shape, len(own_HD)
     block = block_d(D)
-    own_kernel[(M, triton.cdiv(D, block))](
+    own_kernel[(M, cdiv(D, block))](
         q_MD, own_HD, inverse_q, inverse_own, offsets, g_LH, gs_LH, dq_MD, d_own_HD,
         M, H, *q_MD.stride(), *own_HD.stride(), 0 if dq_MD is None else dq_MD.stride(0),
         0 if d_own_HD is None else d_own_HD.stride(0),

@@ -8,6 +8,7 @@ normalisation after them. Bound by memory: each reads its rows once or twice and
 A, B rows, P pairs, D dims, L prefixes d_0 < ... < d_L-1 = D (DIMS).
 """
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankpo_kernels.triton.tiles import FUSION
+from rankpo_kernels.triton.tiles import FUSION, cdiv
 
 TINY = tl.constexpr(1.2e-38)  # a shorter vector counts as zero: its norm has no inverse in fp32
 BLOCK_R, BLOCK_D = 8, 256  # rows a program, and dims of them at once: 16 numbers a thread
@@ -31,6 +32,7 @@ class Scale(NamedTuple):
 Record = TypeVar("Record", bound=tuple)
 
 
+@functools.cache
 def absent(kind: type[Record]) -> Record:
     """Arguments a launch goes without: Triton 3.6 cannot ask of a tuple whether it is None."""
     record: Any = kind
@@ -133,7 +135,7 @@ def prepare(
     norms = norms and normalize
     inverse_a, inverse_b = (new(L, A), new(L, B)) if norms else (None, None)
     similarity_LP = new(L, P)
-    programs = sum(triton.cdiv(n, BLOCK_R) for n in ((P, A, B) if norms else (P,)))
+    programs = sum(cdiv(n, BLOCK_R) for n in ((P, A, B) if norms else (P,)))
     if programs:
         prepare_kernel[(programs,)](
             a_AD, b_BD, rows_P, columns_P, inverse_a, inverse_b, similarity_LP,
@@ -144,7 +146,7 @@ def prepare(
 
 
 def block_d(D: int) -> int:
-    return min(BLOCK_D, triton.next_power_of_2(D))
+    return min(BLOCK_D, 1 << (D - 1).bit_length())
 
 
 class Rows(NamedTuple):
@@ -252,7 +254,7 @@ def finish(
     of all of them."""
     tensors = [rows for rows in tensors if rows.R]
     if tensors:
-        programs = sum(triton.cdiv(rows.R, BLOCK_R) for rows in tensors)
+        programs = sum(cdiv(rows.R, BLOCK_R) for rows in tensors)
         finish_kernel[(programs,)](
             *tensors, *[absent(Rows)] * (2 - len(tensors)), constant, scale or absent(Scale),
             tuple(dims), BLOCK_R, block_d(dims[-1]), **FUSION,

@@ -20,7 +20,7 @@ from torch import Tensor
 from rankpo_kernels.triton.rows import absent, number
 from rankpo_kernels.triton.scores import Partials, Slopes, finite
 from rankpo_kernels.triton.statistics import SHIFT
-from rankpo_kernels.triton.tiles import FUSION
+from rankpo_kernels.triton.tiles import FUSION, cdiv
 
 BLOCK = 32  # rows a program
 PARTS = tl.constexpr(8)  # parts that are loaded at once
@@ -426,7 +426,7 @@ def reduce_kernel(of, out, out_part, out_parts, R, BLOCK: tl.constexpr):
 def reduce(parts: Partials, out: Partials, out_part: int = 0) -> Partials:
     """Sum the parts up to one part of `out`."""
     L, _, R = parts.top.shape
-    reduce_kernel[(triton.cdiv(R, BLOCK), L)](
+    reduce_kernel[(cdiv(R, BLOCK), L)](
         Softmax.of(parts), out, out_part, out.top.shape[1], R, BLOCK, **FUSION
     )
     return out

@@ -4,6 +4,7 @@ None of it is measured yet: the figures are from flops, bytes (`python -m bench.
 compiles without spills (`make aot`). `python -m bench` on a GPU sweeps the tiles.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +12,12 @@ import triton
 
 from rankpo_kernels.problem import PQ, QP, InfoNCESettings
 from rankpo_kernels.relations import Relations
+
+
+def cdiv(a: int, b: int) -> int:
+    """Rounded up; on the host triton.cdiv takes 5 us, which a launch with several feels."""
+    return -(-a // b)
+
 
 FUSION = {"enable_fp_fusion": True}  # said at every launch: Triton's default is about to change
 
@@ -26,7 +33,7 @@ class Tiles:
     PARTS: int = 1  # of its columns, finished one after the other: fewer numbers in registers
     programs: int = 1  # that are meant to share a multiprocessor: `make aot` looks that they fit
 
-    @property
+    @functools.cached_property
     def arguments(self) -> dict[str, int]:
         """Of a launch."""
         return {name: x for name, x in asdict(self).items() if name != "programs"} | FUSION
@@ -62,6 +69,10 @@ def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESetti
     return SLIM if judged else WIDE
 
 
+def product_tiles(dtype: torch.dtype) -> Tiles:
+    return FULL if dtype == torch.float32 else PRODUCT
+
+
 def streamed_tiles(
     dtype: torch.dtype, D: int, relations: Relations, settings: InfoNCESettings
 ) -> Tiles | None:
@@ -73,7 +84,7 @@ def streamed_tiles(
     one_level = len(settings.matryoshka_dims or (D,)) == 1 and not settings.label_smoothing
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
     one_block = {*settings.directions} <= {QP, PQ}
-    simple = one_block and one_level and not judged and not settings.gradient_filter
+    simple = one_block and one_level and not judged
     return STREAMED if simple and relations.labels_alone else None
 
 
@@ -104,32 +115,44 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def takes_few_launches(dtype: torch.dtype, M: int, D: int, N: int) -> bool:
-    """Whether Triton's products, which finish what they multiply, replace cuBLAS' and the launch
-    after them: where a launch counts. In fp32 they would run on the plain cores; and they do not
-    share one long sum among programs, which a few queries beside many passages need."""
-    even = max(M, N) <= 4 * min(M, N)
-    return dtype == torch.bfloat16 and even and not stores_scores(M, D, N)
+# Which pipeline runs: each function says why its own does not, and nothing where it does.
 
 
-def stores_scores(M: int, D: int, N: int) -> bool:
-    """Whether exponentials are stored (6MND) or the scores computed twice (8MND), in bf16.
+def against_few_launches(dtype: torch.dtype, M: int, D: int, N: int) -> str:
+    """Triton's products, which finish what they multiply, in place of cuBLAS' and the launch after
+    them: where a launch counts."""
+    if dtype != torch.bfloat16:
+        return f"products of {dtype} are faster in cuBLAS"
+    if max(M, N) > 4 * min(M, N):  # Triton's do not share one long sum among programs
+        return "one side has more than four times the other's rows"
+    return "" if against_storing(dtype, M, D, N) else "flops count, not launches"
+
+
+def against_storing(dtype: torch.dtype, M: int, D: int, N: int) -> str:
+    """Exponentials stored (6MND), in place of scores computed twice (8MND).
 
     By the model storing wins from 4k x 4k at D=384 and 2k x 2k at 1024 on; but the model leaves out
     the host's time for two launches more, which a run of 0.2 ms feels.
     """
-    return M * N * D > 2**34  # 4k x 4k x 1024
+    if dtype != torch.bfloat16:
+        return f"exponentials beside the positive do not fit {dtype}"
+    least = 4096 * 4096 * 1024
+    return "" if least < M * N * D else f"M N D = {M * N * D:.2g}, which is not above {least:.2g}"
 
 
-def keeps_scores(
+def against_keeping(
     dtype: torch.dtype, D: int, relations: Relations, settings: InfoNCESettings
-) -> bool:
-    """Whether both directions turn kept exponentials into gradients (6MND) where they fit the
-    workspace, or compute the scores twice (8MND). By the model from D = 768 on: below, moving them
-    costs as much as the product."""
-    both = {*settings.directions} == {QP, PQ}
-    plain = settings.matryoshka_dims is None and not settings.label_smoothing
+) -> str:
+    """Both directions from exponentials that are turned into gradients (6MND), in place of scores
+    computed twice (8MND); where they fit the workspace: `kept.against_workspace`."""
+    if {*settings.directions} != {QP, PQ}:
+        return "not both directions of one block"
+    if dtype != torch.bfloat16:
+        return f"exponentials beside the positive do not fit {dtype}"
+    if D < 768:  # by the model
+        return f"D={D} is below 768, where moving exponentials costs as much as the product"
+    if settings.matryoshka_dims is not None or settings.label_smoothing:
+        return "prefixes and smoothing need more than exponentials"
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
     one = relations.labels_alone and relations.positive_offsets is None
-    fits = dtype == torch.bfloat16 and D >= 768
-    return fits and both and plain and not judged and one
+    return "" if one and not judged else "rows know more than their labels"
