@@ -85,6 +85,7 @@ class Kept:
         places = min(len(chunks), max(1, nbytes // a_chunk - (of.buffers - 1)))
         self.memory = native.in_huge_pages(of.p_ND.new_empty(places + of.buffers - 1, R, N))
         self.places: list[int | None] = [None] * places  # the chunks there
+        self.units: tuple[int, tuple[Tensor, Tensor | None]] | None = None  # of the last one read
 
     def exponentials(self, number: int) -> Tensor:
         """Of a chunk [R, N]."""
@@ -92,15 +93,21 @@ class Kept:
         R = rows.stop - rows.start
         out_RN = self.memory[place, :R]
         if self.places[place] != number:
-            unit_RD, _ = self.of.unit(rows)
+            unit_RD, _ = self.unit(number)
             self.of.read(rows, unit_RD, out_RN, self.memory[-1, :R])
             self.places[place] = number
         return out_RN
 
-    def taken(self) -> Iterator[tuple[slice, Tensor]]:
+    def unit(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Of a chunk, as `RowPass.unit`."""
+        if self.units is None or self.units[0] != number:
+            self.units = number, self.of.unit(self.chunks[number])
+        return self.units[1]
+
+    def taken(self) -> Iterator[tuple[int, Tensor]]:
         """Each chunk once, to be overwritten: after that nothing is kept. The last is there."""
         for number in (len(self.chunks) - 1, *range(len(self.chunks) - 1)):
-            yield self.chunks[number], self.exponentials(number)
+            yield number, self.exponentials(number)
 
 
 class ColumnSums:
@@ -162,13 +169,14 @@ class Gradients:
         new = lambda rows, need: of.p_ND.new_empty(rows, D) if need else None  # noqa: E731
         dq_MD, dp_ND = new(len(of.loss_M), needs.q), new(N, needs.p)
         d_scale = of.p_ND.new_zeros((), dtype=torch.float64)
-        for number, (rows, grad_RN) in enumerate(kept.taken()):
+        for step, (number, grad_RN) in enumerate(kept.taken()):
+            rows = kept.chunks[number]
             native.both_directions_(
                 grad_RN, (of.tops_M[rows] - self.top).exp(), of.labels_M[rows],
                 self.row_slopes_M[rows], self.column_scale_N, self.column_slopes_N,
                 self.label_slopes_M[rows],
             )  # fmt: skip
-            unit_RD, inverse_R = of.unit(rows)
+            unit_RD, inverse_R = kept.unit(number)
             if dq_MD is not None:
                 torch.mm(grad_RN, of.p_ND, out=dq_MD[rows])
                 if needs.scale:  # sum_j d s_ij s_ij
@@ -176,7 +184,7 @@ class Gradients:
                 if inverse_R is not None:
                     tangent_(dq_MD[rows], of.q_MD[rows], inverse_R, inverse_R)
             if dp_ND is not None:
-                dp_ND.addmm_(grad_RN.T, unit_RD, beta=min(number, 1))
+                dp_ND.addmm_(grad_RN.T, unit_RD, beta=min(step, 1))
         if dp_ND is not None and of.inverse_p_N is not None:
             tangent_(dp_ND, of.p_ND, of.inverse_p_N)  # the scores' gradient has 1 / |p| already
         of_scale = (d_scale / of.scale).to(of.p_ND.dtype) if needs.scale else None

@@ -62,12 +62,12 @@ def chunks_of(
 
 
 def _side(
-    x: Tensor, inverse_L: Tensor | None, index: Tensor | None = None, part: slice = slice(None)
+    x: Tensor, inverse_L: Tensor | None, index: Tensor | None = None, part: slice | None = None
 ) -> Side:
-    """Rows `part` of x, or of x[index]."""
-    if index is not None:
+    """Rows `part` of x, or of x[index]; None: all."""
+    if index is not None and part is not None:
         index = index[part]
-    else:
+    elif part is not None:
         x = x[part]
         inverse_L = None if inverse_L is None else inverse_L[:, part]
     stride = 0 if inverse_L is None or len(inverse_L) == 1 else inverse_L.stride(0)
@@ -114,7 +114,8 @@ class Block(NamedTuple):
     def rows(self) -> int:
         return len(self.a) if self.index is None else len(self.index)
 
-    def chunk(self, part: slice) -> tuple[Side, Side, Side, Side, Masks]:
+    def chunk(self, rows: slice) -> tuple[Side, Side, Side, Side, Masks]:
+        part = None if rows == slice(0, self.rows) else rows  # views cost the host
         guide = (absent(Side), absent(Side))
         if self.guide is not None:
             of_a = _side(self.guide.a, self.guide.inverse_a, self.index, part)
@@ -125,13 +126,15 @@ class Block(NamedTuple):
         )  # fmt: skip
 
 
-def _part_of(masks: Masks, part: slice) -> Masks:
+def _part_of(masks: Masks, part: slice | None) -> Masks:
     limit = masks.limit_LR
+    masks = masks._replace(limit_stride=0 if limit is None or len(limit) == 1 else limit.stride(0))
+    if part is None:
+        return masks
     pick = lambda x: None if x is None else x[part]  # noqa: E731
     return masks._replace(
         label_R=pick(masks.label_R), class_R=pick(masks.class_R), id_R=pick(masks.id_R),
         limit_LR=None if limit is None else limit[:, part],
-        limit_stride=0 if limit is None or len(limit) == 1 else limit.stride(0),
     )  # fmt: skip
 
 

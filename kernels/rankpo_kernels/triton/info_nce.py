@@ -131,7 +131,7 @@ def _nothing(problem: InfoNCEProblem, needs: Needs) -> InfoNCEResult:
 def _is_one_chunk(p: Inputs) -> bool:
     """One block of scores, whose gradients fit the workspace and are all there is: no prefixes,
     filter, further positives or own negatives."""
-    settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, len(p.p_ND)
+    settings, relations, (M, D), N = p.settings, p.relations, p.q_MD.shape, p.N
     parts = M * cdiv(N, p.tiles.BLOCK_N) + N * cdiv(M, p.tiles.BLOCK_M)
     return (
         p.dims == (D,)
@@ -145,7 +145,7 @@ def _is_one_chunk(p: Inputs) -> bool:
 
 def _in_few_launches(p: Inputs, weights: Scale, needs: Needs) -> InfoNCEResult:
     """All rows at once: where launches cost what flops do."""
-    M, N, directions = len(p.q_MD), len(p.p_ND), p.settings.directions
+    M, N, directions = p.M, p.N, p.settings.directions
     block = score_block(p, *(d if d in directions else None for d in (QP, PQ)))
     sums = statistics(p, block, (needs.scale, p.settings.label_smoothing > 0), True)
     outputs = pair_outputs(p, True, needs.scale)

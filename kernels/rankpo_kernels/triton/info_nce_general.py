@@ -49,7 +49,7 @@ def general(
     column_slopes = settle(p, sums, own and own.sums, weights, outputs)
     del sums  # as much memory as the chunk that comes now
     loss_M = outputs.loss_LM[0] if len(p.dims) == 1 else outputs.loss_LM.sum(0)
-    positive_M = p.similarity_LP[-1, : len(p.q_MD)]
+    positive_M = p.similarity_LP[-1, : p.M]
     result = InfoNCEResult(loss_M, positive_M, hardest(outputs, directions))
     if not any(needs):
         return result
@@ -94,7 +94,7 @@ class OwnNegatives(NamedTuple):
             own_HD, p.q_MD, None, owner_H, p.dims, p.settings.normalize
         )
         s_LH = hard_LH = similarity_LH * torch_number(p.scale)
-        L, M = len(p.dims), len(p.q_MD)
+        L, M = len(p.dims), p.M
         zeros_LM = s_LH.new_zeros(L, M)
         at_LH = owner_H.expand(L, -1)
         top_LM, hardest_LM = (zeros_LM - torch.inf).scatter_reduce(1, at_LH, s_LH, "amax"), None
@@ -127,7 +127,7 @@ class Gradients(NamedTuple):
 
     @staticmethod
     def zeros(p: Inputs, needs: Needs) -> "Gradients":
-        (M, D), N, L = p.q_MD.shape, len(p.p_ND), len(p.dims)
+        (M, D), N, L = p.q_MD.shape, p.N, len(p.dims)
         zeros = lambda *shape: p.new(*shape).zero_()  # noqa: E731
         along = L > 1 and p.settings.normalize
         return Gradients(
@@ -190,7 +190,7 @@ def _add_block(
             else:
                 _add_at(along_a, block.index[part], of_rows.sum(1))
     if along_a is not None and along_b is not None and scored and p.pairs is not None:
-        more = slice(len(p.q_MD), None)
+        more = slice(p.M, None)
         gs_LK = (slope_LP * p.similarity_LP * torch_number(p.scale))[:, more]
         _add_at(along_a, p.pairs.rows_P[more], gs_LK)
         _add_at(along_b, p.pairs.columns_P[more], gs_LK)
@@ -228,7 +228,7 @@ def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:
 
 def _scatter_pairs(p: Inputs, pairs: Pairs, G_LRN: Tensor, slope_LP: Tensor, part: slice) -> None:
     """Write the gradients of further positives into a chunk; the labels' are there already."""
-    more = slice(len(p.q_MD), None)
+    more = slice(p.M, None)
     rows_K, columns_K = pairs.rows_P[more], pairs.columns_P[more]
     value_LK = slope_LP[:, more] * torch_number(p.scale)
     if p.inverse_q is not None and p.inverse_p is not None:

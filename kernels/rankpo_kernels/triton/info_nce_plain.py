@@ -41,11 +41,11 @@ from rankpo_kernels.triton.tiles import cdiv, multiprocessors
 
 
 def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResult:
-    M, block = len(p.q_MD), score_block(p, QP, None)
+    M, block = p.M, score_block(p, QP, None)
     with_gradients = needs.q or needs.p
     products = (p.dims[-1], multiprocessors(p.q_MD.device)) if with_gradients else None
     row_bytes, block_m = _row_bytes(p, block, with_gradients), p.row_tiles.BLOCK_M
-    chunks = chunks_of(M, len(p.p_ND), row_bytes, p.workspace_bytes, block_m, products)
+    chunks = chunks_of(M, p.N, row_bytes, p.workspace_bytes, block_m, products)
     outputs = pair_outputs(p, with_gradients, needs.scale)
     memory = Memory.of(p, chunks[0].stop, needs, stored)
     if memory.relative:
@@ -65,13 +65,13 @@ def plain(p: Inputs, weights: Scale, needs: Needs, stored: bool) -> InfoNCEResul
 
 
 def _tiles_n(p: Inputs) -> int:
-    return cdiv(len(p.p_ND), p.row_tiles.BLOCK_N)
+    return cdiv(p.N, p.row_tiles.BLOCK_N)
 
 
 def _row_bytes(p: Inputs, block: Block, with_gradients: bool) -> int:
     """Of the workspace, that a row takes."""
     statistics = 4 * (3 + (block.hardness is not None)) * _tiles_n(p)
-    return statistics + (padded(len(p.p_ND)) * p.q_MD.element_size() if with_gradients else 0)
+    return statistics + (padded(p.N) * p.q_MD.element_size() if with_gradients else 0)
 
 
 class Memory(NamedTuple):
@@ -88,7 +88,7 @@ class Memory(NamedTuple):
 
     @staticmethod
     def of(p: Inputs, R: int, needs: Needs, stored: bool) -> "Memory":
-        (M, D), N, dtype = p.q_MD.shape, len(p.p_ND), p.q_MD.dtype
+        (M, D), N, dtype = p.q_MD.shape, p.N, p.q_MD.dtype
         products = needs.q or needs.p
         # fp16 keeps rows divided by their slopes, or small gradients of converged rows underflow
         relative = products and (stored or dtype == torch.float16)
@@ -163,7 +163,7 @@ def _add_products(
     p: Inputs, part: slice, local: PairOutputs, memory: Memory, chosen: Chosen | None
 ) -> None:
     """dq of a chunk, and its part of dp."""
-    R, N, first = part.stop - part.start, len(p.p_ND), part.start == 0
+    R, N, first = part.stop - part.start, p.N, part.start == 0
     assert memory.G_RN is not None
     G_RN, (q_RD, inverse_q) = memory.G_RN[:R, :N], _query_rows(p, part)
     ready = []
@@ -178,7 +178,7 @@ def _add_products(
     elif memory.dp_ND is not None:
         left_RD = q_RD if memory.weighted_RD is None else memory.weighted_RD[:R]
         product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, chosen=chosen)
-    last = part.stop == len(p.q_MD)
+    last = part.stop == p.M
     if memory.dp_ND is not None and memory.dp_out is not None and last:
         ready.append(Rows.of(memory.dp_ND, p.p_ND, p.inverse_p, None, None, memory.dp_out))
     rows.finish(ready, p.dims, memory.inverse_top, p.scale)

@@ -65,6 +65,14 @@ class Inputs(NamedTuple):
         )  # fmt: skip
 
     @property
+    def M(self) -> int:
+        return self.q_MD.shape[0]
+
+    @property
+    def N(self) -> int:
+        return self.p_ND.shape[0]
+
+    @property
     def columns_P(self) -> Tensor:
         return self.relations.labels_M if self.pairs is None else self.pairs.columns_P
 
@@ -90,7 +98,7 @@ class Inputs(NamedTuple):
 def score_block(p: Inputs, row: str | None, column: str | None) -> Block:
     """Queries against passages."""
     keys = None if p.relations.labels_alone else p.known
-    M, owner_N, (chosen, other) = len(p.q_MD), p.relations.curated_N, p.settings.hardness
+    M, owner_N, (chosen, other) = p.M, p.relations.curated_N, p.settings.hardness
     if p.limit_LM is None and chosen == other:
         owner_N = None
     hardness = None

@@ -81,7 +81,7 @@ def turn_kernel(
 
 def against_workspace(p: Inputs, moments: bool) -> str:
     """Why exponentials of all rows, and the sums of their tiles, do not fit it; empty: they do."""
-    M, N, tiles = len(p.q_MD), len(p.p_ND), p.tiles
+    M, N, tiles = p.M, p.N, p.tiles
     parts = M * cdiv(N, tiles.BLOCK_N) + N * cdiv(M, tiles.BLOCK_M)
     needed = M * padded(N) * p.q_MD.element_size() + 4 * (2 + moments) * parts
     has = p.workspace_bytes
@@ -96,12 +96,12 @@ class Kept(NamedTuple):
 
     @staticmethod
     def of(p: Inputs) -> "Kept":
-        M, N = len(p.q_MD), len(p.p_ND)
+        M, N = p.M, p.N
         return Kept(p.new(M, padded(N), dtype=p.q_MD.dtype), largest_inverse(p.inverse_p, p.p_ND))
 
     def statistics(self, p: Inputs, block: Block, want: tuple[bool, bool]) -> dict[str, Partials]:
         """Of rows and columns, in parts of tiles."""
-        M, N, tiles = len(p.q_MD), len(p.p_ND), p.tiles
+        M, N, tiles = p.M, p.N, p.tiles
         assert block.row_direction and block.column_direction
         of_rows = partials(p, cdiv(N, tiles.BLOCK_N), M, want)
         of_columns = partials(p, cdiv(M, tiles.BLOCK_M), N, want)
@@ -115,7 +115,7 @@ class Kept(NamedTuple):
         self, p: Inputs, block: Block, row_slopes: Slopes, column_slopes: Slopes, slope_M: Tensor
     ) -> Tensor:
         """[M, N]: d total / d dot, in their place."""
-        (M, stride), N = self.exponentials_MN.shape, len(p.p_ND)
+        (M, stride), N = self.exponentials_MN.shape, p.N
         all_rows = slice(0, M)
         a, b, *_ = block.chunk(all_rows)
         turn_kernel[(cdiv(M, BLOCK_M) * cdiv(stride, BLOCK_N),)](
@@ -132,7 +132,7 @@ class Kept(NamedTuple):
 
 def _rest(p: Inputs, row_slopes: Slopes, column_slopes: Slopes) -> Tensor:
     """[M]: negative for rows that exponentials beside their positives do not hold."""
-    positive_M = p.similarity_LP[0, : len(p.q_MD)] * torch_number(p.scale)
+    positive_M = p.similarity_LP[0, : p.M] * torch_number(p.scale)
     rows_M = row_slopes.lse[0] - positive_M > OVER.value
     zeros = positive_M.max() - SHIFT.value + SMALLEST  # below this, of any row
     low_N = column_slopes.lse[0] < zeros + math.log(len(positive_M)) + ROUNDING

@@ -139,7 +139,7 @@ def along_parts(p: Inputs, block: Block, R: int) -> tuple[Tensor, Tensor]:
 
 def pair_outputs(p: Inputs, gradients: bool, need_scale: bool) -> PairOutputs:
     """Memory for what the pairs leave."""
-    L, M, P = len(p.dims), len(p.q_MD), len(p.columns_P)
+    L, M, P = len(p.dims), p.M, len(p.columns_P)
     directions, smooth = p.settings.directions, p.settings.label_smoothing > 0
 
     def slopes_of(direction: str, rows: int) -> Slopes:
@@ -149,7 +149,7 @@ def pair_outputs(p: Inputs, gradients: bool, need_scale: bool) -> PairOutputs:
         return Slopes(p.new(L, rows), p.new(L, rows), flat, rows if L > 1 else 0)
 
     by_columns = gradients and PQ in directions
-    of_columns = len(p.p_ND) if by_columns else 0  # whose share `settle` adds
+    of_columns = p.N if by_columns else 0  # whose share `settle` adds
     d_scale = p.new(L, M + of_columns) if need_scale else None
     return PairOutputs(
         p.new(L, M), p.new(M), p.new(L, P) if gradients else None,
@@ -178,7 +178,7 @@ def settle(
     settings, columns_P = p.settings, p.columns_P[part]
     if settings.group is not None:
         sums = sums | {PQ: _of_all_ranks(p, sums[PQ])}
-    M, N, P, L, D = len(outputs.hardest_M), len(p.p_ND), len(columns_P), len(p.dims), p.dims[-1]
+    M, N, P, L, D = len(outputs.hardest_M), p.N, len(columns_P), len(p.dims), p.dims[-1]
     of = Softmaxes(*map(Softmax.of, [sums.get(QP), own, *map(sums.get, (PQ, QQ, PP))]))
     smoothing = settings.label_smoothing or None
     levels = tuple([weight for _, weight in settings.levels(D)])
@@ -208,7 +208,7 @@ def settle(
 def _of_all_ranks(p: Inputs, parts: Partials) -> Partials:
     """Of columns, over the queries of all ranks: one part."""
     want = (parts.zs is not None, parts.sum is not None)
-    one = slopes.reduce(parts, partials(p, 1, len(p.p_ND), want))
+    one = slopes.reduce(parts, partials(p, 1, p.N, want))
     top, z, *rest, _ = one
     none = torch.zeros_like(z)
     zs, total, count = (none if x is None else x for x in rest)
