@@ -20,6 +20,7 @@ from torch import Tensor
 from rankpo_kernels.relations import Relations
 
 Backend = Literal["torch", "triton"]
+Precision = Literal["exact", "tf32x3"]
 Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 LossType = Literal["sigmoid", "hinge"]
@@ -132,10 +133,12 @@ class ScoreOptions(Settings):
     normalize: bool = True  # similarities are cosines, else dot products
     workspace_bytes: int | None = None  # for one chunk of scores; None: the device's
     backend: Backend | None = None  # None: triton on CUDA, torch elsewhere and in fp64
+    precision: Precision = "exact"  # of products, where triton has others
 
     def check(self) -> None:
         super().check()
         self.check_one_of("backend", (None, "torch", "triton"))
+        self.check_one_of("precision", ("exact", "tf32x3"))
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
 

@@ -307,6 +307,22 @@ def check_workspace(options: ScoreOptions, N: int, embeddings: Tensor) -> None:
         )
 
 
+def check_precision(options: ScoreOptions, embeddings: Tensor) -> None:
+    """That no other than exact products are asked for where there are none."""
+    if options.precision == "exact":
+        return
+    if not takes_triton(embeddings, options):
+        raise ValueError(
+            f"precision={options.precision!r} is of backend 'triton', but on {embeddings.device} "
+            "'torch' is taken: leave it out, or take backend='triton' on CUDA"
+        )
+    if embeddings.dtype != torch.float32:
+        raise ValueError(
+            f"precision={options.precision!r} is of fp32 embeddings, but these are "
+            f"{embeddings.dtype}, whose products are exact as fast"
+        )
+
+
 def takes_triton(q: Tensor, options: ScoreOptions) -> bool:
     """On CUDA, except in fp64; chunks of torch GEMMs elsewhere and where asked for."""
     on_gpu, exact = q.device.type == "cuda", q.dtype == torch.float64

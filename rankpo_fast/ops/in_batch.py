@@ -21,6 +21,7 @@ from torch import Tensor
 from rankpo_fast.ops.checks import (
     as_scale,
     check_embeddings,
+    check_precision,
     check_relations,
     check_sides,
     check_values,
@@ -207,7 +208,8 @@ def in_batch_rankpo_loss(call: InBatchRankPOCall) -> Tensor:
         beta, temperature, gamma_beta_ratio, label_smoothing, loss_type, sft_weight, rankpo_weight:
             as in `rankpo_loss`.
         normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
-            process_group: as in `info_nce_loss`; who is no negative there makes no pair here.
+            precision, process_group: as in `info_nce_loss`; who is no negative there makes no pair
+            here.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any pair has loss 0.
@@ -277,9 +279,10 @@ def siglip_loss(call: SigLIPCall) -> Tensor:
         scale, bias: of the similarities; as a tensor of one number each receives a gradient. The
             defaults are what the paper starts from.
         normalize, reduction, weights, query_ids, passage_ids, excluded, workspace_bytes, backend,
-            process_group: as in `info_nce_loss`; who is no negative there is left out here. Across
-            ranks the gradients of scale and bias are those of the own loss: their mean over ranks,
-            which DDP takes, is the gradient of one process (of reduction "sum" their sum).
+            precision, process_group: as in `info_nce_loss`; who is no negative there is left out
+            here. Across ranks the gradients of scale and bias are those of the own loss: their mean
+            over ranks, which DDP takes, is the gradient of one process (of reduction "sum" their
+            sum).
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs).
@@ -303,7 +306,7 @@ def check_in_batch_rankpo(call: InBatchRankPOCall) -> tuple[InBatchProblem, Tens
 def check_siglip(call: SigLIPCall) -> tuple[InBatchProblem, Tensor]:
     settings = InBatchSettings(
         normalize=bool(call.normalize), workspace_bytes=call.workspace_bytes,
-        backend=call.backend, kind=SIGLIP,
+        backend=call.backend, precision=call.precision, kind=SIGLIP,
     )  # fmt: skip
     return _check(call, None, call.scale, call.bias, settings)
 
@@ -320,6 +323,7 @@ def _check(
     dtype = widest_dtype(embeddings.values())
     q, p = call.queries.to(dtype), call.passages.to(dtype)
     check_workspace(call, N, q)
+    check_precision(call, q)
     labels = call.labels
     if labels is None:
         labels, _ = group_labels(M, N, device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from rankpo_fast.ops.checks import (
     as_scale,
     check_embeddings,
+    check_precision,
     check_relations,
     check_sides,
     check_values,
@@ -293,6 +294,10 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             (256 MiB in both directions, where it spares a product to keep them), 256 MiB on CUDA,
             1 GiB on GPUs of 80 GB and more.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
+        precision: of the products of fp32 embeddings in Triton. "exact": on the plain cores.
+            "tf32x3": as three products of tf32, of a large and a small part each, which are several
+            times as fast; the error stays within what is asked of fp32, by a model of how tensor
+            cores round that no GPU has been held against yet.
         process_group: of torch.distributed. Each of its ranks scores its own queries against the
             passages of all: the loss is that of one process with all rows in rank order, and
             labels, positives, excluded and curated count in the rank's own rows. Every rank calls
@@ -305,7 +310,8 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             is computed in torch, on CUDA too.
         exchange: "gather" brings all passages to every rank. "ring" passes them on from rank to
             rank, holds those of two ranks at a time, and computes scores twice; in torch, for
-            query_to_passage without further positives, own negatives, margin, hardness and filter.
+            query_to_passage without further positives, own negatives, margin, hardness, filter and
+            precision.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs). A query without any negative has loss 0 (log 2
@@ -405,6 +411,7 @@ def check_info_nce(
     dtype = widest_dtype(embeddings.values())
     q, p = call.queries.to(dtype), call.passages.to(dtype)
     check_workspace(call, N, q)
+    check_precision(call, q)
     own, own_offsets = own_negatives(call)
 
     labels, curated = call.labels, call.curated

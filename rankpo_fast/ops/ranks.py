@@ -205,8 +205,10 @@ def _needs_of(problem: InfoNCEProblem | InBatchProblem, call: ScoreCall) -> From
     directions, ring = call.directions, call.exchange == "ring"
     if ring:
         _check_ring(problem)
-    if QQ in directions and call.backend == "triton":
-        raise ValueError(f"backend='triton' has no {QQ} across ranks: leave it out, or 'torch'")
+    if QQ in directions and (call.backend == "triton" or call.precision != "exact"):
+        raise ValueError(
+            f"{QQ} across ranks is computed in torch: leave out backend='triton' and precision"
+        )
     return FromOthers(
         all_queries=QQ in directions, all_passages=not ring, column_sums=PQ in directions,
         apart=PP in directions,
@@ -222,10 +224,11 @@ def _check_ring(problem: InfoNCEProblem) -> None:
         or settings.gradient_filter
         or settings.hardness_mode
         or settings.backend == "triton"
+        or settings.precision != "exact"
     ):
         raise ValueError(
             "exchange='ring' goes with query_to_passage alone, without positives, own_negatives, "
-            "false_negative_margin, gradient_filter, hardness_mode and backend='triton'"
+            "false_negative_margin, gradient_filter, hardness_mode, backend='triton' and precision"
         )
 
 

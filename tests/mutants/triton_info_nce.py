@@ -1,7 +1,7 @@
 """InfoNCE's launcher in Triton, its chunks, norms and products."""
 
 from mutants.mutant import Mutant
-from mutants.suites import FAR_APART, FILTER, RANKS_IN_TRITON, TRITON_OPTIONS, triton
+from mutants.suites import FAR_APART, FILTER, RANKS_IN_TRITON, TRITON_OPTIONS, of, triton
 
 LAUNCHER = "kernels/rankpo_kernels/triton/info_nce.py"
 PLAIN = "kernels/rankpo_kernels/triton/info_nce_plain.py"
@@ -10,6 +10,7 @@ PASSES = "kernels/rankpo_kernels/triton/passes.py"
 BLOCKS = "kernels/rankpo_kernels/triton/blocks.py"
 ROWS = "kernels/rankpo_kernels/triton/rows.py"
 PRODUCTS = "kernels/rankpo_kernels/triton/products.py"
+SCORES = "kernels/rankpo_kernels/triton/scores.py"
 
 SMALL_CHUNKS = triton("chunks_smaller or summed_beforehand")
 
@@ -75,6 +76,18 @@ MUTANTS = [
         "mask_m = offs_m < count",
         "mask_m = offs_m < tl.maximum(count - 1, 0)",
         FILTER,
+    ),
+    Mutant(
+        "tf32-without-small-parts", SCORES,
+        "input_precision=PRECISION",
+        'input_precision="tf32" if PRECISION == "tf32x3" else PRECISION',
+        of("tests/kernels/test_triton_tf32.py", "three_products"),
+    ),
+    Mutant(
+        "split-products-by-cublas", BLOCKS,
+        "if chosen is not None or precision != \"ieee\":",
+        "if chosen is not None:",
+        of("tests/kernels/test_triton_tf32.py", "ours"),
     ),
     Mutant(
         "own-negatives-without-tangent", PRODUCTS,

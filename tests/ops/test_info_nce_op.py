@@ -279,6 +279,11 @@ BAD = {
     ),
     "smoothing": (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
     "filter": (dict(gradient_filter=-1e-3), r"gradient_filter must lie in \[0, 1\), got -0.001"),
+    "precision": (dict(precision="tf32"), "precision must be one of 'exact', 'tf32x3', got 'tf32'"),
+    "precision-of-torch": (
+        dict(precision="tf32x3", backend="torch"),
+        "precision='tf32x3' is of backend 'triton', but on .* 'torch' is taken",
+    ),
     "filter-of-all": (dict(gradient_filter=1.0), r"gradient_filter must lie in \[0, 1\), got 1.0"),
     "filter-below-the-dtype": (
         dict(gradient_filter=1e-9),

@@ -140,12 +140,12 @@ def _part_of(masks: Masks, part: slice | None) -> Masks:
 
 def product(
     g_RN: Tensor, b: Tensor, out: Tensor, add: bool, *, transpose: bool = False,
-    chosen: Chosen | None = None,
+    chosen: Chosen | None = None, precision: str = "ieee",
 ) -> None:  # fmt: skip
     """out = (or +=) g b, or g' b, in fp32; of g the chosen rows alone where they are told."""
     a = g_RN.T if transpose else g_RN
-    if chosen is not None:
-        products.of_chosen(g_RN, b, out, chosen, add, transpose)
+    if chosen is not None or precision != "ieee":
+        products.of_rows(g_RN, b, out, chosen or absent(Chosen), add, transpose, precision)
     elif out.device.type == "cpu":  # the interpreter's: the CPU has no product of mixed dtypes
         out.addmm_(a.float(), b.float(), beta=int(add))
     elif a.dtype == torch.float32:

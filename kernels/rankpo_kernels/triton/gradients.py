@@ -85,6 +85,7 @@ def gradients_of_tile(
     scale, pid_m, pid_n, write_m, R, N, out_stride, level_stride, label_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write d total / d dot of the rows `write_m`, at each level the sum over it and longer
     prefixes."""
@@ -100,7 +101,7 @@ def gradients_of_tile(
         tl.static_assert(PARTS == 1)
         judge_mn = guide_similarity(
             guide_a, guide_b, safe_m, safe_n, offs_n, mask_n,
-            GUIDE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K,
+            GUIDE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     rare = holds_closed(masks, first_m, first_n, R, N, False, BLOCK_M, BLOCK_N)
     rows_a, rows_b = rows_of(a, safe_m), rows_of(b, safe_n)
@@ -108,7 +109,7 @@ def gradients_of_tile(
     for level in range(len(DIMS)):
         dots_mn = dots(
             dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-            level, DIMS, BLOCK_K,
+            level, DIMS, BLOCK_K, PRECISION,
         )  # fmt: skip
         to = out + tl.cast(level, tl.int64) * level_stride
         by_m = row_factors(a, rows_a, level) * scale
@@ -183,7 +184,7 @@ def gradients_kernel(
     scale, R, N, out_stride, level_stride, label_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of gradients a program."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -193,7 +194,7 @@ def gradients_kernel(
         a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR,
         inverse_top, out, along_rows, along_columns,
         number(scale), pid_m, pid_n, offs_m < R, R, N, out_stride, level_stride, label_stride,
-        DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+        DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
     )  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def rest_kernel(
     scale, R, N, out_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All tiles of BLOCK_M rows a program: of those rows whose `rest_R` is negative; without it, of
     those that have a slope, which `stored` exponentials could not hold. Mostly there are none."""
@@ -220,7 +221,7 @@ def rest_kernel(
                 a, b, guide_a, guide_b, masks, hardness, row_slopes, column_slopes, label_slope_LR,
                 inverse_top, out, None, None,
                 number(scale), pid_m, pid_n, rest_m, R, N, out_stride, 0, 0,
-                DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+                DIMS, GUIDE_DIMS, CURATED, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
             )  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def in_batch(
     block, positive_M, reference_M = _block(problem, known)
     inverse_q, inverse_p = block.inverse_a, block.inverse_b
     if tiles is None:
-        tiles = pair_tiles(dtype, reference_M is not None, settings.sft_weight > 0 or need_scale)
+        more = settings.sft_weight > 0 or need_scale
+        tiles = pair_tiles(dtype, settings, reference_M is not None, more)
     kernels = ChunkKernels.of(problem, block, tiles, weights_M)
 
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q_MD.device)  # noqa: E731,E501
@@ -97,14 +98,14 @@ def in_batch(
         out = None if out_RN is None else out_RN[:R, :N]
         q_RD, inverse = q_MD[part], None if inverse_q is None else inverse_q[:, part]
         if dq_MD is not None and dq_RD is not None and out is not None:
-            product(out, p_ND, dq_RD[:R], False)
+            product(out, p_ND, dq_RD[:R], False, precision=tiles.PRECISION)
             ready.append(Rows.of(dq_RD[:R], q_RD, inverse, local.factor_R, None, dq_MD[part]))
         if dp_ND is not None and out is not None and relative:
             assert local.factor_R is not None
             inverse_R = None if inverse is None else inverse[0]
             add_relative(out, q_RD, local.factor_R, inverse_R, dp_ND, first)
         elif dp_ND is not None and out is not None:
-            product(out, q_RD, dp_ND, not first, transpose=True)
+            product(out, q_RD, dp_ND, not first, transpose=True, precision=tiles.PRECISION)
         if dp_ND is not None and dp_out is not None and part.stop == M:
             ready.append(Rows.of(dp_ND, p_ND, inverse_p, None, None, dp_out))
         rows.finish(ready, (D,), top, Scale(1.0, None))

@@ -201,21 +201,21 @@ def _add_products(
 ) -> None:
     """d a += G b and d b += G' a, of a chunk of rows."""
     index = None if block.index is None else block.index[part]
-    a_RD = block.a[part] if index is None else block.a[index]
-    first = 0
+    a_RD = (block.a[part] if index is None else block.a[index]).to(G_LRN.dtype)
+    first, precision = 0, p.tiles.PRECISION
     for level, last in enumerate(p.dims):  # dims first:last are in every prefix from `level` on
         dims = slice(first, last)
         g_RN, first = G_LRN[level], last
         if d_a is not None:
             b_ND = block.b[:, dims].to(G_LRN.dtype)
             if index is None:
-                product(g_RN, b_ND, d_a[part, dims], True)
+                product(g_RN, b_ND, d_a[part, dims], True, precision=precision)
             else:
                 d_rows = p.new(len(a_RD), last - dims.start)
-                product(g_RN, b_ND, d_rows, False)
+                product(g_RN, b_ND, d_rows, False, precision=precision)
                 add_rows(d_a[:, dims], index, d_rows)
         if d_b is not None:
-            product(g_RN, a_RD[:, dims].to(G_LRN.dtype), d_b[:, dims], True, transpose=True)
+            product(g_RN, a_RD[:, dims], d_b[:, dims], True, transpose=True, precision=precision)
 
 
 def _part_of_slopes(slopes: Slopes, part: slice) -> Slopes:

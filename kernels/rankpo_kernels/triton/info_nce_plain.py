@@ -169,7 +169,7 @@ def _add_products(
     ready = []
     if memory.dq_MD is not None:
         dq_RD = memory.dq_MD[part] if memory.dq_RD is None else memory.dq_RD[:R]
-        product(G_RN, p.p_ND, dq_RD, False, chosen=chosen)
+        product(G_RN, p.p_ND, dq_RD, False, chosen=chosen, precision=p.tiles.PRECISION)
         ready.append(Rows.of(dq_RD, q_RD, inverse_q, local.factor_M, None, memory.dq_MD[part]))
     if memory.dp_ND is not None and memory.relative and memory.weighted_RD is None:
         assert local.factor_M is not None
@@ -177,7 +177,10 @@ def _add_products(
         add_relative(G_RN, q_RD, local.factor_M, inverse_R, memory.dp_ND, first, chosen)
     elif memory.dp_ND is not None:
         left_RD = q_RD if memory.weighted_RD is None else memory.weighted_RD[:R]
-        product(G_RN, left_RD, memory.dp_ND, not first, transpose=True, chosen=chosen)
+        product(
+            G_RN, left_RD, memory.dp_ND, not first, transpose=True, chosen=chosen,
+            precision=p.tiles.PRECISION,
+        )  # fmt: skip
     last = part.stop == p.M
     if memory.dp_ND is not None and memory.dp_out is not None and last:
         ready.append(Rows.of(memory.dp_ND, p.p_ND, p.inverse_p, None, None, memory.dp_out))

@@ -58,7 +58,8 @@ def _launch(
     pipeline = pipelines.get(narrow) if dtype == torch.bfloat16 else None
     dims = WIDE if narrow == options else (NARROW,)
     # tiles of few dims are Hopper's; it stands for the others where dtypes add no form of their own
-    everywhere = narrow == options and (dtype == torch.bfloat16 or options in ("plain", "rankpo"))
+    plain = options.removesuffix(", tf32x3") in ("plain", "rankpo")
+    everywhere = narrow == options and (dtype == torch.bfloat16 or plain)
     dtype_name = str(dtype).removeprefix("torch.")
     return Launch(name, dtype_name, options, run, True, pipeline, dims, everywhere)
 
@@ -103,6 +104,20 @@ def info_nce_launches() -> Iterator[Launch]:
             ),
             "matryoshka, symmetric": loss(**matryoshka, **symmetric),
         }
+        if dtype == torch.float32:
+            cases |= {
+                "plain, tf32x3": loss(precision="tf32x3"),
+                "symmetric, learnt scale, tf32x3": loss(precision="tf32x3", **apart, **learnt),
+                "everything, tf32x3": loss(
+                    every,
+                    own=p[:M],
+                    directions=DIRECTIONS,
+                    label_smoothing=0.1,
+                    precision="tf32x3",
+                    **margin,
+                    **learnt,
+                ),
+            }
         if dtype == torch.bfloat16:
             cases |= {
                 "plain, learnt scale": loss(**learnt),
@@ -174,6 +189,13 @@ def in_batch_launches() -> Iterator[Launch]:
             "rankpo, everything": loss(ids | guide, label_smoothing=0.1, **sft),
             "siglip, learnt, ids": loss(ids, kind="siglip", **learnt),
         }
+        if dtype == torch.float32:
+            cases |= {
+                "rankpo, tf32x3": loss(precision="tf32x3"),
+                "rankpo, everything, tf32x3": loss(
+                    ids | guide, label_smoothing=0.1, precision="tf32x3", **sft
+                ),
+            }
         if dtype == torch.bfloat16:
             cases |= {
                 "rankpo, forward": loss(needs=(False,) * 4),

@@ -83,7 +83,7 @@ def tiles_kernel(
     HINGE: tl.constexpr, SIGLIP: tl.constexpr, SFT: tl.constexpr,
     DIMS: tl.constexpr, REFERENCE_DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of scores a program: row sums and, with `out`, d total / d dot of its open pairs."""
     tiles_m, tiles_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -99,13 +99,13 @@ def tiles_kernel(
         tl.static_assert(PARTS == 1)
         r_mn = guide_similarity(
             reference_a, reference_b, safe_m, safe_n, offs_n, offs_n < N,
-            REFERENCE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K,
+            REFERENCE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     rare = holds_closed(masks, first_m, first_n, R, N, False, BLOCK_M, BLOCK_N)
     rows_a, rows_b = rows_of(a, safe_m), rows_of(b, safe_n)
     dots_mn = dots(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), a.x, rows_a * a.stride, a.stride_d,
-        b.x, rows_b * b.stride, b.stride_d, 0, DIMS, BLOCK_K,
+        b.x, rows_b * b.stride, b.stride_d, 0, DIMS, BLOCK_K, PRECISION,
     )  # fmt: skip
     loss_m = tl.zeros([BLOCK_M], tl.float32)
     slope_m, moment_m, wins_m, total_m = loss_m, loss_m, loss_m, loss_m

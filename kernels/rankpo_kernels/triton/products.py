@@ -1,8 +1,8 @@
-"""Gradient products that cuBLAS has no form of: finished as they are, of chosen rows only, or over
-own rows only.
+"""Gradient products that cuBLAS has no form of: finished as they are, of chosen rows only, of fp32
+as three of tf32, or over own rows only.
 
     finished   d q = G P, d p = G' Q, less their parts along q and p: both in one launch
-    chosen     d q_i = G_i P of the chosen rows i of G; d p = sum over them of G_i' q_i
+    rows       d q_i = G_i P of all or chosen rows i of G; d p = sum over them of G_i' q_i
     own        d q_i += sum_h g_h n_h,  d n_h = g_h q_i,   h over the own negatives of query i
 
 Large dense products belong to cuBLAS. M queries, N passages, D dims, H own negatives, L prefixes;
@@ -148,22 +148,31 @@ def finished(g_MN: Tensor, first: Product, second: Product, totals: Totals) -> N
 
 class Chosen(NamedTuple):
     """Rows of a chunk whose gradients are not left out: the first of an order, on the device, so
-    that nobody waits for their number."""
+    that nobody waits for their number. Absent: all."""
 
     order_R: Tensor
     size: Tensor  # int32, of one
 
 
 @triton.jit
-def chosen_kernel(
-    g, b, out, chosen, N, D, stride_g, stride_b, stride_bd,
-    TRANSPOSE: tl.constexpr, ADD: tl.constexpr,
+def _rows(chosen, offs, mask):
+    if chosen.order_R is not None:
+        return tl.load(chosen.order_R + offs, mask=mask, other=0)
+    else:
+        return offs.to(tl.int64)
+
+
+@triton.jit
+def rows_kernel(
+    g, b, out, chosen, R, N, D, stride_g, stride_b, stride_bd, stride_out,
+    TRANSPOSE: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out a program: [R, D] at the chosen rows, or with TRANSPOSE [N, D], to which ADD
-    adds."""
+    """A tile of out a program: [R, D] at the chosen rows, or with TRANSPOSE [N, D]; ADD adds."""
     tiles_d = tl.cdiv(D, BLOCK_N)
-    count = tl.load(chosen.size)
+    count = R
+    if chosen.size is not None:
+        count = tl.load(chosen.size)
     offs_m = tl.program_id(0) // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_d = offs_d < D
@@ -173,13 +182,13 @@ def chosen_kernel(
     else:
         mask_m = offs_m < count
         steps = tl.where(tl.max(mask_m.to(tl.int32), 0) > 0, N, 0)
-        row_m = tl.load(chosen.order_R + offs_m, mask=mask_m, other=0)
+        row_m = _rows(chosen, offs_m, mask_m)
     acc_md = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, steps, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < steps
         if TRANSPOSE:
-            row_k = tl.load(chosen.order_R + offs_k, mask=mask_k, other=0)
+            row_k = _rows(chosen, offs_k, mask_k)
             at_mk = row_k[None, :] * stride_g + row_m[:, None]
         else:
             row_k = offs_k.to(tl.int64)
@@ -187,26 +196,27 @@ def chosen_kernel(
         g_mk = tl.load(g + at_mk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         at_kd = row_k[:, None] * stride_b + offs_d[None, :] * stride_bd
         b_kd = tl.load(b + at_kd, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
-        acc_md = tl.dot(g_mk, b_kd, acc_md, input_precision="ieee")
-    to_md = out + row_m[:, None] * D + offs_d[None, :]
+        acc_md = tl.dot(g_mk, b_kd, acc_md, input_precision=PRECISION)
+    to_md = out + row_m[:, None] * stride_out + offs_d[None, :]
     write_md = mask_m[:, None] & mask_d[None, :]
     if ADD:
         acc_md += tl.load(to_md, mask=write_md, other=0.0)
     tl.store(to_md, acc_md, mask=write_md)
 
 
-def of_chosen(
-    g_RN: Tensor, b: Tensor, out: Tensor, chosen: Chosen, add: bool, transpose: bool
-) -> None:
-    """out (fp32) = g b at the chosen rows and 0 at the others, or (+)= g' b over the chosen rows,
-    both of which lie in b."""
-    N, D, tiles = g_RN.shape[1], b.shape[1], product_tiles(g_RN.dtype)
-    if not transpose:
+def of_rows(
+    g_RN: Tensor, b: Tensor, out: Tensor, chosen: Chosen, add: bool, transpose: bool,
+    precision: str,
+) -> None:  # fmt: skip
+    """out (fp32) (+)= g b at the chosen rows, 0 at the others; or (+)= g' b over the chosen rows of
+    both."""
+    (R, N), D, tiles = g_RN.shape, b.shape[1], product_tiles(g_RN.dtype, precision)
+    if chosen.order_R is not None and not transpose:
         out.zero_()
     grid = cdiv(len(out), tiles.BLOCK_M) * cdiv(D, tiles.BLOCK_N)
-    chosen_kernel[(grid,)](
-        g_RN, b, out, chosen, N, D, g_RN.stride(0), *b.stride(), transpose, add,
-        tiles.BLOCK_M, tiles.BLOCK_N, tiles.BLOCK_K,
+    rows_kernel[(grid,)](
+        g_RN, b, out, chosen, R, N, D, g_RN.stride(0), *b.stride(), out.stride(0), transpose, add,
+        tiles.PRECISION, tiles.BLOCK_M, tiles.BLOCK_N, tiles.BLOCK_K,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSION,
     )  # fmt: skip
 

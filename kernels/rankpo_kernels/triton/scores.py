@@ -114,7 +114,8 @@ def proxy_fence(at):
 
 @triton.jit
 def dots(
-    acc, a, a_row, stride_ad, b, b_row, stride_bd, level, DIMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, a, a_row, stride_ad, b, b_row, stride_bd, level,
+    DIMS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] += A B' over the dims that the prefix of this level adds."""
     first, last = 0, DIMS[0]
@@ -133,8 +134,8 @@ def dots(
             y_nk = tl.load(b_nk, mask=offs_k[None, :] < last, other=0.0)
         if x_mk.dtype.primitive_bitwidth == 16:
             proxy_fence(start)
-        # fp32 stays fp32: tf32 is 4e-2 off at temperature 0.01
-        acc = tl.dot(x_mk, tl.trans(y_nk), acc, input_precision="ieee")
+        # fp32 stays fp32: tf32 alone is 4e-2 off at temperature 0.01
+        acc = tl.dot(x_mk, tl.trans(y_nk), acc, input_precision=PRECISION)
     return acc
 
 
@@ -269,14 +270,14 @@ def _curated(masks, offs_m, offs_n, mask_n):
 def guide_similarity(
     guide_a, guide_b, safe_m, safe_n, offs_n, mask_n,
     GUIDE_DIMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] of other embeddings: the guide's, or a reference's."""
     rows_a, rows_b = rows_of(guide_a, safe_m), rows_of(guide_b, safe_n)
     judge_mn = dots(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), guide_a.x, rows_a * guide_a.stride,
         guide_a.stride_d, guide_b.x, rows_b * guide_b.stride, guide_b.stride_d,
-        0, GUIDE_DIMS, BLOCK_K,
+        0, GUIDE_DIMS, BLOCK_K, PRECISION,
     )  # fmt: skip
     return similarity(judge_mn, guide_a, rows_a, guide_b, offs_n, mask_n, 0)
 

@@ -85,7 +85,7 @@ def statistics_kernel(
     scale, R, N, stored_stride,
     DIMS: tl.constexpr, GUIDE_DIMS: tl.constexpr, CURATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of scores a program: partial statistics along rows and columns; `stored` keeps
     exp(s - s_positive + SHIFT) |b|-wise scaled, for gradients that need no second pass."""
@@ -103,7 +103,7 @@ def statistics_kernel(
         tl.static_assert(PARTS == 1)
         judge_mn = guide_similarity(
             guide_a, guide_b, safe_m, safe_n, offs_n, mask_n,
-            GUIDE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K,
+            GUIDE_DIMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     rare = holds_closed(masks, first_m, first_n, R, N, columns.top is not None, BLOCK_M, BLOCK_N)
     rows_a, rows_b = rows_of(a, safe_m), rows_of(b, safe_n)
@@ -111,7 +111,7 @@ def statistics_kernel(
     for level in range(len(DIMS)):  # not unrolled: that would take the registers of all levels
         dots_mn = dots(
             dots_mn, a.x, rows_a * a.stride, a.stride_d, b.x, rows_b * b.stride, b.stride_d,
-            level, DIMS, BLOCK_K,
+            level, DIMS, BLOCK_K, PRECISION,
         )  # fmt: skip
         parts = column_parts(dots_mn, BLOCK_M, BLOCK_N, PARTS)
         t, h = (), ()  # scores of the parts, and with hardness

@@ -6,11 +6,12 @@ compiles without spills (`make aot`). `python -m bench` on a GPU sweeps the tile
 
 import functools
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import triton
 
-from rankpo_kernels.problem import PQ, QP, InfoNCESettings
+from rankpo_kernels.problem import PQ, QP, InBatchSettings, InfoNCESettings, ScoreOptions
 from rankpo_kernels.relations import Relations
 
 
@@ -31,6 +32,7 @@ class Tiles:
     num_stages: int
     GROUP: int = 8  # tiles of rows that walk the columns together, their rows staying in L2
     PARTS: int = 1  # of its columns, finished one after the other: fewer numbers in registers
+    PRECISION: Literal["ieee", "tf32x3"] = "ieee"  # of products of fp32
     programs: int = 1  # that are meant to share a multiprocessor: `make aot` looks that they fit
 
     @functools.cached_property
@@ -53,11 +55,14 @@ SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=4)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
+# Or as three products of tf32. Each BLOCK_K dims are summed by themselves, and to the others as
+# fp32: tensor cores cut off what a sum has too many digits of, and of short ones that is less.
+SPLIT = Tiles(64, 64, 32, num_warps=4, num_stages=3, PRECISION="tf32x3")
 
 
 def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESettings) -> Tiles:
     if dtype == torch.float32:
-        return FULL
+        return in_fp32(settings)
     # two accumulators, or one that outlives several epilogues
     doubled = relations.guide is not None or len(settings.matryoshka_dims or ()) > 1
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
@@ -69,8 +74,11 @@ def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESetti
     return SLIM if judged else WIDE
 
 
-def product_tiles(dtype: torch.dtype) -> Tiles:
-    return FULL if dtype == torch.float32 else PRODUCT
+def product_tiles(dtype: torch.dtype, precision: str) -> Tiles:
+    """Of products that cuBLAS has no form of."""
+    if dtype != torch.float32:
+        return PRODUCT
+    return SPLIT if precision == "tf32x3" else FULL
 
 
 def streamed_tiles(
@@ -88,10 +96,14 @@ def streamed_tiles(
     return STREAMED if simple and relations.labels_alone else None
 
 
-def pair_tiles(dtype: torch.dtype, reference: bool, more: bool) -> Tiles:
+def in_fp32(settings: ScoreOptions) -> Tiles:
+    return SPLIT if settings.precision == "tf32x3" else FULL
+
+
+def pair_tiles(dtype: torch.dtype, settings: InBatchSettings, reference: bool, more: bool) -> Tiles:
     """Of losses over pairs; `more`: SFT or the scale's moment, which stand beside x."""
     if dtype == torch.float32:
-        return FULL
+        return in_fp32(settings)
     if _architecture() >= 100:
         return SMALL_BY_COLUMNS if reference or more else BY_COLUMNS
     if reference:
