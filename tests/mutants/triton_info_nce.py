@@ -109,8 +109,8 @@ MUTANTS = [
     ),
     Mutant(
         "chunks-overwrite-dp", PLAIN,
-        "product(G_RN, left_RD, memory.dp_ND, not first,",
-        "product(G_RN, left_RD, memory.dp_ND, False,",
+        "G_RN, left_RD, memory.dp_ND, not first,",
+        "G_RN, left_RD, memory.dp_ND, False,",
         SMALL_CHUNKS,
     ),
     Mutant(
