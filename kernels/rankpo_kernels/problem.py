@@ -20,7 +20,7 @@ from torch import Tensor
 from rankpo_kernels.relations import Relations
 
 Backend = Literal["torch", "triton"]
-Precision = Literal["exact", "tf32x3"]
+Precision = Literal["exact", "tf32x3", "fp8"]
 Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 LossType = Literal["sigmoid", "hinge"]
@@ -138,7 +138,7 @@ class ScoreOptions(Settings):
     def check(self) -> None:
         super().check()
         self.check_one_of("backend", (None, "torch", "triton"))
-        self.check_one_of("precision", ("exact", "tf32x3"))
+        self.check_one_of("precision", ("exact", "tf32x3", "fp8"))
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise ValueError(f"workspace_bytes must be an integer, got {self.workspace_bytes!r}")
 
@@ -195,6 +195,13 @@ class InfoNCEOptions(ScoreOptions):
             raise ValueError(
                 "gradient_filter goes with query_to_passage alone, without label_smoothing or "
                 "matryoshka_dims"
+            )
+        judged = self.matryoshka_dims is not None or self.false_negative_margin is not None
+        cosines = self.normalize and {*directions} <= {QP, PQ}
+        if self.precision == "fp8" and (judged or not cosines):
+            raise ValueError(
+                "precision='fp8' goes with cosines of query_to_passage and passage_to_query, "
+                "without matryoshka_dims or false_negative_margin"
             )
         self._check_matryoshka()
 
@@ -267,6 +274,11 @@ class InBatchSettings(ScoreOptions):
     rankpo_weight: float = 1.0
     sft_weight: float = 0.0
     sft_scale: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        if self.precision == "fp8":
+            raise ValueError("precision='fp8' is of info_nce_loss alone")
 
 
 @dataclass(frozen=True, kw_only=True)

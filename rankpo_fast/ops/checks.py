@@ -17,6 +17,7 @@ from rankpo_fast.ops.options import InfoNCECall, ScoreBatch, ScoreCall
 from rankpo_kernels.problem import DEFAULT_WORKSPACE, PP, QP, ScoreOptions, compute_dtype
 from rankpo_kernels.relations import APART, Relations, expand, positive_pairs
 
+FP8 = (8, 9)  # compute capability from which tensor cores multiply fp8
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings
 
 
@@ -316,11 +317,19 @@ def check_precision(options: ScoreOptions, embeddings: Tensor) -> None:
             f"precision={options.precision!r} is of backend 'triton', but on {embeddings.device} "
             "'torch' is taken: leave it out, or take backend='triton' on CUDA"
         )
-    if embeddings.dtype != torch.float32:
+    of = torch.float32 if options.precision == "tf32x3" else torch.bfloat16
+    if embeddings.dtype != of:
         raise ValueError(
-            f"precision={options.precision!r} is of fp32 embeddings, but these are "
-            f"{embeddings.dtype}, whose products are exact as fast"
+            f"precision={options.precision!r} is of embeddings of {of}, but these are "
+            f"{embeddings.dtype}: leave it out"
         )
+    if options.precision == "fp8" and embeddings.device.type == "cuda":
+        has = torch.cuda.get_device_capability(embeddings.device)
+        if has < FP8:
+            raise ValueError(
+                f"precision='fp8' needs a GPU of compute capability {FP8[0]}.{FP8[1]} or later, "
+                f"this one's is {has[0]}.{has[1]}: leave it out"
+            )
 
 
 def takes_triton(q: Tensor, options: ScoreOptions) -> bool:

@@ -11,13 +11,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rankpo_fast.ops.options import Reduction
 from rankpo_kernels.problem import InBatchProblem, InfoNCEProblem, compute_dtype
+
+NO_SECOND_DERIVATIVE = "the loss has no second derivative"
 
 Grads = TypeVar("Grads")
 Stats = TypeVar("Stats")
@@ -153,14 +154,28 @@ class _WithGrads(torch.autograd.Function):
         total, _, _, _, *grads = function(*arguments)
         ctx.needs, ctx.inputs = arguments[-1], len(arguments)
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in arguments[:leaves]]
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads, arguments[ctx.needs.index(True)])
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple:
-        grads = scaled_grads(ctx.saved_tensors, grad_total, ctx.needs, ctx.dtypes)
+        *saved, leaf = ctx.saved_tensors
+        grads = scaled_grads(saved, grad_total, ctx.needs, ctx.dtypes)
+        if torch.is_grad_enabled():  # or they would pass for constants
+            grads = _NoDerivative.apply(leaf, *grads)
         return None, None, *grads, *[None] * (ctx.inputs - len(grads))
+
+
+class _NoDerivative(torch.autograd.Function):
+    """What depends on a leaf, in a way that nobody computes."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple([None if x is None else x.view_as(x) for x in values])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def in_own_memory(*rows: Tensor) -> list[Tensor]:
@@ -215,6 +230,6 @@ def _save_grads(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _scaled_grads(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple:
     if any(other is not None for other in others):
-        raise RuntimeError("the loss has no second derivative")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
     grads = scaled_grads(ctx.saved_tensors, grad_loss, ctx.needs, ctx.dtypes)
     return *grads, ctx.no_grad_of_relations, None, None, None

@@ -294,10 +294,12 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             (256 MiB in both directions, where it spares a product to keep them), 256 MiB on CUDA,
             1 GiB on GPUs of 80 GB and more.
         backend: "torch" or "triton"; default triton on CUDA and torch on the CPU and in fp64.
-        precision: of the products of fp32 embeddings in Triton. "exact": on the plain cores.
-            "tf32x3": as three products of tf32, of a large and a small part each, which are several
-            times as fast; the error stays within what is asked of fp32, by a model of how tensor
-            cores round that no GPU has been held against yet.
+        precision: of products in Triton. "exact": fp32 on the plain cores, 16 bits on tensor cores.
+            "tf32x3", of fp32: as three products of tf32, of a large and a small part each, which
+            are several times as fast; the error stays within what is asked of fp32, by a model of
+            how tensor cores round that no GPU has been held against yet. "fp8", of cosines of bf16:
+            those of negatives come from e4m3, each about 0.05 / sqrt(D) off; gradients are
+            multiplied in bf16.
         process_group: of torch.distributed. Each of its ranks scores its own queries against the
             passages of all: the loss is that of one process with all rows in rank order, and
             labels, positives, excluded and curated count in the rank's own rows. Every rank calls

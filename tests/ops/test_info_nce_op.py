@@ -1,9 +1,11 @@
 """InfoNCE: what torch expects of an op, from autograd to compilation, and bad arguments."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankpo_fast import info_nce_loss
 from rankpo_fast.ops import checks
@@ -109,9 +111,39 @@ def test_second_derivative_is_a_clear_error():
     for reduction in ("mean", "none"):
         loss = info_nce_loss(q, p, labels, reduction=reduction).sum()
         (grad,) = torch.autograd.grad(loss, q, create_graph=True)
-        if grad.requires_grad:
-            with pytest.raises(RuntimeError, match="no second derivative"):
-                torch.autograd.grad(grad.sum(), q)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss + grad.sum(), q)
+
+
+class Watch(TorchDispatchMode):
+    """The ops that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watched", ["mode", "subclass"])
+def test_who_watches_sees_the_op_and_nobody_else_does(watched):
+    q, p, labels = draw(7, 21, 16, torch.float32, converged=False)
+    leaf = q.clone().requires_grad_()
+    loss = info_nce_loss(leaf, p, labels)
+    want = torch.autograd.grad(loss, leaf)
+    assert "WithGrads" in type(loss.grad_fn).__name__
+    leaf = q.clone().as_subclass(Named if watched == "subclass" else torch.Tensor).requires_grad_()
+    with (watch := Watch()) if watched == "mode" else contextlib.nullcontext():
+        seen = info_nce_loss(leaf, p, labels)
+    assert "WithGrads" not in type(seen.grad_fn).__name__
+    assert watched != "mode" or "rankpo_fast::info_nce_grads" in watch.names
+    assert torch.equal(seen, loss) and torch.equal(*torch.autograd.grad(seen, leaf), *want)
+
+
+class Named(torch.Tensor):
+    """A subclass, as a user's may be."""
 
 
 OPCHECKS = {

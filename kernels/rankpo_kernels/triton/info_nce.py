@@ -16,6 +16,8 @@ cuBLAS. A chunk holds R rows of gradients [R, N] in the inputs' dtype; products 
 M queries, N passages, H own negatives, D dims.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ from rankpo_kernels.triton import products
 from rankpo_kernels.triton.blocks import addressable, as_number, padded
 from rankpo_kernels.triton.info_nce_general import general
 from rankpo_kernels.triton.info_nce_plain import plain
-from rankpo_kernels.triton.inputs import Inputs, score_block
+from rankpo_kernels.triton.inputs import Inputs, in_range_of_fp8, score_block
 from rankpo_kernels.triton.kept import against_workspace
 from rankpo_kernels.triton.passes import (
     along_parts,
@@ -72,6 +74,24 @@ def info_nce(
     if not len(problem.q_MD):
         return _nothing(problem, needed)
     problem = _addressable(problem)
+    how = {"tiles": tiles, "streamed": streamed, "stored": stored, "few": few, "kept": kept}
+    if problem.settings.precision != "fp8":
+        return _launched(problem, weights_M, needed, **how)
+    (q_MD, factor_M), (p_ND, factor_N) = map(in_range_of_fp8, (problem.q_MD, problem.p_ND))
+    # few launches finish gradients by their scores, of which the products know other digits
+    result = _launched(
+        problem._replace(q_MD=q_MD, p_ND=p_ND), weights_M, needed, **how | {"few": False}
+    )
+    for grad, factor in ((result.dq_MD, factor_M), (result.dp_ND, factor_N)):
+        if grad is not None:
+            grad *= factor[:, None]
+    return result
+
+
+def _launched(
+    problem: InfoNCEProblem, weights_M: Tensor | None, needed: Needs, *, tiles: Tiles | None,
+    streamed: Tiles | None, stored: bool | None, few: bool | None, kept: bool | None,
+) -> InfoNCEResult:  # fmt: skip
     q_MD, p_ND, own_HD, _, relations, settings = problem
     (M, D), N = q_MD.shape, len(p_ND)
     weights = Scale(1.0, None)  # of all rows, or [M]
@@ -79,6 +99,7 @@ def info_nce(
         on_device = weights_M.dim() or weights_M.device.type != "cpu"
         weights = as_number(weights_M.expand(len(q_MD)).contiguous() if on_device else weights_M)
     one_softmax, products_needed = is_plain(relations, settings), needed.q or needed.p
+    in_fp8 = settings.precision == "fp8"
     if stored is None:
         stored = not against_storing(q_MD.dtype, M, D, N)
     stored = stored and one_softmax and products_needed and q_MD.dtype == torch.bfloat16
@@ -87,7 +108,7 @@ def info_nce(
     few = few and not stored and products_needed
     if tiles is None:
         tiles = score_tiles(q_MD.dtype, relations, settings)
-        if not few and streams(q_MD, p_ND):
+        if not few and streams(q_MD, p_ND) and (not in_fp8 or D % 16 == 0):
             streamed = streamed or streamed_tiles(q_MD.dtype, D, relations, settings)
     asked = kept
     if kept is None:
@@ -95,6 +116,9 @@ def info_nce(
     kept = kept and products_needed and not few
     if kept and needed.scale and tiles is WIDE:
         tiles = SLIM  # whose sums have registers left for the moments
+    if in_fp8:  # as many bytes of a row at once
+        tiles = replace(tiles, BLOCK_K=2 * tiles.BLOCK_K)
+        streamed = streamed and replace(streamed, BLOCK_K=2 * streamed.BLOCK_K)
     p = Inputs.of(problem, tiles, streamed)
     if few and _is_one_chunk(p):
         return _in_few_launches(p, weights, needed)

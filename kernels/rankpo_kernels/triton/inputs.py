@@ -18,11 +18,21 @@ from rankpo_kernels.triton.scores import EXEMPT, MASKED, Hardness, Masks
 from rankpo_kernels.triton.tiles import Tiles
 
 
+def in_range_of_fp8(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows times powers of two, which change no cosine and no digit; these powers): the largest
+    element of a row lies in [128, 256), e4m3 ends at 448."""
+    _, exponent_R = x_RD.abs().amax(1).float().frexp()
+    power_R = (8 - exponent_R).clamp(max=120)  # of rows that are all but 0
+    factor_R = torch.ldexp(torch.ones_like(power_R, dtype=x_RD.dtype), power_R)
+    return x_RD * factor_R[:, None], factor_R
+
+
 class Inputs(NamedTuple):
     """An `InfoNCEProblem` with norms, keys and limits."""
 
     q_MD: Tensor
     p_ND: Tensor
+    scored: tuple[Tensor, Tensor]  # both as the scores take them: in fp8, or as they are
     scale: Scale
     relations: Relations
     settings: InfoNCESettings
@@ -58,8 +68,11 @@ class Inputs(NamedTuple):
             guide = Guide(gq, inverses[0], gp, inverses[1])
         margin = settings.false_negative_margin is not None
         keyed = not relations.labels_alone or {QQ, PP} & set(settings.directions)
+        scored = (q_MD, p_ND)
+        if settings.precision == "fp8":
+            scored = (q_MD.to(torch.float8_e4m3fn), p_ND.to(torch.float8_e4m3fn))
         return Inputs(
-            q_MD, p_ND, as_number(scale), relations, settings, tiles, streamed, dims, pairs,
+            q_MD, p_ND, scored, as_number(scale), relations, settings, tiles, streamed, dims, pairs,
             known(relations, N) if keyed else None, inverse_q, inverse_p, similarity_LP,
             limits(judged_LM, settings).contiguous() if margin else None, guide,
         )  # fmt: skip
@@ -107,10 +120,10 @@ def score_block(p: Inputs, row: str | None, column: str | None) -> Block:
     id_M = None if owner_N is None else torch.arange(M, device=p.q_MD.device)
     masks = Masks.of(p.relations.labels_M, keys, p.limit_LM, id_M, owner_N)
     curated = 0 if owner_N is None else EXEMPT
+    q_MD, p_ND = p.scored
     return Block(
-        p.q_MD, p.inverse_q, None, p.p_ND, p.inverse_p, p.guide, masks, curated, row, column,
-        hardness,
-    )  # fmt: skip
+        q_MD, p.inverse_q, None, p_ND, p.inverse_p, p.guide, masks, curated, row, column, hardness
+    )
 
 
 def query_block(p: Inputs) -> Block:

@@ -60,6 +60,7 @@ def _launch(
     # tiles of few dims are Hopper's; it stands for the others where dtypes add no form of their own
     plain = options.removesuffix(", tf32x3") in ("plain", "rankpo")
     everywhere = narrow == options and (dtype == torch.bfloat16 or plain)
+    everywhere = everywhere and not options.endswith("fp8")  # which sm_80 has not
     dtype_name = str(dtype).removeprefix("torch.")
     return Launch(name, dtype_name, options, run, True, pipeline, dims, everywhere)
 
@@ -126,6 +127,9 @@ def info_nce_launches() -> Iterator[Launch]:
                 "plain, forward": loss(needs=(False,) * 4),
                 "symmetric, kept": loss(kept=True, **apart),
                 "symmetric, kept, odd N, learnt scale": loss(kept=True, N=N - 1, **apart, **learnt),
+                "plain, stored, fp8": loss(stored=True, precision="fp8"),
+                "symmetric, fp8": loss(precision="fp8", **apart),
+                "ids, smoothing, fp8": loss(ids, label_smoothing=0.1, precision="fp8"),
                 "few launches": loss(few=True),
                 "few launches, odd N": loss(few=True, N=N - 1),
                 "plain, stored, odd N": loss(stored=True, N=N - 1),
