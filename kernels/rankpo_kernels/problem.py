@@ -35,6 +35,7 @@ HARDNESS_MODES = (IN_BATCH, HARD, "all_negatives")
 SIGMOID, HINGE, SIGLIP = KINDS = ("sigmoid", "hinge", "siglip")
 
 DEFAULT_WORKSPACE = {"cpu": 90 << 20, "cuda": 256 << 20}
+KEPT_ON_CPU = 256 << 20  # of both directions there: exponentials that are kept spare a product
 LARGE_GPU, LARGE_WORKSPACE = 79 * 10**9, 1 << 30  # what GPUs of 80 GB say they have, and take
 
 
@@ -50,6 +51,11 @@ def workspace_of(device: torch.device) -> int:
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
     return default_workspace(device.type, memory)
+
+
+def most_workspace(device: torch.device) -> int:
+    """That any loss takes by default."""
+    return max(workspace_of(device), KEPT_ON_CPU if device.type == "cpu" else 0)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:

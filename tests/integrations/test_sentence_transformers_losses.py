@@ -327,7 +327,7 @@ def test_no_matrix_of_scores_is_made(form, around, tiny_tokenizer, monkeypatch):
     B, documents = 256, 2
     workspace = 4 * B * documents * 4 * 8
     monkeypatch.setitem(checks.DEFAULT_WORKSPACE, "cpu", workspace)
-    monkeypatch.setattr(info_nce_both, "WORKSPACE", workspace)
+    monkeypatch.setattr(info_nce_both, "KEPT_ON_CPU", workspace)
     model = Rows(16, tiny_tokenizer, rows=B * (1 + documents))
     guide = Rows(6, tiny_tokenizer, seed=5, rows=B * (1 + documents))
     loss = made(ours, form, model, guide)

@@ -18,10 +18,10 @@ from rankpo_fast.train.budget import checkpoint_layers
 from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.meters import Gpu, host_free_bytes
 from rankpo_fast.train.prefetch import Prefetcher
-from rankpo_kernels.problem import workspace_of
+from rankpo_kernels.problem import most_workspace
 
 CPU = torch.device("cpu")
-LOSS_WORKSPACE = workspace_of(CPU)
+LOSS_WORKSPACE = most_workspace(CPU)
 
 
 class Limit:
@@ -193,7 +193,7 @@ def long_texts(tiny_bert_dir):
 
 def test_a_budget_is_found_by_doubling_up_to_half_of_a_card(long_texts, monkeypatch):
     encoder, table, longest = long_texts
-    monkeypatch.setattr("rankpo_fast.train.memory.workspace_of", lambda device: 0)
+    monkeypatch.setattr("rankpo_fast.train.memory.most_workspace", lambda device: 0)
     monkeypatch.setattr(f"{__name__}.LOSS_WORKSPACE", 0)
     gpu = Simulated(monkeypatch, free=4 * (15 * 4 * longest + 100))
     before = torch.get_rng_state()

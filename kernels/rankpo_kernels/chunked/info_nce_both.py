@@ -25,10 +25,9 @@ from rankpo_kernels.chunked.chunks import row_chunks
 from rankpo_kernels.chunked.norms import tangent_
 from rankpo_kernels.chunked.row_pass import RowPass
 from rankpo_kernels.objective import Slopes, Stats, combine
-from rankpo_kernels.problem import PQ, QP, InfoNCEProblem, InfoNCEResult, Needs
+from rankpo_kernels.problem import KEPT_ON_CPU, PQ, QP, InfoNCEProblem, InfoNCEResult, Needs
 from rankpo_kernels.relations import positive_pairs
 
-WORKSPACE = 256 << 20  # bytes, where nobody says: exponentials that are kept spare a product
 SMALLEST = -87.3  # in whose power of e fp32 ends; below it `native` has zeros
 ROUNDING = 18.0  # e to its negative is less than fp32 can tell from 0 beside 1
 
@@ -51,7 +50,7 @@ def both(
     """As `chunked.info_nce`; None where a column has nothing but what is 0 in fp32."""
     scale, relations, settings = problem.scale, problem.relations, problem.settings
     of = RowPass.of(problem)
-    M, workspace = len(of.loss_M), settings.workspace_bytes or WORKSPACE
+    M, workspace = len(of.loss_M), settings.workspace_bytes or KEPT_ON_CPU
     chunks = list(row_chunks(M, len(of.p_ND), of.buffers, of.p_ND, workspace))
     kept = Kept(of, chunks, workspace if any(needs) else 0)
     columns = ColumnSums(of.p_ND)

@@ -187,7 +187,8 @@ def launch_streamed(
 
     def launch() -> None:
         triton.set_allocator(scratch)
-        of_tiles = {name: x for name, x in tiles.arguments.items() if name != "PARTS"}
+        unknown = {"PARTS", "PRECISION"}  # to these kernels
+        of_tiles = {name: x for name, x in tiles.arguments.items() if name not in unknown}
         grid = (max(1, multiprocessors(device)),)
         kernel[grid](a, b, masks, *arguments, D=D, EDGE=N % tiles.BLOCK_N != 0, **of_tiles)
 
