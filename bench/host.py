@@ -73,7 +73,7 @@ def measure(run: Callable[[], Any], calls: int) -> tuple[float, float, float, in
     run()
     whole = min(_seconds(run) for _ in range(calls))
     launches, memory = Parts(), Parts()
-    least = [float("inf")] * 2
+    in_launches = for_memory = float("inf")
     with (
         mock.patch.object(JITFunction, "run", launches.timed(JITFunction.run)),
         mock.patch.object(torch, "empty", memory.timed(torch.empty)),
@@ -81,8 +81,9 @@ def measure(run: Callable[[], Any], calls: int) -> tuple[float, float, float, in
         for _ in range(calls):
             launches.seconds = memory.seconds = 0.0
             run()
-            least = [min(x, y.seconds) for x, y in zip(least, (launches, memory), strict=True)]
-    return whole, *least, launches.calls // calls
+            in_launches = min(in_launches, launches.seconds)
+            for_memory = min(for_memory, memory.seconds)
+    return whole, in_launches, for_memory, launches.calls // calls
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -133,7 +133,10 @@ def weighted_sum(
     arguments = (*crossing(problem), weights, needs)
     if any(_is_watched(x) for x in problem.leaves if x is not None):
         return op(*arguments)[0]
-    return _WithGrads.apply(_function_of[op], len(problem.leaves), *arguments)
+    leaf = problem.leaves[needs.index(True)]
+    assert leaf is not None
+    nothing = leaf.reshape(-1)[:0].clone()  # of the leaf in the graph, without its memory
+    return _WithGrads.apply(_function_of[op], nothing, *arguments)
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -150,27 +153,28 @@ class _WithGrads(torch.autograd.Function):
     """What the op's registered gradients do."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable, leaves: int, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, function: Callable, of_leaf: Tensor, *arguments: Any) -> Tensor:
         total, _, _, _, *grads = function(*arguments)
         ctx.needs, ctx.inputs = arguments[-1], len(arguments)
-        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in arguments[:leaves]]
-        ctx.save_for_backward(*grads, arguments[ctx.needs.index(True)])
+        leaves = arguments[: len(ctx.needs)]
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+        ctx.save_for_backward(*grads, of_leaf)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple:
-        *saved, leaf = ctx.saved_tensors
+        *saved, of_leaf = ctx.saved_tensors
         grads = scaled_grads(saved, grad_total, ctx.needs, ctx.dtypes)
         if torch.is_grad_enabled():  # or they would pass for constants
-            grads = _NoDerivative.apply(leaf, *grads)
+            grads = _NoDerivative.apply(of_leaf, *grads)
         return None, None, *grads, *[None] * (ctx.inputs - len(grads))
 
 
 class _NoDerivative(torch.autograd.Function):
-    """What depends on a leaf, in a way that nobody computes."""
+    """Values that depend on a leaf, in a way that nobody computes."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, of_leaf: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple([None if x is None else x.view_as(x) for x in values])
 
     @staticmethod

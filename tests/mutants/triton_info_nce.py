@@ -12,6 +12,9 @@ ROWS = "kernels/rankpo_kernels/triton/rows.py"
 PRODUCTS = "kernels/rankpo_kernels/triton/products.py"
 SCORES = "kernels/rankpo_kernels/triton/scores.py"
 
+INPUTS = "kernels/rankpo_kernels/triton/inputs.py"
+
+FP8 = of("tests/kernels/test_triton_fp8.py", "test")
 SMALL_CHUNKS = triton("chunks_smaller or summed_beforehand")
 
 MUTANTS = [
@@ -82,6 +85,30 @@ MUTANTS = [
         "input_precision=PRECISION",
         'input_precision="tf32" if PRECISION == "tf32x3" else PRECISION',
         of("tests/kernels/test_triton_tf32.py", "three_products"),
+    ),
+    Mutant(
+        "fp8-out-of-range", INPUTS,
+        "(8 - exponent_R).clamp(max=120)",
+        "0 * exponent_R",
+        FP8,
+    ),
+    Mutant(
+        "fp8-gradients-stay-scaled", LAUNCHER,
+        "grad *= factor[:, None]",
+        "pass",
+        FP8,
+    ),
+    Mutant(
+        "fp8-in-few-launches", LAUNCHER,
+        "few = False  # that finish",
+        "pass  # that finish",
+        FP8,
+    ),
+    Mutant(
+        "fp8-is-bf16", INPUTS,
+        'settings.precision == "fp8"',
+        "False",
+        FP8,
     ),
     Mutant(
         "split-products-by-cublas", BLOCKS,

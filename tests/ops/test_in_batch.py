@@ -511,6 +511,7 @@ BAD = {
     "beta": (dict(beta=0.0), "beta must be > 0 and finite, got 0.0"),
     "temperature": (dict(temperature=-1), "temperature must be > 0 and finite, got -1"),
     "smoothing": (dict(label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    "fp8": (dict(precision="fp8"), "precision='fp8' is of info_nce_loss alone"),
     "type": (dict(loss_type="ipo"), "loss_type must be 'sigmoid' or 'hinge', got 'ipo'"),
     "parts": (dict(sft_weight=0.0, rankpo_weight=0.0), "not both 0"),
     "reduction": (dict(reduction="median"), "reduction must be one of"),

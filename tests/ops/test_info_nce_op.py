@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rankpo_fast.ops import checks
 from rankpo_fast.ops import info_nce as module
 from rankpo_fast.ops.info_nce import _info_nce, _info_nce_grads
 from rankpo_kernels.chunked import info_nce as chunked
-from rankpo_kernels.problem import DIRECTIONS, PP, PQ, QP, InfoNCEProblem, InfoNCESettings
+from rankpo_kernels.problem import DIRECTIONS, PP, PQ, QP, QQ, InfoNCEProblem, InfoNCESettings
 from rankpo_kernels.relations import Relations
 from support.gates import draw, error, gates
 from support.info_nce_options import (
@@ -113,6 +114,31 @@ def test_second_derivative_is_a_clear_error():
         (grad,) = torch.autograd.grad(loss, q, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss + grad.sum(), q)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "capability", "said"),
+    [
+        ("fp8", torch.bfloat16, (8, 0), "needs a GPU of compute capability 8.9 .* one's is 8.0"),
+        (
+            "fp8",
+            torch.float32,
+            (9, 0),
+            "is of embeddings of torch.bfloat16, but these are torch.fl",
+        ),
+        ("tf32x3", torch.bfloat16, (9, 0), "is of embeddings of torch.float32, but these are"),
+        ("fp8", torch.bfloat16, (8, 9), None),
+        ("tf32x3", torch.float32, (8, 0), None),
+    ],
+)
+def test_precision_is_refused_where_there_is_none(
+    monkeypatch, precision, dtype, capability, said
+):  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    embeddings = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    options = InfoNCESettings(precision=precision)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        checks.check_precision(options, embeddings)
 
 
 class Watch(TorchDispatchMode):
@@ -311,7 +337,13 @@ BAD = {
     ),
     "smoothing": (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
     "filter": (dict(gradient_filter=-1e-3), r"gradient_filter must lie in \[0, 1\), got -0.001"),
-    "precision": (dict(precision="tf32"), "precision must be one of 'exact', 'tf32x3', got 'tf32'"),
+    "precision": (
+        dict(precision="tf32"),
+        "precision must be one of 'exact', 'tf32x3', 'fp8', got 'tf32'",
+    ),
+    "fp8-of-dots": (dict(precision="fp8", normalize=False), "precision='fp8' goes with cosines of"),
+    "fp8-of-prefixes": (dict(precision="fp8", matryoshka_dims=(3,)), "without matryoshka_dims or"),
+    "fp8-of-queries": (dict(precision="fp8", directions=(QP, QQ)), "goes with cosines of query_to"),
     "precision-of-torch": (
         dict(precision="tf32x3", backend="torch"),
         "precision='tf32x3' is of backend 'triton', but on .* 'torch' is taken",

@@ -74,16 +74,17 @@ def info_nce(
     if not len(problem.q_MD):
         return _nothing(problem, needed)
     problem = _addressable(problem)
-    how = {"tiles": tiles, "streamed": streamed, "stored": stored, "few": few, "kept": kept}
-    if problem.settings.precision != "fp8":
-        return _launched(problem, weights_M, needed, **how)
-    (q_MD, factor_M), (p_ND, factor_N) = map(in_range_of_fp8, (problem.q_MD, problem.p_ND))
-    # few launches finish gradients by their scores, of which the products know other digits
+    factor_M = factor_N = None
+    if problem.settings.precision == "fp8":
+        few = False  # that finish gradients by their scores, of which the products know more digits
+        (q_MD, factor_M), (p_ND, factor_N) = map(in_range_of_fp8, (problem.q_MD, problem.p_ND))
+        problem = problem._replace(q_MD=q_MD, p_ND=p_ND)
     result = _launched(
-        problem._replace(q_MD=q_MD, p_ND=p_ND), weights_M, needed, **how | {"few": False}
-    )
+        problem, weights_M, needed, tiles=tiles, streamed=streamed, stored=stored, few=few,
+        kept=kept,
+    )  # fmt: skip
     for grad, factor in ((result.dq_MD, factor_M), (result.dp_ND, factor_N)):
-        if grad is not None:
+        if grad is not None and factor is not None:
             grad *= factor[:, None]
     return result
 
@@ -92,6 +93,7 @@ def _launched(
     problem: InfoNCEProblem, weights_M: Tensor | None, needed: Needs, *, tiles: Tiles | None,
     streamed: Tiles | None, stored: bool | None, few: bool | None, kept: bool | None,
 ) -> InfoNCEResult:  # fmt: skip
+    """In the form that the tables choose, or overrides."""
     q_MD, p_ND, own_HD, _, relations, settings = problem
     (M, D), N = q_MD.shape, len(p_ND)
     weights = Scale(1.0, None)  # of all rows, or [M]
