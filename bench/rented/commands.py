@@ -45,7 +45,10 @@ FINDINGS = re.compile(r"Invalid|Race reported|Misaligned|Uninitialized")
 
 
 def pytest_parts(plan: Plan) -> list[Part]:
-    return [Part(name, partial(run_tests, name, plan), TESTS_S) for name in marked_files()]
+    names = marked_files()
+    if plan.rehearsal:  # to list a file takes 6 s, and two show that the command is right
+        names = names[:2]
+    return [Part(name, partial(run_tests, name, plan), TESTS_S) for name in names]
 
 
 def marked_files() -> list[str]:

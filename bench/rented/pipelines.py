@@ -92,6 +92,11 @@ def _info_nce(batch: Batch, **how: Any) -> Sequence[Tensor]:
     return [x for x in (result.loss_M, result.dq_MD, result.dp_ND) if x is not None]
 
 
+def _in_fp32(batch: Batch, **how: Any) -> Sequence[Tensor]:
+    """The same numbers in fp32."""
+    return _info_nce(batch._replace(leaves=[x.float() for x in batch.leaves]), **how)
+
+
 def _in_batch(batch: Batch) -> Sequence[Tensor]:
     (q, p), N = batch.leaves, len(batch.leaves[1])
     settings = InBatchSettings(workspace_bytes=workspace(q, "cuda"))
@@ -167,6 +172,7 @@ _of = functools.partial
 _INFO_NCE: dict[str, Any] = {
     "rows_loss": info_nce_rows, "gemms": 3, "gates": info_nce_cases.GATE
 }  # fmt: skip
+_IN_FP32 = dict.fromkeys(info_nce_cases.GATE, info_nce_cases.GATE[torch.float32])
 PIPELINES = [
     Pipeline("stored", _of(_info_nce, stored=True), **_INFO_NCE),
     Pipeline("exact", _of(_info_nce, stored=False, few=False), **_INFO_NCE),
@@ -187,5 +193,9 @@ PIPELINES = [
     Pipeline(
         "few launches, both directions", _of(_info_nce, options=SYMMETRIC, few=True),
         **_INFO_NCE | {"rows_loss": both_ways_rows}, small=True,
+    ),
+    Pipeline(
+        "fp32 by tf32x3", _of(_in_fp32, options={"precision": "tf32x3"}),
+        **_INFO_NCE | {"gates": _IN_FP32},
     ),
 ]  # fmt: skip

@@ -131,9 +131,13 @@ def test_any_shape_and_stride(sizes, name, layout, rows, seed):
     sizes = dict(zip("MND", sizes, strict=True), seed=seed)
     q, p, *rest = case_of(name, replace(PLAIN, kind=loss), rows=rows, **sizes)
     case = (LAYOUTS[layout](q), LAYOUTS[layout](p), *rest)
+    # Equal rows cancel in a gradient: its rounding is that of its terms, N slopes and the label's
+    # of a scale times weights, over the length of a row.
+    shortest = min(x.norm(dim=1).min() for x in case[:2])
+    terms = 8 * 2 * sizes["N"] * 2 / shortest
     for got, want in zip(launch(case), by_torch(case), strict=True):
         got, want = (x.double().nan_to_num(neginf=-2) for x in (got, want))  # hardest of no pair
-        assert (got - want).norm() < 2e-5 * max(1.0, want.norm())
+        assert (got - want).norm() < max(2e-5 * max(1.0, want.norm()), 8 * 2**-24 * terms)
 
 
 @pytest.mark.parametrize("loss", ["rankpo", "siglip"])

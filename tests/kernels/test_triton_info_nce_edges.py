@@ -303,11 +303,13 @@ def test_workspace_of_less_than_a_row_is_refused(name):
         launch(*case, replace(settings, workspace_bytes=99), uneven(M), scale=20.0)
 
 
-@pytest.mark.parametrize("share", [2**-8, 0.3, 0.999])
-@pytest.mark.parametrize("pipeline", ["fp32", "bf16", "bf16-stored", "fp16"])
+@pytest.mark.parametrize(
+    ("pipeline", "share"),
+    [("fp32", 2**-8), ("fp32", 0.999), ("bf16", 0.3), ("bf16-stored", 0.3), ("fp16", 0.3)],
+)
 def test_filter_leaves_out_the_rows_that_pull_least_and_nothing_else(pipeline, share):
-    """Three chunks, each with what it leaves out: about none, half and nearly all. Weights may be
-    those of a loss that is subtracted."""
+    """Three chunks, each with what it leaves out: little, half and nearly all. Weights may be those
+    of a loss that is subtracted."""
     dtype, how = PIPELINES[pipeline]
     M, N, D, rows = 43, 70, 24, 16  # as many as one tile, as the last chunk has not; odd tails
     q, p, labels = draw(M, N, D, dtype, converged=False)

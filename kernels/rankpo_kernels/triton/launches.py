@@ -60,7 +60,8 @@ def _launch(
     # tiles of few dims are Hopper's; it stands for the others where dtypes add no form of their own
     plain = options.removesuffix(", tf32x3") in ("plain", "rankpo")
     everywhere = narrow == options and (dtype == torch.bfloat16 or plain)
-    everywhere = everywhere and not options.endswith("fp8")  # which sm_80 has not
+    # ends within a tile are masks alone, and sm_80 has no fp8
+    everywhere = everywhere and not any(word in options for word in ("odd", "unnorm", "fp8"))
     dtype_name = str(dtype).removeprefix("torch.")
     return Launch(name, dtype_name, options, run, True, pipeline, dims, everywhere)
 
