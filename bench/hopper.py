@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankpo_kernels.problem import LARGE_WORKSPACE
 from rankpo_kernels.triton import waves
+from rankpo_kernels.workspace import LARGE_WORKSPACE
 
 from .sass import Counts
 

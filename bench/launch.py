@@ -7,17 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankpo_kernels.problem import (
-    LARGE_GPU,
-    PQ,
-    QP,
-    InfoNCEProblem,
-    InfoNCEResult,
-    InfoNCESettings,
-    default_workspace,
-)
+from rankpo_kernels.problem import PQ, QP, InfoNCEProblem, InfoNCEResult, InfoNCESettings
 from rankpo_kernels.relations import Relations
 from rankpo_kernels.triton.info_nce import info_nce
+from rankpo_kernels.workspace import LARGE_GPU, default_workspace
 
 from .peers import SCALE
 

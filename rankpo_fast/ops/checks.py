@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rankpo_fast.ops.options import InfoNCECall, ScoreBatch, ScoreCall
-from rankpo_kernels.problem import DEFAULT_WORKSPACE, PP, QP, ScoreOptions, compute_dtype
+from rankpo_kernels.problem import PP, QP, ScoreOptions, compute_dtype
 from rankpo_kernels.relations import APART, Relations, expand, positive_pairs
+from rankpo_kernels.workspace import DEFAULT_WORKSPACE
 
 FP8 = (8, 9)  # compute capability from which tensor cores multiply fp8
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of embeddings

@@ -25,7 +25,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.train.meters import Meter, meter_of, release
-from rankpo_kernels.problem import most_workspace
+from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
 # elements still counted in 31 bits.

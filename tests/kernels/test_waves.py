@@ -117,7 +117,7 @@ def test_the_usual_tile_of_products_is_not_taken_for_the_only_one():
 
 
 def test_workspace_of_large_gpus_is_larger():
-    from rankpo_kernels.problem import default_workspace
+    from rankpo_kernels.workspace import default_workspace
 
     assert default_workspace("cuda", 85 * 10**9) == 1 << 30  # 80 GB, as it says of itself
     assert default_workspace("cuda", 48 * 10**9) == default_workspace("cuda") == 256 << 20

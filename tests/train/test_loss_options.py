@@ -185,6 +185,7 @@ def test_every_option_of_the_loss_is_a_setting_or_has_no_place_in_training():
         "reduction",
         "workspace_bytes",
         "backend",
+        "precision",
         "process_group",
         "exchange",
     }

@@ -18,7 +18,7 @@ from rankpo_fast.train.budget import checkpoint_layers
 from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.meters import Gpu, host_free_bytes
 from rankpo_fast.train.prefetch import Prefetcher
-from rankpo_kernels.problem import most_workspace
+from rankpo_kernels.workspace import most_workspace
 
 CPU = torch.device("cpu")
 LOSS_WORKSPACE = most_workspace(CPU)

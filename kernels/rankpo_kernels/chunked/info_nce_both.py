@@ -25,8 +25,9 @@ from rankpo_kernels.chunked.chunks import row_chunks
 from rankpo_kernels.chunked.norms import tangent_
 from rankpo_kernels.chunked.row_pass import RowPass
 from rankpo_kernels.objective import Slopes, Stats, combine
-from rankpo_kernels.problem import KEPT_ON_CPU, PQ, QP, InfoNCEProblem, InfoNCEResult, Needs
+from rankpo_kernels.problem import PQ, QP, InfoNCEProblem, InfoNCEResult, Needs
 from rankpo_kernels.relations import positive_pairs
+from rankpo_kernels.workspace import KEPT_ON_CPU
 
 SMALLEST = -87.3  # in whose power of e fp32 ends; below it `native` has zeros
 ROUNDING = 18.0  # e to its negative is less than fp32 can tell from 0 beside 1
