@@ -288,8 +288,8 @@ def info_nce_loss(call: InfoNCECall) -> Tensor:
             vectors lose: those of queries and those of passages to at most 2 * gradient_filter *
             scale * the sum of all pulls each. 2**-8 is how bf16 rounds; at least eps / 2 of the
             dtype. Loss and the gradient of the scale stay exact. For query_to_passage alone,
-            without further positives, own negatives, smoothing or prefixes; in fp64 nothing is
-            left out.
+            without further positives, own negatives, smoothing or prefixes; in fp64, and in
+            torch on CUDA, nothing is left out.
         workspace_bytes: at most, for scores that are there at once; default 90 MiB on the CPU
             (256 MiB in both directions, where it spares a product to keep them), 256 MiB on CUDA,
             1 GiB on GPUs of 80 GB and more.
