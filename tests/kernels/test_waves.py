@@ -1,9 +1,11 @@
-"""Chunks of rows whose tiles fill whole waves; waves.py has the reasons."""
+"""Tables of tiles, and chunks of rows whose tiles fill whole waves; waves.py has the reasons."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankpo_kernels.triton import tiles
 from rankpo_kernels.triton.waves import cost, equal_rows, rows_of_chunk, waves
 
 BLOCK, SMS = 128, 132
@@ -122,3 +124,21 @@ def test_workspace_of_large_gpus_is_larger():
     assert default_workspace("cuda", 85 * 10**9) == 1 << 30  # 80 GB, as it says of itself
     assert default_workspace("cuda", 48 * 10**9) == default_workspace("cuda") == 256 << 20
     assert default_workspace("cpu", 10**12) == 90 << 20
+
+
+@pytest.mark.parametrize(
+    ("version", "earlier"),
+    [("3.6.0", True), ("3.7.0", False), ("3.10.1", False), ("3.6.0+git1234", True), ("4.0", False)],
+)
+def test_versions_of_triton_are_numbers(version, earlier):
+    assert tiles.before(version, 3, 7) == earlier
+
+
+@pytest.mark.parametrize(
+    ("arch", "unfenced", "stages"), [(100, True, 1), (100, False, 3), (90, True, 3)]
+)
+def test_what_no_fence_can_stand_in_is_not_pipelined(monkeypatch, arch, unfenced, stages):
+    monkeypatch.setattr(tiles, "_architecture", lambda: arch)
+    monkeypatch.setattr(tiles, "UNFENCED", unfenced)
+    assert tiles.product_tiles(torch.bfloat16).num_stages == stages
+    assert tiles.product_tiles(torch.float32, "tf32x3").num_stages == stages

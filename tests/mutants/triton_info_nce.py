@@ -52,8 +52,8 @@ MUTANTS = [
     ),
     Mutant(
         "one-program-too-few", PRODUCTS,
-        "(rows * cdiv(D, PRODUCT.BLOCK_N) + 1,)",
-        "(rows * cdiv(D, PRODUCT.BLOCK_N),)",
+        "(rows * cdiv(D, tiles.BLOCK_N) + 1,)",
+        "(rows * cdiv(D, tiles.BLOCK_N),)",
         triton("one_weight"),
     ),
     Mutant(

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rankpo_kernels.triton.rows import Scale, absent, block_d, sum_of_parts
-from rankpo_kernels.triton.tiles import FUSION, PRODUCT, cdiv, product_tiles
+from rankpo_kernels.triton.scores import proxy_fence
+from rankpo_kernels.triton.tiles import FUSION, cdiv, product_tiles
 
 
 class Product(NamedTuple):
@@ -87,6 +88,8 @@ def _finished_tile(
         at_nd = offs_n.to(tl.int64)[:, None] * side.stride_b + offs_d[None, :] * side.stride_bd
         mask_nd = (offs_n < side.N)[:, None] & mask_d[None, :]
         b_nd = tl.load(side.b + at_nd, mask=mask_nd, other=0.0)
+        if g_rn.dtype.primitive_bitwidth <= 16:
+            proxy_fence(start)
         acc_rd = tl.dot(g_rn, b_nd, acc_rd, input_precision="ieee")
     write_rd = mask_r[:, None] & mask_d[None, :]
     if side.inverse_R is not None:
@@ -139,10 +142,11 @@ def finished_kernel(
 def finished(g_MN: Tensor, first: Product, second: Product, totals: Totals) -> None:
     """Gradients of both sides (each may be absent) in their last form, and the sums."""
     D = next(side.x.shape[1] for side in (first, second) if side.out is not None)
-    rows = sum(cdiv(side.R, PRODUCT.BLOCK_M) for side in (first, second) if side.R)
-    finished_kernel[(rows * cdiv(D, PRODUCT.BLOCK_N) + 1,)](
-        g_MN, first, second, totals, D, PRODUCT.BLOCK_M, PRODUCT.BLOCK_N, PRODUCT.BLOCK_K, 1024,
-        num_warps=PRODUCT.num_warps, num_stages=PRODUCT.num_stages, **FUSION,
+    tiles = product_tiles(g_MN.dtype)
+    rows = sum(cdiv(side.R, tiles.BLOCK_M) for side in (first, second) if side.R)
+    finished_kernel[(rows * cdiv(D, tiles.BLOCK_N) + 1,)](
+        g_MN, first, second, totals, D, tiles.BLOCK_M, tiles.BLOCK_N, tiles.BLOCK_K, 1024,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSION,
     )  # fmt: skip
 
 
@@ -196,6 +200,8 @@ def rows_kernel(
         g_mk = tl.load(g + at_mk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         at_kd = row_k[:, None] * stride_b + offs_d[None, :] * stride_bd
         b_kd = tl.load(b + at_kd, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
+        if g_mk.dtype.primitive_bitwidth <= 16:
+            proxy_fence(start)
         acc_md = tl.dot(g_mk, b_kd, acc_md, input_precision=PRECISION)
     to_md = out + row_m[:, None] * stride_out + offs_d[None, :]
     write_md = mask_m[:, None] & mask_d[None, :]

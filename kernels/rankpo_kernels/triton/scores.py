@@ -19,6 +19,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from rankpo_kernels import relations
 from rankpo_kernels.relations import Known
+from rankpo_kernels.triton import tiles
 
 EXEMPT, MASKED = 1, 2  # what a passage that was curated for the row is
 APART = tl.constexpr(relations.APART)
@@ -97,16 +98,16 @@ def _whole(dims, block):
     return all(dim % block == 0 for dim in dims)
 
 
-# Such a Triton lets wgmma read shared memory that cp.async wrote, unordered.
-UNFENCED = tl.constexpr(triton.__version__ < "3.7" and not triton.knobs.runtime.interpret)
+UNFENCED = tl.constexpr(tiles.UNFENCED)
 
 
 @triton.jit
 def proxy_fence(at):
-    """Between copies to shared memory and the tensor cores that read it. Of a loop that Triton
-    pipelines it stays behind the wait for the copies: `make aot` looks that it does."""
+    """Between copies to shared memory and the tensor cores that read it, in each loop that holds a
+    product of 16 bits or less. Of a loop that Triton pipelines it stays behind the wait for the
+    copies: `make aot` looks that it does. On sm_100 it cannot be pipelined: see `tiles`."""
     if UNFENCED:  # noqa: SIM102  a constexpr: what is inside is compiled for such alone
-        if cuda_capability_geq(9):
+        if cuda_capability_geq(9) and not cuda_capability_geq(10):
             tl.inline_asm_elementwise(
                 "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [at], tl.int32, False, 1
             )

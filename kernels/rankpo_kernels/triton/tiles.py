@@ -5,7 +5,7 @@ compiles without spills (`make aot`). `python -m bench` on a GPU sweeps the tile
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,15 @@ def cdiv(a: int, b: int) -> int:
 
 
 FUSION = {"enable_fp_fusion": True}  # said at every launch: Triton's default is about to change
+
+
+def before(version: str, major: int, minor: int) -> bool:
+    """Whether a version of Triton is earlier."""
+    return tuple(int(part) for part in version.split(".")[:2]) < (major, minor)
+
+
+# Such a Triton lets tensor cores read shared memory that cp.async wrote, unordered.
+UNFENCED = before(triton.__version__, 3, 7) and not triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,11 @@ SLIM = Tiles(128, 64, 64, num_warps=4, num_stages=3, PARTS=2, programs=2)
 # A program of `streamed`: twelve warps, two thirds of which multiply and finish 64 x 256 each.
 STREAMED = Tiles(128, 256, 64, num_warps=4, num_stages=3)
 SMALL = Tiles(64, 64, 32, num_warps=4, num_stages=4)
-# Of sm_100, whose tensor memory hands a thread its columns at once, not part by part.
-BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=3)
-SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=4)
+# Of sm_100, whose tensor memory hands a thread its columns at once, not part by part. A loop with a
+# fence of our own (`scores.proxy_fence`) cannot be pipelined there, and without one must not be:
+# one stage is copied through registers, where Triton has a fence.
+BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=1 if UNFENCED else 3)
+SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=1 if UNFENCED else 4)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
@@ -74,11 +85,21 @@ def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESetti
     return SLIM if judged else WIDE
 
 
-def product_tiles(dtype: torch.dtype, precision: str) -> Tiles:
+def product_tiles(dtype: torch.dtype, precision: str = "ieee") -> Tiles:
     """Of products that cuBLAS has no form of."""
-    if dtype != torch.float32:
-        return PRODUCT
-    return SPLIT if precision == "tf32x3" else FULL
+    if dtype == torch.float32:
+        return _split() if precision == "tf32x3" else FULL
+    return _one_stage(PRODUCT)
+
+
+def _split() -> Tiles:
+    return _one_stage(SPLIT)
+
+
+def _one_stage(tiles: Tiles) -> Tiles:
+    """Where the loop must not be pipelined: see BY_COLUMNS."""
+    unfenced = UNFENCED and _architecture() >= 100
+    return replace(tiles, num_stages=1) if unfenced else tiles
 
 
 def streamed_tiles(
@@ -97,7 +118,7 @@ def streamed_tiles(
 
 
 def in_fp32(settings: ScoreOptions) -> Tiles:
-    return SPLIT if settings.precision == "tf32x3" else FULL
+    return _split() if settings.precision == "tf32x3" else FULL
 
 
 def pair_tiles(dtype: torch.dtype, settings: InBatchSettings, reference: bool, more: bool) -> Tiles:
