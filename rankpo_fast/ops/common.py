@@ -6,7 +6,7 @@ w_i loss_i.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -120,7 +120,7 @@ def loss_op(name: str) -> Callable[[Callable], CustomOpDef]:
 def called(op: CustomOpDef, *arguments: Any) -> Any:
     """What an op gives, in no graph; by itself where nobody would see that torch was not asked, who
     takes a third of a millisecond."""
-    if any(_is_watched(x) for x in arguments if isinstance(x, Tensor)):
+    if _are_watched(x for x in arguments if isinstance(x, Tensor)):
         return op(*arguments)
     with torch.no_grad():
         return _function_of[op](*arguments)
@@ -131,7 +131,7 @@ def weighted_sum(
 ) -> Tensor:
     """The first of what an op `with_grads` (see `register_gradients`) gives, in the graph."""
     arguments = (*crossing(problem), weights, needs)
-    if any(_is_watched(x) for x in problem.leaves if x is not None):
+    if _are_watched(x for x in problem.leaves if x is not None):
         return op(*arguments)[0]
     leaf = problem.leaves[needs.index(True)]
     assert leaf is not None
@@ -139,13 +139,13 @@ def weighted_sum(
     return _WithGrads.apply(_function_of[op], nothing, *arguments)
 
 
-def _is_watched(x: Tensor) -> bool:
+def _are_watched(tensors: Iterable[Tensor]) -> bool:
     """Whether something may look at torch's calls: a compiler, a mode, a transform, a subclass."""
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
-        or type(x) not in (Tensor, Parameter)
+        or any(type(x) not in (Tensor, Parameter) for x in tensors)
     )
 
 

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankpo_kernels.problem import InfoNCESettings
+from rankpo_kernels.relations import Relations
 from rankpo_kernels.triton import tiles
 from rankpo_kernels.triton.waves import cost, equal_rows, rows_of_chunk, waves
 
@@ -140,5 +142,8 @@ def test_versions_of_triton_are_numbers(version, earlier):
 def test_what_no_fence_can_stand_in_is_not_pipelined(monkeypatch, arch, unfenced, stages):
     monkeypatch.setattr(tiles, "_architecture", lambda: arch)
     monkeypatch.setattr(tiles, "UNFENCED", unfenced)
+    settings = InfoNCESettings(workspace_bytes=1 << 20)
+    scores = tiles.score_tiles(torch.bfloat16, Relations(torch.arange(4)), settings)
+    assert scores.num_stages == stages
     assert tiles.product_tiles(torch.bfloat16).num_stages == stages
     assert tiles.product_tiles(torch.float32, "tf32x3").num_stages == stages

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import triton
 
-from rankpo_kernels.problem import PQ, QP, InBatchSettings, InfoNCESettings, ScoreOptions
+from rankpo_kernels.problem import PQ, QP, InBatchSettings, InfoNCESettings
 from rankpo_kernels.relations import Relations
 
 
@@ -58,11 +58,9 @@ SLIM = Tiles(128, 64, 64, num_warps=4, num_stages=3, PARTS=2, programs=2)
 # A program of `streamed`: twelve warps, two thirds of which multiply and finish 64 x 256 each.
 STREAMED = Tiles(128, 256, 64, num_warps=4, num_stages=3)
 SMALL = Tiles(64, 64, 32, num_warps=4, num_stages=4)
-# Of sm_100, whose tensor memory hands a thread its columns at once, not part by part. A loop with a
-# fence of our own (`scores.proxy_fence`) cannot be pipelined there, and without one must not be:
-# one stage is copied through registers, where Triton has a fence.
-BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=1 if UNFENCED else 3)
-SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=1 if UNFENCED else 4)
+# Of sm_100, whose tensor memory hands a thread its columns at once, not part by part.
+BY_COLUMNS = Tiles(128, 64, 64, num_warps=8, num_stages=3)
+SMALL_BY_COLUMNS = Tiles(64, 64, 32, num_warps=8, num_stages=4)
 PRODUCT = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # fp32 runs on the plain cores, where larger tiles spill.
 FULL = Tiles(64, 64, 32, num_warps=4, num_stages=2)
@@ -73,12 +71,12 @@ SPLIT = Tiles(64, 64, 32, num_warps=4, num_stages=3, PRECISION="tf32x3")
 
 def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESettings) -> Tiles:
     if dtype == torch.float32:
-        return in_fp32(settings)
+        return in_fp32(settings.precision)
     # two accumulators, or one that outlives several epilogues
     doubled = relations.guide is not None or len(settings.matryoshka_dims or ()) > 1
     judged = settings.false_negative_margin is not None or settings.hardness_mode is not None
     if _architecture() >= 100:
-        return SMALL_BY_COLUMNS if doubled or judged else BY_COLUMNS
+        return _fenced(SMALL_BY_COLUMNS if doubled or judged else BY_COLUMNS)
     # similarities stand beside the scores; mma.sync holds its operands besides
     if doubled or (judged and _architecture() == 80):
         return SMALL
@@ -87,17 +85,16 @@ def score_tiles(dtype: torch.dtype, relations: Relations, settings: InfoNCESetti
 
 def product_tiles(dtype: torch.dtype, precision: str = "ieee") -> Tiles:
     """Of products that cuBLAS has no form of."""
-    if dtype == torch.float32:
-        return _split() if precision == "tf32x3" else FULL
-    return _one_stage(PRODUCT)
+    return in_fp32(precision) if dtype == torch.float32 else _fenced(PRODUCT)
 
 
-def _split() -> Tiles:
-    return _one_stage(SPLIT)
+def in_fp32(precision: str) -> Tiles:
+    return _fenced(SPLIT) if precision == "tf32x3" else FULL
 
 
-def _one_stage(tiles: Tiles) -> Tiles:
-    """Where the loop must not be pipelined: see BY_COLUMNS."""
+def _fenced(tiles: Tiles) -> Tiles:
+    """On sm_100 a loop with a fence of our own (`scores.proxy_fence`) cannot be pipelined, and
+    without one must not be: one stage is copied through registers, where Triton has a fence."""
     unfenced = UNFENCED and _architecture() >= 100
     return replace(tiles, num_stages=1) if unfenced else tiles
 
@@ -117,16 +114,12 @@ def streamed_tiles(
     return STREAMED if simple and relations.labels_alone else None
 
 
-def in_fp32(settings: ScoreOptions) -> Tiles:
-    return _split() if settings.precision == "tf32x3" else FULL
-
-
 def pair_tiles(dtype: torch.dtype, settings: InBatchSettings, reference: bool, more: bool) -> Tiles:
     """Of losses over pairs; `more`: SFT or the scale's moment, which stand beside x."""
     if dtype == torch.float32:
-        return in_fp32(settings)
+        return in_fp32(settings.precision)
     if _architecture() >= 100:
-        return SMALL_BY_COLUMNS if reference or more else BY_COLUMNS
+        return _fenced(SMALL_BY_COLUMNS if reference or more else BY_COLUMNS)
     if reference:
         return SMALL
     # wgmma reads its operands from shared memory, mma.sync holds them in registers
