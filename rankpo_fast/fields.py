@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from operator import or_
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rankpo_fast.data.memory import Source, sources
 from rankpo_fast.errors import InputError
@@ -40,6 +41,14 @@ class Config:
         """InputError for a value that cannot be used."""
 
 
+def words_beside_bool(hint: Any) -> tuple[str, ...]:
+    """Of a type as `bool | Literal["auto"]` the words; of any other none."""
+    parts = get_args(hint)
+    if get_origin(hint) not in (Union, UnionType) or bool not in parts:
+        return ()
+    return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
@@ -67,9 +76,10 @@ def _typed(config: Config, name: str, hint: Any, value: Any) -> Any:
         return found[0]
     if hasattr(value, "tolist"):  # numpy's and torch's as Python's
         value = value.tolist()
-    if hint == AutoOrBool:
-        require(config, name, "auto, true or false", value == "auto" or value in (True, False))
-        return value if value == "auto" else bool(value)
+    if words := words_beside_bool(hint):
+        known = value in words or value in (True, False)
+        require(config, name, f"{', '.join(words)}, true or false", known)
+        return value if value in words else bool(value)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         right = isinstance(value, str) and value in choices

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -21,7 +22,7 @@ from rankpo_fast.compatibility.names import alias, hint
 from rankpo_fast.compatibility.rules import Line
 from rankpo_fast.data.memory import Source
 from rankpo_fast.errors import InputError
-from rankpo_fast.fields import AutoOrBool
+from rankpo_fast.fields import words_beside_bool
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -126,8 +127,8 @@ def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParse
     class Parser(_Parser, HfArgumentParser):
         @staticmethod
         def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Any) -> None:
-            if field.type == AutoOrBool:  # which transformers has no kind of flag for
-                _add_auto_or_bool(parser, field)
+            if words := words_beside_bool(field.type):  # transformers has no such kind of flag
+                _add_words_or_bool(parser, field, words)
                 return
             field = copy.copy(field)
             field.type = NAMED.get(field.type, field.type)
@@ -145,12 +146,14 @@ def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParse
     return parser
 
 
-def _add_auto_or_bool(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """--x, --x true|false|auto, and --no_x, which switches have too."""
+def _add_words_or_bool(
+    parser: argparse.ArgumentParser, field: dataclasses.Field, words: Sequence[str]
+) -> None:
+    """--x, --x true|false|WORD, and --no_x, which switches have too."""
     names = list(dict.fromkeys([field.name, field.name.replace("_", "-")]))
     parser.add_argument(
-        *(f"--{name}" for name in names), type=_auto_or_bool, nargs="?", const=True,
-        default=field.default, metavar="auto|true|false", **field.metadata,
+        *(f"--{name}" for name in names), type=partial(_word_or_bool, words), nargs="?", const=True,
+        default=field.default, metavar="|".join([*words, "true", "false"]), **field.metadata,
     )  # fmt: skip
     parser.add_argument(
         "--no_" + names[0], "--no-" + names[-1], dest=field.name, action="store_const", const=False,
@@ -158,13 +161,14 @@ def _add_auto_or_bool(parser: argparse.ArgumentParser, field: dataclasses.Field)
     )  # fmt: skip
 
 
-def _auto_or_bool(text: str) -> bool | str:
+def _word_or_bool(words: Sequence[str], text: str) -> bool | str:
     from transformers.hf_argparser import string_to_bool
 
     try:
-        return "auto" if text == "auto" else string_to_bool(text)
+        return text if text in words else string_to_bool(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"auto, true or false, not {text!r}") from None
+        known = f"{', '.join(words)}, true or false"
+        raise argparse.ArgumentTypeError(f"{known}, not {text!r}") from None
 
 
 class _Parser(argparse.ArgumentParser):

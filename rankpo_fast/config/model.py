@@ -4,7 +4,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rankpo_fast.fields import AutoOrBool, Config, check_at_least, check_names, flag
+from rankpo_fast.fields import (
+    AutoOrBool,
+    Config,
+    check_above,
+    check_at_least,
+    check_names,
+    flag,
+    require,
+)
 
 PAPER_SPECIAL_TOKENS = [
     "<keyword>", "</keyword>", "<title>", "</title>", "<abstract>", "</abstract>", "<sep>",
@@ -73,10 +81,41 @@ class ModelConfig(EncoderConfig):
     )
     from_scratch: bool = flag("Random weights: only config and tokenizer are read.", False)
     special_tokens: list[str] = flag("Added to the tokenizer; paper: the paper's own.", [])
-    gradient_checkpointing: AutoOrBool = flag(
-        "Less memory for a third more compute; auto: where a micro-batch does not fit without.",
+    weights_dtype: Literal["fp32", "bf16", "nf4"] = flag(
+        "Of the weights while they train. bf16: updates are rounded at random, right on average; "
+        "nf4: 4 bits each, which stay as they are, for --lora_rank.", "fp32",
+    )  # fmt: skip
+    lora_rank: int | None = flag(
+        "Train an adapter of this rank instead of the weights (LoRA). [the weights]", None
+    )
+    lora_alpha: float | None = flag("The adapter counts alpha / rank times. [2 ranks]", None)
+    lora_dropout: float = flag("Of what goes into the adapter.", 0.0)
+    lora_targets: list[str] = flag(
+        "Layers that get an adapter: all-linear, or ends of their names, as q_proj v_proj.",
+        ["all-linear"],
+    )
+    lora_init: Literal["default", "gaussian", "orthogonal"] = flag(
+        "How an adapter starts; none changes the model at first, but orthogonal.", "default"
+    )
+    lora_dora: bool = flag("Train the lengths of weights beside it (DoRA).", False)
+    lora_modules_to_save: list[str] = flag(
+        "Layers that are trained whole beside the adapter, by the ends of their names.", []
+    )
+    freeze_embeddings: bool = flag("The embeddings of tokens and positions stay.", False)
+    freeze_layers: int = flag("So many of the first layers stay, the embeddings too.", 0)
+    layers: int | None = flag("Of the model's layers the first ones, the others go. [all]", None)
+    trim_vocabulary: bool = flag("Drop tokens that no text of the run has.", False)
+    bidirectional: bool = flag("Tokens of a causal model see those after them too.", False)
+    gradient_checkpointing: bool | Literal["auto", "selective"] = flag(
+        "Less memory for a third more compute; selective: half of that, products are kept; auto: "
+        "where a micro-batch does not fit without.",
         "auto",
     )
+    mlp_chunk: int | None = flag(
+        "Tokens that go through a feed-forward layer at once, which is computed again for the "
+        "backward pass: less memory where texts are long. [all]", None, metavar="TOKENS",
+    )  # fmt: skip
+    float8: bool = flag("Products in 8 bits, on GPUs that have them (torchao).", False)
     disable_dropout: bool = flag("Every dropout at 0.", False)
     torch_compile: bool = flag("Compile the layers: a slow start, then faster steps.", False)
     use_liger_kernel: bool | None = flag(
@@ -85,7 +124,12 @@ class ModelConfig(EncoderConfig):
 
     def check(self) -> None:
         super().check()
-        check_names(self, "special_tokens")
+        check_names(self, "special_tokens", "lora_targets", "lora_modules_to_save")
+        check_at_least(self, 1, "lora_rank", "layers", "mlp_chunk")
+        check_at_least(self, 0, "freeze_layers")
+        if self.lora_alpha is not None:
+            check_above(self, 0, "lora_alpha")
+        require(self, "lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1)
         given = self.special_tokens
         tokens = [t for g in given for t in (PAPER_SPECIAL_TOKENS if g == "paper" else [g])]
         object.__setattr__(self, "special_tokens", list(dict.fromkeys(tokens)))

@@ -36,6 +36,12 @@ class TrainingConfig(Config):
         "Course after the warm-up.", "cosine"
     )
     warmup_ratio: float = flag("Share of the steps in which the learning rate rises.", 0.1)
+    optim: Literal[
+        "adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8", "paged_adamw_8bit", "muon"
+    ] = flag(
+        "States of 8 bytes a parameter; of 2, 1 and 2 (torchao); of 2 that a GPU may put on the "
+        "host (bitsandbytes); of 4 for matrices (torch).", "adamw",
+    )  # fmt: skip
     weight_decay: float = flag("Of AdamW; biases and norms are spared.", 0.0)
     adam_beta1: float = flag("Of AdamW.", 0.9)
     adam_beta2: float = flag("Of AdamW.", 0.999)
@@ -45,6 +51,14 @@ class TrainingConfig(Config):
         "To keep what backward needs rather than compute it twice; 0: the least. [what one "
         "micro-batch leaves of what is free, of half of it on the CPU]", None, metavar="GB"
     )  # fmt: skip
+    offload: list[Literal["activations", "optimizer"]] = flag(
+        "What of a GPU's memory lies on the host until it is needed: activations, optimizer.", []
+    )
+    shard: Literal["none", "grad", "full"] = flag(
+        "Of several GPUs each holds all; its part of gradients and optimizer; of weights too.",
+        "none",
+    )
+    auto: bool = flag("Settings of memory as `rankpo-fast plan` finds them for this GPU.", False)
     seed: int = flag("Of row order, sampled negatives, dropout, random weights.", 42)
     logging_steps: int = flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = flag("Steps between two evaluations. [only at the end]", None)
