@@ -115,8 +115,6 @@ RULES: dict[str, Rule] = {
     "warmup_steps": rules.warmup_steps,
     "warmup": rules.warmup_steps,
     "lr_scheduler_kwargs": refused("the course is --lr_scheduler_type with --warmup_ratio"),
-    "optim": rules.optimizer,
-    "optimizer": rules.optimizer,
     "optim_args": refused("--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),
     "optim_target_modules": refused("an optimizer takes all weights that are trained"),
     "average_tokens_across_devices": unneeded("losses are means over queries, not tokens"),
@@ -144,7 +142,6 @@ RULES: dict[str, Rule] = {
     "liger_kernel_config": refused("--use_liger_kernel takes all that fit the model"),
     "use_cache": refused("an encoder keeps no keys and values"),
     **_each("lora use_lora use_peft", rules.lora),
-    "lora_targets": rules.lora_targets,
     **_each("from_peft raw_peft", refused("an adapter's directory is taken as "
                                           "--model_name_or_path, and trained on with --lora_rank")),
     **_each("save_merged_lora_model only_merge_lora_model",
@@ -223,6 +220,8 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 VALUES: dict[str, Rule] = {
+    "optim": rules.optimizer,
+    "lora_targets": rules.lora_targets,
     "device": rules.device,
     "cutoffs": rules.cutoffs,
     "max_steps": rules.max_steps,
