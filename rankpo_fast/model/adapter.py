@@ -59,8 +59,7 @@ class Adapter:
         """Put it into the backbone's layers, in place. InputError as below, and where it changes
         nothing."""
         self._opened(backbone, trained=trained)
-        if changes_nothing(backbone):
-            raise InputError(f"{self} changes nothing: all that it adds is 0")
+        self._check_changes(backbone)
         if trained:
             as_trained(backbone)
 
@@ -70,7 +69,9 @@ class Adapter:
         Raises:
             InputError: the adapter is not for this backbone, or cannot be merged.
         """
-        merged = self._opened(backbone).merge_and_unload(safe_merge=True)
+        opened = self._opened(backbone)
+        self._check_changes(backbone)
+        merged = opened.merge_and_unload(safe_merge=True)
         for parameter in merged.parameters():
             parameter.requires_grad_(True)
         return merged
@@ -99,6 +100,10 @@ class Adapter:
             raise InputError(f"{self} does not fit: {' '.join(str(error).split())}") from error
         raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
                          f"{unfit[0]} ...")  # fmt: skip
+
+    def _check_changes(self, backbone: "PreTrainedModel") -> None:
+        if changes_nothing(backbone):
+            raise InputError(f"{self} changes nothing: all that it adds is 0")
 
     def __str__(self) -> str:
         return f"{self.folder}, an adapter of {self.base},"

@@ -197,8 +197,10 @@ def save_adapter(backbone: "PreTrainedModel", directory: Path, lora: Lora) -> No
 
 
 def changes_nothing(backbone: nn.Module) -> bool:
-    """Whether all adapters leave the weights as they are."""
-    return not any(_differs(layer) for _, layer in _adapted(backbone))
+    """Whether there are adapters, all of which leave the weights as they are."""
+    layers = [layer for _, layer in _adapted(backbone)]
+    whole = any(hasattr(module, "modules_to_save") for module in backbone.modules())
+    return bool(layers) and not whole and not any(map(_differs, layers))
 
 
 def _differs(layer: Any) -> bool:
