@@ -133,7 +133,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         if training is not None:
             add_special_tokens(tokenizer, training.special_tokens)
         new_tokens = _fit_embedding(backbone, tokenizer)
-        if lora is not None and adapter is None:
+        if training is not None and lora is not None and adapter is None:
             add_lora(backbone, training)
     if training is not None:
         freeze(backbone, training)

@@ -81,9 +81,11 @@ def add_lora(backbone: "PreTrainedModel", config: ModelConfig) -> None:
         if not any(_ends(name, wanted) for name, _ in backbone.named_modules()):
             raise InputError(f"--lora_modules_to_save {wanted}: no layer has a name that ends so; "
                              f"there are {', '.join(_ending_names(backbone))}")  # fmt: skip
+    rank = config.lora_rank
+    assert rank is not None, "which decides whether there is an adapter"
     settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        r=rank,
+        lora_alpha=2 * rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         exclude_modules=rf"(.*\.)?{NOT_FOR_ADAPTERS}\..*",
@@ -119,9 +121,9 @@ def model_args(lora: Lora) -> dict[str, Any]:
 def keep_four_bits(backbone: nn.Module) -> None:
     """On a CPU with bf16 bitsandbytes would pack weights anew, their scales in bf16, as soon as one
     is read without gradients: not those any more that training reads, and not of every shape."""
-    for module in backbone.modules():
-        if _is_four_bits(module):
-            module.support_avx512bf16_for_cpu = False
+    four_bits: list[Any] = [module for module in backbone.modules() if _is_four_bits(module)]
+    for layer in four_bits:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def as_trained(backbone: nn.Module) -> None:
@@ -230,7 +232,7 @@ def _is_four_bits(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
-def _dense(layer: nn.Module) -> Tensor:
+def _dense(layer: Any) -> Tensor:
     """Its weight, of 4 bits too: as the layer reads them."""
     if not _is_four_bits(layer):
         return layer.weight

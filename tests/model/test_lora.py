@@ -50,7 +50,7 @@ def test_a_fresh_adapter_changes_no_vector(init, tiny_bert_dir):
 def test_whole_and_alone_it_has_the_vectors_of_the_training(
     base, kind, request, tmp_path, monkeypatch
 ):
-    """In fp32 to 1e-5, loaded by us, and by sentence-transformers, whose loader is transformers'."""
+    """In fp32 to 1e-5, loaded by us, and by sentence-transformers through transformers."""
     from sentence_transformers import SentenceTransformer
 
     # Its form for such CPUs packs 4-bit weights in its own way, with scales in bf16.

@@ -1,4 +1,4 @@
-"""Settings that save memory, in whole runs: each resumes bit by bit, keeps what it should, learns."""
+"""Settings that save memory, in whole runs: each resumes bit by bit, saves what it should, learns."""
 
 import json
 from pathlib import Path
@@ -34,8 +34,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 def test_a_run_with_it_resumes_bit_by_bit(
     lever, tiny_bert_dir, run_stage, stop_after, monkeypatch, contrastive_file
 ):
-    """In stage 2, against a reference, with replay, two batches a step, dropout on; micro-batches so
-    small that a step has several backward passes."""
+    """In stage 2, against a reference, with replay, two batches a step, dropout on; micro-batches
+    so small that a step has several backward passes."""
     flags = {**LEVERS[lever], "max_steps": 5, "reference_free": False, "save_dtype": "float32",
              "max_tokens_per_micro_batch": 48, "activation_memory_gb": 0.0,
              "replay_data": [contrastive_file], "replay_num_negatives": 1}  # fmt: skip
@@ -82,7 +82,7 @@ def test_training_goes_on_with_an_adapter_where_it_ended(tiny_llama_dir, run_sta
 
 
 def test_the_reference_of_a_fresh_adapter_is_its_base(tiny_llama_dir, run_stage, read_metrics):
-    """No second model: the first step's margins against it are 0, as those of a model that starts."""
+    """No second model: the first step's margins against it are 0, as a model's against itself."""
     flags = {"reference_free": False, "logging_steps": 1, "max_steps": 1}
     output = run_stage("rankpo", tiny_llama_dir, "out", lora_rank=4, **flags)
     assert read_metrics(output)[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
