@@ -30,20 +30,31 @@ Groups = list[dict[str, Any]]
 class Optimizer:
     """One of torch's interface, or several that share the parameters.
 
+    On the host (`hosts`) it has an fp32 copy of each parameter, which alone it changes: gradients
+    go there once a step, clipped, and weights come back.
+
     Attributes:
         waits: whether the host waits for the norm of each step's gradient. An optimizer that can be
             told on the device to leave the weights needs no wait.
     """
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer], *, seed: int = 0):
+    def __init__(
+        self,
+        parts: Sequence[torch.optim.Optimizer],
+        *,
+        seed: int = 0,
+        hosts: Mapping[Tensor, Tensor] | None = None,
+    ):
         """
         Args:
             parts: their states are made here, all zeros: whoever then looks how much memory is free
                 counts them in, and no first step runs out of it half way through the parameters.
             seed: of the rounding of bf16 weights, on every rank the same.
+            hosts: parameters of the model -> their copies, of which `parts` are; None: no copies.
         """
-        self.parts, self._seed = list(parts), seed
-        self.waits = not all(isinstance(part, torch.optim.AdamW) for part in parts)
+        self.parts, self._seed, self._hosts = list(parts), seed, dict(hosts or {})
+        fused = all(isinstance(part, torch.optim.AdamW) for part in parts)
+        self.waits = not fused or bool(self._hosts)
         self.updates = 0  # asked for so far; the next one's random numbers follow from it
         self._broken = torch.zeros((), device=self.parameters[0].device)  # 1: change nothing more
         self._make_states()
@@ -54,7 +65,9 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        """Of the model."""
+        own = [p for group in self.param_groups for p in group["params"]]
+        return list(self._hosts) if self._hosts else own
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -78,10 +91,28 @@ class Optimizer:
         elif not self._broken:  # here the host waits
             if divisor is not None:
                 torch._foreach_div_(gradients, divisor.to(gradients[0].dtype))
-            self._step(self._broken, None)
+            with self._on_hosts():
+                self._step(self._broken, None)
         self.updates += 1
         self.zero_grad()
         return norm
+
+    @contextmanager
+    def _on_hosts(self) -> Iterator[None]:
+        """Inside the copies have the gradients; afterwards the parameters have their values."""
+        for parameter, host in self._hosts.items():
+            host.grad = None
+            if parameter.grad is not None:
+                host.grad = torch.empty_like(host, pin_memory=parameter.is_cuda)
+                host.grad.copy_(parameter.grad, non_blocking=True)
+                parameter.grad = None  # its memory is the next one's once it has been read
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        yield
+        with torch.no_grad():
+            for parameter, host in self._hosts.items():
+                parameter.copy_(host, non_blocking=True)
+                host.grad = None
 
     def _step(self, broken: Tensor, divisor: Tensor | None) -> None:
         with _seeded([self._seed, self.updates], broken.device):
@@ -100,7 +131,8 @@ class Optimizer:
                 group["lr"] = own
 
     def _make_states(self) -> None:
-        for parameter in self.parameters:
+        own = list(self._hosts.values()) or self.parameters
+        for parameter in own:
             parameter.grad = zero_gradient(parameter)
         self._set_rate(0.0)  # of a zero gradient: no weight and no moment changes
         self._step(torch.ones_like(self._broken), None)
@@ -110,15 +142,19 @@ class Optimizer:
                     state["step"].zero_()
                 elif "step" in state:
                     state["step"] = 0
-        self.zero_grad()
+        for parameter in own:
+            parameter.grad = None
 
     # --- for checkpoints ---
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The tensors of its state by name, as they lie in memory; numbers as tensors."""
+        own = self._hosts.get(parameter, parameter)
         state: dict[str, Any] = {}
         for part in self.parts:
-            state |= part.state.get(parameter, {})
+            state |= part.state.get(own, {})
+        if own is not parameter and own.dtype != parameter.dtype and state:
+            state["weight"] = own.detach()  # which the parameter holds rounded
         plain: dict[str, Tensor] = {}
         for name, value in state.items():
             if not isinstance(value, Tensor):
@@ -135,13 +171,16 @@ class Optimizer:
         """Put the state of each parameter, as `state_of` gave it, back in place; the next update is
         the one after `updates` of them."""
         for parameter, tensors in states.items():
-            own = self.state_of(parameter)
+            there = self.state_of(parameter)
+            own = self._hosts.get(parameter, parameter)
+            if own is not parameter:
+                own.copy_(parameter)
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                there[name].copy_(tensor)
             for part in self.parts:
-                for name, value in part.state.get(parameter, {}).items():
+                for name, value in part.state.get(own, {}).items():
                     if not isinstance(value, Tensor):
-                        part.state[parameter][name] = type(value)(tensors[name].item())
+                        part.state[own][name] = type(value)(tensors[name].item())
         self.updates = updates
 
 
@@ -169,7 +208,11 @@ def make_optimizer(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("nothing to train: every parameter of the model is frozen")
+    on_host = "optimizer" in config.offload
+    if on_host:
+        _check_offload(config, trained[0].device)
     choice, bf16 = CHOICES[config.optim], any(p.dtype == torch.bfloat16 for p in trained)
+    bf16 = bf16 and not on_host  # where weights are fp32
     if bf16 and not choice.takes_bf16:
         able = ", ".join(name for name, one in CHOICES.items() if one.takes_bf16)
         raise InputError(f"--optim {config.optim}: it would round the updates of --weights_dtype "
@@ -195,8 +238,30 @@ def make_optimizer(
         {"params": [p], "weight_decay": 0.0, FACTOR: rate / config.learning_rate}
         for p, rate in own.items()
     ]
-    parts = choice.make([group for group in groups if group["params"]], config, bf16)
-    return Optimizer(parts, seed=config.seed)
+    groups = [group for group in groups if group["params"]]
+    hosts = on_the_host(groups) if on_host else None
+    return Optimizer(choice.make(groups, config, bf16), seed=config.seed, hosts=hosts)
+
+
+def on_the_host(groups: Groups) -> dict[Tensor, Tensor]:
+    """Put fp32 copies in the place of the groups' parameters; parameter -> its copy."""
+    hosts: dict[Tensor, Tensor] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            copy = torch.empty(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda)
+            hosts[parameter] = copy.copy_(parameter.detach())
+        group["params"] = [hosts[parameter] for parameter in group["params"]]
+    return hosts
+
+
+def _check_offload(config: TrainingConfig, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise InputError(
+            f"--offload optimizer: the device is {device}, so it is on the host already"
+        )
+    if config.optim != "adamw":
+        raise InputError(f"--offload optimizer is for --optim adamw, which is fast on a host, not "
+                         f"for {config.optim}")  # fmt: skip
 
 
 def describe_optimizer(optimizer: Optimizer, config: TrainingConfig) -> str:
@@ -204,6 +269,8 @@ def describe_optimizer(optimizer: Optimizer, config: TrainingConfig) -> str:
     states = [t for p in optimizer.parameters for t in optimizer.state_of(p).values()]
     count = sum(p.numel() for p in optimizer.parameters)
     text = f"{config.optim}, {sum(t.nbytes for t in states) / count:.3g} bytes a parameter"
+    if "optimizer" in config.offload:
+        text += " on the host, fp32 weights beside them; gradients go there, weights come back"
     if optimizer.waits:
         text += "; the host waits for the gradient's norm once a step"
     return text

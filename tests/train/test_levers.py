@@ -1,4 +1,4 @@
-"""Settings that save memory, in whole runs: each resumes bit by bit, saves what it should, learns."""
+"""Settings that save memory, in whole runs: each resumes bit by bit, saves its own, learns."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,13 @@ from torch import nn
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.train.optim import CHOICES, describe_optimizer, make_optimizer
+from rankpo_fast.train.optim import (
+    CHOICES,
+    Optimizer,
+    describe_optimizer,
+    make_optimizer,
+    on_the_host,
+)
 
 BF16 = [name for name, choice in CHOICES.items() if choice.takes_bf16]
 
@@ -146,3 +152,38 @@ def test_bytes_of_states_are_what_the_help_says(name, least, most):
     said = describe_optimizer(optimizer, config(name))
     assert least <= float(said.split(", ")[1].split()[0]) <= most, said
     assert ("waits" in said) == (name not in ("adamw",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_the_host_adamw_walks_in_fp32_and_comes_back(dtype):
+    """Weights are those of AdamW in fp32 from the same start, rounded once, not at each step, in bf16;
+    its own fp32 weights go through a checkpoint."""
+
+    def made():
+        one = model().to(dtype)
+        groups = [{"params": list(one.parameters())}]
+        hosts = on_the_host(groups)
+        adam = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0, fused=True)
+        return one, Optimizer([adam], hosts=hosts)
+
+    one, optimizer = made()
+    exact = model().to(dtype).float()
+    beside = make_optimizer(exact, config("adamw"))
+    for step in range(3):
+        for mine, theirs in zip(optimizer.parameters, exact.parameters(), strict=True):
+            theirs.grad = torch.randn(mine.shape).to(dtype).float()
+            mine.grad = theirs.grad.to(dtype)
+        for which in (optimizer, beside):
+            which.update([torch.zeros(())], 1e-3, 1e9)
+        if step < 2:  # a run that goes on after each
+            states = [load(save(optimizer.state_of(p))) for p in optimizer.parameters]
+            weights = one.state_dict()
+            one, optimizer = made()
+            one.load_state_dict(weights)
+            optimizer.restore(dict(zip(optimizer.parameters, states, strict=True)), step + 1)
+    assert torch.equal(flat(one), flat(exact.to(dtype)))
+
+
+def test_what_is_on_the_host_already_is_not_put_there():
+    with pytest.raises(InputError, match="--offload optimizer: .* on the host already"):
+        make_optimizer(model(), config("adamw", offload=["optimizer"]))
