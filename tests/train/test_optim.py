@@ -156,7 +156,7 @@ def test_bytes_of_states_are_what_the_help_says(name, least, most):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_on_the_host_adamw_walks_in_fp32_and_comes_back(dtype):
-    """Weights are those of AdamW in fp32 from the same start, rounded once, not at each step, in bf16;
+    """Weights are those of AdamW in fp32 from the same start, in bf16 rounded once, not each step;
     its own fp32 weights go through a checkpoint."""
 
     def made():
