@@ -8,11 +8,13 @@ import torch
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.model.liger import use_liger
 
 
 def fit_to_train(encoder: Encoder, config: ModelConfig, device: torch.device) -> Encoder:
     """The same encoder on `device`, changed as `config` says of what can still be changed."""
+    encoder.layers.chunk(None)  # else what is put in their place, as Liger does, would go with it
     use_liger(encoder.backbone, config.use_liger_kernel, device)
     encoder.to(device).bf16 = config.bf16 is True
     if config.save_dtype != "auto":
@@ -22,13 +24,23 @@ def fit_to_train(encoder: Encoder, config: ModelConfig, device: torch.device) ->
 
 
 def set_layers(encoder: Encoder, config: ModelConfig) -> None:
-    """Checkpointed, where "auto" is decided once texts are known; compiled."""
-    if config.gradient_checkpointing is True and not encoder.layers.can_checkpoint:
-        kind = encoder.backbone.config.model_type
-        raise InputError(f"--gradient_checkpointing true: {kind} does not have it; give "
-                         f"--gradient_checkpointing false")  # fmt: skip
-    if encoder.layers.checkpointed != (config.gradient_checkpointing is True):
-        encoder.layers.checkpoint(config.gradient_checkpointing is True)
+    """Chunked, checkpointed, where "auto" is decided once texts are known; compiled.
+
+    Raises:
+        InputError: this backbone does not have what is asked for.
+    """
+    encoder.layers.chunk(config.mlp_chunk)
+    asked = config.gradient_checkpointing
+    kind: Checkpointing = False if asked == "auto" else asked
+    if kind and not encoder.layers.can_checkpoint:
+        name = encoder.backbone.config.model_type
+        raise InputError(f"--gradient_checkpointing {str(kind).lower()}: {name} does not have it; "
+                         f"give --gradient_checkpointing false")  # fmt: skip
+    if kind == "selective" and (reason := encoder.layers.why_not_selective()) is not None:
+        raise InputError(f"--gradient_checkpointing selective: {reason}; give "
+                         f"--gradient_checkpointing true")  # fmt: skip
+    if encoder.layers.checkpointed != kind:
+        encoder.layers.checkpoint(kind)
     if config.torch_compile:
         encoder.layers.compile()
 
@@ -40,11 +52,14 @@ def lent(encoder: Encoder | None) -> Iterator[None]:
         yield
         return
     layers, bf16, save_dtype = encoder.layers, encoder.bf16, encoder.save_dtype
-    checkpointed, compiled = layers.checkpointed, layers.compiled
+    checkpointed, compiled, chunk = layers.checkpointed, layers.compiled, layers.mlp_chunk
     try:
         yield
     finally:
         encoder.bf16, encoder.save_dtype = bf16, save_dtype
+        layers.offload(None)
+        if layers.mlp_chunk != chunk:
+            layers.chunk(chunk)
         if layers.checkpointed != checkpointed:
             layers.checkpoint(checkpointed)
         if layers.compiled and not compiled:
