@@ -140,9 +140,9 @@ class ModelConfig(EncoderConfig):
         """InputError for two that take away what the other is there for."""
         selective = self.gradient_checkpointing == "selective"
         if selective and self.mlp_chunk is not None:
-            raise InputError("--gradient_checkpointing selective keeps the products that --mlp_chunk "
-                             "is there to spare: give --gradient_checkpointing true, or no "
-                             "--mlp_chunk")  # fmt: skip
+            raise InputError("--gradient_checkpointing selective keeps the products that "
+                             "--mlp_chunk is there to spare: give --gradient_checkpointing true, "
+                             "or no --mlp_chunk")  # fmt: skip
         if self.torch_compile is True and selective:
             raise InputError("--torch_compile: compiled layers do not show the products that "
                              "--gradient_checkpointing selective keeps: give "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Whether a layer keeps what goes into it alone, and is computed again for the backward pass;
 # selective: its products too, and only the rest is computed again.
 Checkpointing = bool | Literal["selective"]
+WAYS: tuple[Checkpointing, ...] = (False, "selective", True)  # each takes less memory, more time
 
 
 class Layers:

@@ -84,7 +84,7 @@ class Offload:
         return away
 
     def _let_go(self, away: Away | None) -> None:
-        """Its block may be used for something else. (None: with its graph; nobody wants the copy.)"""
+        """Its block may be used for something else. None: it went with its graph."""
         if away is not None and away.tensor is not None and away.back is None:
             away.gone.wait()
             away.tensor = None

@@ -1,4 +1,4 @@
-"""Selective checkpointing: a layer keeps its products and its attention, the rest is computed again.
+"""Selective checkpointing: a layer keeps its products and attention, the rest is computed again.
 
 Products are nearly all of a layer's work, and what lies between them (norms, activations, rotary
 positions, dropout, sums) nearly nothing of it, but more than half of what the backward pass needs.

@@ -1,12 +1,13 @@
 """An encoder as its training wants it: its layers, and of one that is loaded already the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.check import selective_is_exact
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.model.liger import use_liger
@@ -36,13 +37,44 @@ def set_layers(encoder: Encoder, config: ModelConfig) -> None:
         name = encoder.backbone.config.model_type
         raise InputError(f"--gradient_checkpointing {str(kind).lower()}: {name} does not have it; "
                          f"give --gradient_checkpointing false")  # fmt: skip
-    if kind == "selective" and (reason := encoder.layers.why_not_selective()) is not None:
+    if kind == "selective" and (reason := _why_not_selective(encoder)) is not None:
         raise InputError(f"--gradient_checkpointing selective: {reason}; give "
                          f"--gradient_checkpointing true")  # fmt: skip
     if encoder.layers.checkpointed != kind:
         encoder.layers.checkpoint(kind)
     if config.torch_compile:
         encoder.layers.compile()
+
+
+def _why_not_selective(encoder: Encoder) -> str | None:
+    reason = encoder.layers.why_not_selective()
+    if reason is None and not selective_is_exact(encoder):
+        kind = encoder.backbone.config.model_type
+        reason = f"layers of {kind} write over products, so that other gradients come out"
+    return reason
+
+
+def check_offload(offload: Sequence[str], config: ModelConfig, device: torch.device) -> None:
+    """InputError where activations are to be offloaded and cannot be."""
+    if "activations" not in offload:
+        return
+    if device.type != "cuda":
+        raise InputError(f"--offload activations: it moves them from a GPU to the host, and the "
+                         f"device is {device}: leave it out")  # fmt: skip
+    if config.gradient_checkpointing is False:
+        raise InputError("--offload activations: it moves what goes into checkpointed layers (to "
+                         "move all else takes longer than to compute it again): give "
+                         "--gradient_checkpointing true, selective or auto")  # fmt: skip
+
+
+def set_offload(encoder: Encoder, offload: Sequence[str]) -> None:
+    """Of an encoder that has been loaded. InputError: its layers cannot be checkpointed."""
+    wanted = "activations" in offload
+    if wanted and not encoder.layers.can_checkpoint:
+        kind = encoder.backbone.config.model_type
+        raise InputError(f"--offload activations: it moves what goes into checkpointed layers, and "
+                         f"{kind} does not have them: leave it out")  # fmt: skip
+    encoder.layers.offload(encoder.device if wanted else None)
 
 
 @contextmanager
