@@ -46,8 +46,8 @@ class Away:
 class Offload:
     """Of one device's tensors; `with offload.forward():` around a forward pass."""
 
-    def __init__(self, device: torch.device, least: int = LEAST):
-        self._device, self._least = device, least
+    def __init__(self, device: torch.device):
+        self._device = device
         self._streams: Any = torch.get_device_module(device)
         self._out, self._in = self._streams.Stream(device), self._streams.Stream(device)
         self._leaving: deque[weakref.ref[Away]] = deque()
@@ -68,7 +68,7 @@ class Offload:
         # Weights, and views of them, are not copied: they stay on the device in any case. Nor is
         # what no layer has computed (masks, positions, token ids), which layers share.
         computed = tensor.grad_fn is not None and tensor.is_floating_point()
-        if not computed or not tensor.is_contiguous() or tensor.nbytes < self._least:
+        if not computed or not tensor.is_contiguous() or tensor.nbytes < LEAST:
             return tensor
         while len(self._leaving) >= BEHIND:
             self._let_go(self._leaving.popleft()())
@@ -77,7 +77,8 @@ class Offload:
         self._out.wait_stream(self._streams.current_stream(self._device))  # which computes it
         with self._streams.stream(self._out):
             host.copy_(tensor.detach(), non_blocking=True)
-        away = Away(tensor.detach(), host, self._now(self._out), self._last and self._last())
+        before = None if self._last is None else self._last()
+        away = Away(tensor.detach(), host, self._now(self._out), before)
         self._leaving.append(weakref.ref(away))
         self._alive.add(away)
         self._last = weakref.ref(away)

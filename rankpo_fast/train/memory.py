@@ -138,8 +138,8 @@ class Choice(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        how = {False: "not checkpointed", True: "checkpointed"}
-        return f"layers are {how.get(self.way, 'checkpointed selectively')}: {self.reason}"
+        how = "checkpointed" if self.way is True else "checkpointed selectively"
+        return f"layers are {how if self.way else 'not checkpointed'}: {self.reason}"
 
 
 def least_checkpointing(encoder: Encoder, table: TokenTable, max_tokens: int | None) -> Choice:
