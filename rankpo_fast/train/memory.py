@@ -36,7 +36,7 @@ from rankpo_kernels.workspace import most_workspace
 # elements still counted in 31 bits.
 MOST_TOKENS = 65536
 GOOD_TOKENS = 1024  # at once: a CPU is as fast as with more, a GPU of any size has enough to do
-HOST_TRIAL = 512  # tokens
+HOST_TRIAL, LEAST_TRIAL = 512, 16  # tokens
 
 
 @dataclass
@@ -265,19 +265,29 @@ def _reckoned(
     if max_tokens is not None and max_tokens <= HOST_TRIAL:
         return _largest(encoder, table, meter, max_tokens, longest, grow=False)
     few = _of_longest(encoder, table, meter, HOST_TRIAL)
-    per_token = few.graph / few.tokens
+    fixed = _fixed(few, _of_longest(encoder, table, meter, LEAST_TRIAL))
+    per_token = (few.graph - fixed) / few.tokens
     if longest > HOST_TRIAL:  # where attention keeps its weights, a token takes more in a long text
         fewer = _of_longest(encoder, table, meter, HOST_TRIAL // 2)
-        slope = (per_token - fewer.graph / fewer.tokens) / (few.tokens - fewer.tokens)
+        slope = (per_token - (fewer.graph - fixed) / fewer.tokens) / (few.tokens - fewer.tokens)
         per_token += max(0.0, slope) * (longest - few.tokens)
     budget = max_tokens or default_budget(table.lengths, "cpu")
     while True:
         tokens = min(budget, int(table.lengths.sum()))
-        graph = int(tokens * per_token)
+        graph = int(fixed + tokens * per_token)
         fits = graph <= _free(meter, encoder.device)
         if fits or max_tokens is not None or budget // 2 < max(longest, GOOD_TOKENS):
             return _Trial(budget, tokens, graph, graph)
         budget //= 2
+
+
+def _fixed(few: _Trial, least: _Trial) -> float:
+    """Bytes of a graph however many tokens it has: autocast's copies of weights, which only the
+    layers keep that are not checkpointed."""
+    if few.tokens <= least.tokens:
+        return 0.0
+    per_token = (few.graph - least.graph) / (few.tokens - least.tokens)
+    return max(0.0, least.graph - least.tokens * per_token)
 
 
 def _of_longest(encoder: Encoder, table: TokenTable, meter: Meter, tokens: int) -> _Trial:

@@ -270,6 +270,18 @@ def test_what_the_host_would_take_is_reckoned_from_a_little(words, tiny_bert_dir
     assert reckoned.graph_bytes == pytest.approx(tried.graph_bytes, rel=0.1)
 
 
+def test_copies_of_weights_are_reckoned_once_not_for_every_token(tiny_bert_dir, monkeypatch):
+    """Those in bf16 that a graph keeps, whose layers are not checkpointed."""
+    config = ModelConfig(str(tiny_bert_dir), bf16=True, disable_dropout=True)
+    encoder = load_encoder(config, device=CPU).train()
+    table = encoder.tokenize_passages(["nurse " * 40] * 40)
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 10**6)
+    tried = Memory.measure(encoder, table, 800, None)
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 100)
+    reckoned = Memory.measure(encoder, table, 800, None)
+    assert reckoned.graph_bytes == pytest.approx(tried.graph_bytes, rel=0.05)
+
+
 @pytest.fixture
 def host(monkeypatch):
     """host(bytes) may be taken, besides what the loss takes."""
