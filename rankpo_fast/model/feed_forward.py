@@ -81,4 +81,6 @@ def _method(module: nn.Module) -> str | None:
         if callable(getattr(module, name, None)):
             return name
     children = dict(module.named_children())
+    if any("attn" in name or "attention" in name for name in children):
+        return None  # a whole layer, as OPT's: its tokens see each other
     return "forward" if any({*pair} <= {*children} for pair in CHILDREN) else None

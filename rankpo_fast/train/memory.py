@@ -329,7 +329,7 @@ def _scarce(trial: _Trial, free: float) -> str:
 def _too_little(longest: int) -> InputError:
     return InputError(
         f"out of memory with {longest:,} tokens, the longest text, alone in a micro-batch: give "
-        f"--gradient_checkpointing true, a --max_passage_length (or --max_query_length) below "
-        f"{longest}, --bf16 true, or a smaller model; another program on the device may be the "
-        f"reason too"
+        f"--gradient_checkpointing true and --mlp_chunk 256, a --max_passage_length (or "
+        f"--max_query_length) below {longest}, --bf16 true, or a smaller model; another program on "
+        f"the device may be the reason too"
     )

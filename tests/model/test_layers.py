@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model import feed_forward
+from rankpo_fast.model import feed_forward, selective
 from rankpo_fast.model.attention import KERNELS
 from rankpo_fast.model.check import selective_is_exact
 from rankpo_fast.model.load import load_encoder
@@ -160,6 +161,25 @@ def test_what_takes_away_what_the_other_is_for_is_refused(flags):
     assert all(f"--{flag}" in str(refused.value) for flag in flags)
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        pytest.param(
+            "_scaled_dot_product_flash_attention", (None, None, None), id="given in order"
+        ),
+        pytest.param("_scaled_dot_product_efficient_attention", (None,) * 5, id="after others"),
+    ],
+)
+def test_attention_that_drops_is_drawn_again(op, arguments):
+    """Else what is dropped after it would be what was drawn for it."""
+    function = getattr(torch.ops.aten, op).default
+    keep, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    for dropout, expected in ((0.0, keep), (0.1, again)):
+        assert selective._policy(None, function, *arguments, dropout) is expected
+        assert selective._policy(None, function, *arguments, dropout_p=dropout) is expected
+    assert selective._policy(None, function, *arguments) is keep
+
+
 # --- feed-forward modules by chunks ---
 
 
@@ -203,9 +223,12 @@ def test_what_a_chunk_dropped_is_dropped_when_it_is_computed_again(bf16, monkeyp
     assert equal(step(encoder)[0], twice)
 
 
-def test_a_model_without_a_feed_forward_module_is_refused():
+@pytest.mark.parametrize("kind", ["nothing that is known", "a layer with attention"])
+def test_a_model_without_a_feed_forward_module_is_refused(kind):
     encoder = make_encoder("llama")
     for layer in encoder.backbone.layers:
+        if kind == "a layer with attention":
+            layer.fc1, layer.fc2 = layer.mlp.up_proj, layer.mlp.down_proj
         layer.mlp = nn.Linear(32, 32)
     with pytest.raises(InputError, match=r"--mlp_chunk 64: .* llama: .*up_proj and down_proj"):
         encoder.layers.chunk(64)
