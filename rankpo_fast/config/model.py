@@ -108,8 +108,8 @@ class ModelConfig(EncoderConfig):
     trim_vocabulary: bool = flag("Drop tokens that no text of the run has.", False)
     bidirectional: bool = flag("Tokens of a causal model see those after them too.", False)
     gradient_checkpointing: bool | Literal["auto", "selective"] = flag(
-        "Less memory for a third more compute; selective: half of that, products are kept; auto: "
-        "where a micro-batch does not fit without.",
+        "Less memory for a third more compute; selective: products are kept, the rest computed "
+        "again; auto: the least with which a micro-batch fits.",
         "auto",
     )
     mlp_chunk: int | None = flag(
@@ -128,6 +128,7 @@ class ModelConfig(EncoderConfig):
         check_names(self, "special_tokens", "lora_targets", "lora_modules_to_save")
         check_at_least(self, 1, "lora_rank", "layers", "mlp_chunk")
         check_at_least(self, 0, "freeze_layers")
+        self._check_activations()
         if self.lora_alpha is not None:
             check_above(self, 0, "lora_alpha")
         require(self, "lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1)
@@ -161,3 +162,18 @@ class ModelConfig(EncoderConfig):
         if self.bf16 is False and (self.weights_dtype == "bf16" or self.float8):
             lever = "--float8" if self.float8 else "--weights_dtype bf16"
             raise InputError(f"{lever} needs --bf16 true (or auto): it computes in bf16")
+
+    def _check_activations(self) -> None:
+        """InputError for two that take away what the other is there for."""
+        selective = self.gradient_checkpointing == "selective"
+        if selective and self.mlp_chunk is not None:
+            raise InputError("--gradient_checkpointing selective keeps the products that "
+                             "--mlp_chunk is there to spare: give --gradient_checkpointing true, "
+                             "or no --mlp_chunk")  # fmt: skip
+        if self.torch_compile is True and selective:
+            raise InputError("--torch_compile: compiled layers do not show the products that "
+                             "--gradient_checkpointing selective keeps: give "
+                             "--gradient_checkpointing true, or no --torch_compile")  # fmt: skip
+        if self.torch_compile is True and self.mlp_chunk is not None:
+            raise InputError("--torch_compile and --mlp_chunk exclude each other: layers would be "
+                             "compiled for each number of chunks; give one of them")  # fmt: skip

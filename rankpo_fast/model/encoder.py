@@ -133,7 +133,8 @@ class Encoder(nn.Module):
     def states(self, batch: MicroBatch) -> Tensor:
         """The backbone's last states of all tokens of a batch on its device, [T, D]."""
         forward = self._packed_states if self.packed else self._padded_states
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast, self.layers.offloading():
             return forward(batch)
 
     def _packed_states(self, batch: MicroBatch) -> Tensor:

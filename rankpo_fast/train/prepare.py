@@ -22,7 +22,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.texts import Texts
-from rankpo_fast.model.trainable import fit_to_train
+from rankpo_fast.model.trainable import check_offload, fit_to_train, set_offload
 from rankpo_fast.paths import all_inputs, inputs, lies_in
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.evaluate import evaluation_texts, read_evaluation_data
@@ -52,6 +52,7 @@ def prepare_run(
         encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
+    check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
@@ -96,6 +97,7 @@ def prepare_encoder(run: Run, encoder: Encoder | None = None) -> Encoder:
         encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
     else:
         encoder = fit_to_train(encoder, run.model, run.device)
+    set_offload(encoder, run.training.offload)
     if run.evaluation.asked:  # which will find these token ids in the cache
         data = run.evaluation_data
         queries, passages = evaluation_texts(data.retrieval, data.preferences)

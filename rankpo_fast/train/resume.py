@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
     "cache_dir", "no_cache", "device",
 }  # fmt: skip
+FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 MET_FOR = ("save_steps", "eval_steps")  # may differ from run to run, but not from rank to rank
 MODEL = "model_name_or_path"
 TRAINED_ON = ("train_data", "replay_data")
@@ -70,6 +71,8 @@ def settings_of(
                     scratch = name == MODEL and config.from_scratch
                     weights = name != "tokenizer_name" and not scratch
                     settings[_content(name)] = _model_content(f"--{name}", value, weights)
+            elif name in FREE_PARTS:
+                settings[f"--{name}"] = [part for part in value if part not in FREE_PARTS[name]]
             elif name not in FREE_TO_CHANGE:
                 settings[f"--{name}"] = value
     return settings

@@ -25,6 +25,10 @@ def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
         "losses": "Triton and cuBLAS" if run.device.type == "cuda" else native_backend(),
         "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
     }
+    if encoder.layers.mlp_chunk is not None:
+        lines["feed-forward"] = f"{encoder.layers.mlp_chunk:,} tokens at once, computed again"
+    if encoder.layers.offloaded:
+        lines["offload"] = "what goes into layers lies on the host"
     if reporters := chosen(run.training.report_to):
         lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
         if run.checkpoint is not None and {*reporters} - {"tensorboard"}:

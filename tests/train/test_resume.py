@@ -33,6 +33,7 @@ from rankpo_fast.train.signals import StopSignal
     [
         pytest.param("contrastive", {}, id="contrastive"),
         pytest.param("rankpo", {"reference_free": False}, id="rankpo-with-reference"),
+        pytest.param("contrastive", {"mlp_chunk": 16, "gradient_checkpointing": True}, id="chunks"),
     ],
 )
 def test_resumed_run_gives_the_same_weights_bit_by_bit(
@@ -233,6 +234,21 @@ def test_damaged_lines_of_metrics_are_dropped(
     with pytest.warns(UserWarning, match="dropped damaged lines, 4 of them"):
         output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_how_activations_are_kept_may_change_but_chunks_may_not(
+    stopped, tiny_llama_dir, run_stage, monkeypatch
+):
+    """Chunks change how products round. (Nothing is offloaded here, without a GPU.)"""
+    stopped()
+    for check in ("check_offload", "set_offload"):
+        monkeypatch.setattr(f"rankpo_fast.train.prepare.{check}", lambda *given: None)
+    flags = {"resume": "newest", "gradient_checkpointing": "selective"}
+    with pytest.raises(InputError, match="--mlp_chunk was None, is 64"):
+        run_stage("contrastive", tiny_llama_dir, "out", mlp_chunk=64, resume="newest")
+    with pytest.raises(InputError, match=r"--offload was \[\], is \['optimizer'\]"):
+        run_stage("contrastive", tiny_llama_dir, "out", offload=["optimizer"], **flags)
+    run_stage("contrastive", tiny_llama_dir, "out", offload=["activations"], **flags)
 
 
 def test_logging_may_change(stopped, tiny_llama_dir, run_stage, read_metrics):
