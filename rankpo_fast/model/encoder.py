@@ -45,6 +45,7 @@ class Encoder(nn.Module):
         log_scale: log(1 / temperature) while a training learns it, else None; `save` leaves it out.
         layers: the backbone's, to be checkpointed or compiled.
         name: of the model it was loaded from.
+        trimmed: what --trim_vocabulary has left of its tokens, in words; empty: all.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
     """
@@ -67,6 +68,7 @@ class Encoder(nn.Module):
         self.save_dtype = torch.float32
         self.layers = Layers(backbone)
         self.name = "an encoder in memory"
+        self.trimmed = ""
         self.origins: list[Path] = []
         self.register_parameter("log_scale", None)
         self.packed = False

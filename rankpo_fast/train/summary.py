@@ -25,6 +25,8 @@ def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
         "losses": "Triton and cuBLAS" if run.device.type == "cuda" else native_backend(),
         "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
     }
+    if encoder.trimmed:
+        lines["vocabulary"] = encoder.trimmed
     if reporters := chosen(run.training.report_to):
         lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
         if run.checkpoint is not None and {*reporters} - {"tensorboard"}:
