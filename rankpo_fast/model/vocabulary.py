@@ -151,8 +151,8 @@ def _bpe(model: Json, needed: set[str]) -> set[str]:
     }
     kept = needed | single | _unknown(model)
     made_of: dict[str, list[tuple[str, str]]] = {}
-    for parts in model["merges"]:
-        made_of.setdefault(_joined(*parts, prefix), []).append(parts)
+    for left, right in model["merges"]:
+        made_of.setdefault(_joined(left, right, prefix), []).append((left, right))
     waiting = [*kept]
     while waiting:
         for part in {part for parts in made_of.get(waiting.pop(), ()) for part in parts} - kept:
@@ -227,7 +227,9 @@ def _model(model: Json, tokens: list[tuple[int, str]], new: dict[int, int]) -> J
         return {**model, "vocab": vocabulary}
     prefix, _ = _affixes(model)
     merges = [
-        parts for parts in model["merges"] if {*parts, _joined(*parts, prefix)} <= vocabulary.keys()
+        [left, right]
+        for left, right in model["merges"]
+        if {left, right, _joined(left, right, prefix)} <= vocabulary.keys()
     ]
     return {**model, "vocab": vocabulary, "merges": merges}
 
