@@ -56,6 +56,7 @@ class Encoder(nn.Module):
         layers: the backbone's, to be checkpointed or compiled.
         lora: of an adapter in training, else None.
         name: of the model it was loaded from.
+        trimmed: what --trim_vocabulary has left of its tokens, in words; empty: all.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
     """
@@ -78,6 +79,7 @@ class Encoder(nn.Module):
         self.save_dtype = torch.float32
         self.layers = Layers(backbone)
         self.name = "an encoder in memory"
+        self.trimmed = ""
         self.origins: list[Path] = []
         self.lora: Lora | None = None
         self.register_parameter("log_scale", None)

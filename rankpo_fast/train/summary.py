@@ -29,6 +29,8 @@ def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
         lines["feed-forward"] = f"{encoder.layers.mlp_chunk:,} tokens at once, computed again"
     if encoder.layers.offloaded:
         lines["offload"] = "what goes into layers lies on the host"
+    if encoder.trimmed:
+        lines["vocabulary"] = encoder.trimmed
     if reporters := chosen(run.training.report_to):
         lines["reports"] = f"metrics.jsonl, {', '.join(reporters)}"
         if run.checkpoint is not None and {*reporters} - {"tensorboard"}:
