@@ -21,6 +21,7 @@ from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE
+from rankpo_fast.threads import threads
 from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import make_optimizer
@@ -81,6 +82,12 @@ def test_steps_come_in_order_and_at_most_three_are_made_early():
         assert next(steps) == [0]
         assert len(made) <= 3
         assert [step for [step] in steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_packing_takes_no_thread_from_the_step():
+    with threads(2), Prefetcher(lambda *_: [torch.get_num_threads()], range(4), MEMORY) as steps:
+        assert list(steps) == [[1]] * 4
+        assert torch.get_num_threads() == 2
 
 
 def test_an_error_in_the_background_arrives_at_its_step_and_the_thread_ends():
