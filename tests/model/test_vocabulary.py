@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -179,6 +179,7 @@ def test_any_order_of_merges_stays(joins, used):
     ),
     used=st.lists(st.text("abc☃", min_size=1, max_size=8), min_size=1, max_size=3),
 )
+@example(pieces={"☃b": -20, "c": -20, "bc": -1, "aa": -40}, used=["☃bc", "bc"])  # `aa` sets it
 def test_any_scores_stay_and_the_price_of_an_unknown_character_too(pieces, used):
     scored = [("<unk>", 0.0), *((piece, float(score)) for piece, score in pieces.items())]
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=0))

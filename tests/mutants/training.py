@@ -11,6 +11,7 @@ PACKING = "rankpo_fast/data/packing.py"
 BATCHES = "rankpo_fast/data/batches.py"
 CONTRASTIVE = "rankpo_fast/train/contrastive.py"
 FIELDS = "rankpo_fast/fields.py"
+VOCABULARY = "rankpo_fast/model/vocabulary.py"
 A_STEP = of("tests/train/test_loss_options.py", "its_options_say")
 
 MUTANTS = [
@@ -85,6 +86,30 @@ MUTANTS = [
         "share = 1 / ranks.size",
         "share = 1.0",
         of("tests/train/test_several_ranks.py", "whole-batch"),
+    ),
+    Mutant(
+        "merges-lose-their-parts", VOCABULARY,
+        "    waiting = [*kept]",
+        "    waiting: list[str] = []",
+        of("tests/model/test_vocabulary.py", "order_of_merges"),
+    ),
+    Mutant(
+        "unknown-characters-are-cheaper", VOCABULARY,
+        "single | {rarest, unknown}",
+        "single | {unknown}",
+        of("tests/model/test_vocabulary.py", "any_scores"),
+    ),
+    Mutant(
+        "the-config-names-old-ids", VOCABULARY,
+        "places = [new[id] for id in ids if id in new]",
+        "places = [id for id in ids if id in new]",
+        of("tests/model/test_vocabulary.py", "in_the_config"),
+    ),
+    Mutant(
+        "evaluations-texts-are-forgotten", "rankpo_fast/train/prepare.py",
+        "    queries, passages = [*of_queries], [*of_passages]",
+        "    queries, passages = [], [*of_passages]",
+        of("tests/train/test_trimmed_runs.py", "evaluation_alone"),
     ),
     Mutant(
         "text-will-do-for-a-number", FIELDS,
