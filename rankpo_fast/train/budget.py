@@ -6,15 +6,19 @@ It is the same on all ranks: it decides how sums are rounded and what dropout dr
 import warnings
 from collections.abc import Sequence
 
+from rankpo_fast.data.packing import one_token
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.engine import ALONE, Engine
 from rankpo_fast.train.memory import Memory, why_checkpointed
 from rankpo_fast.train.run import Run
 
 
-def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> Memory:
+def measure_memory(
+    run: Run, encoder: Encoder, tables: Sequence[TokenTable], engine: Engine = ALONE
+) -> Memory:
     """For all texts of the tables, and say it. InputError if what was asked for does not fit."""
     asked, checkpoint = run.compute.max_tokens_per_micro_batch, run.checkpoint
     gigabytes = run.training.activation_memory_gb
@@ -25,9 +29,10 @@ def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> 
     else:
         table, _ = joined(*tables)
     run.ranks.connect()
+    engine.warm_up(encoder, one_token(table))
     spare = run.model.gradient_checkpointing == "auto" and encoder.layers.can_checkpoint
-    reason = checkpoint_layers(run.ranks, encoder, table, tokens) if spare else None
-    memory = Memory.measure(encoder, table, tokens, room)
+    reason = checkpoint_layers(run.ranks, encoder, table, tokens, engine) if spare else None
+    memory = Memory.measure(encoder, table, tokens, room, engine)
     memory.checkpointed = reason
     memory.layers = encoder.layers if spare and reason is None else None
     if tokens is not None and checkpoint is not None and memory.max_tokens < tokens:
@@ -46,10 +51,14 @@ def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> 
 
 
 def checkpoint_layers(
-    ranks: Ranks, encoder: Encoder, table: TokenTable, tokens: int | None
+    ranks: Ranks,
+    encoder: Encoder,
+    table: TokenTable,
+    tokens: int | None,
+    engine: Engine = ALONE,
 ) -> str | None:
     """The encoder's layers, where any rank has to; says why."""
-    reasons = [r for r in ranks.objects(why_checkpointed(encoder, table, tokens)) if r]
+    reasons = [r for r in ranks.objects(why_checkpointed(encoder, table, tokens, engine)) if r]
     if reasons:
         encoder.layers.checkpoint()
     return next(iter(reasons), None)

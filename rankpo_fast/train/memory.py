@@ -24,7 +24,8 @@ from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
-from rankpo_fast.train.meters import Meter, meter_of, release
+from rankpo_fast.train.engine import ALONE, Engine
+from rankpo_fast.train.meters import Agreed, Meter, release
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
@@ -47,7 +48,12 @@ class Memory:
 
     @classmethod
     def measure(
-        cls, encoder: Encoder, table: TokenTable, max_tokens: int | None, room: float | None
+        cls,
+        encoder: Encoder,
+        table: TokenTable,
+        max_tokens: int | None,
+        room: float | None,
+        engine: Engine = ALONE,
     ) -> "Memory":
         """Try the longest texts; random numbers go on as if nothing had been drawn.
 
@@ -56,13 +62,17 @@ class Memory:
                 for which one micro-batch takes half of what is free, or less, by doubling; on the
                 host what is fast there.
             room: for graphs; None: what one micro-batch leaves of what is free.
+            engine: where a pass is one of all ranks, nothing is tried that may not fit: little is,
+                and the rest reckoned. All must call it then.
 
         Raises:
             InputError: not even the longest text fits.
         """
-        meter, longest = meter_of(encoder.device), int(table.lengths.max())
-        with _gradients(encoder):
-            if meter.warns:
+        meter, longest = engine.meter(encoder.device), int(table.lengths.max())
+        with _gradients(encoder, engine):
+            if isinstance(meter, Agreed):
+                trial = _in_lockstep(encoder, table, meter, max_tokens, longest)
+            elif meter.warns:
                 trial = _largest(
                     encoder, table, meter, max_tokens or longest, longest, grow=max_tokens is None
                 )
@@ -115,15 +125,22 @@ class Memory:
         return f"at most {self.max_tokens:,} tokens in a micro-batch, not {was:,}"
 
 
-def why_checkpointed(encoder: Encoder, table: TokenTable, max_tokens: int | None) -> str | None:
+def why_checkpointed(
+    encoder: Encoder, table: TokenTable, max_tokens: int | None, engine: Engine = ALONE
+) -> str | None:
     """Why the layers of an encoder are to be checkpointed for these texts; None: they need not be.
 
     Args:
         max_tokens: of a micro-batch that has to fit; None: any of a good size will do.
+        engine: as in `Memory.measure`.
     """
-    meter, longest = meter_of(encoder.device), int(table.lengths.max())
+    meter, longest = engine.meter(encoder.device), int(table.lengths.max())
     tokens = max_tokens or max(longest, GOOD_TOKENS)
-    with _gradients(encoder):
+    with _gradients(encoder, engine):
+        if isinstance(meter, Agreed):
+            fixed, _, peak = _slopes(encoder, table, meter, longest)
+            taken, free = fixed + tokens * peak, _free(meter, encoder.device)
+            return None if taken <= free else _would_take(tokens, taken, free)
         if meter.warns:
             fits = _try(encoder, table, tokens, meter) is not None
             release(encoder.device)
@@ -132,8 +149,12 @@ def why_checkpointed(encoder: Encoder, table: TokenTable, max_tokens: int | None
     free = _free(meter, encoder.device)
     if graph <= free:
         return None
+    return _would_take(tokens, graph, free)
+
+
+def _would_take(tokens: int, taken: float, free: float) -> str:
     return (
-        f"{tokens:,} tokens at once would take {graph / 2**30:.3g} GiB without, of "
+        f"{tokens:,} tokens at once would take {taken / 2**30:.3g} GiB without, of "
         f"{free / 2**30:.3g} GiB"
     )
 
@@ -144,14 +165,16 @@ def _free(meter: Meter, device: torch.device) -> float:
 
 
 @contextmanager
-def _gradients(encoder: Encoder) -> Iterator[None]:
+def _gradients(encoder: Encoder, engine: Engine) -> Iterator[None]:
     """Those of the parameters are there, as they are most of the time in a step."""
+    engine.begin()
     for parameter in encoder.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     try:
         yield
     finally:
+        engine.settle()
         encoder.zero_grad(set_to_none=True)
 
 
@@ -208,6 +231,44 @@ def _reckoned(
         budget //= 2
 
 
+def _in_lockstep(
+    encoder: Encoder, table: TokenTable, meter: Agreed, max_tokens: int | None, longest: int
+) -> _Trial:
+    """What max_tokens would take, from what few do; None: as many as take half of what is free."""
+    fixed, graph, peak = _slopes(encoder, table, meter, longest)
+    free = _free(meter, encoder.device)
+    fit = int((free - fixed) / peak)
+    if fit < longest:
+        raise _too_little(longest)
+    if max_tokens is None and encoder.device.type == "cpu":
+        budget = max(longest, min(fit, default_budget(table.lengths, "cpu")))
+    elif max_tokens is None:
+        budget = max(longest, min(int((free - fixed) / (2 * peak)), MOST_TOKENS))
+    else:
+        budget = min(max_tokens, fit)
+    tokens = min(budget, int(table.lengths.sum()))
+    return _Trial(budget, tokens, int(tokens * graph), int(fixed + tokens * peak))
+
+
+def _slopes(
+    encoder: Encoder, table: TokenTable, meter: Meter, longest: int
+) -> tuple[float, float, float]:
+    """Bytes whatever the tokens, those of a token's graph, and those at the peak per token."""
+    few = _of_longest(encoder, table, meter, HOST_TRIAL)
+    less = _of_longest(encoder, table, meter, max(1, few.tokens // 2))
+    tokens = few.tokens - less.tokens
+    if tokens <= 0 or few.graph <= less.graph:
+        graph, peak, fixed = few.graph / few.tokens, few.peak / few.tokens, 0.0
+    else:
+        graph = (few.graph - less.graph) / tokens
+        peak = max(graph, (few.peak - less.peak) / tokens)
+        fixed = max(0.0, few.peak - few.tokens * peak)
+    # Where attention keeps its weights, a token takes more in a long text.
+    bend = (few.graph / few.tokens - less.graph / less.tokens) / max(1, tokens)
+    more = max(0.0, bend) * max(0, longest - few.tokens)
+    return fixed, graph + more, peak + more
+
+
 def _of_longest(encoder: Encoder, table: TokenTable, meter: Meter, tokens: int) -> _Trial:
     """So many tokens, or fewer where they do not fit: of the longest texts, or the longest cut."""
     longest = int(table.lengths.max())
@@ -228,7 +289,7 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
         with torch.random.fork_rng(devices=gpus), meter:
             vectors = encoder(batch)
             graph = meter.held()
-            if meter.warns:  # else nobody would say what the backward takes, nor that it fails
+            if meter.counts_backward:
                 vectors.backward(torch.zeros_like(vectors))
             return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak())
     except torch.OutOfMemoryError:

@@ -16,6 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rankpo_fast.ranks import Ranks
+
 HOST_SHARE = 0.5  # of what is free that graphs may take: others live there too
 GPU_SHARE = 0.9  # the rest is lost between blocks of unlike sizes
 NO_LIMIT = 1 << 60  # bytes; version 1 of control groups writes one of these for none
@@ -25,6 +27,7 @@ class Meter(AbstractContextManager, Protocol):
     """Inside: `held`, bytes taken since it was entered and not given back; `peak` of that, ever."""
 
     warns: bool  # whether asking for too much raises torch.OutOfMemoryError
+    counts_backward: bool  # whether `peak` tells what a backward pass takes
 
     def held(self) -> int: ...
 
@@ -39,7 +42,7 @@ def meter_of(device: torch.device) -> Meter:
 
 
 class Gpu(Meter):
-    warns = True
+    warns = counts_backward = True
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -67,7 +70,7 @@ class Gpu(Meter):
 class Host(Meter):
     """Its peak is what was held whenever somebody asked."""
 
-    warns = False
+    warns = counts_backward = False
 
     def __enter__(self) -> "Host":
         self._peak = 0
@@ -93,6 +96,37 @@ class Host(Meter):
     def free(self) -> float:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
         return HOST_SHARE * host_free_bytes() / ranks
+
+
+class Agreed(Meter):
+    """What another meter says on the rank where it is worst, the same on all: they must ask
+    together. Nobody may run out there, since the others would wait for it."""
+
+    warns = False
+
+    def __init__(self, meter: Meter, ranks: Ranks):
+        self._meter, self._ranks = meter, ranks
+        self.counts_backward = meter.counts_backward
+
+    def __enter__(self) -> "Agreed":
+        self._meter.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._meter.__exit__(*exception)
+
+    def held(self) -> int:
+        return self._most(self._meter.held())
+
+    def peak(self) -> int:
+        return self._most(self._meter.peak())
+
+    def free(self) -> float:
+        return -self._most(-int(self._meter.free()))
+
+    def _most(self, number: int) -> int:
+        [most] = self._ranks.highest([number])
+        return most
 
 
 class _Allocations(TorchDispatchMode):

@@ -6,11 +6,12 @@ with x = (step - W) / (total - W) in [0, 1).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
@@ -79,6 +80,17 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * course[config.lr_scheduler_type]
 
 
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all together, 0-dim; of those that lie in parts on several ranks (DTensors) the whole."""
+    parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not parts:
+        return nn.utils.get_total_norm(gradients)
+    norms = [nn.utils.get_total_norm(parts).full_tensor()]
+    if whole := [gradient for gradient in gradients if not isinstance(gradient, DTensor)]:
+        norms.append(nn.utils.get_total_norm(whole).to(norms[0]))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def update(optimizer: AdamW, losses: list[Tensor], rate: float, max_norm: float) -> Tensor:
     """One step; returns the norm of the gradients, 0-dim, before they are scaled to `max_norm` (0:
     left as they are).
@@ -87,7 +99,7 @@ def update(optimizer: AdamW, losses: list[Tensor], rate: float, max_norm: float)
     from the first loss or norm on that is not finite no step changes anything.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.stack([*losses, norm]).isfinite().all()
     optimizer.found_inf = torch.maximum(optimizer.found_inf, bad.float())
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None

@@ -1,0 +1,225 @@
+"""Where weights, gradients and optimizer lie when several ranks train: torch's engines do it.
+
+    --shard   weights        gradients, optimizer    by                 what travels in a step
+    none      whole          whole                   DDP                gradients, once
+    grad      whole in a     parts                   FSDP2, weights     weights once, gradients in
+              step, parts                            kept in a step     every backward pass
+    full      parts          parts                   FSDP2              weights in every forward and
+                                                                        backward pass, gradients too
+
+A gradient cache has many backward passes a step. Whole gradients are summed over ranks in the last
+one, bucket by bucket while it goes on. Parts are summed in each: to keep whole ones until the last
+would take the memory that sharding is to save; with k passes k - 1 sums more travel, behind the
+computing where a pass has tokens enough.
+
+What each rank computes is its share of the step's gradient (`PackedBatch.loss_share`), so engines
+sum and do not average. What is ours stays: texts dealt by cost, vectors gathered once, the
+gradients of passages brought home.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rankpo_fast.data.packing import MicroBatch
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.layers import outermost_layers
+from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.meters import Agreed, Meter, meter_of, release
+
+
+class Engine:
+    """One process: everything is here, and gradients are what autograd adds up."""
+
+    ranks: Ranks | None = None
+
+    def begin(self) -> None:
+        """Before the first gradient of a step, whose parameters have none."""
+
+    def backward(self, vectors: Tensor, gradient: Tensor, *, last: bool) -> None:
+        """Of the vectors [S, D] of a micro-batch, given their gradient [S, D].
+
+        Args:
+            last: whether it is the step's last; afterwards gradients are those of all ranks.
+        """
+        vectors.backward(gradient)
+
+    def settle(self) -> None:
+        """After passes that no last backward has followed: parameters are those to be saved."""
+
+    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
+        """A pass whose gradient is 0: what is set up once is there before memory is measured.
+        Random numbers go on as if nothing had been drawn."""
+
+    def meter(self, device: torch.device) -> Meter:
+        return meter_of(device)
+
+    @contextmanager
+    def whole(self, encoder: Encoder) -> Iterator[None]:
+        """Inside, the first rank's encoder has all its weights, on the host where they are in
+        parts elsewhere: to be saved. All ranks must call it."""
+        yield
+
+
+ALONE = Engine()
+
+
+def engine_of(encoder: Encoder, ranks: Ranks, shard: str) -> Engine:
+    """The engine of --shard, once all ranks have the first one's weights. All must call it, before
+    there is an optimizer: the parameters become other ones.
+
+    Weights that are no floating-point numbers (4 bits) stay whole on every rank.
+    """
+    if ranks.size == 1:
+        return ALONE
+    return Replicated(encoder, ranks) if shard == "none" else Sharded(encoder, ranks, shard)
+
+
+class Replicated(Engine):
+    """torch's DistributedDataParallel, told of the last backward pass alone.
+
+    It sums gradients in a backward pass that comes after its own forward, so its forward is no more
+    than the vectors of the step's last micro-batch, from which it finds the parameters that took
+    part. Its buckets are the gradients' memory, so that none is there twice.
+    """
+
+    def __init__(self, encoder: Encoder, ranks: Ranks):
+        self.ranks, self._views = ranks, {}
+        self._reducer = DistributedDataParallel(
+            _Vectors(encoder.backbone),
+            process_group=ranks.group,
+            broadcast_buffers=False,  # those of the first are sent once, with the weights
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+        self._reducer.register_comm_hook(ranks.group, _sum_bucket)
+
+    def begin(self) -> None:
+        if self._views:
+            torch._foreach_zero_(list(self._views.values()))
+        for parameter, view in self._views.items():
+            parameter.grad = view
+
+    def backward(self, vectors: Tensor, gradient: Tensor, *, last: bool) -> None:
+        if last:
+            vectors = self._reducer(vectors)
+        vectors.backward(gradient)
+
+    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
+        _pass_nothing(self, encoder, micro_batch)
+        taking_part = [p for p in encoder.backbone.parameters() if p.grad is not None]
+        self._views = {parameter: parameter.grad for parameter in taking_part}
+        encoder.zero_grad(set_to_none=True)
+
+
+class Sharded(Engine):
+    """FSDP2: a layer's weights are whole while it computes; parts of its gradients are summed after
+    each of its backward passes. Forward and backward passes are those of all ranks, so every rank
+    must do as many, in the same order."""
+
+    def __init__(self, encoder: Encoder, ranks: Ranks, shard: str):
+        self.ranks, self._keeps_weights = ranks, shard == "grad"
+        self._root = encoder.backbone
+        assert ranks.group is not None
+        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
+        for module in [*outermost_layers(self._root), self._root]:
+            own = _not_sharded(module)
+            for tensor in own:  # a layer at a time is whole on every device
+                dist.broadcast(tensor.detach(), 0, group=ranks.group)
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=shard == "full",
+                # Sums of bf16 gradients are fp32's; others are those of the weights' dtype.
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=_reduced_in(own)),
+                ignored_params={p for p in module.parameters() if not p.is_floating_point()},
+            )
+        for module in self._modules():
+            module.set_gradient_divide_factor(1.0)  # a sum
+        release(ranks.device)
+
+    def backward(self, vectors: Tensor, gradient: Tensor, *, last: bool) -> None:
+        # Weights kept in a step are given up after its last pass, before they change.
+        self._root.set_reshard_after_backward(last or not self._keeps_weights)
+        vectors.backward(gradient)
+
+    def settle(self) -> None:
+        for module in self._modules():
+            module.reshard()
+
+    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
+        _pass_nothing(self, encoder, micro_batch)
+        encoder.zero_grad(set_to_none=True)
+
+    def meter(self, device: torch.device) -> Meter:
+        assert self.ranks is not None
+        return Agreed(meter_of(device), self.ranks)
+
+    @contextmanager
+    def whole(self, encoder: Encoder) -> Iterator[None]:
+        assert self.ranks is not None
+        self.settle()
+        parts: list[tuple[nn.Module, str, Any]] = []
+        for module in self._root.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(parameter, DTensor):
+                    parts.append((module, name, parameter))
+        wholes: dict[Any, nn.Parameter] = {}  # one each of those that several modules share
+        for _, _, part in parts:
+            if part not in wholes:
+                tensor = part.detach().full_tensor()
+                if self.ranks.first:
+                    wholes[part] = nn.Parameter(tensor.cpu(), requires_grad=part.requires_grad)
+        try:
+            for module, name, part in parts:
+                if self.ranks.first:
+                    module._parameters[name] = wholes[part]
+            yield
+        finally:
+            for module, name, part in parts:
+                module._parameters[name] = part
+
+    def _modules(self) -> list[FSDPModule]:
+        return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+
+
+class _Vectors(nn.Module):
+    """The vectors as they are, for DDP to see which of the backbone's parameters made them."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors.view_as(vectors)
+
+
+def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _pass_nothing(engine: Engine, encoder: Encoder, micro_batch: MicroBatch) -> None:
+    gpus = [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        engine.begin()
+        vectors = encoder(micro_batch)
+        engine.backward(vectors, torch.zeros_like(vectors), last=True)
+
+
+def _not_sharded(module: nn.Module) -> list[Tensor]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+
+
+def _reduced_in(tensors: list[Tensor]) -> torch.dtype | None:
+    half = any(t.dtype == torch.bfloat16 and t.requires_grad for t in tensors)
+    return torch.float32 if half else None
