@@ -33,7 +33,7 @@ from rankpo_fast.data.packing import MicroBatch
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import outermost_layers
 from rankpo_fast.ranks import Ranks
-from rankpo_fast.train.meters import Agreed, Meter, meter_of, release
+from rankpo_fast.train.meters import Agreed, Meter, release
 
 
 class Engine:
@@ -59,8 +59,9 @@ class Engine:
         """A pass whose gradient is 0: what is set up once is there before memory is measured.
         Random numbers go on as if nothing had been drawn."""
 
-    def meter(self, device: torch.device) -> Meter:
-        return meter_of(device)
+    def meter(self, meter: Meter) -> Meter:
+        """What of a meter holds for all ranks, where their passes are one."""
+        return meter
 
     @contextmanager
     def whole(self, encoder: Encoder) -> Iterator[None]:
@@ -159,9 +160,9 @@ class Sharded(Engine):
         _pass_nothing(self, encoder, micro_batch)
         encoder.zero_grad(set_to_none=True)
 
-    def meter(self, device: torch.device) -> Meter:
+    def meter(self, meter: Meter) -> Meter:
         assert self.ranks is not None
-        return Agreed(meter_of(device), self.ranks)
+        return Agreed(meter, self.ranks)
 
     @contextmanager
     def whole(self, encoder: Encoder) -> Iterator[None]:

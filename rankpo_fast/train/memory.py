@@ -25,7 +25,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.train.engine import ALONE, Engine
-from rankpo_fast.train.meters import Agreed, Meter, release
+from rankpo_fast.train.meters import Agreed, Meter, meter_of, release
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
@@ -68,7 +68,7 @@ class Memory:
         Raises:
             InputError: not even the longest text fits.
         """
-        meter, longest = engine.meter(encoder.device), int(table.lengths.max())
+        meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
         with _gradients(encoder, engine):
             if isinstance(meter, Agreed):
                 trial = _in_lockstep(encoder, table, meter, max_tokens, longest)
@@ -134,7 +134,7 @@ def why_checkpointed(
         max_tokens: of a micro-batch that has to fit; None: any of a good size will do.
         engine: as in `Memory.measure`.
     """
-    meter, longest = engine.meter(encoder.device), int(table.lengths.max())
+    meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
     tokens = max_tokens or max(longest, GOOD_TOKENS)
     with _gradients(encoder, engine):
         if isinstance(meter, Agreed):
@@ -289,7 +289,8 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
         with torch.random.fork_rng(devices=gpus), meter:
             vectors = encoder(batch)
             graph = meter.held()
-            if meter.counts_backward:
+            # Else nobody would say what the backward takes, nor that it fails.
+            if meter.warns or (isinstance(meter, Agreed) and meter.counts_backward):
                 vectors.backward(torch.zeros_like(vectors))
             return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak())
     except torch.OutOfMemoryError:

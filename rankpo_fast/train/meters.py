@@ -27,7 +27,6 @@ class Meter(AbstractContextManager, Protocol):
     """Inside: `held`, bytes taken since it was entered and not given back; `peak` of that, ever."""
 
     warns: bool  # whether asking for too much raises torch.OutOfMemoryError
-    counts_backward: bool  # whether `peak` tells what a backward pass takes
 
     def held(self) -> int: ...
 
@@ -42,7 +41,7 @@ def meter_of(device: torch.device) -> Meter:
 
 
 class Gpu(Meter):
-    warns = counts_backward = True
+    warns = True
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -70,7 +69,7 @@ class Gpu(Meter):
 class Host(Meter):
     """Its peak is what was held whenever somebody asked."""
 
-    warns = counts_backward = False
+    warns = False
 
     def __enter__(self) -> "Host":
         self._peak = 0
@@ -106,7 +105,7 @@ class Agreed(Meter):
 
     def __init__(self, meter: Meter, ranks: Ranks):
         self._meter, self._ranks = meter, ranks
-        self.counts_backward = meter.counts_backward
+        self.counts_backward = meter.warns  # whether `peak` is known without asking
 
     def __enter__(self) -> "Agreed":
         self._meter.__enter__()

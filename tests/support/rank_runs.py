@@ -23,6 +23,7 @@ import torch.distributed as dist
 import transformers.models.bert.modeling_bert
 import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork has them)
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast import cli
 from rankpo_fast.errors import InputError, TrainingStopped
@@ -144,14 +145,21 @@ class Steps:
     def _update(self, optimizer, losses, rate, max_norm):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
-        self.gradients.append(gradients)
+        # Engines keep the memory of gradients for the next step's.
+        wholes = {i: whole(gradient).clone() for i, gradient in gradients.items()}
+        self.gradients.append(wholes)
         self.losses.append([loss.item() for loss in losses])
         self.reductions.append(self._count)
         with torch.no_grad():
             for i, gradient in gradients.items():
                 parameters[i] -= 1e-3 * gradient
         optimizer.zero_grad(set_to_none=True)
-        return nn.utils.get_total_norm(list(gradients.values()))
+        return nn.utils.get_total_norm(list(wholes.values()))
+
+
+def whole(tensor):
+    """Of what lies in parts on several ranks all; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def descend(stage, wide=True, **flags):

@@ -94,20 +94,23 @@ RUNS = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage, model, more", RUNS)
+@pytest.mark.parametrize("shard", ["none", "grad", "full"])
 def test_every_step_is_that_of_one_process_with_a_batch_as_large(
-    stage, model, more, answered, flags, request, read_metrics, tmp_path
+    stage, model, more, shard, answered, flags, request, read_metrics, tmp_path
 ):
     """Of two batches each."""
     directory = request.getfixturevalue(f"tiny_{model}_dir")
     more = {"max_steps": 3, "max_tokens_per_micro_batch": 100, **more}
-    of = flags(stage, directory, "ranks", per_device_train_batch_size=7, **more)
+    of = flags(stage, directory, "ranks", per_device_train_batch_size=7, shard=shard, **more)
     answers = answered(rank_runs.descend, **of)
     of = flags(stage, directory, "one", per_device_train_batch_size=7 * RANKS, **more)
     gradients, losses, _ = rank_runs.descend(**of)
     for ours, our_losses, reductions in answers:
         assert_same_steps(ours, gradients)
         torch.testing.assert_close(torch.tensor(our_losses), torch.tensor(losses))
-        assert reductions == [1, 2, 3]  # one a step, though two batches are accumulated
+        first, *later = reductions
+        # One a step, though two batches are accumulated. Parts are not summed by it.
+        assert later == ([first + 1, first + 2] if shard == "none" else [first, first])
     lines = [read_metrics(tmp_path / name) for name in ("ranks", "one")]
     unlike = {"tokens_per_second", "queries_per_second", "peak_memory_bytes"}
     for got, want in zip(*lines, strict=True):
