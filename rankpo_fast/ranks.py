@@ -303,4 +303,3 @@ def own_device(compute: ComputeConfig) -> torch.device:
     device = dataclasses.replace(compute, device=f"cuda:{number}").torch_device()
     torch.cuda.set_device(device)
     return device
-

@@ -6,7 +6,6 @@ It is the same on all ranks: it decides how sums are rounded and what dropout dr
 import warnings
 from collections.abc import Sequence
 
-from rankpo_fast.data.packing import one_token
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -29,7 +28,6 @@ def measure_memory(
     else:
         table, _ = joined(*tables)
     run.ranks.connect()
-    engine.warm_up(encoder, one_token(table))
     spare = run.model.gradient_checkpointing == "auto" and encoder.layers.can_checkpoint
     reason = checkpoint_layers(run.ranks, encoder, table, tokens, engine) if spare else None
     memory = Memory.measure(encoder, table, tokens, room, engine)

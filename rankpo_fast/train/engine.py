@@ -17,7 +17,7 @@ sum and do not average. What is ours stays: texts dealt by cost, vectors gathere
 gradients of passages brought home.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,8 +39,6 @@ from rankpo_fast.train.meters import Agreed, Meter, release
 class Engine:
     """One process: everything is here, and gradients are what autograd adds up."""
 
-    ranks: Ranks | None = None
-
     def begin(self) -> None:
         """Before the first gradient of a step, whose parameters have none."""
 
@@ -54,10 +52,6 @@ class Engine:
 
     def settle(self) -> None:
         """After passes that no last backward has followed: parameters are those to be saved."""
-
-    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
-        """A pass whose gradient is 0: what is set up once is there before memory is measured.
-        Random numbers go on as if nothing had been drawn."""
 
     def meter(self, meter: Meter) -> Meter:
         """What of a meter holds for all ranks, where their passes are one."""
@@ -73,35 +67,50 @@ class Engine:
 ALONE = Engine()
 
 
-def engine_of(encoder: Encoder, ranks: Ranks, shard: str) -> Engine:
+def engine_of(encoder: Encoder, ranks: Ranks, shard: str, micro_batch: MicroBatch) -> Engine:
     """The engine of --shard, once all ranks have the first one's weights. All must call it, before
-    there is an optimizer: the parameters become other ones.
+    there is an optimizer: parameters may become other ones.
 
     Weights that are no floating-point numbers (4 bits) stay whole on every rank.
+
+    Args:
+        micro_batch: goes through the encoder, so that what is set up once is there before memory is
+            measured. Random numbers go on as if nothing had been drawn.
     """
     if ranks.size == 1:
         return ALONE
-    return Replicated(encoder, ranks) if shard == "none" else Sharded(encoder, ranks, shard)
+    if shard == "none":
+        return Replicated(encoder, ranks, micro_batch)
+    return Sharded(encoder, ranks, shard, micro_batch)
 
 
 class Replicated(Engine):
     """torch's DistributedDataParallel, told of the last backward pass alone.
 
     It sums gradients in a backward pass that comes after its own forward, so its forward is no more
-    than the vectors of the step's last micro-batch, from which it finds the parameters that took
-    part. Its buckets are the gradients' memory, so that none is there twice.
+    than the vectors of the step's last micro-batch. It is given the parameters that a pass was seen
+    to use: else it would have to look for them, and the host to wait, in every step. Its buckets
+    are the gradients' memory, so that none is there twice.
     """
 
-    def __init__(self, encoder: Encoder, ranks: Ranks):
-        self.ranks, self._views = ranks, {}
+    def __init__(self, encoder: Encoder, ranks: Ranks, micro_batch: MicroBatch):
+        self._views: dict[nn.Parameter, Tensor] = {}
+        _broadcast(encoder.backbone, ranks)
+        _pass_nothing(ALONE, encoder, micro_batch)
+        used = [p for p in encoder.backbone.parameters() if p.grad is not None]
+        encoder.zero_grad(set_to_none=True)
         self._reducer = DistributedDataParallel(
-            _Vectors(encoder.backbone),
+            _Vectors(used),
             process_group=ranks.group,
-            broadcast_buffers=False,  # those of the first are sent once, with the weights
-            find_unused_parameters=True,
             gradient_as_bucket_view=True,
+            init_sync=False,
         )
         self._reducer.register_comm_hook(ranks.group, _sum_bucket)
+        for _ in range(2):  # the second has buckets in the order of the first's gradients
+            encoder.zero_grad(set_to_none=True)
+            _pass_nothing(self, encoder, micro_batch)
+        self._views = {p: p.grad for p in used if p.grad is not None}
+        encoder.zero_grad(set_to_none=True)
 
     def begin(self) -> None:
         if self._views:
@@ -113,12 +122,8 @@ class Replicated(Engine):
         if last:
             vectors = self._reducer(vectors)
         vectors.backward(gradient)
-
-    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
-        _pass_nothing(self, encoder, micro_batch)
-        taking_part = [p for p in encoder.backbone.parameters() if p.grad is not None]
-        self._views = {parameter: parameter.grad for parameter in taking_part}
-        encoder.zero_grad(set_to_none=True)
+        if last:
+            self._reducer._check_reducer_finalized()  # RuntimeError: a parameter took no part
 
 
 class Sharded(Engine):
@@ -126,15 +131,14 @@ class Sharded(Engine):
     each of its backward passes. Forward and backward passes are those of all ranks, so every rank
     must do as many, in the same order."""
 
-    def __init__(self, encoder: Encoder, ranks: Ranks, shard: str):
-        self.ranks, self._keeps_weights = ranks, shard == "grad"
+    def __init__(self, encoder: Encoder, ranks: Ranks, shard: str, micro_batch: MicroBatch):
+        self._ranks, self._keeps_weights = ranks, shard == "grad"
         self._root = encoder.backbone
         assert ranks.group is not None
+        _broadcast(self._root, ranks)
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
         for module in [*outermost_layers(self._root), self._root]:
-            own = _not_sharded(module)
-            for tensor in own:  # a layer at a time is whole on every device
-                dist.broadcast(tensor.detach(), 0, group=ranks.group)
+            own = [p for p in module.parameters() if not isinstance(p, DTensor)]
             fully_shard(
                 module,
                 mesh=mesh,
@@ -145,6 +149,8 @@ class Sharded(Engine):
             )
         for module in self._modules():
             module.set_gradient_divide_factor(1.0)  # a sum
+        _pass_nothing(self, encoder, micro_batch)
+        encoder.zero_grad(set_to_none=True)
         release(ranks.device)
 
     def backward(self, vectors: Tensor, gradient: Tensor, *, last: bool) -> None:
@@ -156,17 +162,11 @@ class Sharded(Engine):
         for module in self._modules():
             module.reshard()
 
-    def warm_up(self, encoder: Encoder, micro_batch: MicroBatch) -> None:
-        _pass_nothing(self, encoder, micro_batch)
-        encoder.zero_grad(set_to_none=True)
-
     def meter(self, meter: Meter) -> Meter:
-        assert self.ranks is not None
-        return Agreed(meter, self.ranks)
+        return Agreed(meter, self._ranks)
 
     @contextmanager
     def whole(self, encoder: Encoder) -> Iterator[None]:
-        assert self.ranks is not None
         self.settle()
         parts: list[tuple[nn.Module, str, Any]] = []
         for module in self._root.modules():
@@ -177,11 +177,11 @@ class Sharded(Engine):
         for _, _, part in parts:
             if part not in wholes:
                 tensor = part.detach().full_tensor()
-                if self.ranks.first:
+                if self._ranks.first:
                     wholes[part] = nn.Parameter(tensor.cpu(), requires_grad=part.requires_grad)
         try:
             for module, name, part in parts:
-                if self.ranks.first:
+                if self._ranks.first:
                     module._parameters[name] = wholes[part]
             yield
         finally:
@@ -193,14 +193,20 @@ class Sharded(Engine):
 
 
 class _Vectors(nn.Module):
-    """The vectors as they are, for DDP to see which of the backbone's parameters made them."""
+    """The vectors as they are, and the parameters that made them."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__()
-        self.backbone = backbone
+        self.used = nn.ParameterList(parameters)
 
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors.view_as(vectors)
+
+
+def _broadcast(module: nn.Module, ranks: Ranks) -> None:
+    """The first rank's weights and buffers to all."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dist.broadcast(tensor.detach(), 0, group=ranks.group)
 
 
 def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -214,11 +220,6 @@ def _pass_nothing(engine: Engine, encoder: Encoder, micro_batch: MicroBatch) -> 
         engine.begin()
         vectors = encoder(micro_batch)
         engine.backward(vectors, torch.zeros_like(vectors), last=True)
-
-
-def _not_sharded(module: nn.Module) -> list[Tensor]:
-    tensors = [*module.parameters(), *module.buffers()]
-    return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
 
 
 def _reduced_in(tensors: list[Tensor]) -> torch.dtype | None:

@@ -7,16 +7,13 @@ A task gives the batches and their loss; everything random in a batch follows fr
 index), so that a run can stop after any step and go on bit by bit.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from signal import Signals
 from typing import Any
 
-import numpy as np
-import torch
-
+from rankpo_fast.data.packing import one_token
 from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.trainable import in_training
@@ -72,7 +69,8 @@ def train(
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     compare_ranks(run)
     run = replace(run, ranks=replace(run.ranks, lockstep=run.sharded))
-    ranks, engine = run.ranks, engine_of(encoder, run.ranks, config.shard)
+    ranks = run.ranks
+    engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
     optimizer = _start(run, encoder, tasks)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks], engine)
     pack = partial(pack_step, tasks, encoder, ranks)
@@ -133,10 +131,7 @@ def _plans(
 
 def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> AdamW:
     """The optimizer; it, the encoder and what is random as they are at the first step."""
-    seed = run.training.seed + run.ranks.rank  # so that dropout differs
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    checkpoints.seed_random(run.training.seed + run.ranks.rank)  # so that dropout differs
     rates = {name: rate for task in tasks for name, rate in task.rates.items()}
     optimizer = adamw(encoder, run.training, rates)
     if run.checkpoint is not None:

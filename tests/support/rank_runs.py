@@ -30,6 +30,7 @@ from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops import ranks
 from rankpo_fast.train import contrastive, prepare, step
+from rankpo_fast.train.engine import Replicated
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from support import stages
@@ -223,7 +224,7 @@ def command_on_a_full_disk(*flags):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with mock.patch("rankpo_fast.train.checkpoint._optimizer_tensors", fail):
+    with mock.patch("rankpo_fast.train.checkpoint.save_tensors", fail):
         command(*flags)
 
 
@@ -236,17 +237,27 @@ def command_with_own(own, *flags):
 def train_out_of_memory(stage, stop=None, **flags):
     """The second batch fails on the last rank, on the first, on the second, each time further on
     and with the work done."""
-    places = [
-        (step, "CachedVectors"),
-        (contrastive, "info_nce_loss_and_grads"),
-        (step.CachedVectors, "backward"),
-    ]
+    losses = itertools.count(1)
+    compute, vectors = contrastive.info_nce_loss_and_grads, step.CachedVectors
+    through = Replicated.backward
+    rank, done = int(os.environ["RANK"]), [0]
+
+    def loss(*args, **kwargs):
+        done[0] = next(losses)
+        return compute(*args, **kwargs)
+
+    def backward(engine, *args, last):
+        through(engine, *args, last=last)
+        if rank == 1 and done[0] == 5 and not last:  # of the third try; the fourth has more
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+
     with contextlib.ExitStack() as patches:
-        for number, (owner, name) in enumerate(places):
-            function = getattr(owner, name)
-            if int(os.environ["RANK"]) == (number - 1) % len(places):
-                function = _failing(function, 2 + number)
-            patches.enter_context(mock.patch.object(owner, name, function))
+        put = patches.enter_context
+        loss = _failing(loss, 3) if rank == 0 else loss
+        put(mock.patch.object(contrastive, "info_nce_loss_and_grads", loss))
+        put(mock.patch.object(Replicated, "backward", backward))
+        if rank == 2:
+            put(mock.patch.object(step, "CachedVectors", _failing(vectors, 2)))
         train(stage, stop, **flags)
 
 
