@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ def encode_texts(
     norms, place = [torch.empty(0, device=encoder.device)], 0  # of vectors made, on the device
     training = encoder.training
     encoder.eval()
-    with shown(progress, len(own), "text") as advance:
+    passes = ranks.in_step() if ranks.lockstep else nullcontext()
+    with passes, shown(progress, len(own), "text") as advance:
         for batch in shares[ranks.rank]:
             made = _encode(encoder, table, batch, ranks)
             norms.append(made.norm(dim=1))  # before it is divided by: inf would leave zeros

@@ -29,7 +29,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.packing import MicroBatch
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import outermost_layers
 from rankpo_fast.ranks import Ranks
@@ -65,6 +67,27 @@ class Engine:
 
 
 ALONE = Engine()
+
+
+def check_shard(training: TrainingConfig, ranks: Ranks, *, lent: bool) -> None:
+    """InputError where --shard cannot be.
+
+    Args:
+        lent: whether the encoder is the caller's, who wants it back whole.
+    """
+    given = f"--shard {training.shard}"
+    if training.shard == "none":
+        return
+    if ranks.size == 1:
+        raise InputError(f"{given} is for several processes, and this is one: start with torchrun, "
+                         f"or leave it out")  # fmt: skip
+    if training.optim != "adamw":
+        raise InputError(f"{given} goes with --optim adamw, not {training.optim}, whose states "
+                         f"cannot lie in parts; --shard none takes it")  # fmt: skip
+    if "optimizer" in training.offload:
+        raise InputError(f"{given} and --offload optimizer do not go together: give one")
+    if lent:
+        raise InputError(f"{given} leaves an Encoder in parts: give the model by its name")
 
 
 def engine_of(encoder: Encoder, ranks: Ranks, shard: str, micro_batch: MicroBatch) -> Engine:
@@ -148,7 +171,8 @@ class Sharded(Engine):
                 ignored_params={p for p in module.parameters() if not p.is_floating_point()},
             )
         for module in self._modules():
-            module.set_gradient_divide_factor(1.0)  # a sum
+            module.set_gradient_divide_factor(1.0)  # a sum, and no product with 1 in it
+            module.set_force_sum_reduction_for_comms(True)
         _pass_nothing(self, encoder, micro_batch)
         encoder.zero_grad(set_to_none=True)
         release(ranks.device)

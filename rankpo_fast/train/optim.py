@@ -102,7 +102,9 @@ def update(optimizer: AdamW, losses: list[Tensor], rate: float, max_norm: float)
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.stack([*losses, norm]).isfinite().all()
     optimizer.found_inf = torch.maximum(optimizer.found_inf, bad.float())
-    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None
+    optimizer.grad_scale = None
+    if max_norm > 0:  # in fp32, which the fused step wants whatever the weights are
+        optimizer.grad_scale = (norm.float() / max_norm).clamp(min=1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(FACTOR, 1.0)
     optimizer.step()

@@ -27,6 +27,7 @@ from rankpo_fast.paths import all_inputs, inputs, lies_in
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.evaluate import evaluation_texts, read_evaluation_data
 from rankpo_fast.train import output
+from rankpo_fast.train.engine import check_shard
 from rankpo_fast.train.reporters import chosen
 from rankpo_fast.train.resume import find_checkpoint, settings_of
 from rankpo_fast.train.run import Run
@@ -52,6 +53,7 @@ def prepare_run(
         encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
+    check_shard(training, ranks, lent=encoder is not None)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path

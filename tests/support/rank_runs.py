@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import peft
 import torch
 import torch.distributed as dist
 import transformers.models.bert.modeling_bert
@@ -29,8 +30,8 @@ from rankpo_fast import cli
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops import ranks
-from rankpo_fast.train import contrastive, prepare, step
-from rankpo_fast.train.engine import Replicated
+from rankpo_fast.train import contrastive, output, prepare, step
+from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from support import stages
@@ -170,6 +171,36 @@ def descend(stage, wide=True, **flags):
     return steps.gradients, steps.losses, steps.reductions
 
 
+def weights(stage, lora=False, **flags):
+    """Those that the first rank saves, of a training in fp64."""
+    saved = {}
+    load = prepare.load_encoder
+
+    def loaded(*args, **options):
+        encoder = load(*args, **options).double()
+        if lora:
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(config, encoder.backbone)
+            encoder.double()
+        if dist.is_initialized() and dist.get_rank() > 0:  # those of the first are everybody's
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter.mul_(1 + dist.get_rank())
+        return encoder
+
+    def save(path, encoder, card):
+        saved.update({name: x.clone() for name, x in encoder.backbone.state_dict().items()})
+
+    with contextlib.ExitStack() as patches:
+        put = patches.enter_context
+        put(mock.patch.object(prepare, "load_encoder", loaded))
+        put(mock.patch.object(Encoder, "forward", Steps(True)._widened(Encoder.forward)))
+        put(mock.patch.object(output, "save_model", save))
+        stages.run(stage, **flags)
+    return saved
+
+
 def both(stages):
     """One training after the other."""
     for flags in stages:
@@ -198,6 +229,18 @@ def train(stage, stop=None, **flags):
             stages.run(stage, **flags)
         except TrainingStopped as stopped:
             sys.exit(stopped.exit_code)
+
+
+def arguments(flags, *more):
+    """Those of `flags` on the command line."""
+    given = {"--device": "cpu", "--logging_steps": 1, "--per_device_train_batch_size": 8}
+    given |= {f"--{name}": value for name, value in flags.items() if name != "stage"}
+    words = [
+        word
+        for name, value in given.items()
+        for word in (name, *(value if isinstance(value, list) else [value]))
+    ]
+    return [flags["stage"], *(str(word) for word in words if word is not None), *more]
 
 
 def command(*flags):
@@ -271,6 +314,34 @@ def _failing(function, at):
         return result
 
     return failing
+
+
+def command_out_of_memory_in_a_pass(*flags):
+    """Of the last rank, in the third step, while others wait for what it has in the pass."""
+    forward, passes = Sharded.backward, itertools.count(1)
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def backward(*args, **kwargs):
+        if last and next(passes) == 4:  # the first is of the start
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        forward(*args, **kwargs)
+
+    with mock.patch.object(Sharded, "backward", backward):
+        command(*flags)
+
+
+def command_killed(*flags):
+    """The last rank, in the midst of the third step."""
+    forward, calls = Encoder.forward, itertools.count(1)
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def killed(encoder, batch):
+        if encoder.training and last and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(encoder, batch)
+
+    with mock.patch.object(Encoder, "forward", killed):
+        command(*flags)
 
 
 def command_out_of_memory(*flags):

@@ -16,6 +16,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.ranks import deal, own_device
 from rankpo_fast.train import checkpoint as checkpoints
 from support import rank_runs
+from support.rank_runs import arguments
 
 RANKS = 3  # so that neither rows nor texts come out even
 
@@ -205,18 +206,6 @@ def test_all_collectives_of_a_step_are_used_before_memory_is_measured(
 
 
 # --- one command, several processes ---
-
-
-def arguments(flags, *more):
-    """Those of `flags` on the command line."""
-    given = {"--device": "cpu", "--logging_steps": 1, "--per_device_train_batch_size": 8}
-    given |= {f"--{name}": value for name, value in flags.items() if name != "stage"}
-    words = [
-        word
-        for name, value in given.items()
-        for word in (name, *(value if isinstance(value, list) else [value]))
-    ]
-    return [flags["stage"], *(str(word) for word in words if word is not None), *more]
 
 
 def test_nan_on_one_rank_stops_all_and_the_first_names_the_rows_of_all(ran, flags, tiny_llama_dir):
