@@ -19,7 +19,7 @@ gradients of passages brought home.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -160,7 +160,8 @@ class Sharded(Engine):
         assert ranks.group is not None
         _broadcast(self._root, ranks)
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
-        for module in [*outermost_layers(self._root), self._root]:
+        embeddings = [m for m in [self._root.get_input_embeddings()] if isinstance(m, nn.Embedding)]
+        for module in [*embeddings, *outermost_layers(self._root), self._root]:
             own = [p for p in module.parameters() if not isinstance(p, DTensor)]
             fully_shard(
                 module,
@@ -170,21 +171,23 @@ class Sharded(Engine):
                 mp_policy=MixedPrecisionPolicy(reduce_dtype=_reduced_in(own)),
                 ignored_params={p for p in module.parameters() if not p.is_floating_point()},
             )
-        for module in self._modules():
-            module.set_gradient_divide_factor(1.0)  # a sum, and no product with 1 in it
-            module.set_force_sum_reduction_for_comms(True)
+        for sharded in self._modules():
+            sharded.set_gradient_divide_factor(1.0)  # a sum, and no product with 1 in it
+            sharded.set_force_sum_reduction_for_comms(True)
+            # An embedding's gradient needs no weights.
+            sharded.set_unshard_in_backward(not isinstance(sharded, nn.Embedding))
         _pass_nothing(self, encoder, micro_batch)
         encoder.zero_grad(set_to_none=True)
         release(ranks.device)
 
     def backward(self, vectors: Tensor, gradient: Tensor, *, last: bool) -> None:
         # Weights kept in a step are given up after its last pass, before they change.
-        self._root.set_reshard_after_backward(last or not self._keeps_weights)
+        cast(FSDPModule, self._root).set_reshard_after_backward(last or not self._keeps_weights)
         vectors.backward(gradient)
 
     def settle(self) -> None:
-        for module in self._modules():
-            module.reshard()
+        for sharded in self._modules():
+            sharded.reshard()
 
     def meter(self, meter: Meter) -> Meter:
         return Agreed(meter, self._ranks)
@@ -246,6 +249,6 @@ def _pass_nothing(engine: Engine, encoder: Encoder, micro_batch: MicroBatch) -> 
         engine.backward(vectors, torch.zeros_like(vectors), last=True)
 
 
-def _reduced_in(tensors: list[Tensor]) -> torch.dtype | None:
+def _reduced_in(tensors: Iterable[Tensor]) -> torch.dtype | None:
     half = any(t.dtype == torch.bfloat16 and t.requires_grad for t in tensors)
     return torch.float32 if half else None

@@ -7,7 +7,7 @@ with x = (step - W) / (total - W) in [0, 1).
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if not parts:
         return nn.utils.get_total_norm(gradients)
-    norms = [nn.utils.get_total_norm(parts).full_tensor()]
+    norms = [cast(DTensor, nn.utils.get_total_norm(parts)).full_tensor()]
     if whole := [gradient for gradient in gradients if not isinstance(gradient, DTensor)]:
         norms.append(nn.utils.get_total_norm(whole).to(norms[0]))
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import (
     CheckpointException,
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
+    TensorStorageMetadata,
 )
 from torch.distributed.tensor import DTensor
 
@@ -52,7 +53,11 @@ def save_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> dic
 def shapes_of_parts(folder: Path) -> dict[str, Tensor]:
     """Tensors without memory, of the shapes that lie in a folder's files; raises OSError."""
     there = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: torch.empty(found.size, device="meta") for name, found in there.items()}
+    return {
+        name: torch.empty(found.size, device="meta")
+        for name, found in there.items()
+        if isinstance(found, TensorStorageMetadata)
+    }
 
 
 def load_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:

@@ -40,7 +40,7 @@ class PackedBatch(Movable):
     loss_share: float  # the rank's part of the batch's loss, 1 of one that is alone
     row_share: float  # and of its rows
     tokens: int  # of all ranks
-    empty: MicroBatch  # one token, for a rank that others wait for: see step.py
+    empty: MicroBatch | None = None  # one token, for a rank that others wait for: see step.py
 
 
 def pack_step(
@@ -90,7 +90,7 @@ def _pack_batch(
         loss_share=_share(part.weight, batch.weight) if task.by_rows else share,
         row_share=len(part.rows) / len(batch.rows) if task.by_rows else share,
         tokens=int(lengths.sum()),
-        empty=one_token(table),
+        empty=one_token(table) if ranks.size > 1 else None,
     )
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rankpo_fast.data.moving import to_device
@@ -141,7 +141,7 @@ def train_step(
         try:
             engine.begin()
             with ranks.in_step():
-                losses, metrics = _gradients(encoder, batches, memory, ranks, engine)
+                losses, metrics, learnt = _gradients(encoder, batches, memory, ranks, engine)
             break
         except OutOfMemory as error:
             here = error.here  # and its traceback, with all that it holds, is gone
@@ -151,7 +151,7 @@ def train_step(
         set_random_states(random, encoder.device)
         batches = steps.repacked()
     with ranks.in_step():
-        losses, metrics = ranks.total(losses, metrics, _own_parameters(encoder))
+        losses, metrics = ranks.total(losses, metrics, learnt)
     with record_function("optimizer"):
         norm = update(optimizer, losses, rate, max_grad_norm)
     values = [norm, *losses, *(value for of_batch in metrics for value in of_batch.values())]
@@ -172,13 +172,17 @@ def _shrink(memory: Memory, batches: list[PackedBatch], ranks: Ranks, here: bool
 
 def _gradients(
     encoder: Encoder, batches: list[PackedBatch], memory: Memory, ranks: Ranks, engine: Engine
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Add the gradient of all batches to that of the parameters; losses and metrics, 0-dim.
+) -> tuple[list[Tensor], list[dict[str, Tensor]], list[nn.Parameter]]:
+    """Add the gradient of all batches to that of the parameters.
+
+    Returns:
+        losses and metrics, 0-dim, of this rank's share; and what losses learn beside the encoder's
+        weights, whose gradients are of that share too.
 
     Raises:
         OutOfMemory: on all ranks, none of which waits in a collective then.
     """
-    losses, metrics = [], []
+    losses, metrics, learnt = [], [], dict[nn.Parameter, None]()
     # No rank can take back a pass that is one of all.
     again = nullcontext if ranks.lockstep else ranks.together
     for number, batch in enumerate(batches, 1):
@@ -201,6 +205,7 @@ def _gradients(
                 (batch.passage_places, result.d_passages),
             ) * (batch.weight * batch.loss_share)
             for parameter, grad in result.others:
+                learnt[parameter] = None
                 grad = (grad * (batch.weight * batch.loss_share)).to(parameter.dtype)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             losses.append(result.loss * batch.loss_share)
@@ -215,7 +220,7 @@ def _gradients(
         with record_function("backward"):
             for pair in passes:
                 engine.backward(*pair, last=True)
-    return losses, metrics
+    return losses, metrics, list(learnt)
 
 
 def _as_many(
@@ -230,12 +235,10 @@ def _as_many(
         most, again = ranks.highest([most, again])
     elif last and ranks.size > 1:
         most = max(most, 1)
+    if most == len(own):
+        return own, most - again
+    assert batch.empty is not None
     return own + [batch.empty] * (most - len(own)), most - again
-
-
-def _own_parameters(encoder: Encoder) -> list[Tensor]:
-    """What the loss learns beside the backbone."""
-    return [] if encoder.log_scale is None else [encoder.log_scale]
 
 
 def _own_metrics(batch: PackedBatch, result: LossOutput) -> dict[str, Tensor]:
