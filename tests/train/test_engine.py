@@ -1,17 +1,26 @@
-"""Whole or in parts, weights on several ranks are trained as in one process; what ends one rank ends
-all, and the last checkpoint resumes."""
+"""Whole or in parts, weights on several ranks are trained as in one process.
+
+What ends one rank ends all, and the last checkpoint resumes.
+"""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.data.rows import read_preferences
+from rankpo_fast.errors import InputError
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.retrieval.evaluate import measure
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.engine import Engine, check_shard
+from rankpo_fast.train.memory import HOST_TRIAL, Memory
+from rankpo_fast.train.meters import Agreed, Host
 from support import rank_runs
 from support.rank_runs import arguments
-
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture
@@ -37,6 +46,7 @@ def flags(tmp_path, contrastive_file):
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shard, ranks, model, more",
     [
@@ -63,8 +73,9 @@ def test_twenty_steps_end_at_the_weights_of_one_process(
         torch.testing.assert_close(ours[name], one[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.long
 def test_parts_are_gone_on_from_bit_by_bit_and_by_other_ranks_with_batches_as_large(
-    ran, flags, tiny_bert_dir, tmp_path, run_stage, preference_file
+    ran, flags, tiny_bert_dir, tmp_path, run_stage, preference_file, read_metrics
 ):
     """With dropout on, evaluated on the way by all."""
     more = {"preference_data": [preference_file], "eval_steps": 3, "max_tokens_per_micro_batch": 90}
@@ -86,10 +97,14 @@ def test_parts_are_gone_on_from_bit_by_bit_and_by_other_ranks_with_batches_as_la
         run_stage("contrastive", tiny_bert_dir, "one", per_device_train_batch_size=12,
                   resume=str(path), **more)  # fmt: skip
     assert any("but not bit by bit" in str(warning.message) for warning in said)
+    trained = Encoder.from_pretrained(tmp_path / "straight", device="cpu")
+    figures = measure(trained, preferences=read_preferences([preference_file])).figures
+    assert read_metrics(tmp_path / "straight")[-1]["eval/alignment"] == figures["alignment"]
     want = load_file(tmp_path / "straight" / "model.safetensors")
     assert all(torch.equal(want[name], outputs["same"][name]) for name in want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_resumes(
     shard, ran, flags, tiny_llama_dir, tmp_path
@@ -105,6 +120,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_resumes(
     assert [rank.code for rank in ended] == [0] * 3, ended
 
 
+@pytest.mark.long
 def test_out_of_memory_in_a_pass_of_all_ends_all_and_the_last_checkpoint_resumes(
     ran, flags, tiny_llama_dir, tmp_path
 ):
@@ -115,3 +131,46 @@ def test_out_of_memory_in_a_pass_of_all_ends_all_and_the_last_checkpoint_resumes
     for rank in others:
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
     assert checkpoints.newest(tmp_path / "out" / "checkpoints").step == 2
+
+
+@pytest.mark.parametrize(
+    "settings, ranks, lent, said",
+    [
+        ({"shard": "full"}, 1, False, "--shard full is for several processes, and this is one"),
+        ({"shard": "grad", "optim": "muon"}, 2, False, "goes with --optim adamw, not muon"),
+        ({"shard": "full"}, 2, True, "give the model by its name"),
+    ],
+    ids=["one-process", "another-optimizer", "a-lent-encoder"],
+)
+def test_parts_are_refused_where_they_cannot_be(settings, ranks, lent, said):
+    with pytest.raises(InputError, match=said):
+        check_shard(TrainingConfig("out", **settings), SimpleNamespace(size=ranks), lent=lent)
+
+
+def test_memory_is_reckoned_for_the_rank_that_has_least_and_nothing_larger_is_tried(
+    tiny_bert_dir, monkeypatch
+):
+    """Of a simulated card, which others have less of; too little for the longest text is said."""
+    encoder = Encoder.from_pretrained(tiny_bert_dir, device="cpu").train()
+    table = encoder.tokenize_passages(["a nurse " * n for n in range(1, 100)])
+    tried, others = [], [1.0]
+    forward = Encoder.forward
+
+    def noted(encoder, batch):
+        tried.append(sum(batch.lengths))
+        return forward(encoder, batch)
+
+    monkeypatch.setattr(Encoder, "forward", noted)
+    monkeypatch.setattr(Host, "free", lambda _: 100 * 2**20)
+    monkeypatch.setattr("rankpo_fast.train.memory.most_workspace", lambda _: 0)
+    worst = SimpleNamespace(highest=lambda numbers: [max(n, int(n * others[0])) for n in numbers])
+    engine = Engine()
+    engine.meter = lambda meter: Agreed(meter, worst)
+    roomy = Memory.measure(encoder, table, 100_000, None, engine)
+    others[0] = 0.5  # -free: half of it
+    cramped = Memory.measure(encoder, table, 100_000, None, engine)
+    assert max(tried) <= HOST_TRIAL < cramped.max_tokens < roomy.max_tokens < 100_000
+    assert cramped.max_tokens == pytest.approx(roomy.max_tokens / 2, rel=0.1)
+    others[0] = 1e-4
+    with pytest.raises(InputError, match="alone in a micro-batch"):
+        Memory.measure(encoder, table, None, None, engine)
