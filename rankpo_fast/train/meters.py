@@ -111,7 +111,7 @@ class Agreed(Meter):
         self._meter.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._meter.__exit__(*exception)
 
     def held(self) -> int:
