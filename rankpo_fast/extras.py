@@ -15,6 +15,8 @@ EXTRAS = {
         "pytrec-eval-terrier": "pytrec_eval",
     },
     "plots": {"matplotlib": "matplotlib"},
+    "lora": {"peft": "peft"},
+    "lowbit": {"torchao": "torchao", "bitsandbytes": "bitsandbytes"},
 }
 
 

@@ -44,7 +44,8 @@ from rankpo_fast.train.result import TrainingResult
 
 # What may be said of an Encoder that is given; the rest was said when it was loaded.
 OF_TRAINING = (
-    "bf16", "save_dtype", "gradient_checkpointing", "torch_compile", "use_liger_kernel",
+    "bf16", "save_dtype", "gradient_checkpointing", "mlp_chunk", "torch_compile",
+    "use_liger_kernel",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """How many threads a process may compute with, as the system tells it."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,3 +59,13 @@ def test_the_one_thread_of_torchrun_is_said_with_what_would_be_faster(monkeypatc
     assert said == "1 thread of 16 CPUs, as OMP_NUM_THREADS says; 8 may be faster"
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads.describe_threads() == "1 thread"
+
+
+def test_a_thread_in_the_background_computes_alone_and_changes_no_other():
+    """Helpers of its own would make those of the foreground sleep between any two operations."""
+    with threads.threads(2):
+        with threads.background_thread() as background:
+            assert background.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2

@@ -208,7 +208,7 @@ def test_a_training_leaves_nothing_but_weights_on_an_encoder(tiny_bert_dir, tmp_
 
     encoder = Encoder.from_pretrained(tiny_bert_dir, device="cpu")
     settings = {
-        "gradient_checkpointing": True, "save_dtype": "bfloat16", "bf16": True,
+        "gradient_checkpointing": True, "save_dtype": "bfloat16", "bf16": True, "mlp_chunk": 16,
         "temperature_learning_rate": 0.1,
     }  # fmt: skip
     contrastive(encoder, ROWS, tmp_path / "1", **settings).train()
@@ -217,6 +217,8 @@ def test_a_training_leaves_nothing_but_weights_on_an_encoder(tiny_bert_dir, tmp_
         trainer.train()
     assert trainer.encoder is encoder and not encoder.training
     assert not encoder.layers.checkpointed and not encoder.bf16 and encoder.log_scale is None
+    assert encoder.layers.mlp_chunk is None
+    assert not any("feed_forward_chunk" in vars(module) for module in encoder.backbone.modules())
     assert encoder.save_dtype == torch.float32
     assert all(parameter.grad is None for parameter in encoder.parameters())
 

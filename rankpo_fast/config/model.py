@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankpo_fast.errors import InputError
 from rankpo_fast.fields import (
     AutoOrBool,
     Config,
@@ -107,8 +108,8 @@ class ModelConfig(EncoderConfig):
     trim_vocabulary: bool = flag("Drop tokens that no text of the run has.", False)
     bidirectional: bool = flag("Tokens of a causal model see those after them too.", False)
     gradient_checkpointing: bool | Literal["auto", "selective"] = flag(
-        "Less memory for a third more compute; selective: half of that, products are kept; auto: "
-        "where a micro-batch does not fit without.",
+        "Less memory for a third more compute; selective: products are kept, the rest computed "
+        "again; auto: the least with which a micro-batch fits.",
         "auto",
     )
     mlp_chunk: int | None = flag(
@@ -127,9 +128,52 @@ class ModelConfig(EncoderConfig):
         check_names(self, "special_tokens", "lora_targets", "lora_modules_to_save")
         check_at_least(self, 1, "lora_rank", "layers", "mlp_chunk")
         check_at_least(self, 0, "freeze_layers")
+        self._check_activations()
         if self.lora_alpha is not None:
             check_above(self, 0, "lora_alpha")
         require(self, "lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1)
+        self._check_levers()
         given = self.special_tokens
         tokens = [t for g in given for t in (PAPER_SPECIAL_TOKENS if g == "paper" else [g])]
         object.__setattr__(self, "special_tokens", list(dict.fromkeys(tokens)))
+
+    def _check_levers(self) -> None:
+        """InputError for two that do not go together, with the reason."""
+        given = self.changed()
+        of_lora = [name for name in given if name.startswith("lora_") and name != "lora_rank"]
+        if self.lora_rank is None and of_lora:
+            raise InputError(f"--{of_lora[0]} needs --lora_rank, which switches adapters on")
+        excluded = [
+            ("lora_rank", "from_scratch", "random weights would never be trained"),
+            ("lora_rank", "freeze_layers", "with adapters no weight is trained: leave it out"),
+            ("lora_rank", "freeze_embeddings", "with adapters no weight is trained: leave it out"),
+            ("lora_rank", "float8", "8-bit products are for weights that are trained"),
+            ("from_scratch", "freeze_layers", "random weights would never be trained"),
+            ("from_scratch", "freeze_embeddings", "random weights would never be trained"),
+        ]
+        for one, other, why in excluded:
+            if one in given and other in given:
+                raise InputError(f"--{one} and --{other} do not go together: {why}")
+        if self.weights_dtype == "nf4" and self.lora_rank is None:
+            raise InputError(
+                "--weights_dtype nf4 needs --lora_rank: weights of 4 bits stay as they are, an "
+                "adapter beside them is trained"
+            )
+        if self.bf16 is False and (self.weights_dtype == "bf16" or self.float8):
+            lever = "--float8" if self.float8 else "--weights_dtype bf16"
+            raise InputError(f"{lever} needs --bf16 true (or auto): it computes in bf16")
+
+    def _check_activations(self) -> None:
+        """InputError for two that take away what the other is there for."""
+        selective = self.gradient_checkpointing == "selective"
+        if selective and self.mlp_chunk is not None:
+            raise InputError("--gradient_checkpointing selective keeps the products that "
+                             "--mlp_chunk is there to spare: give --gradient_checkpointing true, "
+                             "or no --mlp_chunk")  # fmt: skip
+        if self.torch_compile is True and selective:
+            raise InputError("--torch_compile: compiled layers do not show the products that "
+                             "--gradient_checkpointing selective keeps: give "
+                             "--gradient_checkpointing true, or no --torch_compile")  # fmt: skip
+        if self.torch_compile is True and self.mlp_chunk is not None:
+            raise InputError("--torch_compile and --mlp_chunk exclude each other: layers would be "
+                             "compiled for each number of chunks; give one of them")  # fmt: skip

@@ -1,4 +1,5 @@
 """Do packed texts get the states they get alone, and does none see another? Asked at every load.
+And where products are kept: does a layer that is computed again from them come out the same?
 
 A token that sees another text makes no crash and no odd loss, only a model that is a little wrong.
 S texts of T tokens in all, D dims.
@@ -14,6 +15,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import SHORT, Kernel
 from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.model.tokenizer import embedding_rows
 
 # Largest relative error of a text's states that is put down to rounding. Two ways to sum in fp32
@@ -21,6 +23,7 @@ from rankpo_fast.model.tokenizer import embedding_rows
 # 2^-9 sqrt(10 * 60) for a deep model. Texts that see each other are off by 0.1 and more. In bf16 a
 # window off by one may hide below that: kernels are checked for those in tests/train/test_cuda.py.
 ROUNDING = {False: 1e-5, True: 5e-2}
+SMALL = 1 << 16  # numbers
 WINDOW_LIMIT = 256  # sliding windows up to here are crossed: a longer text would take too long
 
 
@@ -36,8 +39,10 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
         Unpackable: the backbone asks for something that packed texts cannot have.
     """
     training, bf16 = encoder.training, encoder.bf16
+    # Where the kernel and the weights take fp32 that will do: it shows smaller errors.
+    half = bf16 and (kernel.capability is not None or encoder.backbone.dtype == torch.bfloat16)
     encoder.eval()
-    encoder.bf16 = bf16 and kernel.capability is not None  # else fp32 will do, where errors show
+    encoder.bf16 = half
     batch, other = (to_device(sample, encoder.device) for sample in _samples(encoder))
     try:
         encoder.use_kernel(None)
@@ -48,7 +53,7 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
     finally:
         encoder.bf16 = bf16
         encoder.train(training)
-    rounding = ROUNDING[bf16 and kernel.capability is not None]
+    rounding = ROUNDING[half]
     unlike = _errors(packed, alone, batch)
     leaks = _errors(beside_other, packed, batch)
     leaks[1] = 0.0  # the text whose ids are others
@@ -62,6 +67,45 @@ def check_packing(encoder: Encoder, kernel: Kernel) -> None:
                 f"attention (relative error {error.max():.1e}, rounding makes less than "
                 f"{bound:.0e}); --packing false avoids it"
             )
+
+
+def selective_is_exact(encoder: Encoder) -> bool:
+    """Whether selective checkpointing gives the gradients that full checkpointing gives.
+
+    It does not where a layer writes over a product (`states += residual`): what is kept, and handed
+    on when the layer is computed again, is then no longer the product. torch does not always see
+    it. Compared are small parameters, as those of norms, which every layer has or LoRA gives it; a
+    layer that goes wrong spoils those of the layers before it.
+    """
+    if not any(parameter.requires_grad for parameter in encoder.backbone.parameters()):
+        return True
+    kind, training = encoder.layers.checkpointed, encoder.training
+    batch = to_device(_samples(encoder)[0], encoder.device)
+    encoder.train()
+    try:
+        selective, full = (_small_gradients(encoder, batch, way) for way in ("selective", True))
+    except RuntimeError as error:
+        if "mutated" not in str(error):
+            raise
+        return False
+    finally:
+        encoder.layers.checkpoint(kind)
+        encoder.train(training)
+    differences = torch.stack([(a - b).norm() for a, b in zip(selective, full, strict=True)])
+    norms = torch.stack([gradient.norm() for gradient in full])
+    return bool(differences.norm() <= ROUNDING[encoder.bf16] * norms.norm())
+
+
+def _small_gradients(encoder: Encoder, batch: MicroBatch, way: Checkpointing) -> list[Tensor]:
+    encoder.layers.checkpoint(way)
+    gpus = [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):  # dropout draws the same each time
+        torch.manual_seed(0)
+        vectors = encoder(batch)
+    trained = [p for p in encoder.backbone.parameters() if p.requires_grad]
+    small = [p for p in trained if p.numel() <= SMALL] or trained
+    gradients = torch.autograd.grad(vectors.square().sum(), small, allow_unused=True)
+    return [gradient.double() for gradient in gradients if gradient is not None]
 
 
 def broken_weights(encoder: Encoder) -> list[str]:

@@ -34,6 +34,8 @@ class DroppedAttention(torch.autograd.Function):
         share = 1 - lost / DRAWS
         scores = (query * scaling) @ key.transpose(2, 3)  # [n, H, L, L]
         if seen is not None:
+            # In place, though selective checkpointing may hand out a kept product that is masked
+            # already when this is computed again: masked twice it is the same.
             scores.masked_fill_(~seen, float("-inf"))
         kind = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=kind)

@@ -17,6 +17,7 @@ from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_no_code, fi
 from rankpo_fast.model.modules import backbone_folder, read_json
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FLAG = "--tokenizer_name"
@@ -95,7 +96,6 @@ def lower_cased(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
     As in sentence-transformers, tokens that were added by name are found before that step.
     """
     from tokenizers.normalizers import Lowercase, Sequence
-    from transformers import PreTrainedTokenizerFast
 
     if not tokenizer.is_fast:
         raise InputError(f"{tokenizer.name_or_path}: do_lower_case needs a tokenizer.json, which "
@@ -106,13 +106,23 @@ def lower_cased(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
     if any(isinstance(step, Lowercase) for step in steps):
         return tokenizer
     backend.normalizer = Sequence([Lowercase(), *steps])
+    return rebuilt(tokenizer, backend)
+
+
+def rebuilt(
+    tokenizer: "PreTrainedTokenizerBase", backend: "Tokenizer"
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer with `backend` in the place of its own."""
+    from transformers import PreTrainedTokenizerFast
+
     # Classes of a model family build the steps they are used to and forget those of the file.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
         extra_special_tokens=tokenizer.extra_special_tokens,
         **{name: getattr(tokenizer, name) for name in ("name_or_path", "model_max_length",
-                                                       "padding_side", "truncation_side")},
+                                                       "padding_side", "truncation_side",
+                                                       "model_input_names", "chat_template")},
     )  # fmt: skip
 
 

@@ -5,13 +5,15 @@ It is the same on all ranks: it decides how sums are rounded and what dropout dr
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.layers import WAYS
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.engine import ALONE, Engine
-from rankpo_fast.train.memory import Memory, why_checkpointed
+from rankpo_fast.train.memory import Choice, Memory, checkpoint_more, least_checkpointing
 from rankpo_fast.train.run import Run
 
 
@@ -28,11 +30,13 @@ def measure_memory(
     else:
         table, _ = joined(*tables)
     run.ranks.connect()
-    spare = run.model.gradient_checkpointing == "auto" and encoder.layers.can_checkpoint
-    reason = checkpoint_layers(run.ranks, encoder, table, tokens, engine) if spare else None
+    choice = Choice(encoder.layers.checkpointed, "as asked")
+    auto = run.model.gradient_checkpointing == "auto"
+    if auto:
+        choice = checkpoint_layers(run.ranks, encoder, table, tokens, engine)
     memory = Memory.measure(encoder, table, tokens, room, engine)
-    memory.checkpointed = reason
-    memory.layers = encoder.layers if spare and reason is None else None
+    memory.checkpointing = str(choice)
+    memory.checkpoint_more = partial(checkpoint_more, encoder) if auto else None
     if tokens is not None and checkpoint is not None and memory.max_tokens < tokens:
         warnings.warn(
             f"--resume: micro-batches of {memory.max_tokens:,} tokens fit now, {tokens:,} did "
@@ -54,9 +58,10 @@ def checkpoint_layers(
     table: TokenTable,
     tokens: int | None,
     engine: Engine = ALONE,
-) -> str | None:
-    """The encoder's layers, where any rank has to; says why."""
-    reasons = [r for r in ranks.objects(why_checkpointed(encoder, table, tokens, engine)) if r]
-    if reasons:
-        encoder.layers.checkpoint()
-    return next(iter(reasons), None)
+) -> Choice:
+    """The encoder's layers, as that rank has to which has the least room."""
+    choices = ranks.objects(least_checkpointing(encoder, table, tokens, engine))
+    choice = max(choices, key=lambda one: WAYS.index(one.way))
+    if encoder.layers.checkpointed != choice.way:
+        encoder.layers.checkpoint(choice.way)
+    return choice

@@ -89,7 +89,7 @@ def train_contrastive(
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
-            encoder = prepare_encoder(run, encoder)
+            encoder = prepare_encoder(run, encoder, batches)
             batches, texts = tokenized(batches, encoder, compute)
             _check_dims(loss, encoder)
             if (guide := loss.guide_model_name_or_path) is not None:

@@ -6,33 +6,40 @@ in time that there is no more, a few hundred tokens go through and the rest is r
 step runs out of memory all the same, it is done again with less: first of the graphs, then of the
 tokens at once.
 
-Whether layers are checkpointed is decided here too. A token costs 3 forward passes, one of them for
+How layers are checkpointed is decided here too. A token costs 3 forward passes, one of them for
 the forward and two for the backward; if its graph is not kept (cache.py), 4. With its layers
-checkpointed it costs 4 whether the graph is kept or not. So checkpointing is slower as soon as one
-micro-batch of a good size fits without it, however few further graphs do.
+checkpointed it costs one more, with their products kept (selective.py) little more. So
+checkpointing is slower as soon as one micro-batch of a good size fits without it, however few
+further graphs do: of none, selective and full the first is taken with which one fits.
 """
 
+import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast.data.packing import MicroBatch, default_budget, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.check import selective_is_exact
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.model.layers import Layers
+from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.train.engine import ALONE, Engine
-from rankpo_fast.train.meters import Agreed, Meter, meter_of, release
+from rankpo_fast.train.meters import HOST_SHARE, Agreed, Meter, host_free_bytes, meter_of, release
+from rankpo_fast.train.optim import zero_gradient
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
 # elements still counted in 31 bits.
 MOST_TOKENS = 65536
 GOOD_TOKENS = 1024  # at once: a CPU is as fast as with more, a GPU of any size has enough to do
-HOST_TRIAL = 512  # tokens
+HOST_TRIAL, LEAST_TRIAL = 512, 16  # tokens
 
 
 @dataclass
@@ -43,8 +50,11 @@ class Memory:
     room: float  # bytes for graphs that are kept
     graph_bytes: float  # of a token's graph
     longest: int = 1  # tokens of the longest text, below which no budget can go
-    layers: Layers | None = None  # to checkpoint where nothing else is left to shrink
-    checkpointed: str | None = None  # why layers are, where nobody asked for it
+    host_bytes: float = 0.0  # of a token, on the host: --offload activations
+    host_room: float = math.inf
+    checkpointing: str = ""  # how layers are, and why
+    # Checkpoints more of them, where nothing else is left to shrink; None: there is no more.
+    checkpoint_more: Callable[[], Checkpointing | None] | None = None
 
     @classmethod
     def measure(
@@ -69,7 +79,7 @@ class Memory:
             InputError: not even the longest text fits.
         """
         meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
-        with _gradients(encoder, engine):
+        with _as_in_a_step(encoder, engine):
             if isinstance(meter, Agreed):
                 trial = _in_lockstep(encoder, table, meter, max_tokens, longest)
             elif meter.warns:
@@ -82,22 +92,30 @@ class Memory:
                     warnings.warn(_scarce(trial, free), stacklevel=2)
             if room is None:
                 room = max(0.0, _free(meter, encoder.device) - (trial.peak - trial.graph))
-        return cls(trial.max_tokens, room, trial.graph / trial.tokens, longest)
+        per_token, on_host = trial.graph / trial.tokens, trial.host / trial.tokens
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
+        host_room = HOST_SHARE * host_free_bytes() / ranks if on_host else math.inf
+        return cls(trial.max_tokens, room, per_token, longest, on_host, host_room)
 
     def summary(self) -> str:
         token, room = self.graph_bytes / 2**10, self.room / 2**30
-        why = f"; layers are checkpointed: {self.checkpointed}" if self.checkpointed else ""
-        return (
-            f"micro-batches of up to {self.max_tokens:,} tokens, {token:,.0f} KiB each; graphs of "
-            f"{room:.3g} GiB are kept, what is beyond is computed twice{why}"
-        )
+        parts = [
+            f"micro-batches of up to {self.max_tokens:,} tokens, {token:,.0f} KiB each",
+            f"graphs of {room:.3g} GiB are kept, what is beyond is computed twice",
+        ]
+        if self.host_bytes:
+            host = self.host_room / 2**30
+            parts.append(f"a further {self.host_bytes / 2**10:,.0f} KiB of each lie on the host, "
+                         f"up to {host:.3g} GiB")  # fmt: skip
+        return "; ".join([*parts, self.checkpointing] if self.checkpointing else parts)
 
     def kept(self, micro_batches: Sequence[MicroBatch]) -> int:
         """Of how many, from the last, the graph is kept; that of the last costs nothing."""
-        used, kept = 0.0, 0
+        tokens, kept = 0, 0
         for micro_batch in reversed(micro_batches):
-            used += sum(micro_batch.lengths) * self.graph_bytes
-            if kept > 0 and used > self.room:
+            tokens += sum(micro_batch.lengths)
+            fits = tokens * self.graph_bytes <= self.room
+            if kept > 0 and not (fits and tokens * self.host_bytes <= self.host_room):
                 break
             kept += 1
         return kept
@@ -114,21 +132,76 @@ class Memory:
             self.room = tokens * self.graph_bytes / 2
             fewer = max(map(self.kept, batches))
             return f"the graphs of {fewer} micro-batches kept at once, not {kept}"
-        if self.max_tokens == self.longest and self.layers is not None:
-            self.layers.checkpoint()
-            self.layers = None
-            return "layers checkpointed from now on"
         if self.max_tokens == self.longest:
+            way = None if self.checkpoint_more is None else self.checkpoint_more()
+            if way is not None:
+                how = " selectively" if way == "selective" else ""
+                return f"layers checkpointed{how} from now on"
             raise _too_little(self.longest)
         was, largest = self.max_tokens, max(sum(group.lengths) for b in batches for group in b)
         self.max_tokens = max(self.longest, min(was, largest) // 2)
         return f"at most {self.max_tokens:,} tokens in a micro-batch, not {was:,}"
 
 
-def why_checkpointed(
+class Choice(NamedTuple):
+    """How layers are checkpointed."""
+
+    way: Checkpointing
+    reason: str
+
+    def __str__(self) -> str:
+        how = "checkpointed" if self.way is True else "checkpointed selectively"
+        return f"layers are {how if self.way else 'not checkpointed'}: {self.reason}"
+
+
+def least_checkpointing(
+    encoder: Encoder, table: TokenTable, max_tokens: int | None, engine: Engine = ALONE
+) -> Choice:
+    """The first possible way in which these texts fit, else the last; the layers are left in it.
+
+    Args:
+        max_tokens: of a micro-batch that has to fit; None: any of a good size will do.
+    """
+    layers = encoder.layers
+    if layers.offloaded:
+        layers.checkpoint(True)
+        return Choice(True, "--offload activations moves what goes into them")
+    layers.checkpoint(False)
+    if not layers.can_checkpoint:
+        return Choice(False, f"{encoder.backbone.config.model_type} does not have it")
+    tokens = max_tokens or max(int(table.lengths.max()), GOOD_TOKENS)
+    reasons = []
+    while layers.checkpointed is not True:
+        reason = why_too_large(encoder, table, max_tokens, engine)
+        if reason is None:
+            break
+        reasons.append("nor selectively" if layers.checkpointed else reason)
+        checkpoint_more(encoder)
+    said = ", ".join(reasons) or f"{tokens:,} tokens at once fit without"
+    return Choice(layers.checkpointed, said)
+
+
+def checkpoint_more(encoder: Encoder) -> Checkpointing | None:
+    """Checkpoint its layers in the next way that takes less memory; None: there is none."""
+    layers = encoder.layers
+    if layers.checkpointed is True or not layers.can_checkpoint:
+        return None
+    way: Checkpointing = True
+    parts = any(isinstance(parameter, DTensor) for parameter in encoder.parameters())
+    # Of weights in parts there is no gradient of one rank by which to see whether it is exact.
+    if not parts and not layers.checkpointed and layers.why_not_selective() is None:
+        try:
+            way = "selective" if selective_is_exact(encoder) else True
+        except torch.OutOfMemoryError:  # with a few tokens: no text would fit
+            release(encoder.device)
+    layers.checkpoint(way)
+    return way
+
+
+def why_too_large(
     encoder: Encoder, table: TokenTable, max_tokens: int | None, engine: Engine = ALONE
 ) -> str | None:
-    """Why the layers of an encoder are to be checkpointed for these texts; None: they need not be.
+    """Why these texts do not fit with the encoder's layers as they are; None: they do.
 
     Args:
         max_tokens: of a micro-batch that has to fit; None: any of a good size will do.
@@ -136,7 +209,7 @@ def why_checkpointed(
     """
     meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
     tokens = max_tokens or max(longest, GOOD_TOKENS)
-    with _gradients(encoder, engine):
+    with _as_in_a_step(encoder, engine):
         if isinstance(meter, Agreed):
             fixed, _, peak = _slopes(encoder, table, meter, longest)
             taken, free = fixed + tokens * peak, _free(meter, encoder.device)
@@ -165,17 +238,21 @@ def _free(meter: Meter, device: torch.device) -> float:
 
 
 @contextmanager
-def _gradients(encoder: Encoder, engine: Engine) -> Iterator[None]:
-    """Those of the parameters are there, as they are most of the time in a step."""
+def _as_in_a_step(encoder: Encoder, engine: Engine) -> Iterator[None]:
+    """In train mode, without which layers are not checkpointed and nothing is dropped; gradients of
+    the parameters are there, as they are most of the time in a step."""
+    training = encoder.training
+    encoder.train()
     engine.begin()
     for parameter in encoder.parameters():
         if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = zero_gradient(parameter)
     try:
         yield
     finally:
         engine.settle()
         encoder.zero_grad(set_to_none=True)
+        encoder.train(training)
 
 
 @dataclass(frozen=True)
@@ -184,6 +261,7 @@ class _Trial:
     tokens: int  # that there were
     graph: int  # bytes
     peak: int
+    host: int = 0  # bytes of the graph that lie there instead
 
 
 def _largest(
@@ -216,19 +294,29 @@ def _reckoned(
     if max_tokens is not None and max_tokens <= HOST_TRIAL:
         return _largest(encoder, table, meter, max_tokens, longest, grow=False)
     few = _of_longest(encoder, table, meter, HOST_TRIAL)
-    per_token = few.graph / few.tokens
+    fixed = _fixed(few, _of_longest(encoder, table, meter, LEAST_TRIAL))
+    per_token = (few.graph - fixed) / few.tokens
     if longest > HOST_TRIAL:  # where attention keeps its weights, a token takes more in a long text
         fewer = _of_longest(encoder, table, meter, HOST_TRIAL // 2)
-        slope = (per_token - fewer.graph / fewer.tokens) / (few.tokens - fewer.tokens)
+        slope = (per_token - (fewer.graph - fixed) / fewer.tokens) / (few.tokens - fewer.tokens)
         per_token += max(0.0, slope) * (longest - few.tokens)
     budget = max_tokens or default_budget(table.lengths, "cpu")
     while True:
         tokens = min(budget, int(table.lengths.sum()))
-        graph = int(tokens * per_token)
+        graph = int(fixed + tokens * per_token)
         fits = graph <= _free(meter, encoder.device)
         if fits or max_tokens is not None or budget // 2 < max(longest, GOOD_TOKENS):
             return _Trial(budget, tokens, graph, graph)
         budget //= 2
+
+
+def _fixed(few: _Trial, least: _Trial) -> float:
+    """Bytes of a graph however many tokens it has: autocast's copies of weights, which only the
+    layers keep that are not checkpointed."""
+    if few.tokens <= least.tokens:
+        return 0.0
+    per_token = (few.graph - least.graph) / (few.tokens - least.tokens)
+    return max(0.0, least.graph - least.tokens * per_token)
 
 
 def _in_lockstep(
@@ -288,11 +376,11 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
     try:
         with torch.random.fork_rng(devices=gpus), meter:
             vectors = encoder(batch)
-            graph = meter.held()
+            graph, host = meter.held(), encoder.layers.host_bytes
             # Else nobody would say what the backward takes, nor that it fails.
             if meter.warns or (isinstance(meter, Agreed) and meter.counts_backward):
                 vectors.backward(torch.zeros_like(vectors))
-            return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak())
+            return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak(), host)
     except torch.OutOfMemoryError:
         return None
 
@@ -309,7 +397,7 @@ def _scarce(trial: _Trial, free: float) -> str:
 def _too_little(longest: int) -> InputError:
     return InputError(
         f"out of memory with {longest:,} tokens, the longest text, alone in a micro-batch: give "
-        f"--gradient_checkpointing true, a --max_passage_length (or --max_query_length) below "
-        f"{longest}, --bf16 true, or a smaller model; another program on the device may be the "
-        f"reason too"
+        f"--gradient_checkpointing true and --mlp_chunk 256, a --max_passage_length (or "
+        f"--max_query_length) below {longest}, --bf16 true, or a smaller model; another program on "
+        f"the device may be the reason too"
     )

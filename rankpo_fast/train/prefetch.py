@@ -5,7 +5,7 @@ U and N distinct query and passage texts of a batch.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from rankpo_fast.data.packing import MicroBatch, one_token, pack
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Batch
 from rankpo_fast.ranks import Ranks, deal
+from rankpo_fast.threads import background_thread
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.task import TrainingTask
 
@@ -114,7 +115,7 @@ class Prefetcher:
     ):  # fmt: skip
         """`steps`: the numbers of the batches of each; pack(numbers, max_tokens)."""
         self._pack, self._steps, self._memory = pack, iter(steps), memory
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = background_thread()
         self._waiting: deque[_Packing] = deque()
 
     def __enter__(self) -> "Prefetcher":

@@ -1,6 +1,9 @@
 """What comes before a training: whatever can be refused without a model, then the model."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from rankpo_fast.config import (
@@ -14,6 +17,7 @@ from rankpo_fast.config import (
     ReplayConfig,
     TrainingConfig,
 )
+from rankpo_fast.data.batches import ContrastiveData, PreferenceData
 from rankpo_fast.data.cache import check_cache
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
@@ -22,10 +26,15 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.texts import Texts
-from rankpo_fast.model.trainable import fit_to_train
+from rankpo_fast.model.trainable import check_offload, fit_to_train, set_offload
+from rankpo_fast.model.vocabulary import trim_vocabulary
 from rankpo_fast.paths import all_inputs, inputs, lies_in
 from rankpo_fast.ranks import Ranks
-from rankpo_fast.retrieval.evaluate import evaluation_texts, read_evaluation_data
+from rankpo_fast.retrieval.evaluate import (
+    EvaluationData,
+    evaluation_texts,
+    read_evaluation_data,
+)
 from rankpo_fast.train import output
 from rankpo_fast.train.engine import check_shard
 from rankpo_fast.train.reporters import chosen
@@ -54,6 +63,7 @@ def prepare_run(
     """
     model = replace(model, bf16=precision.bf16)
     check_shard(training, ranks, lent=encoder is not None)
+    check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
@@ -65,6 +75,9 @@ def prepare_run(
     if cache is not None and lies_in(cache, path):
         raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
     settings = settings_of(stage, ranks, configs, encoder)
+    if model.trim_vocabulary:
+        _check_trimming(model)
+        settings |= _trimming_settings(evaluation_data)
     return Run(
         stage=stage,
         model=model,
@@ -91,15 +104,57 @@ def nothing_left(run: Run) -> bool:
     return done
 
 
-def prepare_encoder(run: Run, encoder: Encoder | None = None) -> Encoder:
+def prepare_encoder(
+    run: Run, encoder: Encoder | None, *read: ContrastiveData | PreferenceData
+) -> Encoder:
     """Loaded, or the one given; InputError if a text of the evaluation does not fit into a
-    micro-batch."""
+    micro-batch.
+
+    Args:
+        read: all rows that it will be trained on.
+    """
     if encoder is None:
         encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
     else:
         encoder = fit_to_train(encoder, run.model, run.device)
+    set_offload(encoder, run.training.offload)
+    if run.model.trim_vocabulary:
+        _trim(run, encoder, read)
     if run.evaluation.asked:  # which will find these token ids in the cache
         data = run.evaluation_data
         queries, passages = evaluation_texts(data.retrieval, data.preferences)
         Texts.tokenize(encoder, queries, passages, run.compute)
     return encoder
+
+
+def _trim(run: Run, encoder: Encoder, read: Iterable[ContrastiveData | PreferenceData]) -> None:
+    """Leave the encoder the tokens of all texts that it will meet."""
+    data = run.evaluation_data
+    of_queries, of_passages = evaluation_texts(data.retrieval, data.preferences)
+    queries, passages = [*of_queries], [*of_passages]
+    for rows in read:
+        queries += rows.query_texts
+        passages += rows.passage_texts
+        if isinstance(rows, ContrastiveData):  # which compares them: a passage may be the query
+            passages += rows.query_texts
+    trimmed = trim_vocabulary(encoder, queries, passages, run.compute.cache_path)
+    encoder.trimmed = str(trimmed)
+
+
+def _check_trimming(model: ModelConfig) -> None:
+    if model.lora_rank is not None:
+        raise InputError("--trim_vocabulary: an adapter (--lora_rank) is saved for its base as "
+                         "that is, with all of its tokens; leave out one of the two")  # fmt: skip
+
+
+def _trimming_settings(evaluation: EvaluationData) -> dict[str, str]:
+    """What else decides which tokens are kept, and so what a checkpoint's embedding means."""
+    digest = hashlib.sha256()
+    for texts in evaluation_texts(evaluation.retrieval, evaluation.preferences):
+        for text in texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        digest.update(b"passages follow")
+    return {
+        "evaluation's texts, whose tokens --trim_vocabulary keeps,": digest.hexdigest()[:16],
+        "version of tokenizers": version("tokenizers"),
+    }

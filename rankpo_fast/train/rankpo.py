@@ -77,7 +77,8 @@ def train_rankpo(
             other, reference = loss.reference_model_name_or_path, None
             if loss.uses_reference and other is not None:
                 reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            encoder = prepare_encoder(run, encoder)
+            read = [pairs] if replayed is None else [pairs, replayed]
+            encoder = prepare_encoder(run, encoder, *read)
             pairs, texts = _tokenized(pairs, number, encoder, compute)
             number -= pairs.equal_pairs
             rows = f"{number:,} pairs{describe_shares(pairs.shares)}"

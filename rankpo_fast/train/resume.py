@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
     "cache_dir", "no_cache", "device",
 }  # fmt: skip
+FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.
 MET_FOR = ("save_steps", "eval_steps", "activation_memory_gb")
 PROCESSES, ROWS = "processes", "--per_device_train_batch_size"
@@ -74,6 +75,8 @@ def settings_of(
                     scratch = name == MODEL and config.from_scratch
                     weights = name != "tokenizer_name" and not scratch
                     settings[_content(name)] = _model_content(f"--{name}", value, weights)
+            elif name in FREE_PARTS:
+                settings[f"--{name}"] = [part for part in value if part not in FREE_PARTS[name]]
             elif name not in FREE_TO_CHANGE:
                 settings[f"--{name}"] = value
     return settings
@@ -151,7 +154,7 @@ def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks)
         if isinstance(before.get("--bf16"), bool):
             precision = Precision(before["--bf16"], "as the run that goes on had it")
         else:
-            precision = Precision.of(model.bf16, ranks.device)
+            precision = Precision.of_model(model, ranks.device)
     of_first, *_ = ranks.objects(precision)
     return of_first
 

@@ -1,7 +1,7 @@
 """One optimizer step.
 
     for each batch:  vectors through the gradient cache -> loss and gradients -> backward
-    one AdamW step, clipped and checked on the device
+    one step of the optimizer, clipped and checked on the device
 
 n distinct texts of a batch, D dims.
 """
@@ -25,7 +25,7 @@ from rankpo_fast.train.cache import CachedVectors, random_states, set_random_sta
 from rankpo_fast.train.engine import ALONE, Engine
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.meters import release
-from rankpo_fast.train.optim import AdamW, update
+from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.prefetch import PackedBatch, Prefetcher
 from rankpo_fast.train.task import LossOutput, scatter_sum
 
@@ -111,14 +111,14 @@ class _Values:
 def train_step(
     encoder: Encoder,
     steps: Prefetcher,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     rate: float,
     max_grad_norm: float,
     memory: Memory,
     ranks: Ranks,
     engine: Engine = ALONE,
 ) -> StepMetrics:
-    """Take the next of `steps`; nothing waits for the device.
+    """Take the next of `steps`; nothing waits for the device, unless the optimizer does.
 
     Out of memory, on whatever rank, the step is done again with less of it: the batches, their loss
     and the random numbers are the same. Where a pass is one of all ranks it cannot be, nor after
@@ -145,7 +145,7 @@ def train_step(
             break
         except OutOfMemory as error:
             here = error.here  # and its traceback, with all that it holds, is gone
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         release(encoder.device)
         notes += _shrink(memory, batches, ranks, here)
         set_random_states(random, encoder.device)
@@ -153,7 +153,7 @@ def train_step(
     with ranks.in_step():
         losses, metrics = ranks.total(losses, metrics, learnt)
     with record_function("optimizer"):
-        norm = update(optimizer, losses, rate, max_grad_norm)
+        norm = optimizer.update(losses, rate, max_grad_norm)
     values = [norm, *losses, *(value for of_batch in metrics for value in of_batch.values())]
     numbers, arrived = _to_host(torch.stack([value.to(norm.dtype) for value in values]))
     names = [list(of_batch) for of_batch in metrics]

@@ -34,6 +34,7 @@ from rankpo_fast.train import contrastive, output, prepare, step
 from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.optim import Optimizer
 from support import stages
 
 SECONDS = 60  # that ranks may take to end
@@ -123,7 +124,7 @@ class Steps:
         load = prepare.load_encoder
         put(mock.patch.object(prepare, "load_encoder", lambda *a, **k: load(*a, **k).double()))
         put(mock.patch.object(Encoder, "forward", self._widened(Encoder.forward)))
-        put(mock.patch.object(step, "update", self._update))
+        put(mock.patch.object(Optimizer, "update", lambda *args: self._update(*args)))
         put(mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)))
         return self
 
@@ -145,7 +146,7 @@ class Steps:
         return counted
 
     def _update(self, optimizer, losses, rate, max_norm):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = optimizer.parameters
         gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
         # Engines keep the memory of gradients for the next step's.
         wholes = {i: whole(gradient).clone() for i, gradient in gradients.items()}
@@ -155,7 +156,7 @@ class Steps:
         with torch.no_grad():
             for i, gradient in gradients.items():
                 parameters[i] -= 1e-3 * gradient
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return nn.utils.get_total_norm(list(wholes.values()))
 
 

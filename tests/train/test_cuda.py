@@ -58,6 +58,27 @@ def test_what_the_gradient_cache_keeps_changes_no_bit(family):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("way", [True, "selective"])
+def test_offloaded_activations_come_back_bit_by_bit(way, monkeypatch):
+    """Of two micro-batches whose graphs are kept: tensors of one leave after the other's."""
+    monkeypatch.setattr("rankpo_fast.model.offload.LEAST", 1)
+    encoder = make_encoder("llama", num_hidden_layers=8).to(CARD).train()
+    encoder.bf16 = True
+    encoder.use_kernel(kernels(window=False, softcap=False, dropout=False)[0])
+    encoder.layers.checkpoint(way)
+    groups = [to_device(pinned(make_batch(seed=seed)), CARD) for seed in range(2)]
+    results, host_bytes = [], []
+    for device in (None, CARD):
+        encoder.layers.offload(device)
+        cached = CachedVectors(encoder, groups, kept=2)
+        host_bytes.append(encoder.layers.host_bytes)
+        cached.backward(cached.vectors.sin())
+        results.append([p.grad for p in encoder.parameters() if p.grad is not None])
+        encoder.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert host_bytes[0] == 0 and host_bytes[1] > 0
+
+
 def test_random_weights_come_from_the_seed_on_the_card_too(tiny_llama_dir):
     state = torch.cuda.get_rng_state()
     config = ModelConfig(str(tiny_llama_dir), from_scratch=True)

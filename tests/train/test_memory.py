@@ -3,6 +3,7 @@
 import json
 import os
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,13 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train import meters
 from rankpo_fast.train.budget import checkpoint_layers
-from rankpo_fast.train.memory import Memory, why_checkpointed
+from rankpo_fast.train.memory import (
+    Choice,
+    Memory,
+    checkpoint_more,
+    least_checkpointing,
+    why_too_large,
+)
 from rankpo_fast.train.meters import Gpu, host_free_bytes
 from rankpo_fast.train.prefetch import Prefetcher
 from rankpo_kernels.workspace import most_workspace
@@ -132,7 +139,7 @@ def test_when_nothing_is_left_to_shrink_flags_are_named_and_no_weight_has_change
     weights, monkeypatch
 ):
     Limit(monkeypatch, 0, begin=2)
-    monkeypatch.setattr("rankpo_fast.train.step.update", None)  # must not be called
+    monkeypatch.setattr("rankpo_fast.train.optim.Optimizer.update", None)  # must not be called
     with pytest.raises(InputError, match="--gradient_checkpointing true.*--max_passage_length"):
         weights("out", max_tokens_per_micro_batch=BUDGET)
 
@@ -241,11 +248,11 @@ def test_on_a_card_layers_are_checkpointed_where_the_longest_texts_do_not_fit(
 ):
     encoder, table, longest = long_texts
     Simulated(monkeypatch, free=10**9)
-    assert why_checkpointed(encoder, table, None) is None
+    assert why_too_large(encoder, table, None) is None
     Limit(monkeypatch, 4 * longest)
-    assert why_checkpointed(encoder, table, 4 * longest) is None
-    assert why_checkpointed(encoder, table, 5 * longest).startswith(f"{5 * longest:,} tokens at")
-    assert why_checkpointed(encoder, table, None).startswith("1,024 tokens at once do not fit")
+    assert why_too_large(encoder, table, 4 * longest) is None
+    assert why_too_large(encoder, table, 5 * longest).startswith(f"{5 * longest:,} tokens at")
+    assert why_too_large(encoder, table, None).startswith("1,024 tokens at once do not fit")
     assert all(p.grad is None for p in encoder.parameters())
 
 
@@ -261,6 +268,18 @@ def test_what_the_host_would_take_is_reckoned_from_a_little(words, tiny_bert_dir
     reckoned = Memory.measure(encoder, table, tokens, None)
     assert reckoned.max_tokens == tried.max_tokens == tokens
     assert reckoned.graph_bytes == pytest.approx(tried.graph_bytes, rel=0.1)
+
+
+def test_copies_of_weights_are_reckoned_once_not_for_every_token(tiny_bert_dir, monkeypatch):
+    """Those in bf16 that a graph keeps, whose layers are not checkpointed."""
+    config = ModelConfig(str(tiny_bert_dir), bf16=True, disable_dropout=True)
+    encoder = load_encoder(config, device=CPU).train()
+    table = encoder.tokenize_passages(["nurse " * 40] * 40)
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 10**6)
+    tried = Memory.measure(encoder, table, 800, None)
+    monkeypatch.setattr("rankpo_fast.train.memory.HOST_TRIAL", 100)
+    reckoned = Memory.measure(encoder, table, 800, None)
+    assert reckoned.graph_bytes == pytest.approx(tried.graph_bytes, rel=0.05)
 
 
 @pytest.fixture
@@ -282,18 +301,60 @@ def test_on_the_host_a_smaller_micro_batch_goes_before_checkpointing(tiny_bert_d
     assert (
         roomy.max_tokens == 4096 and Memory.measure(encoder, table, None, None).max_tokens == 1024
     )
-    assert why_checkpointed(encoder, table, None) is None
-    assert "2,048 tokens at once would take" in why_checkpointed(encoder, table, 2048)
+    assert why_too_large(encoder, table, None) is None
+    assert "2,048 tokens at once would take" in why_too_large(encoder, table, 2048)
     host(500 * roomy.graph_bytes)
-    assert "1,024 tokens at once would take" in why_checkpointed(encoder, table, None)
+    assert "1,024 tokens at once would take" in why_too_large(encoder, table, None)
     with pytest.warns(UserWarning, match="the system ends the run; --gradient_checkpointing true"):
         Memory.measure(encoder, table, None, None)
+
+
+def test_on_the_host_layers_are_checkpointed_as_little_as_will_do(long_texts, host):
+    encoder, table, _ = long_texts
+    table = encoder.tokenize_passages(["nurse " * 60] * 40)
+    sizes = {}  # bytes that a token takes
+    for way in (False, "selective", True):
+        encoder.layers.checkpoint(way)
+        sizes[way] = Memory.measure(encoder, table, 1024, 0.0).graph_bytes
+    assert sizes[True] < 0.5 * sizes["selective"] < 0.4 * sizes[False]
+    for way in sizes:
+        host(1024 * 1.1 * sizes[way])
+        choice = least_checkpointing(encoder, table, None)
+        assert choice.way == way
+        assert encoder.layers.checkpointed == way
+        assert ("tokens at once would take" in choice.reason) == bool(way)
+
+
+def test_what_is_measured_is_a_step_in_training(long_texts):
+    """In eval mode no layer is checkpointed, and nothing is dropped."""
+    encoder, table, _ = long_texts
+    encoder.layers.checkpoint()
+    trained = Memory.measure(encoder, table, 40, 0.0).graph_bytes
+    assert Memory.measure(encoder.eval(), table, 40, 0.0).graph_bytes == trained
+    assert not encoder.training
+
+
+def test_out_of_memory_layers_are_checkpointed_selectively_first(long_texts):
+    encoder, _, _ = long_texts
+    group = type("Group", (), {"lengths": (16,)})
+    memory = Memory(16, 0.0, 1.0, longest=16, checkpoint_more=partial(checkpoint_more, encoder))
+    for how, way in ((" selectively", "selective"), ("", True)):
+        assert memory.shrink([[group]]) == f"layers checkpointed{how} from now on"
+        assert encoder.layers.checkpointed == way
+    with pytest.raises(InputError, match="16 tokens, the longest text"):
+        memory.shrink([[group]])
+
+
+def test_graphs_that_lie_on_the_host_end_where_the_host_does():
+    group = type("Group", (), {"lengths": (30, 10)})
+    memory = Memory(60, 1e9, 1.0, host_bytes=10.0, host_room=1000.0)
+    assert memory.kept([group] * 4) == 2
 
 
 def test_a_run_checkpoints_where_it_must_and_says_so(weights, host, capsys):
     flags = {"activation_memory_gb": 1.0}
     expected, _ = weights("roomy", gradient_checkpointing="auto", **flags)
-    assert "checkpointed" not in capsys.readouterr().err
+    assert "layers are not checkpointed: 1,024 tokens at once fit" in capsys.readouterr().err
     host(1e5)
     got, _ = weights("tight", gradient_checkpointing="auto", **flags)
     said = capsys.readouterr().err
@@ -307,7 +368,7 @@ def test_out_of_memory_layers_are_checkpointed_before_a_run_ends(weights, monkey
 
     def fails_unless_checkpointed(encoder, batch):
         calls.append(batch)
-        if len(calls) > 2 and not encoder.layers.checkpointed:
+        if len(calls) > 2 and encoder.layers.checkpointed is not True:
             raise torch.OutOfMemoryError("CUDA out of memory, as it were")
         return forward(encoder, batch)
 
@@ -322,9 +383,10 @@ def test_out_of_memory_layers_are_checkpointed_before_a_run_ends(weights, monkey
 
 def test_where_one_rank_has_to_checkpoint_all_do(long_texts):
     encoder, table, _ = long_texts
-    ranks = SimpleNamespace(objects=lambda own: [own, "too large", None])
-    said = checkpoint_layers(ranks, encoder, table, None)
-    assert said == "too large" and encoder.layers.checkpointed
+    other = Choice("selective", "too large")
+    ranks = SimpleNamespace(objects=lambda own: [own, other, own])
+    choice = checkpoint_layers(ranks, encoder, table, None)
+    assert choice == other and encoder.layers.checkpointed == "selective"
 
 
 # --- how much is free ---

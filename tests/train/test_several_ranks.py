@@ -90,6 +90,7 @@ RUNS = [
     pytest.param("contrastive", "llama", {"own_negatives": True}, id="own-negatives"),
     pytest.param("rankpo", "llama", {"reference_free": False}, id="rankpo-with-reference"),
     pytest.param("rankpo", "llama", {"use_confidence": True}, id="weighted-pairs"),
+    pytest.param("contrastive", "llama", {"trim_vocabulary": True}, id="trimmed-vocabulary"),
 ]
 
 

@@ -312,12 +312,23 @@ def test_micro_batches_do_not_change_the_result(tiny_llama_dir, run_stage):
 
 
 def test_gradient_checkpointing_does_not_change_the_result(tiny_bert_dir, run_stage):
-    """With dropout on: the layers drawn again in the backward pass are the same ones."""
-    plain, again = (
-        run_stage("contrastive", tiny_bert_dir, name, max_steps=2, gradient_checkpointing=on)
-        for name, on in (("plain", False), ("again", True))
+    """With dropout on: what is drawn again in the backward pass is the same."""
+    plain, selective, full = (
+        run_stage("contrastive", tiny_bert_dir, str(way), max_steps=2, gradient_checkpointing=way)
+        for way in (False, "selective", True)
     )
-    assert largest_difference(weights(plain), weights(again)) < 1e-5
+    assert largest_difference(weights(plain), weights(selective)) == 0
+    assert largest_difference(weights(plain), weights(full)) == 0
+
+
+def test_a_run_by_chunks_says_so_and_ends_alike(tiny_llama_dir, run_stage, capsys):
+    """Without dropout, which draws otherwise for a chunk than for all tokens."""
+    flags = {"max_steps": 2, "gradient_checkpointing": "auto"}
+    plain = run_stage("contrastive", tiny_llama_dir, "plain", **flags)
+    assert "feed-forward" not in capsys.readouterr().err
+    chunked = run_stage("contrastive", tiny_llama_dir, "chunked", mlp_chunk=32, **flags)
+    assert "feed-forward 32 tokens at once, computed again" in capsys.readouterr().err
+    assert 0 < largest_difference(weights(plain), weights(chunked)) < 1e-4
 
 
 def test_dropout_can_be_disabled(tiny_bert_dir, run_stage, read_metrics):

@@ -21,9 +21,10 @@ from rankpo_fast.data.rows import ContrastiveRow, read_preferences
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE
+from rankpo_fast.threads import threads
 from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.optim import adamw
+from rankpo_fast.train.optim import make_optimizer
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.rankpo import RankPOTask
 from rankpo_fast.train.step import train_step
@@ -81,6 +82,12 @@ def test_steps_come_in_order_and_at_most_three_are_made_early():
         assert next(steps) == [0]
         assert len(made) <= 3
         assert [step for [step] in steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_packing_takes_no_thread_from_the_step():
+    with threads(2), Prefetcher(lambda *_: [torch.get_num_threads()], range(4), MEMORY) as steps:
+        assert list(steps) == [[1]] * 4
+        assert torch.get_num_threads() == 2
 
 
 def test_an_error_in_the_background_arrives_at_its_step_and_the_thread_ends():
@@ -164,7 +171,10 @@ def test_a_step_does_not_ask_the_device(
         config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
         task = RankPOTask(pairs, texts, config, reference)
     steps = iter([pack_step([task], encoder.train(), ALONE, range(2), 60) for _ in range(2)])
-    optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
+    optimizer, memory = (
+        make_optimizer(encoder, TrainingConfig(str(tmp_path))),
+        Memory(60, 50.0, 1.0),
+    )
     for _ in range(2):
         with NoAnswers():
             metrics = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
