@@ -161,7 +161,7 @@ class Optimizer:
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 plain[name] = torch.tensor(value)
-            elif hasattr(value, "__tensor_flatten__"):  # torchao's of few bits
+            elif hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
                 inner, _ = value.__tensor_flatten__()
                 plain |= {f"{name}.{one}": getattr(value, one) for one in inner}
             else:
