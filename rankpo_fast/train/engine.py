@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rankpo_fast.config import TrainingConfig
+from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.packing import MicroBatch
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -69,13 +69,17 @@ class Engine:
 ALONE = Engine()
 
 
-def check_shard(training: TrainingConfig, ranks: Ranks, *, lent: bool) -> None:
-    """InputError where --shard cannot be.
+def check_shard(training: TrainingConfig, model: ModelConfig, ranks: Ranks, *, lent: bool) -> None:
+    """InputError where --shard, or weights as they are stored, cannot be on so many ranks.
 
     Args:
         lent: whether the encoder is the caller's, who wants it back whole.
     """
     given = f"--shard {training.shard}"
+    if ranks.size > 1 and model.weights_dtype == "bf16" and model.lora_rank is None:
+        raise InputError("--weights_dtype bf16: torch's engines for several ranks would sum its "
+                         "gradients in bf16; give --shard full, which takes 16 bytes a parameter "
+                         "of all ranks together, or --lora_rank")  # fmt: skip
     if training.shard == "none":
         return
     if ranks.size == 1:

@@ -62,7 +62,7 @@ def prepare_run(
         encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
-    check_shard(training, ranks, lent=encoder is not None)
+    check_shard(training, model, ranks, lent=encoder is not None)
     check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankpo_fast.config import TrainingConfig
+from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
@@ -136,15 +136,18 @@ def test_out_of_memory_in_a_pass_of_all_ends_all_and_the_last_checkpoint_resumes
 @pytest.mark.parametrize(
     "settings, ranks, lent, said",
     [
+        ({"weights_dtype": "bf16"}, 2, False, "--weights_dtype bf16: .*give --shard full"),
         ({"shard": "full"}, 1, False, "--shard full is for several processes, and this is one"),
         ({"shard": "grad", "optim": "muon"}, 2, False, "goes with --optim adamw, not muon"),
         ({"shard": "full"}, 2, True, "give the model by its name"),
     ],
-    ids=["one-process", "another-optimizer", "a-lent-encoder"],
+    ids=["bf16-weights", "one-process", "another-optimizer", "a-lent-encoder"],
 )
 def test_parts_are_refused_where_they_cannot_be(settings, ranks, lent, said):
     with pytest.raises(InputError, match=said):
-        check_shard(TrainingConfig("out", **settings), SimpleNamespace(size=ranks), lent=lent)
+        model = ModelConfig("x", weights_dtype=settings.pop("weights_dtype", "fp32"))
+        training = TrainingConfig("out", **settings)
+        check_shard(training, model, SimpleNamespace(size=ranks), lent=lent)
 
 
 def test_memory_is_reckoned_for_the_rank_that_has_least_and_nothing_larger_is_tried(
