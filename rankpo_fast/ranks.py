@@ -2,13 +2,14 @@
 
     texts of the batch      dealt out by cost; a rank encodes its own      all-gather  [n, D]
     rows of the batch       a slice each, scored against all passages      sum by owner [n, D]
-    parameters' gradients   of the own texts, over the whole step          one all-reduce
+    parameters' gradients   of the own texts, over the whole step          train/engine.py
 
-Every rank knows all rows, so each makes the same batch by itself and no text travels. Not DDP: that
-reduces whenever a backward ends, of which the gradient cache has many in a step.
+Every rank knows all rows, so each makes the same batch by itself and no text travels.
 
-Only rank 0 writes. Out of memory on one, all do the step again. What ends a rank ends all: torchrun
-stops the others, which wait in a collective whose connection closes. n texts, D dims.
+Rank 0 writes, others no more than their parts of sharded weights. Out of memory on one, all do the
+step again, unless ranks wait for it in the midst of a pass: then the run ends. What ends a rank
+ends all: torchrun stops the others, which wait in a collective whose connection closes. n texts, D
+dims.
 """
 
 import atexit
@@ -33,7 +34,6 @@ from rankpo_fast.ops.ranks import gather_rows, sum_rows
 
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)  # with rank 0, which may evaluate for long: who dies is not waited for
-BUCKET_BYTES = 256 * 2**20  # of gradients that travel at once: a copy of so many is made
 
 Metrics = dict[str, Tensor]
 
@@ -53,6 +53,8 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None = None  # moves what lies on the devices
     hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no GPU
+    # Whether weights lie in parts, so that a pass through the encoder is one of all ranks.
+    lockstep: bool = False
 
     @classmethod
     @contextmanager
@@ -188,6 +190,31 @@ class Ranks:
         if anywhere:
             raise OutOfMemory(failed)
 
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """What is done inside has collectives of the devices, so that no rank can do it again.
+
+        Raises:
+            InputError: out of memory on this rank; the others then hear that it is gone.
+            RankLost: another is gone.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.group is None:
+                raise
+            raise InputError(
+                f"out of memory on rank {self.rank} in a pass for which the others wait, so that "
+                f"the step cannot be done again with less; --resume goes on from the last "
+                f"checkpoint: give it a smaller --activation_memory_gb or "
+                f"--gradient_checkpointing true, or train anew with a smaller "
+                f"--max_tokens_per_micro_batch"
+            ) from error
+        except RuntimeError as error:
+            if self.group is None or not _of_connection(error):
+                raise
+            raise RankLost(f"rank {self.rank} stops, since another is gone ({error})") from error
+
     # --- a step ---
 
     def connect(self) -> None:
@@ -198,6 +225,8 @@ class Ranks:
         counts = [1] * self.size
         self.owned(self.gathered(ones[:1], counts), counts)
         dist.all_reduce(ones, group=self.group)
+        if self.lockstep:
+            dist.reduce_scatter_tensor(torch.empty_like(ones[:1]), ones, group=self.group)
 
     def rows(self, count: int) -> slice:
         """The rank's part of so many rows; it may be empty."""
@@ -218,28 +247,29 @@ class Ranks:
             return sum_rows(gradient, counts, self.group)
 
     def total(
-        self, parameters: list[Tensor], losses: list[Tensor], metrics: list[Metrics]
+        self, losses: list[Tensor], metrics: list[Metrics], parameters: Sequence[Tensor] = ()
     ) -> tuple[list[Tensor], list[Metrics]]:
-        """Losses and metrics summed over ranks, and in place the gradients of the parameters."""
+        """Losses and metrics summed over ranks, and in place the gradients of these parameters,
+        which are small and no engine's."""
         if self.group is None:
             return losses, metrics
-        used = self.highest([parameter.grad is not None for parameter in parameters])
-        for parameter, is_used in zip(parameters, used, strict=True):
-            if is_used and parameter.grad is None:  # used by others' texts, not by own ones
+        values = [*losses, *(value for of_batch in metrics for value in of_batch.values())]
+        for parameter in parameters:
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        values = [*losses, *(value for of_batch in metrics for value in of_batch.values())]
-        numbers = torch.stack([value.float() for value in values])
+        dtype = max((t.dtype for t in (*values, *gradients)), key=lambda dtype: dtype.itemsize)
+        flat = [tensor.detach().to(dtype).flatten() for tensor in (*values, *gradients)]
+        sizes = [tensor.numel() for tensor in flat]
         with record_function("communication"):
-            for bucket in _buckets([numbers, *gradients]):
-                flat = torch.cat([tensor.flatten() for tensor in bucket])
-                dist.all_reduce(flat, group=self.group)
-                sums = flat.split([tensor.numel() for tensor in bucket])
-                for tensor, of_all in zip(bucket, sums, strict=True):
-                    tensor.copy_(of_all.view_as(tensor))
-        totals = iter(numbers.unbind())
-        losses = [next(totals) for _ in losses]
-        return losses, [{name: next(totals) for name in of_batch} for of_batch in metrics]
+            numbers = torch.cat(flat)
+            dist.all_reduce(numbers, group=self.group)
+        totals = iter(numbers.split(sizes))
+        losses = [next(totals).view(()) for _ in losses]
+        metrics = [{name: next(totals).view(()) for name in of_batch} for of_batch in metrics]
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        return losses, metrics
 
 
 ALONE = Ranks(torch.device("cpu"))
@@ -257,6 +287,11 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
     return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
 
 
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised it, of which gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def own_device(compute: ComputeConfig) -> torch.device:
     """The GPU of LOCAL_RANK, which becomes the current one, or the CPU."""
     device = compute.torch_device()
@@ -268,15 +303,3 @@ def own_device(compute: ComputeConfig) -> torch.device:
     device = dataclasses.replace(compute, device=f"cuda:{number}").torch_device()
     torch.cuda.set_device(device)
     return device
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, those of one dtype together up to BUCKET_BYTES."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        full = sum(x.nbytes for x in bucket) + tensor.nbytes > BUCKET_BYTES
-        if bucket and (full or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    yield bucket

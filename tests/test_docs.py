@@ -27,7 +27,8 @@ PRIVATE = {
 }
 # Flags of torchrun, pytest and `bench compare`, and the example of a typing error.
 OF_OTHERS = {
-    "--nproc_per_node", "--equality", "--benchmark-save", "--benchmark-compare-fail",
+    "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
+    "--equality", "--benchmark-save", "--benchmark-compare-fail",
     "--threshold", "--learning_rat",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"

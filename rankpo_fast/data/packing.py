@@ -88,6 +88,11 @@ def _longest_first(lengths: Tensor, max_tokens: int) -> Tensor:
     return lengths.argsort(descending=True, stable=True)
 
 
+def one_token(table: TokenTable) -> MicroBatch:
+    """The least that goes through an encoder: the first token of a table's first text."""
+    return pack(TokenTable(table[0][:1], torch.tensor([0, 1]), truncated=0), torch.tensor([0]))
+
+
 def pack(table: TokenTable, text_ids: Tensor) -> MicroBatch:
     """The texts `text_ids` [S] of the table, in that order, end to end."""
     starts = table.offsets[text_ids]  # [S]

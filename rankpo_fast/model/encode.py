@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankpo_fast.data.packing import pack
+from rankpo_fast.data.packing import one_token, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import NotFiniteVectors
 from rankpo_fast.model.check import broken_weights
@@ -51,13 +52,17 @@ def encode_texts(
     norms, place = [torch.empty(0, device=encoder.device)], 0  # of vectors made, on the device
     training = encoder.training
     encoder.eval()
-    with shown(progress, len(own), "text") as advance:
+    passes = ranks.in_step() if ranks.lockstep else nullcontext()
+    with passes, shown(progress, len(own), "text") as advance:
         for batch in shares[ranks.rank]:
-            made = _encode(encoder, table, batch)
+            made = _encode(encoder, table, batch, ranks)
             norms.append(made.norm(dim=1))  # before it is divided by: inf would leave zeros
             vectors[rows[place : place + len(batch)]] = F.normalize(made, dim=1).cpu()
             place += len(batch)
             advance(len(batch))
+        if ranks.lockstep and len(table) > 0:  # others wait for as many passes
+            for _ in range(max(map(len, shares)) - len(shares[ranks.rank])):
+                encoder(one_token(table))
     encoder.train(training)
     _check(encoder, own, torch.cat(norms).cpu(), len(table), texts, ranks)
     for rank, ids in enumerate(text_ids[1:], 1):
@@ -70,16 +75,16 @@ def encode_texts(
     return vectors
 
 
-def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor) -> Tensor:
+def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor, ranks: Ranks) -> Tensor:
     """Vectors [S, D] of a micro-batch, not normalised; in two halves where memory does not suffice
-    for it."""
+    for it and no rank waits for one pass."""
     try:
         return encoder(pack(table, text_ids))
     except torch.OutOfMemoryError:
-        if len(text_ids) == 1:
+        if len(text_ids) == 1 or ranks.lockstep:
             raise
     torch.cuda.empty_cache()  # of blocks cut for the larger one
-    return torch.cat([_encode(encoder, table, half) for half in text_ids.tensor_split(2)])
+    return torch.cat([_encode(encoder, table, half, ranks) for half in text_ids.tensor_split(2)])
 
 
 def _shares(batches: list[Tensor], lengths: Tensor, ranks: int) -> list[list[Tensor]]:

@@ -112,9 +112,7 @@ class Layers:
         gradients, so that dropout would not be drawn again as it was.
         """
         self.uncompile()
-        lists = [m for m in self._backbone.modules() if isinstance(m, nn.ModuleList)]
-        inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-        layers = [layer for m in lists if id(m) not in inner for layer in m] or [self._backbone]
+        layers = outermost_layers(self._backbone) or [self._backbone]
         if self.checkpointed:
             layers = [part for layer in layers for part in layer.children()]
         for layer in layers:
@@ -125,3 +123,10 @@ class Layers:
         for module in self._compiled:
             module._compiled_call_impl = None  # what nn.Module.compile set; it has no way back
         self._compiled = []
+
+
+def outermost_layers(backbone: nn.Module) -> list[nn.Module]:
+    """Those of the backbone's lists of modules that lie in no other."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    return [layer for module in lists if id(module) not in inner for layer in module]

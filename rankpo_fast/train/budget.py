@@ -12,11 +12,14 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import WAYS
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.engine import ALONE, Engine
 from rankpo_fast.train.memory import Choice, Memory, checkpoint_more, least_checkpointing
 from rankpo_fast.train.run import Run
 
 
-def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> Memory:
+def measure_memory(
+    run: Run, encoder: Encoder, tables: Sequence[TokenTable], engine: Engine = ALONE
+) -> Memory:
     """For all texts of the tables, and say it. InputError if what was asked for does not fit."""
     asked, checkpoint = run.compute.max_tokens_per_micro_batch, run.checkpoint
     gigabytes = run.training.activation_memory_gb
@@ -30,8 +33,8 @@ def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> 
     choice = Choice(encoder.layers.checkpointed, "as asked")
     auto = run.model.gradient_checkpointing == "auto"
     if auto:
-        choice = checkpoint_layers(run.ranks, encoder, table, tokens)
-    memory = Memory.measure(encoder, table, tokens, room)
+        choice = checkpoint_layers(run.ranks, encoder, table, tokens, engine)
+    memory = Memory.measure(encoder, table, tokens, room, engine)
     memory.checkpointing = str(choice)
     memory.checkpoint_more = partial(checkpoint_more, encoder) if auto else None
     if tokens is not None and checkpoint is not None and memory.max_tokens < tokens:
@@ -50,10 +53,14 @@ def measure_memory(run: Run, encoder: Encoder, tables: Sequence[TokenTable]) -> 
 
 
 def checkpoint_layers(
-    ranks: Ranks, encoder: Encoder, table: TokenTable, tokens: int | None
+    ranks: Ranks,
+    encoder: Encoder,
+    table: TokenTable,
+    tokens: int | None,
+    engine: Engine = ALONE,
 ) -> Choice:
     """The encoder's layers, as that rank has to which has the least room."""
-    choices = ranks.objects(least_checkpointing(encoder, table, tokens))
+    choices = ranks.objects(least_checkpointing(encoder, table, tokens, engine))
     choice = max(choices, key=lambda one: WAYS.index(one.way))
     if encoder.layers.checkpointed != choice.way:
         encoder.layers.checkpoint(choice.way)

@@ -47,10 +47,14 @@ class CachedVectors:
 
     def backward(self, gradient: Tensor) -> None:
         """Add to the parameters' gradients, given that [n, D] of the vectors."""
+        for vectors, part in self.passes(gradient):
+            vectors.backward(part)
+
+    def passes(self, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same one by one, for the caller: vectors [S, D] with their graph, their gradient."""
         parts = gradient.split([len(micro_batch.lengths) for micro_batch in self._micro_batches])
         for micro_batch, part in zip(reversed(self._micro_batches), reversed(parts), strict=True):
-            vectors = self._graphs.pop() if self._graphs else self._again(micro_batch)
-            vectors.backward(part)
+            yield (self._graphs.pop() if self._graphs else self._again(micro_batch)), part
 
     def _again(self, micro_batch: MicroBatch) -> Tensor:
         device = micro_batch.input_ids.device

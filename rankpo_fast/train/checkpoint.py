@@ -4,6 +4,9 @@
 states of all ranks and the counters as safetensors and JSON, and a manifest with the sha256 of each
 file. It is written under another name, flushed to disk, and renamed. The learning rate and the
 order of the rows follow from the step, so nothing of them need be kept.
+
+Of weights in parts each rank writes its own, in `weights/` and `optimizer/` (train/parts.py).
+Either kind is read by any number of ranks, whole or in parts.
 """
 
 import json
@@ -32,12 +35,13 @@ from rankpo_fast.data.files import (
 from rankpo_fast.errors import InputError
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.train.optim import Optimizer
+from rankpo_fast.train.parts import in_parts, load_parts, save_parts, shapes_of_parts
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
     "manifest.json",
 )  # fmt: skip
-FILES = (WEIGHTS, OPTIMIZER, RANDOM, STATE)
+FOLDERS = {WEIGHTS: "weights", OPTIMIZER: "optimizer"}  # instead, of tensors in parts
 NAMES = "step-" + "[0-9]" * 8  # of their folders
 
 
@@ -49,6 +53,18 @@ class Checkpoint:
     step: int  # optimizer steps done
     settings: dict[str, Any]  # of the run that wrote it
     max_tokens: int  # of a micro-batch, as it was then
+
+    def folder(self, name: str) -> Path:
+        """Where the tensors of WEIGHTS or OPTIMIZER lie."""
+        folder = self.path / FOLDERS[name]
+        return folder if folder.exists() else self.path
+
+
+def seed_random(seed: int) -> None:
+    """All generators; the current GPU's too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def save(
@@ -65,29 +81,45 @@ def save(
     """Write `directory/step-XXXXXXXX`, then drop all before it but the newest `keep`, of which it
     is one; raises OSError.
 
-    All ranks must call it, the first one writes.
+    All ranks must call it; the first one writes, the others their parts of tensors.
     """
     target = directory / f"step-{step:08d}"
     generators = ranks.objects(_random_state(ranks.device))
-    if not ranks.first:
+    tensors = {WEIGHTS: _weights(model), OPTIMIZER: _states(model, optimizer)}
+    parts = any(map(in_parts, tensors.values()))
+    if not ranks.first and not parts:
         return target
     temporary = directory / f".{target.name}.tmp"
-    for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
-        shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if ranks.first:
+        for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
+            shutil.rmtree(left, ignore_errors=True)
+        for name in FOLDERS.values() if parts else [""]:
+            (temporary / name).mkdir(parents=True)
     try:
-        save_tensors(_weights(model), temporary / WEIGHTS)
-        save_tensors(_states(model, optimizer), temporary / OPTIMIZER)
-        tensors = {
+        manifest: dict[str, str] = {}
+        if parts:
+            ranks.meet()  # the folders are there
+            for name, folder in FOLDERS.items():
+                digests = save_parts(tensors[name], temporary / folder, ranks)
+                manifest |= {f"{folder}/{file}": digest for file, digest in digests.items()}
+        if not ranks.first:
+            return target
+        files = [RANDOM, STATE]
+        if not parts:
+            files += tensors
+            for name in tensors:
+                save_tensors(tensors[name], temporary / name)
+        random_tensors = {
             f"{rank}/{name}": tensor
             for rank, (of_rank, _) in enumerate(generators)
             for name, tensor in load(of_rank).items()
         }
-        save_tensors(tensors, temporary / RANDOM)
+        save_tensors(random_tensors, temporary / RANDOM)
         numbers = [of_rank for _, of_rank in generators]
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
-        _write_json(temporary / MANIFEST, {name: sha256_of(temporary / name) for name in FILES})
+        manifest |= {name: sha256_of(temporary / name) for name in files}
+        _write_json(temporary / MANIFEST, manifest)
         open_to_umask(temporary)
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
@@ -95,7 +127,8 @@ def save(
         temporary.rename(target)
         flush_to_disk(directory)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
     # Later ones are of a run that went back: broken, or the same again when their step comes.
     done = [old for old in _steps(directory) if old.name <= target.name]
     whole = [old for old in done if (old / MANIFEST).exists()]
@@ -109,7 +142,11 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint at `path`; InputError says what is wrong with one that is not complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        changed = [name for name in FILES if sha256_of(path / name) != manifest[name]]
+        for name, folder in FOLDERS.items():
+            if not any(file.startswith(f"{folder}/") for file in manifest):
+                manifest[name]  # else KeyError
+        manifest[RANDOM], manifest[STATE]
+        changed = [name for name in manifest if sha256_of(path / name) != manifest[name]]
         state = json.loads((path / STATE).read_text())
         checkpoint = Checkpoint(
             path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
@@ -121,7 +158,7 @@ def read(path: Path) -> Checkpoint:
         ) from error
     if changed:
         raise InputError(f"{path}: {', '.join(changed)} damaged since written (sha256 differs)")
-    for name in (WEIGHTS, OPTIMIZER, RANDOM):
+    for name in (name for name in manifest if name.endswith(".safetensors")):
         try:
             with safe_open(path / name, "pt"):
                 pass
@@ -148,25 +185,57 @@ def restore(
     Raises:
         InputError: what is there is not of this model; the message names the tensor.
     """
-    weights, states, random_states = (
-        _load(checkpoint.path / name) for name in (WEIGHTS, OPTIMIZER, RANDOM)
-    )
     own = _weights(model)
+    if in_parts(own) or checkpoint.folder(WEIGHTS) != checkpoint.path:
+        _restore_parts(checkpoint, own, _states(model, optimizer), ranks)
+        optimizer.updates = checkpoint.step
+        _restore_random(checkpoint, ranks)
+        return
+    weights, moments = (_load(checkpoint.path / name) for name in (WEIGHTS, OPTIMIZER))
     _check_shapes(checkpoint.path / WEIGHTS, weights, own)
-    _check_shapes(checkpoint.path / OPTIMIZER, states, _states(model, optimizer))
-    wanted = _random_tensors(ranks.device)
-    found = {name: random_states.get(f"{ranks.rank}/{name}") for name in wanted}
-    _check_shapes(checkpoint.path / RANDOM, found, wanted)
-    generators = {name: tensor for name, tensor in found.items() if tensor is not None}
+    _check_shapes(checkpoint.path / OPTIMIZER, moments, _states(model, optimizer))
+    _restore_random(checkpoint, ranks)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    _restore_states(model, optimizer, states, checkpoint.step)
+    _restore_states(model, optimizer, moments, checkpoint.step)
+
+
+def _restore_parts(
+    checkpoint: Checkpoint, weights: dict[str, Tensor], moments: dict[str, Tensor], ranks: Ranks
+) -> None:
+    """Where there or here tensors lie in parts."""
     try:
-        numbers = json.loads((checkpoint.path / STATE).read_text())["random"][ranks.rank]
-        _restore_random(generators, numbers, ranks.device)
+        for file, own in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+            folder = checkpoint.folder(file)
+            there = shapes_of_parts(folder)
+            if folder == checkpoint.path:  # which has the tensors of all files
+                there = {name: there[name] for name in own if name in there}
+            _check_shapes(folder, there, dict(own))
+            load_parts(folder, own, ranks)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error}") from error
+
+
+def _restore_random(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """The rank's generators; of another number of ranks new ones, that differ from step to step."""
+    path = checkpoint.path / STATE
+    try:
+        numbers = json.loads(path.read_text())["random"]
+        if len(numbers) != ranks.size:
+            seed = checkpoint.settings.get("--seed", 0)
+            seed_random(seed + ranks.rank + ranks.size * checkpoint.step)
+            return
+        states = _load(checkpoint.path / RANDOM)
+        wanted = _random_tensors(ranks.device)
+        found = {name: states.get(f"{ranks.rank}/{name}") for name in wanted}
+        _check_shapes(checkpoint.path / RANDOM, found, wanted)
+        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        _set_random(tensors, numbers[ranks.rank], ranks.device)
+    except InputError:
+        raise
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{checkpoint.path / STATE}: no random states ({error!r})") from error
+        raise InputError(f"{path}: no random states ({error!r})") from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -231,9 +300,7 @@ def _random_state(device: torch.device) -> tuple[bytes, dict[str, Any]]:
     return pack(_random_tensors(device)), numbers
 
 
-def _restore_random(
-    tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device
-) -> None:
+def _set_random(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> None:
     version, words, gauss = numbers["python"]
     random.setstate((version, tuple(words), gauss))
     kind, *rest = numbers["numpy"]

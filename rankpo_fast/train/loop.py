@@ -7,15 +7,13 @@ A task gives the batches and their loss; everything random in a batch follows fr
 index), so that a run can stop after any step and go on bit by bit.
 """
 
-import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from signal import Signals
 from typing import Any
 
-import numpy as np
-import torch
-
+from rankpo_fast.data.packing import one_token
 from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.trainable import in_training
@@ -27,6 +25,7 @@ from rankpo_fast.train.budget import measure_memory
 from rankpo_fast.train.callbacks import Callback, Callbacks
 from rankpo_fast.train.card import model_card
 from rankpo_fast.train.checkpointer import Checkpointer
+from rankpo_fast.train.engine import Engine, engine_of
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import Optimizer, describe_optimizer, learning_rate, make_optimizer
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
@@ -58,18 +57,22 @@ def train(
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
+        RankLost: another rank is gone; the last checkpoint is there.
     """
-    config, ranks, first = run.training, run.ranks, run.first_step
+    config, first = run.training, run.first_step
     done, measured_at = first, -1  # steps
     figures: dict[str, float] = {}  # of the last evaluation on the way
     schedule, saves = StepSchedule.of(config, tasks[0].data), SaveSchedule(config)
     total = schedule.total_steps
-    profiled = config.profile_steps if ranks.first else 0
+    profiled = config.profile_steps if run.ranks.first else 0
     profile = Profile(run.path / output.PROFILE, profiled, total - first)
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     compare_ranks(run)
+    run = replace(run, ranks=replace(run.ranks, lockstep=run.sharded))
+    ranks = run.ranks
+    engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
     optimizer = _start(run, encoder, tasks)
-    memory = measure_memory(run, encoder, [task.texts.table for task in tasks])
+    memory = measure_memory(run, encoder, [task.texts.table for task in tasks], engine)
     pack = partial(pack_step, tasks, encoder, ranks)
     heard = Callbacks(callbacks if ranks.first else ())
     with (
@@ -86,7 +89,7 @@ def train(
         checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log, heard)
         for done in range(first + 1, total + 1):
             rate, clip = learning_rate(done - 1, total, config), config.max_grad_norm
-            metrics = train_step(encoder, steps, optimizer, rate, clip, memory, ranks)
+            metrics = train_step(encoder, steps, optimizer, rate, clip, memory, ranks, engine)
             log.step(done, schedule.epochs(done), metrics)
             if (table := profile.step(metrics.tokens)) is not None:
                 log.say(table)
@@ -97,7 +100,7 @@ def train(
             last = agreed.end or done == total
             if agreed.stop is None and not last and _evaluation_is_due(run, done):
                 log.settle()
-                figures, measured_at = _evaluate(run, encoder), done
+                figures, measured_at = _evaluate(run, encoder, engine), done
                 log.evaluation(done, figures)
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
@@ -108,9 +111,10 @@ def train(
                 log.say(f"step {done} is the last: a callback asked for the end")
                 break
         log.finish()
-        _finish(run, encoder, about, log, signals, done, figures if measured_at == done else None)
+        measured = figures if measured_at == done else None
+        _finish(run, encoder, about, log, signals, done, measured, engine)
     encoder.name = str(run.path)
-    return TrainingResult.of(run.path, encoder)
+    return TrainingResult.of(run.path, None if ranks.lockstep else encoder)
 
 
 def _plans(
@@ -127,10 +131,7 @@ def _plans(
 
 def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> Optimizer:
     """The optimizer; it, the encoder and what is random as they are at the first step."""
-    seed = run.training.seed + run.ranks.rank  # so that dropout differs
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    checkpoints.seed_random(run.training.seed + run.ranks.rank)  # so that dropout differs
     rates = {name: rate for task in tasks for name, rate in task.rates.items()}
     optimizer = make_optimizer(encoder, run.training, rates)
     run.ranks.say(f"  optimizer: {describe_optimizer(optimizer, run.training)}")
@@ -144,7 +145,7 @@ def _evaluation_is_due(run: Run, step: int) -> bool:
     return run.evaluation.asked and every is not None and step % every == 0
 
 
-def _evaluate(run: Run, encoder: Encoder) -> dict[str, float]:
+def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float]:
     """The first rank has the figures, the others nothing; all encode."""
     figures = measure(
         encoder,
@@ -156,6 +157,7 @@ def _evaluate(run: Run, encoder: Encoder) -> dict[str, float]:
         cache_dir=run.compute.cache_path,
         ranks=run.ranks,
     ).figures
+    engine.settle()
     run.ranks.meet()
     return figures
 
@@ -168,17 +170,19 @@ def _finish(
     signals: StopSignal,
     step: int,
     figures: dict[str, float] | None,
+    engine: Engine,
 ) -> None:
     """Save the model, then measure it, unless `figures` are it: a failure there costs no training.
     TrainingStopped as `train`."""
-    if run.ranks.first:
-        output.save_model(run.path, encoder, model_card(run, encoder, about))
+    with engine.whole(encoder):
+        if run.ranks.first:
+            output.save_model(run.path, encoder, model_card(run, encoder, about))
     run.ranks.meet()
     log.say(f"model saved in {run.path}")
     stop = signals.agreed(run.ranks).stop
     if run.evaluation.asked and stop is None:
         if figures is None:
-            figures = _evaluate(run, encoder)
+            figures = _evaluate(run, encoder, engine)
             log.evaluation(step, figures)
         if run.ranks.first:
             output.write_card(run.path, model_card(run, encoder, about, figures))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast.data.packing import MicroBatch, default_budget, pack
 from rankpo_fast.data.tokens import TokenTable
@@ -29,7 +30,8 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.check import selective_is_exact
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
-from rankpo_fast.train.meters import HOST_SHARE, Meter, host_free_bytes, meter_of, release
+from rankpo_fast.train.engine import ALONE, Engine
+from rankpo_fast.train.meters import HOST_SHARE, Agreed, Meter, host_free_bytes, meter_of, release
 from rankpo_fast.train.optim import zero_gradient
 from rankpo_kernels.workspace import most_workspace
 
@@ -56,7 +58,12 @@ class Memory:
 
     @classmethod
     def measure(
-        cls, encoder: Encoder, table: TokenTable, max_tokens: int | None, room: float | None
+        cls,
+        encoder: Encoder,
+        table: TokenTable,
+        max_tokens: int | None,
+        room: float | None,
+        engine: Engine = ALONE,
     ) -> "Memory":
         """Try the longest texts; random numbers go on as if nothing had been drawn.
 
@@ -65,13 +72,17 @@ class Memory:
                 for which one micro-batch takes half of what is free, or less, by doubling; on the
                 host what is fast there.
             room: for graphs; None: what one micro-batch leaves of what is free.
+            engine: where a pass is one of all ranks, nothing is tried that may not fit: little is,
+                and the rest reckoned. All must call it then.
 
         Raises:
             InputError: not even the longest text fits.
         """
-        meter, longest = meter_of(encoder.device), int(table.lengths.max())
-        with _as_in_a_step(encoder):
-            if meter.warns:
+        meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
+        with _as_in_a_step(encoder, engine):
+            if isinstance(meter, Agreed):
+                trial = _in_lockstep(encoder, table, meter, max_tokens, longest)
+            elif meter.warns:
                 trial = _largest(
                     encoder, table, meter, max_tokens or longest, longest, grow=max_tokens is None
                 )
@@ -143,7 +154,9 @@ class Choice(NamedTuple):
         return f"layers are {how if self.way else 'not checkpointed'}: {self.reason}"
 
 
-def least_checkpointing(encoder: Encoder, table: TokenTable, max_tokens: int | None) -> Choice:
+def least_checkpointing(
+    encoder: Encoder, table: TokenTable, max_tokens: int | None, engine: Engine = ALONE
+) -> Choice:
     """The first possible way in which these texts fit, else the last; the layers are left in it.
 
     Args:
@@ -159,7 +172,7 @@ def least_checkpointing(encoder: Encoder, table: TokenTable, max_tokens: int | N
     tokens = max_tokens or max(int(table.lengths.max()), GOOD_TOKENS)
     reasons = []
     while layers.checkpointed is not True:
-        reason = why_too_large(encoder, table, max_tokens)
+        reason = why_too_large(encoder, table, max_tokens, engine)
         if reason is None:
             break
         reasons.append("nor selectively" if layers.checkpointed else reason)
@@ -174,7 +187,9 @@ def checkpoint_more(encoder: Encoder) -> Checkpointing | None:
     if layers.checkpointed is True or not layers.can_checkpoint:
         return None
     way: Checkpointing = True
-    if not layers.checkpointed and layers.why_not_selective() is None:
+    parts = any(isinstance(parameter, DTensor) for parameter in encoder.parameters())
+    # Of weights in parts there is no gradient of one rank by which to see whether it is exact.
+    if not parts and not layers.checkpointed and layers.why_not_selective() is None:
         try:
             way = "selective" if selective_is_exact(encoder) else True
         except torch.OutOfMemoryError:  # with a few tokens: no text would fit
@@ -183,15 +198,22 @@ def checkpoint_more(encoder: Encoder) -> Checkpointing | None:
     return way
 
 
-def why_too_large(encoder: Encoder, table: TokenTable, max_tokens: int | None) -> str | None:
+def why_too_large(
+    encoder: Encoder, table: TokenTable, max_tokens: int | None, engine: Engine = ALONE
+) -> str | None:
     """Why these texts do not fit with the encoder's layers as they are; None: they do.
 
     Args:
         max_tokens: of a micro-batch that has to fit; None: any of a good size will do.
+        engine: as in `Memory.measure`.
     """
-    meter, longest = meter_of(encoder.device), int(table.lengths.max())
+    meter, longest = engine.meter(meter_of(encoder.device)), int(table.lengths.max())
     tokens = max_tokens or max(longest, GOOD_TOKENS)
-    with _as_in_a_step(encoder):
+    with _as_in_a_step(encoder, engine):
+        if isinstance(meter, Agreed):
+            fixed, _, peak = _slopes(encoder, table, meter, longest)
+            taken, free = fixed + tokens * peak, _free(meter, encoder.device)
+            return None if taken <= free else _would_take(tokens, taken, free)
         if meter.warns:
             fits = _try(encoder, table, tokens, meter) is not None
             release(encoder.device)
@@ -200,8 +222,12 @@ def why_too_large(encoder: Encoder, table: TokenTable, max_tokens: int | None) -
     free = _free(meter, encoder.device)
     if graph <= free:
         return None
+    return _would_take(tokens, graph, free)
+
+
+def _would_take(tokens: int, taken: float, free: float) -> str:
     return (
-        f"{tokens:,} tokens at once would take {graph / 2**30:.3g} GiB without, of "
+        f"{tokens:,} tokens at once would take {taken / 2**30:.3g} GiB without, of "
         f"{free / 2**30:.3g} GiB"
     )
 
@@ -212,17 +238,19 @@ def _free(meter: Meter, device: torch.device) -> float:
 
 
 @contextmanager
-def _as_in_a_step(encoder: Encoder) -> Iterator[None]:
+def _as_in_a_step(encoder: Encoder, engine: Engine) -> Iterator[None]:
     """In train mode, without which layers are not checkpointed and nothing is dropped; gradients of
     the parameters are there, as they are most of the time in a step."""
     training = encoder.training
     encoder.train()
+    engine.begin()
     for parameter in encoder.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.grad is None:
             parameter.grad = zero_gradient(parameter)
     try:
         yield
     finally:
+        engine.settle()
         encoder.zero_grad(set_to_none=True)
         encoder.train(training)
 
@@ -291,6 +319,44 @@ def _fixed(few: _Trial, least: _Trial) -> float:
     return max(0.0, least.graph - least.tokens * per_token)
 
 
+def _in_lockstep(
+    encoder: Encoder, table: TokenTable, meter: Agreed, max_tokens: int | None, longest: int
+) -> _Trial:
+    """What max_tokens would take, from what few do; None: as many as take half of what is free."""
+    fixed, graph, peak = _slopes(encoder, table, meter, longest)
+    free = _free(meter, encoder.device)
+    fit = int((free - fixed) / peak)
+    if fit < longest:
+        raise _too_little(longest)
+    if max_tokens is None and encoder.device.type == "cpu":
+        budget = max(longest, min(fit, default_budget(table.lengths, "cpu")))
+    elif max_tokens is None:
+        budget = max(longest, min(int((free - fixed) / (2 * peak)), MOST_TOKENS))
+    else:
+        budget = min(max_tokens, fit)
+    tokens = min(budget, int(table.lengths.sum()))
+    return _Trial(budget, tokens, int(tokens * graph), int(fixed + tokens * peak))
+
+
+def _slopes(
+    encoder: Encoder, table: TokenTable, meter: Meter, longest: int
+) -> tuple[float, float, float]:
+    """Bytes whatever the tokens, those of a token's graph, and those at the peak per token."""
+    few = _of_longest(encoder, table, meter, HOST_TRIAL)
+    less = _of_longest(encoder, table, meter, max(1, few.tokens // 2))
+    tokens = few.tokens - less.tokens
+    if tokens <= 0 or few.graph <= less.graph:
+        graph, peak, fixed = few.graph / few.tokens, few.peak / few.tokens, 0.0
+    else:
+        graph = (few.graph - less.graph) / tokens
+        peak = max(graph, (few.peak - less.peak) / tokens)
+        fixed = max(0.0, few.peak - few.tokens * peak)
+    # Where attention keeps its weights, a token takes more in a long text.
+    bend = (few.graph / few.tokens - less.graph / less.tokens) / max(1, tokens)
+    more = max(0.0, bend) * max(0, longest - few.tokens)
+    return fixed, graph + more, peak + more
+
+
 def _of_longest(encoder: Encoder, table: TokenTable, meter: Meter, tokens: int) -> _Trial:
     """So many tokens, or fewer where they do not fit: of the longest texts, or the longest cut."""
     longest = int(table.lengths.max())
@@ -311,7 +377,8 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
         with torch.random.fork_rng(devices=gpus), meter:
             vectors = encoder(batch)
             graph, host = meter.held(), encoder.layers.host_bytes
-            if meter.warns:  # else nobody would say what the backward takes, nor that it fails
+            # Else nobody would say what the backward takes, nor that it fails.
+            if meter.warns or (isinstance(meter, Agreed) and meter.counts_backward):
                 vectors.backward(torch.zeros_like(vectors))
             return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak(), host)
     except torch.OutOfMemoryError:

@@ -16,6 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rankpo_fast.ranks import Ranks
+
 HOST_SHARE = 0.5  # of what is free that graphs may take: others live there too
 GPU_SHARE = 0.9  # the rest is lost between blocks of unlike sizes
 NO_LIMIT = 1 << 60  # bytes; version 1 of control groups writes one of these for none
@@ -93,6 +95,37 @@ class Host(Meter):
     def free(self) -> float:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
         return HOST_SHARE * host_free_bytes() / ranks
+
+
+class Agreed(Meter):
+    """What another meter says on the rank where it is worst, the same on all: they must ask
+    together. Nobody may run out there, since the others would wait for it."""
+
+    warns = False
+
+    def __init__(self, meter: Meter, ranks: Ranks):
+        self._meter, self._ranks = meter, ranks
+        self.counts_backward = meter.warns  # whether `peak` is known without asking
+
+    def __enter__(self) -> "Agreed":
+        self._meter.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._meter.__exit__(*exception)
+
+    def held(self) -> int:
+        return self._most(self._meter.held())
+
+    def peak(self) -> int:
+        return self._most(self._meter.peak())
+
+    def free(self) -> float:
+        return -self._most(-int(self._meter.free()))
+
+    def _most(self, number: int) -> int:
+        [most] = self._ranks.highest([number])
+        return most
 
 
 class _Allocations(TorchDispatchMode):

@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
@@ -81,10 +82,11 @@ class Optimizer:
         the host is not asked: clipping is a scale that the step applies as it reads the gradients.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         bad = ~torch.stack([*losses, norm]).isfinite().all()
         self._broken = torch.maximum(self._broken, bad.to(self._broken))
-        divisor = (norm / max_norm).clamp(min=1.0) if max_norm > 0 else None
+        # In fp32, which the fused step wants whatever the weights are.
+        divisor = (norm.float() / max_norm).clamp(min=1.0) if max_norm > 0 else None
         self._set_rate(rate)
         if not self.waits:
             self._step(self._broken, divisor)
@@ -159,7 +161,7 @@ class Optimizer:
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 plain[name] = torch.tensor(value)
-            elif hasattr(value, "__tensor_flatten__"):  # torchao's of few bits
+            elif hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
                 inner, _ = value.__tensor_flatten__()
                 plain |= {f"{name}.{one}": getattr(value, one) for one in inner}
             else:
@@ -367,3 +369,14 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     x = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     course = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
     return config.learning_rate * course[config.lr_scheduler_type]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all together, 0-dim; of those that lie in parts on several ranks (DTensors) the whole."""
+    parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not parts:
+        return nn.utils.get_total_norm(gradients)
+    norms = [cast(DTensor, nn.utils.get_total_norm(parts)).full_tensor()]
+    if whole := [gradient for gradient in gradients if not isinstance(gradient, DTensor)]:
+        norms.append(nn.utils.get_total_norm(whole).to(norms[0]))
+    return torch.linalg.vector_norm(torch.stack(norms))

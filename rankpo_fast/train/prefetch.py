@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.data.moving import Movable, pinned
-from rankpo_fast.data.packing import MicroBatch, pack
+from rankpo_fast.data.packing import MicroBatch, one_token, pack
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Batch
 from rankpo_fast.ranks import Ranks, deal
@@ -41,6 +41,7 @@ class PackedBatch(Movable):
     loss_share: float  # the rank's part of the batch's loss, 1 of one that is alone
     row_share: float  # and of its rows
     tokens: int  # of all ranks
+    empty: MicroBatch | None = None  # one token, for a rank that others wait for: see step.py
 
 
 def pack_step(
@@ -90,6 +91,7 @@ def _pack_batch(
         loss_share=_share(part.weight, batch.weight) if task.by_rows else share,
         row_share=len(part.rows) / len(batch.rows) if task.by_rows else share,
         tokens=int(lengths.sum()),
+        empty=one_token(table) if ranks.size > 1 else None,
     )
 
 

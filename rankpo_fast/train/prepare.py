@@ -36,6 +36,7 @@ from rankpo_fast.retrieval.evaluate import (
     read_evaluation_data,
 )
 from rankpo_fast.train import output
+from rankpo_fast.train.engine import check_shard
 from rankpo_fast.train.reporters import chosen
 from rankpo_fast.train.resume import find_checkpoint, settings_of
 from rankpo_fast.train.run import Run
@@ -61,6 +62,7 @@ def prepare_run(
         encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
+    check_shard(training, model, ranks, lent=encoder is not None)
     check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)

@@ -16,7 +16,8 @@ class TrainingResult:
 
     Attributes:
         output_dir: where the model, metrics.jsonl and the checkpoints are.
-        encoder: the trained one, in eval mode; None where the run had been finished before.
+        encoder: the trained one, in eval mode; None where the run had been finished before, and
+            after --shard grad or full, whose weights are whole in `output_dir` alone.
         history: the lines of metrics.jsonl, a dict of numbers each: "step", and either "loss" and
             more of the training, or figures of an evaluation by names like "eval/ndcg@20".
     """

@@ -37,7 +37,11 @@ FREE_TO_CHANGE = {
     "cache_dir", "no_cache", "device",
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
-MET_FOR = ("save_steps", "eval_steps")  # may differ from run to run, but not from rank to rank
+# May differ from run to run, but not from rank to rank.
+MET_FOR = ("save_steps", "eval_steps", "activation_memory_gb")
+PROCESSES, ROWS = "processes", "--per_device_train_batch_size"
+# May change together, so long as as many rows make a batch.
+OF_RANKS = (PROCESSES, ROWS, "--shard")
 MODEL = "model_name_or_path"
 TRAINED_ON = ("train_data", "replay_data")
 CONTENT = "content of "
@@ -57,7 +61,7 @@ def settings_of(
         InputError: there is no such model.
     """
     settings: dict[str, Any] = {"stage": stage, "device": ranks.device.type}
-    settings |= {"processes": ranks.size, ARITHMETIC: _arithmetic(ranks.device)}
+    settings |= {PROCESSES: ranks.size, ARITHMETIC: _arithmetic(ranks.device)}
     for flag, source in all_inputs(*configs):
         settings.setdefault(f"{NAME}{flag}", []).append(str(source))
     for config in configs:
@@ -86,7 +90,7 @@ def find_checkpoint(
         return None
     path = Path(training.output_dir)
     record = output.read_record(path) or {}
-    check_same(f"--resume: {path}", record.get("settings", settings), settings)
+    check_same(f"--resume: {path}", _of_ranks(record.get("settings", settings), settings), settings)
     if output.finished(path):
         return None
     if training.resume == "newest":
@@ -99,7 +103,17 @@ def find_checkpoint(
             return None
     else:
         checkpoint = checkpoints.read(Path(training.resume))
-    check_same(f"--resume: {checkpoint.path}", checkpoint.settings, settings)
+    was = _of_ranks(checkpoint.settings, settings)
+    check_same(f"--resume: {checkpoint.path}", was, settings)
+    if was != checkpoint.settings:
+        names = [name for name in OF_RANKS if checkpoint.settings.get(name) != settings[name]]
+        changes = [_change(name, checkpoint.settings.get(name), settings[name]) for name in names]
+        dropout = "; dropout is drawn anew" if PROCESSES in names else ""
+        warnings.warn(
+            f"--resume: {', '.join(map(str, changes))}: the batches and their order are the same, "
+            f"but sums are rounded otherwise{dropout}, so the run goes on, but not bit by bit",
+            stacklevel=2,
+        )
     if checkpoint.settings.get(ARITHMETIC) != settings[ARITHMETIC]:
         warnings.warn(
             f"--resume: was computed by {checkpoint.settings.get(ARITHMETIC)}, is by "
@@ -108,6 +122,17 @@ def find_checkpoint(
             stacklevel=2,
         )
     return checkpoint
+
+
+def _of_ranks(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """`was`, with the ranks of `now` if their batches are the same."""
+
+    def rows(settings: dict[str, Any]) -> Any:
+        return settings.get(PROCESSES, 0) * settings.get(ROWS, 0)
+
+    same = rows(was) == rows(now) and was.get("device") == now["device"]
+    same = same and not now.get("--gradient_filter")  # which each rank takes of its own queries
+    return {**was, **{name: now[name] for name in OF_RANKS}} if same else was
 
 
 def _settings_before(training: TrainingConfig) -> dict[str, Any]:
@@ -137,8 +162,9 @@ def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks)
 def compare_ranks(run: Run) -> None:
     """InputError where ranks were not told the same: some would wait for others for ever."""
     meetings = {f"--{name}": getattr(run.training, name) for name in MET_FOR}
+    layers = {"--gradient_checkpointing": run.model.gradient_checkpointing}
     told = run.ranks.objects({
-        **run.settings, **meetings, "whether to evaluate": run.evaluation.asked,
+        **run.settings, **meetings, **layers, "whether to evaluate": run.evaluation.asked,
         "step that --resume found": run.first_step,
     })  # fmt: skip
     if run.ranks.first:

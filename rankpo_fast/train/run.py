@@ -41,3 +41,9 @@ class Run:
     def first_step(self) -> int:
         """The number of steps that are done already."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights lie in parts on several ranks, for which the run's result has no
+        encoder."""
+        return self.ranks.size > 1 and self.training.shard != "none"

@@ -7,18 +7,22 @@ n distinct texts of a batch, D dims.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rankpo_fast.data.moving import to_device
+from rankpo_fast.data.packing import MicroBatch
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import OutOfMemory, Ranks
 from rankpo_fast.train.cache import CachedVectors, random_states, set_random_states
+from rankpo_fast.train.engine import ALONE, Engine
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.meters import release
 from rankpo_fast.train.optim import Optimizer
@@ -112,18 +116,22 @@ def train_step(
     max_grad_norm: float,
     memory: Memory,
     ranks: Ranks,
+    engine: Engine = ALONE,
 ) -> StepMetrics:
     """Take the next of `steps`; nothing waits for the device, unless the optimizer does.
 
     Out of memory, on whatever rank, the step is done again with less of it: the batches, their loss
-    and the random numbers are the same.
+    and the random numbers are the same. Where a pass is one of all ranks it cannot be, nor after
+    the last backward pass has begun.
 
     Args:
         rate: the learning rate.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
 
     Raises:
-        InputError: memory does not suffice for the longest text; the weights are as before.
+        InputError: memory does not suffice for the longest text, or runs out where the step cannot
+            be done again; the weights are as before.
+        RankLost: another rank is gone.
     """
     began, random = perf_counter(), random_states(encoder.device)
     notes: list[str] = []
@@ -131,7 +139,9 @@ def train_step(
         batches = next(steps)
     while True:
         try:
-            losses, metrics = _gradients(encoder, batches, memory, ranks)
+            engine.begin()
+            with ranks.in_step():
+                losses, metrics, learnt = _gradients(encoder, batches, memory, ranks, engine)
             break
         except OutOfMemory as error:
             here = error.here  # and its traceback, with all that it holds, is gone
@@ -140,7 +150,8 @@ def train_step(
         notes += _shrink(memory, batches, ranks, here)
         set_random_states(random, encoder.device)
         batches = steps.repacked()
-    losses, metrics = ranks.total(optimizer.parameters, losses, metrics)
+    with ranks.in_step():
+        losses, metrics = ranks.total(losses, metrics, learnt)
     with record_function("optimizer"):
         norm = optimizer.update(losses, rate, max_grad_norm)
     values = [norm, *losses, *(value for of_batch in metrics for value in of_batch.values())]
@@ -160,24 +171,31 @@ def _shrink(memory: Memory, batches: list[PackedBatch], ranks: Ranks, here: bool
 
 
 def _gradients(
-    encoder: Encoder, batches: list[PackedBatch], memory: Memory, ranks: Ranks
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Add the gradient of all batches to that of the parameters; losses and metrics, 0-dim.
+    encoder: Encoder, batches: list[PackedBatch], memory: Memory, ranks: Ranks, engine: Engine
+) -> tuple[list[Tensor], list[dict[str, Tensor]], list[nn.Parameter]]:
+    """Add the gradient of all batches to that of the parameters.
+
+    Returns:
+        losses and metrics, 0-dim, of this rank's share; and what losses learn beside the encoder's
+        weights, whose gradients are of that share too.
 
     Raises:
         OutOfMemory: on all ranks, none of which waits in a collective then.
     """
-    losses, metrics = [], []
-    for batch in batches:
-        with ranks.together():
+    losses, metrics, learnt = [], [], dict[nn.Parameter, None]()
+    # No rank can take back a pass that is one of all.
+    again = nullcontext if ranks.lockstep else ranks.together
+    for number, batch in enumerate(batches, 1):
+        with again():
             with record_function("data"):
                 batch = to_device(batch, encoder.device)
-            with record_function("forward"):
                 kept = memory.kept(batch.micro_batches)
-                cached = CachedVectors(encoder, batch.micro_batches, kept=kept)
+                micro_batches, kept = _as_many(batch, kept, ranks, last=number == len(batches))
+            with record_function("forward"):
+                cached = CachedVectors(encoder, micro_batches, kept=kept)
                 vectors = cached.vectors[batch.order]
         vectors = ranks.gathered(vectors, batch.counts)  # [n, D]
-        with ranks.together(), record_function("loss"):
+        with again(), record_function("loss"):
             result = batch.task.loss(
                 vectors[batch.query_places], vectors[batch.passage_places], batch.own
             )
@@ -187,14 +205,40 @@ def _gradients(
                 (batch.passage_places, result.d_passages),
             ) * (batch.weight * batch.loss_share)
             for parameter, grad in result.others:
+                learnt[parameter] = None
                 grad = (grad * (batch.weight * batch.loss_share)).to(parameter.dtype)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
             losses.append(result.loss * batch.loss_share)
             metrics.append(_own_metrics(batch, result))
         gradient = ranks.owned(gradient, batch.counts)
-        with ranks.together(), record_function("backward"):
-            cached.backward(scatter_sum(len(gradient), (batch.order, gradient)))
-    return losses, metrics
+        gradient = scatter_sum(len(cached.vectors), (batch.order, gradient))
+        passes = cached.passes(gradient)
+        for_all = number == len(batches) and ranks.size > 1  # the last pass
+        with again(), record_function("backward"):
+            for pair in islice(passes, len(micro_batches) - for_all):
+                engine.backward(*pair, last=False)
+        with record_function("backward"):
+            for pair in passes:
+                engine.backward(*pair, last=True)
+    return losses, metrics, list(learnt)
+
+
+def _as_many(
+    batch: PackedBatch, kept: int, ranks: Ranks, *, last: bool
+) -> tuple[list[MicroBatch], int]:
+    """The batch's micro-batches, and how many graphs are kept; both fit what other ranks wait for:
+    as many on all where passes are theirs too, and one for the step's last backward pass. Empty
+    ones come after the others; their vectors have no gradient."""
+    own = batch.micro_batches
+    most, again = len(own), len(own) - kept
+    if ranks.lockstep:
+        most, again = ranks.highest([most, again])
+    elif last and ranks.size > 1:
+        most = max(most, 1)
+    if most == len(own):
+        return own, most - again
+    assert batch.empty is not None
+    return own + [batch.empty] * (most - len(own)), most - again
 
 
 def _own_metrics(batch: PackedBatch, result: LossOutput) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
         "model": f"{run.model.model_name_or_path}, {parameters}, "
         f"{settings.pooling} pooling, up to {lengths} tokens",
         "device": f"{_name(run.device)}, {run.precision}"
-        + (f", on each of {run.ranks.size} ranks" if run.ranks.size > 1 else ""),
+        + (f", on each of {run.ranks.size} ranks" if run.ranks.size > 1 else "")
+        + (f", --shard {run.training.shard}" if run.sharded else ""),
         "losses": "Triton and cuBLAS" if run.device.type == "cuda" else native_backend(),
         "attention": f"{encoder.attention}, texts {'packed' if encoder.packed else 'padded'}",
     }

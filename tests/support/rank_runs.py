@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import peft
 import torch
 import torch.distributed as dist
 import transformers.models.bert.modeling_bert
 import transformers.models.llama.modeling_llama  # noqa: F401  (so that a fork has them)
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast import cli
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ops import ranks
-from rankpo_fast.train import contrastive, prepare, step
+from rankpo_fast.train import contrastive, output, prepare, step
+from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import Optimizer
@@ -145,14 +148,21 @@ class Steps:
     def _update(self, optimizer, losses, rate, max_norm):
         parameters = optimizer.parameters
         gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
-        self.gradients.append(gradients)
+        # Engines keep the memory of gradients for the next step's.
+        wholes = {i: whole(gradient).clone() for i, gradient in gradients.items()}
+        self.gradients.append(wholes)
         self.losses.append([loss.item() for loss in losses])
         self.reductions.append(self._count)
         with torch.no_grad():
             for i, gradient in gradients.items():
                 parameters[i] -= 1e-3 * gradient
         optimizer.zero_grad()
-        return nn.utils.get_total_norm(list(gradients.values()))
+        return nn.utils.get_total_norm(list(wholes.values()))
+
+
+def whole(tensor):
+    """Of what lies in parts on several ranks all; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def descend(stage, wide=True, **flags):
@@ -160,6 +170,36 @@ def descend(stage, wide=True, **flags):
     with Steps(wide) as steps:
         stages.run(stage, **flags)
     return steps.gradients, steps.losses, steps.reductions
+
+
+def weights(stage, lora=False, **flags):
+    """Those that the first rank saves, of a training in fp64."""
+    saved = {}
+    load = prepare.load_encoder
+
+    def loaded(*args, **options):
+        encoder = load(*args, **options).double()
+        if lora:
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(config, encoder.backbone)
+            encoder.double()
+        if dist.is_initialized() and dist.get_rank() > 0:  # those of the first are everybody's
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter.mul_(1 + dist.get_rank())
+        return encoder
+
+    def save(path, encoder, card):
+        saved.update({name: x.clone() for name, x in encoder.backbone.state_dict().items()})
+
+    with contextlib.ExitStack() as patches:
+        put = patches.enter_context
+        put(mock.patch.object(prepare, "load_encoder", loaded))
+        put(mock.patch.object(Encoder, "forward", Steps(True)._widened(Encoder.forward)))
+        put(mock.patch.object(output, "save_model", save))
+        stages.run(stage, **flags)
+    return saved
 
 
 def both(stages):
@@ -192,6 +232,18 @@ def train(stage, stop=None, **flags):
             sys.exit(stopped.exit_code)
 
 
+def arguments(flags, *more):
+    """Those of `flags` on the command line."""
+    given = {"--device": "cpu", "--logging_steps": 1, "--per_device_train_batch_size": 8}
+    given |= {f"--{name}": value for name, value in flags.items() if name != "stage"}
+    words = [
+        word
+        for name, value in given.items()
+        for word in (name, *(value if isinstance(value, list) else [value]))
+    ]
+    return [flags["stage"], *(str(word) for word in words if word is not None), *more]
+
+
 def command(*flags):
     """The command line."""
     sys.exit(cli.main(list(flags)))
@@ -216,7 +268,7 @@ def command_on_a_full_disk(*flags):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with mock.patch("rankpo_fast.train.checkpoint._states", fail):
+    with mock.patch("rankpo_fast.train.checkpoint.save_tensors", fail):
         command(*flags)
 
 
@@ -229,17 +281,27 @@ def command_with_own(own, *flags):
 def train_out_of_memory(stage, stop=None, **flags):
     """The second batch fails on the last rank, on the first, on the second, each time further on
     and with the work done."""
-    places = [
-        (step, "CachedVectors"),
-        (contrastive, "info_nce_loss_and_grads"),
-        (step.CachedVectors, "backward"),
-    ]
+    losses = itertools.count(1)
+    compute, vectors = contrastive.info_nce_loss_and_grads, step.CachedVectors
+    through = Replicated.backward
+    rank, done = int(os.environ["RANK"]), [0]
+
+    def loss(*args, **kwargs):
+        done[0] = next(losses)
+        return compute(*args, **kwargs)
+
+    def backward(engine, *args, last):
+        through(engine, *args, last=last)
+        if rank == 1 and done[0] == 5 and not last:  # of the third try; the fourth has more
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+
     with contextlib.ExitStack() as patches:
-        for number, (owner, name) in enumerate(places):
-            function = getattr(owner, name)
-            if int(os.environ["RANK"]) == (number - 1) % len(places):
-                function = _failing(function, 2 + number)
-            patches.enter_context(mock.patch.object(owner, name, function))
+        put = patches.enter_context
+        loss = _failing(loss, 3) if rank == 0 else loss
+        put(mock.patch.object(contrastive, "info_nce_loss_and_grads", loss))
+        put(mock.patch.object(Replicated, "backward", backward))
+        if rank == 2:
+            put(mock.patch.object(step, "CachedVectors", _failing(vectors, 2)))
         train(stage, stop, **flags)
 
 
@@ -253,6 +315,34 @@ def _failing(function, at):
         return result
 
     return failing
+
+
+def command_out_of_memory_in_a_pass(*flags):
+    """Of the last rank, in the third step, while others wait for what it has in the pass."""
+    forward, passes = Sharded.backward, itertools.count(1)
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def backward(*args, **kwargs):
+        if last and next(passes) == 4:  # the first is of the start
+            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+        forward(*args, **kwargs)
+
+    with mock.patch.object(Sharded, "backward", backward):
+        command(*flags)
+
+
+def command_killed(*flags):
+    """The last rank, in the midst of the third step."""
+    vectors, calls = step.CachedVectors, itertools.count(1)
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def killed(*args, **kwargs):
+        if last and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return vectors(*args, **kwargs)
+
+    with mock.patch.object(step, "CachedVectors", killed):
+        command(*flags)
 
 
 def command_out_of_memory(*flags):

@@ -16,6 +16,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.ranks import deal, own_device
 from rankpo_fast.train import checkpoint as checkpoints
 from support import rank_runs
+from support.rank_runs import arguments
 
 RANKS = 3  # so that neither rows nor texts come out even
 
@@ -94,7 +95,11 @@ RUNS = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage, model, more", RUNS)
+@pytest.mark.parametrize("stage, model, more", [
+    *RUNS,
+    *(pytest.param(*run.values[:2], {**run.values[2], "shard": shard}, id=f"{run.id}-{shard}")
+      for run in RUNS[1:3] for shard in ("grad", "full")),
+])  # fmt: skip
 def test_every_step_is_that_of_one_process_with_a_batch_as_large(
     stage, model, more, answered, flags, request, read_metrics, tmp_path
 ):
@@ -103,12 +108,15 @@ def test_every_step_is_that_of_one_process_with_a_batch_as_large(
     more = {"max_steps": 3, "max_tokens_per_micro_batch": 100, **more}
     of = flags(stage, directory, "ranks", per_device_train_batch_size=7, **more)
     answers = answered(rank_runs.descend, **of)
+    shard = more.pop("shard", "none")
     of = flags(stage, directory, "one", per_device_train_batch_size=7 * RANKS, **more)
     gradients, losses, _ = rank_runs.descend(**of)
     for ours, our_losses, reductions in answers:
         assert_same_steps(ours, gradients)
         torch.testing.assert_close(torch.tensor(our_losses), torch.tensor(losses))
-        assert reductions == [1, 2, 3]  # one a step, though two batches are accumulated
+        first, *later = reductions
+        # One a step, though two batches are accumulated. Parts are not summed by it.
+        assert later == ([first + 1, first + 2] if shard == "none" else [first, first])
     lines = [read_metrics(tmp_path / name) for name in ("ranks", "one")]
     unlike = {"tokens_per_second", "queries_per_second", "peak_memory_bytes"}
     for got, want in zip(*lines, strict=True):
@@ -117,14 +125,16 @@ def test_every_step_is_that_of_one_process_with_a_batch_as_large(
             assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("shard", ["none", "full"])
 def test_ranks_without_a_row_and_without_a_text_take_part(
-    answered, flags, tiny_llama_dir, tmp_path
+    shard, answered, flags, tiny_llama_dir, tmp_path
 ):
     """One row of two texts for three ranks."""
     row = {"query": "a nurse", "positives": ["a nurse"], "negatives": ["a cook in Lyon"]}
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     more = {"train_data": [str(tmp_path / "one.jsonl")], "max_steps": 2, "wide": False}
-    answers = answered(rank_runs.descend, **flags("contrastive", tiny_llama_dir, "ranks", **more))
+    of = flags("contrastive", tiny_llama_dir, "ranks", shard=shard, **more)
+    answers = answered(rank_runs.descend, **of)
     gradients, *_ = rank_runs.descend(**flags("contrastive", tiny_llama_dir, "one", **more))
     for ours, *_ in answers:
         assert_same_steps(ours, gradients)
@@ -203,18 +213,6 @@ def test_all_collectives_of_a_step_are_used_before_memory_is_measured(
 
 
 # --- one command, several processes ---
-
-
-def arguments(flags, *more):
-    """Those of `flags` on the command line."""
-    given = {"--device": "cpu", "--logging_steps": 1, "--per_device_train_batch_size": 8}
-    given |= {f"--{name}": value for name, value in flags.items() if name != "stage"}
-    words = [
-        word
-        for name, value in given.items()
-        for word in (name, *(value if isinstance(value, list) else [value]))
-    ]
-    return [flags["stage"], *(str(word) for word in words if word is not None), *more]
 
 
 def test_nan_on_one_rank_stops_all_and_the_first_names_the_rows_of_all(ran, flags, tiny_llama_dir):
