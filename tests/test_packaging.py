@@ -82,7 +82,7 @@ def test_an_installation_brings_torch_triton_and_numpy_alone():
 
 def test_extras_are_those_that_documents_and_messages_name():
     assert set(OPTIONAL) == {
-        *("train", "plots", "data", "lora", "liger", "flash", "hf", "st"),
+        *("train", "plots", "data", "lora", "lowbit", "liger", "flash", "hf", "st"),
         *("tensorboard", "wandb", "trackio", "mlflow"),
         *("all", "bench", "docs", "test"),
     }  # fmt: skip

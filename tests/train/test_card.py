@@ -77,7 +77,7 @@ def test_the_licence_is_found_wherever_the_base_has_its_card(layout, tiny_llama_
     (root / "README.md").write_text(HEAD.format("apache-2.0"))
     if "adapter" in layout:
         peft = pytest.importorskip("peft")
-        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        lora = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
         model = peft.get_peft_model(AutoModel.from_pretrained(folder), lora)
         model.peft_config["default"].base_model_name_or_path = str(root)
         root = tmp_path / "adapter"
