@@ -15,6 +15,7 @@ EXTRAS = {
         "pytrec-eval-terrier": "pytrec_eval",
     },
     "plots": {"matplotlib": "matplotlib"},
+    "lora": {"peft": "peft"},
 }
 
 

@@ -93,9 +93,9 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
     weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
-    backbone_config = _load_config(folder)
+    backbone_config = load_config(folder)
     if training is not None and training.disable_dropout:
-        _drop_nothing(backbone_config)
+        drop_nothing(backbone_config)
     skeleton = _skeleton(backbone_config, config)
     attention, kernels = _choose_attention(backbone_config, config, skeleton, device)
     tokenizer = load_tokenizer(
@@ -148,7 +148,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _load_config(folder: Path) -> "PreTrainedConfig":
+def load_config(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     check_no_code(folder / "config.json", "AutoModel", MODEL_FLAG)
@@ -162,7 +162,7 @@ def _load_config(folder: Path) -> "PreTrainedConfig":
     return config
 
 
-def _drop_nothing(config: "PreTrainedConfig") -> None:
+def drop_nothing(config: "PreTrainedConfig") -> None:
     """Set every dropout of the config to 0, before anything is built from it."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
@@ -375,7 +375,7 @@ def _settings(
             settings["pooling"] = _guess_pooling(config, directory, skeleton)
     names = {field.name for field in dataclasses.fields(EncoderSettings)}
     settings |= {n: flag for n, flag in flags.items() if n in names and flag is not None}
-    limit, short = _positions(skeleton), _positions_of_short_texts(skeleton)
+    limit, short = positions_of(skeleton), _positions_of_short_texts(skeleton)
     for name in ("max_query_length", "max_passage_length"):
         if flags[name] is not None and flags[name] > limit:
             raise InputError(f"--{name} {flags[name]} is more than the {limit} positions of "
@@ -389,7 +389,7 @@ def _settings(
 
 
 def _guess_pooling(config: EncoderConfig, directory: Path, skeleton: "PreTrainedModel") -> str:
-    causal = _is_causal(skeleton)
+    causal = is_causal(skeleton)
     why = "no file there names the pooling"
     if (directory / "1_Pooling/config.json").is_file():
         why = "1_Pooling/config.json is not read, since no modules.json names it"
@@ -400,7 +400,7 @@ def _guess_pooling(config: EncoderConfig, directory: Path, skeleton: "PreTrained
     return guess
 
 
-def _is_causal(backbone: "PreTrainedModel") -> bool:
+def is_causal(backbone: "PreTrainedModel") -> bool:
     """Whether tokens see only those before them."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -413,7 +413,7 @@ def _is_causal(backbone: "PreTrainedModel") -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def _positions(backbone: "PreTrainedModel") -> float:
+def positions_of(backbone: "PreTrainedModel") -> float:
     """How many tokens a text may have; infinity where the config names no number."""
     positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if not positions or positions < 0:
