@@ -103,9 +103,12 @@ def count(shape: Shape, model: ModelConfig, gpu: Gpu | None, *, bf16: bool) -> C
 
 
 def _layers(shape: Shape, model: ModelConfig) -> tuple[int, int]:
-    """The two numbers that are counted; all layers twice where that many are needed."""
+    """The two numbers that are counted; all layers twice where that many are needed.
+
+    Of one layer alone, which is the first and the last, the peak may be where no other has it.
+    """
     frozen, period = model.freeze_layers, shape.period
-    few = frozen + period + (shape.layers - frozen) % period
+    few = frozen + 2 * period + (shape.layers - frozen) % period
     if frozen % period or few + period >= shape.layers:
         return shape.layers, shape.layers
     return few, few + period

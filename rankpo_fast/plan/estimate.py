@@ -161,7 +161,7 @@ def _most_tokens(peak: Callable[[float], float], room: float) -> int:
 
 
 def _chosen(most: int, longest: int) -> int:
-    """As train/memory.py finds it: the longest text, doubled until half of what is free is taken."""
+    """As train/memory.py: the longest text, doubled until half of what is free is taken."""
     tokens = longest
     while 2 * tokens <= min(most // 2, MOST_TOKENS):
         tokens *= 2

@@ -13,8 +13,8 @@ from rankpo_fast.plan.standins import NF4_BYTES, FourBitLinear
 
 SMALL = 4096  # values of a tensor below which torchao and bitsandbytes keep states whole
 PAGED = 100_000  # values from which bitsandbytes pages a state
-# Of torchao's states: bits of a value, and values that share an fp32 scale.
-QUANTISED = {"adamw_8bit": (8, 256), "adamw_4bit": (4, 128), "adamw_fp8": (8, 256)}
+# Of torchao's states: bits of a value, values that share an fp32 scale, fp32 values that codes mean.
+QUANTISED = {"adamw_8bit": (8, 256, 256), "adamw_4bit": (4, 128, 16), "adamw_fp8": (8, 256, 0)}
 BLOCK = 256  # of bitsandbytes' states
 STATES, HOST = "states ", "host states"  # the former before the name of an optimizer
 
@@ -32,8 +32,8 @@ def parameter_bytes(encoder: nn.Module) -> dict[str, float]:
     numbers["trained"] = sum(p.numel() for p in trained)
     numbers["gradients"] = 4.0 * numbers["trained"]  # summed in fp32
     numbers[STATES + "adamw"] = 2.0 * stored(trained)
-    for name, (bits, block) in QUANTISED.items():
-        numbers[STATES + name] = sum(_quantised(p, bits, block) for p in trained)
+    for name, kind in QUANTISED.items():
+        numbers[STATES + name] = sum(_quantised(p, *kind) for p in trained)
     numbers[STATES + "muon"] = sum(
         stored([p]) * (1.0 if p.ndim == 2 and id(p) not in embeddings else 2.0) for p in trained
     )
@@ -49,9 +49,9 @@ def stored(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _quantised(parameter: Tensor, bits: int, block: int) -> float:
+def _quantised(parameter: Tensor, bits: int, block: int, table: int) -> float:
     """Both states of torchao's: whole, in the weight's dtype, where too small or not of blocks."""
     values = parameter.numel()
     if values < SMALL or values % block:
         return 2.0 * stored([parameter])
-    return 2 * values * (bits / 8 + torch.float32.itemsize / block)
+    return 2 * (values * bits / 8 + (values // block + table) * torch.float32.itemsize)

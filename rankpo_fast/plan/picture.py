@@ -2,6 +2,7 @@
 
 from io import BytesIO
 
+from rankpo_fast.plan.estimate import Estimate
 from rankpo_fast.plan.gpus import GIB
 from rankpo_fast.plan.report import PARTS
 from rankpo_fast.plan.search import Plan
@@ -28,7 +29,7 @@ def png(plan: Plan) -> bytes:
               label="graphs that are kept where there is room")  # fmt: skip
     size = plan.asked.gpu.bytes / GIB
     axes.axvline(size, color="black", linewidth=1.2)
-    labels = [_label(one.levers.name, one.fits, one.tokens_per_second) for one in ways]
+    labels = [_label(one) for one in ways]
     axes.set_yticks(range(len(ways)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.05 * max(size, *(a + b for a, b in zip(left, graphs, strict=True))))
@@ -43,5 +44,7 @@ def png(plan: Plan) -> bytes:
     return written.getvalue()
 
 
-def _label(name: str, fits: bool, speed: float) -> str:
-    return f"{name}\n{f'{speed:,.0f} tokens/s (model)' if fits else 'does not fit'}"
+def _label(one: Estimate) -> str:
+    speed = f"{one.tokens_per_second:,.0f} tokens/s (model)" if one.fits else "does not fit"
+    moved = "".join(f", {what} on the host" for what in one.levers.offload)
+    return f"{one.levers.name}{moved}\n{speed}"

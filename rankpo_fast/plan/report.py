@@ -97,9 +97,8 @@ def _gpus(plan: Plan) -> str:
 
 
 def _details(one: Estimate) -> str:
-    kind = one.levers.gradient_checkpointing
-    layers = {False: "layers not checkpointed", True: "layers checkpointed"}
-    words = [layers.get(kind, "layers checkpointed selectively")]
+    how = {False: "not checkpointed", True: "checkpointed", "selective": "checkpointed selectively"}
+    words = [f"layers {how[one.levers.gradient_checkpointing]}"]
     words += [f"{what} on the host" for what in one.levers.offload]
     return ", ".join(words)
 

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH, ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.model.attention import Kernel, why_not_packed
+from rankpo_fast.model.attention import KERNELS, Kernel, why_not_packed
 from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_config, find_directory
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import drop_nothing, is_causal, load_config, positions_of
 from rankpo_fast.model.modules import backbone_folder
+from rankpo_fast.model.tokenizer import embedding_rows
 from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
-from rankpo_fast.plan.standins import quantise
+from rankpo_fast.plan.standins import FourBitLinear, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -114,7 +115,7 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     fake ones, and tensors on that have no autocast.
     """
     with unset_fake_temporarily():
-        backbone = _adapted(shape, model, layers)
+        backbone = _adapted(shape, model, layers, kernel is not KERNELS[-1])
     _fake(backbone)
     settings = EncoderSettings(
         shape.pooling, "", "", shape.max_query_length, shape.max_passage_length
@@ -125,9 +126,10 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     if model.bidirectional:
         for module in backbone.modules():
             if hasattr(module, "is_causal"):
-                module.is_causal = False
-    if model.gradient_checkpointing not in (False, "auto"):
-        encoder.layers.checkpoint(model.gradient_checkpointing)
+                setattr(module, "is_causal", False)
+    kind: Any = model.gradient_checkpointing
+    if kind not in (False, "auto"):
+        encoder.layers.checkpoint(kind)
     encoder.train()
     trained = [p for p in encoder.parameters() if p.requires_grad]
     if not trained:
@@ -139,12 +141,12 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     return encoder
 
 
-def _adapted(shape: Shape, model: ModelConfig, layers: int) -> "PreTrainedModel":
+def _adapted(shape: Shape, model: ModelConfig, layers: int, on_gpu: bool) -> "PreTrainedModel":
     """The backbone on the meta device: weights in their dtype, frozen or not, with adapters."""
     whole = torch.float32 if model.weights_dtype == "fp32" else torch.bfloat16
     backbone = _backbone(shape.config, layers, whole, model.model_name_or_path)
     if model.special_tokens:  # at most so many rows more: how many are spare a tokenizer knows
-        rows = backbone.get_input_embeddings().num_embeddings + len(model.special_tokens)
+        rows = embedding_rows(backbone) + len(model.special_tokens)
         backbone.resize_token_embeddings(rows, mean_resizing=False)
     for name, parameter in backbone.named_parameters():
         if name.startswith("pooler."):
@@ -152,8 +154,8 @@ def _adapted(shape: Shape, model: ModelConfig, layers: int) -> "PreTrainedModel"
     if model.weights_dtype == "nf4":
         quantise(backbone)
     if model.lora_rank is not None:
-        _adapt(backbone, model)
-    _freeze(backbone, model)
+        adapt(backbone, model, on_gpu=on_gpu)
+    freeze(backbone, model)
     return backbone
 
 
@@ -179,7 +181,7 @@ def _set_layers(config: "PreTrainedConfig", layers: int) -> None:
         text.layer_types = kinds[:layers]
 
 
-def _adapt(backbone: "PreTrainedModel", model: ModelConfig) -> None:
+def adapt(backbone: "PreTrainedModel", model: ModelConfig, *, on_gpu: bool) -> None:
     """Adapters, as peft puts them in, in fp32; besides --lora_modules_to_save alone is trained."""
     require_extra("--lora_rank", "lora")
     from peft import LoraConfig, inject_adapter_in_model
@@ -196,16 +198,17 @@ def _adapt(backbone: "PreTrainedModel", model: ModelConfig) -> None:
         modules_to_save=model.lora_modules_to_save or None,
     )
     with blaming("--lora_targets"):
-        inject_adapter_in_model(config, backbone, low_cpu_mem_usage=True)
+        inject_adapter_in_model(config, backbone)
     for module in backbone.modules():
-        if isinstance(module, LoraLayer) and model.weights_dtype == "nf4":
-            module.cast_input_dtype_enabled = False  # peft's Linear4bit leaves it to autocast
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), FourBitLinear):
+            # As peft's Linear4bit, which leaves the dtype to autocast, but asks for CUDA's alone.
+            module.cast_input_dtype_enabled = not on_gpu
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def _freeze(backbone: "PreTrainedModel", model: ModelConfig) -> None:
+def freeze(backbone: "PreTrainedModel", model: ModelConfig) -> None:
     frozen: list[nn.Module] = []
     if model.freeze_embeddings or model.freeze_layers:
         frozen += [m for m in backbone.modules() if isinstance(m, nn.Embedding)]
@@ -217,18 +220,16 @@ def _freeze(backbone: "PreTrainedModel", model: ModelConfig) -> None:
 
 def _fake(backbone: nn.Module) -> None:
     """Its meta tensors become fake ones on the CPU, in place."""
-    made: dict[int, torch.Tensor] = {}
+    made: dict[torch.Tensor, Any] = {}  # those that several modules share stay one
     for module in backbone.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            if id(tensor) not in made:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                if isinstance(tensor, nn.Parameter):
-                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                made[id(tensor)] = fake
-            places = module._parameters if name in module._parameters else module._buffers
-            places[name] = made[id(tensor)]  # type: ignore[index]
+        for places in (module._parameters, module._buffers):
+            for name, tensor in places.items():
+                if tensor is not None and tensor not in made:
+                    made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+                if tensor is not None:
+                    places[name] = made[tensor]
 
 
 def is_adapter(name: str) -> bool:

@@ -66,7 +66,7 @@ class _Flash(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, sums = ctx.saved_tensors
         results = [torch.empty_like(x) for x in (query, key, value)]
         products = 2.5 * ctx.flops  # five products, the forward's two once more
@@ -91,7 +91,7 @@ class _FourBit(torch.autograd.Function):
             return F.linear(states, _whole(weight), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):
             return gradient @ _whole(ctx.weight).to(gradient.dtype), None, None
 
