@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.config import ModelConfig
+from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.model.attention import KERNELS
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.lora import add_lora, keep_four_bits
+from rankpo_fast.model.reshape import freeze
 from rankpo_fast.model.settings import EncoderSettings
 from rankpo_fast.plan.count import count, run_micro_batch
 from rankpo_fast.plan.counter import Meter
-from rankpo_fast.plan.skeleton import adapt, freeze, read_shape
+from rankpo_fast.plan.skeleton import read_shape
+from rankpo_fast.train.optim import make_optimizer, zero_gradient
 
 LENGTH, TEXTS, LAYERS = 48, 7, 5
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
@@ -92,11 +95,9 @@ def compare(
 def _measured(model: ModelConfig, pooling: str, optim: str) -> dict[str, float]:
     encoder = real_encoder(model, pooling)
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    states = list(_states(trained, optim))
+    states = _state_bytes(encoder, optim)
     for parameter in trained:
-        if parameter.dtype != torch.float32:
-            parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad = zero_gradient(parameter)
     batch = _texts()
     run_micro_batch(encoder, batch, Meter())  # libraries set themselves up
     ran = run_micro_batch(encoder, batch, Meter()).bytes
@@ -105,7 +106,7 @@ def _measured(model: ModelConfig, pooling: str, optim: str) -> dict[str, float]:
         "weights": _bytes([*_tensors_of(encoder)]) - _bytes(adapters),
         "adapters": _bytes(adapters),
         "gradients": _bytes([p.grad for p in trained if p.grad is not None]),
-        f"states {optim}": _bytes(states),
+        f"states {optim}": states,
         "graph": ran["graph"],
         "peak": max(ran["peak"], ran["peak after"]),
     }
@@ -122,13 +123,10 @@ def real_encoder(model: ModelConfig, pooling: str) -> Encoder:
     backbone = AutoModel.from_config(
         config, dtype=whole, attn_implementation="eager" if softcap else None
     )
-    for name, parameter in backbone.named_parameters():
-        if name.startswith("pooler."):
-            parameter.requires_grad_(False)
     if model.weights_dtype == "nf4":
         _quantise(backbone)
     if model.lora_rank is not None:
-        adapt(backbone, model, on_gpu=False)
+        add_lora(backbone, model)
     freeze(backbone, model)
     settings = EncoderSettings(pooling, "", "", LENGTH, LENGTH)
     no_tokenizer: Any = None
@@ -151,30 +149,19 @@ def _quantise(backbone: nn.Module) -> None:
                 )  # fmt: skip
                 layer.load_state_dict(child.state_dict())
                 setattr(parent, name, layer.to(torch.bfloat16).to("cpu"))
+    keep_four_bits(backbone)
 
 
-def _states(trained: Sequence[nn.Parameter], optim: str) -> Iterator[Tensor]:
-    """Of the optimizer, after a first step that changes nothing that counts here."""
-    makers: dict[str, Any] = {"adamw": torch.optim.AdamW}
-    if optim in ("adamw_8bit", "adamw_4bit", "adamw_fp8"):
-        import torchao.optim
-
-        kinds = {"adamw_8bit": "AdamW8bit", "adamw_4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}
-        makers[optim] = getattr(torchao.optim, kinds[optim])
-    elif optim == "paged_adamw_8bit":
-        import bitsandbytes as bnb
-
-        makers[optim] = bnb.optim.PagedAdamW8bit
-    copies = [nn.Parameter(p.detach().clone()) for p in trained]
-    optimizer = makers[optim](copies, lr=0.0)
-    for parameter in copies:
-        parameter.grad = torch.zeros_like(parameter)
-    with torch.compiler.set_stance("force_eager"):
-        optimizer.step()
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and name != "step":
-                yield value
+def _state_bytes(encoder: Encoder, optim: Any) -> float:
+    config = TrainingConfig(output_dir="none", optim=optim)
+    optimizer = make_optimizer(encoder, config)
+    states = [
+        tensor
+        for parameter in optimizer.parameters
+        for name, tensor in optimizer.state_of(parameter).items()
+        if name != "step"
+    ]
+    return _bytes(states)
 
 
 def _tensors_of(encoder: nn.Module) -> Iterator[Tensor]:
@@ -187,15 +174,11 @@ def _tensors_of(encoder: nn.Module) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> float:
-    """Of storages, each counted once, of tensors that torch has taken apart where it can."""
+    """Of storages, each counted once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        parts = [tensor]
-        if hasattr(tensor, "__tensor_flatten__"):
-            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        for part in parts:
-            storage = part.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
     return float(sum(sizes.values()))
 
 
@@ -225,8 +208,11 @@ def main() -> int:
     found += [compare(f"BERT, {name}", BERT, LEVERS[name]) for name in list(LEVERS)[:3]]
     found += [
         compare(f"Llama, fp32, {optim}", LLAMA, {}, optim)
-        for optim in ("adamw_8bit", "adamw_4bit", "adamw_fp8", "paged_adamw_8bit")
+        for optim in ("adamw_8bit", "adamw_4bit", "adamw_fp8", "paged_adamw_8bit", "muon")
     ]
+    found.append(
+        compare("Llama, bf16 weights, adamw_8bit", LLAMA, LEVERS["bf16 weights"], "adamw_8bit")
+    )
     print(f"KiB, predicted / measured; {LAYERS} layers, {TEXTS} texts of {LENGTH} tokens\n")
     print(table(found))
     return int(any(max(one.errors().values()) > 0.05 for one in found))

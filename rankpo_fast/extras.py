@@ -16,6 +16,7 @@ EXTRAS = {
     },
     "plots": {"matplotlib": "matplotlib"},
     "lora": {"peft": "peft"},
+    "lowbit": {"torchao": "torchao", "bitsandbytes": "bitsandbytes"},
 }
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from operator import or_
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,6 +39,14 @@ class Config:
 
     def check(self) -> None:
         """InputError for a value that cannot be used."""
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not at their defaults."""
+        usual = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(self)
+        }
+        return {k: getattr(self, k) for k, value in usual.items() if getattr(self, k) != value}
 
 
 def words_beside_bool(hint: Any) -> tuple[str, ...]:

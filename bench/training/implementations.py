@@ -260,7 +260,7 @@ def one_graph(task: Task, **settings: Any) -> None:
     from rankpo_fast.data.rows import read_contrastive
     from rankpo_fast.model.load import load_encoder
     from rankpo_fast.train.contrastive import tokenized
-    from rankpo_fast.train.optim import adamw, learning_rate, update
+    from rankpo_fast.train.optim import learning_rate, make_optimizer
 
     config = _training(task, settings)
     encoder = load_encoder(_model(task, settings), device=torch.device(task.device)).train()
@@ -271,7 +271,7 @@ def one_graph(task: Task, **settings: Any) -> None:
         seed=task.seed,
     )
     data, texts = tokenized(data, encoder, _compute(task))
-    optimizer = adamw(encoder, config)
+    optimizer = make_optimizer(encoder, config)
     for step in range(task.steps):
         batch = data.batch(*divmod(step, data.batches_per_epoch))
         rows, queries, passages = texts.of(batch)
@@ -286,7 +286,7 @@ def one_graph(task: Task, **settings: Any) -> None:
         )
         loss.backward()
         rate = learning_rate(step, task.steps, config)
-        update(optimizer, [loss.detach()], rate, config.max_grad_norm)
+        optimizer.update([loss.detach()], rate, config.max_grad_norm)
     encoder.save(task.output)
 
 

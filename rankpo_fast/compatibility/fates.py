@@ -115,10 +115,8 @@ RULES: dict[str, Rule] = {
     "warmup_steps": rules.warmup_steps,
     "warmup": rules.warmup_steps,
     "lr_scheduler_kwargs": refused("the course is --lr_scheduler_type with --warmup_ratio"),
-    "optim": rules.optimizer,
-    "optimizer": rules.optimizer,
     "optim_args": refused("--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),
-    "optim_target_modules": refused("the optimizer is AdamW on all weights"),
+    "optim_target_modules": refused("an optimizer takes all weights that are trained"),
     "average_tokens_across_devices": unneeded("losses are means over queries, not tokens"),
     "neftune_noise_alpha": refused("no noise is added"),
     "auto_find_batch_size": unneeded("the micro-batch is found, the batch is never cut"),
@@ -143,11 +141,11 @@ RULES: dict[str, Rule] = {
     "torch_compile_mode": only("default", "it is default", "--torch_compile uses the default"),
     "liger_kernel_config": refused("--use_liger_kernel takes all that fit the model"),
     "use_cache": refused("an encoder keeps no keys and values"),
-    **_each("lora use_lora use_peft from_peft",
-            refused("all weights are trained; LoRA is not offered")),
-    **_each("lora_r lora_rank lora_alpha lora_dropout lora_target_modules target_modules "
-            "modules_to_save raw_peft save_merged_lora_model only_merge_lora_model",
-            unneeded("acts only with LoRA, which is not offered")),
+    **_each("lora use_lora use_peft", rules.lora),
+    **_each("from_peft raw_peft", refused("an adapter's directory is taken as "
+                                          "--model_name_or_path, and trained on with --lora_rank")),
+    **_each("save_merged_lora_model only_merge_lora_model",
+            unneeded("the merged model is saved, and beside it the adapter")),
     "peft_model_path": refused("an adapter's directory is taken as --model_name_or_path"),
     "use_flash_attn": unneeded("--attn_implementation auto takes the fastest that works"),
     # logs
@@ -217,11 +215,13 @@ RULES: dict[str, Rule] = {
             "ddp_static_graph", unneeded(_RANKS)),
     "ddp_backend": only("nccl gloo", "it is NCCL on GPUs, else gloo", "NCCL on GPUs, else gloo"),
     "ddp_timeout": unneeded("torch's own time limit holds"),
-    **_each("fsdp fsdp_config", refused("each process holds the whole model")),
+    **_each("fsdp fsdp_config", refused("--shard full (or grad) is FSDP here")),
     **_each("accelerator_config parallelism_config", refused("accelerate is not used")),
 }  # fmt: skip
 
 VALUES: dict[str, Rule] = {
+    "optim": rules.optimizer,
+    "lora_targets": rules.lora_targets,
     "device": rules.device,
     "cutoffs": rules.cutoffs,
     "max_steps": rules.max_steps,

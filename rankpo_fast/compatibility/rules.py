@@ -179,10 +179,36 @@ def device(values: list[str], line: Line) -> Reading | None:
     return Reading({"device": [f"cuda:{values[0]}"]}) if values and values[0].isdecimal() else None
 
 
-def optimizer(values: list[str], line: Line) -> Reading:
-    if truth(values) in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"):
-        return Reading({}, "not needed: it is AdamW, fused")
-    raise InputError("not taken: the optimizer is AdamW in fp32, fused")
+OPTIMIZERS = {  # transformers' names -> those of --optim
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    "adamw_torch_8bit": "adamw_8bit",
+    "adamw_torch_4bit": "adamw_4bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def optimizer(values: list[str], line: Line) -> Reading | None:
+    """None: one of ours, or argparse says which there are."""
+    name = OPTIMIZERS.get(truth(values), truth(values))
+    return None if [name] == values else Reading({"optim": [name]})
+
+
+def lora(values: list[str], line: Line) -> Reading:
+    """A switch where here a rank is one."""
+    on, given = truth(values) == "true", "lora_rank" in line.given
+    if on and not given:
+        raise InputError("give --lora_rank, 16 for instance, which switches LoRA on")
+    if given and not on:
+        raise InputError("contradicts --lora_rank, which switches LoRA on: leave one of them out")
+    return Reading({}, "--lora_rank says so" if on else "it is off here")
+
+
+def lora_targets(values: list[str], line: Line) -> Reading | None:
+    """Names between commas become several."""
+    split = [name for value in values for name in value.split(",") if name]
+    return None if split == values else Reading({"lora_targets": split})
 
 
 def precision(values: list[str], line: Line) -> Reading:

@@ -1,7 +1,7 @@
 """The losses of both stages."""
 
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rankpo_fast.errors import InputError
@@ -82,14 +82,6 @@ class ContrastiveLossConfig(Config):
     def options(self) -> dict[str, Any]:
         """Arguments of `info_nce_loss` that stay from batch to batch, but the temperature."""
         return {name: getattr(self, name) for name in OPTIONS}
-
-    def changed(self) -> dict[str, Any]:
-        """The settings that are not plain InfoNCE's."""
-        usual = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory()
-            for f in fields(self)
-        }
-        return {k: getattr(self, k) for k, value in usual.items() if getattr(self, k) != value}
 
     @property
     def one_directional(self) -> bool:

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankpo_fast.errors import InputError
 from rankpo_fast.fields import (
     AutoOrBool,
     Config,
@@ -130,6 +131,33 @@ class ModelConfig(EncoderConfig):
         if self.lora_alpha is not None:
             check_above(self, 0, "lora_alpha")
         require(self, "lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1)
+        self._check_levers()
         given = self.special_tokens
         tokens = [t for g in given for t in (PAPER_SPECIAL_TOKENS if g == "paper" else [g])]
         object.__setattr__(self, "special_tokens", list(dict.fromkeys(tokens)))
+
+    def _check_levers(self) -> None:
+        """InputError for two that do not go together, with the reason."""
+        given = self.changed()
+        of_lora = [name for name in given if name.startswith("lora_") and name != "lora_rank"]
+        if self.lora_rank is None and of_lora:
+            raise InputError(f"--{of_lora[0]} needs --lora_rank, which switches adapters on")
+        excluded = [
+            ("lora_rank", "from_scratch", "random weights would never be trained"),
+            ("lora_rank", "freeze_layers", "with adapters no weight is trained: leave it out"),
+            ("lora_rank", "freeze_embeddings", "with adapters no weight is trained: leave it out"),
+            ("lora_rank", "float8", "8-bit products are for weights that are trained"),
+            ("from_scratch", "freeze_layers", "random weights would never be trained"),
+            ("from_scratch", "freeze_embeddings", "random weights would never be trained"),
+        ]
+        for one, other, why in excluded:
+            if one in given and other in given:
+                raise InputError(f"--{one} and --{other} do not go together: {why}")
+        if self.weights_dtype == "nf4" and self.lora_rank is None:
+            raise InputError(
+                "--weights_dtype nf4 needs --lora_rank: weights of 4 bits stay as they are, an "
+                "adapter beside them is trained"
+            )
+        if self.bf16 is False and (self.weights_dtype == "bf16" or self.float8):
+            lever = "--float8" if self.float8 else "--weights_dtype bf16"
+            raise InputError(f"{lever} needs --bf16 true (or auto): it computes in bf16")

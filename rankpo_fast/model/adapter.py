@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 
+from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import (
     check_config,
@@ -18,9 +20,11 @@ from rankpo_fast.model.directories import (
     find_directory,
     has_weights,
 )
+from rankpo_fast.model.lora import LENGTHS, as_trained, changes_nothing
 from rankpo_fast.model.modules import backbone_folder, read_json
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -35,6 +39,29 @@ class Adapter:
     base: str  # as its file names it
     base_directory: Path
     base_folder: Path  # with config.json and weights
+    four_bits: torch.dtype | None = None  # of what is not, where it was trained beside such weights
+
+    def check_trained_on(self, config: ModelConfig) -> None:
+        """InputError unless the flags of an adapter are those it was made with."""
+        own = read_json(self.folder / CONFIG_FILE)
+        for name in config.changed():
+            if name.startswith("lora_") and name != "lora_rank":
+                raise InputError(f"--{name}: {self} is trained on as it was made: leave it out")
+        if own.get("peft_type") != "LORA" or own.get("r") != config.lora_rank:
+            raise InputError(f"--lora_rank {config.lora_rank}: {self} is {own.get('peft_type')} of "
+                             f"rank {own.get('r')}, and is trained on with that")  # fmt: skip
+        if bool(self.four_bits) != (config.weights_dtype == "nf4"):
+            kind = "of 4 bits: give" if self.four_bits else "that are not of 4 bits: leave out"
+            raise InputError(f"--weights_dtype {config.weights_dtype}: {self} was trained beside "
+                             f"weights {kind} --weights_dtype nf4")  # fmt: skip
+
+    def put_on(self, backbone: "PreTrainedModel", *, trained: bool = False) -> None:
+        """Put it into the backbone's layers, in place. InputError as below, and where it changes
+        nothing."""
+        self._opened(backbone, trained=trained)
+        self._check_changes(backbone)
+        if trained:
+            as_trained(backbone)
 
     def merged_into(self, backbone: "PreTrainedModel") -> "PreTrainedModel":
         """The backbone, whose weights have taken in the adapter's.
@@ -42,10 +69,18 @@ class Adapter:
         Raises:
             InputError: the adapter is not for this backbone, or cannot be merged.
         """
+        opened = self._opened(backbone)
+        self._check_changes(backbone)
+        merged = opened.merge_and_unload(safe_merge=True)
+        for parameter in merged.parameters():
+            parameter.requires_grad_(True)
+        return merged
+
+    def _opened(self, backbone: "PreTrainedModel", *, trained: bool = False) -> "PeftModel":
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
         with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
-            names = set(file.keys())
+            names = {re.sub(rf"({LENGTHS})\.weight$", r"\1", name) for name in file.keys()}  # noqa: SIM118 - no mapping
         # Those of a model with a head have one level more, the backbone's place in it.
         place, mapping = f"{backbone.base_model_prefix}.", None
         if all(name.startswith(PREFIX + place) for name in names):
@@ -56,18 +91,19 @@ class Adapter:
             # A task brings peft's wrapper for its head (CAUSAL_LM: generation): there is none here.
             config.task_type = None
             model = PeftModel.from_pretrained(
-                backbone, str(self.folder), config=config, key_mapping=mapping
+                backbone, str(self.folder), config=config, key_mapping=mapping, is_trainable=trained
             )
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
             if not unfit:
-                merged = model.merge_and_unload(safe_merge=True)
-                for parameter in merged.parameters():
-                    parameter.requires_grad_(True)
-                return merged
+                return model
         except RuntimeError as error:  # which torch raises over other shapes
             raise InputError(f"{self} does not fit: {' '.join(str(error).split())}") from error
         raise InputError(f"{self} does not fit: {len(unfit)} tensors are on one side alone: "
                          f"{unfit[0]} ...")  # fmt: skip
+
+    def _check_changes(self, backbone: "PreTrainedModel") -> None:
+        if changes_nothing(backbone):
+            raise InputError(f"{self} changes nothing: all that it adds is 0")
 
     def __str__(self) -> str:
         return f"{self.folder}, an adapter of {self.base},"
@@ -103,4 +139,9 @@ def find_adapter(folder: Path, flag: str) -> Adapter | None:
         check_weights(base_folder, "its base")
     except InputError as error:
         raise InputError(f"{what}, which is needed beside it: {error}") from error
-    return Adapter(folder, base, base_directory, base_folder)
+    transformer = folder / "sentence_bert_config.json"
+    options = read_json(transformer).get("model_args", {}) if transformer.is_file() else {}
+    quantized = options.get("quantization_config", {}).get("load_in_4bit")
+    dtype = torch.bfloat16 if options.get("dtype") == "bfloat16" else torch.float32
+    four_bits = dtype if quantized else None
+    return Adapter(folder, base, base_directory, base_folder, four_bits)

@@ -26,6 +26,15 @@ from rankpo_fast.data.tokens import TokenTable, tokenize
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import Kernel, packed_arguments, register
 from rankpo_fast.model.layers import Layers
+from rankpo_fast.model.lora import (
+    FOLDER,
+    Lora,
+    has_other_layers,
+    model_args,
+    plain_skeleton,
+    save_adapter,
+    whole_weights,
+)
 from rankpo_fast.model.pooling import pool
 from rankpo_fast.model.settings import EncoderSettings, write_settings
 
@@ -36,7 +45,8 @@ if TYPE_CHECKING:
 class Encoder(nn.Module):
     """Backbone, pooling and tokenizer. Made by `load_encoder`; its vectors are not normalised.
 
-    The weights are fp32; with `bf16` the forward pass computes in bf16 by autocast.
+    The weights are fp32, or as --weights_dtype says; with `bf16` the forward pass computes in bf16
+    by autocast.
 
     Attributes:
         packed: whether texts go through the backbone end to end, without padding.
@@ -44,6 +54,7 @@ class Encoder(nn.Module):
         save_dtype: of the floating-point weights that `save` writes.
         log_scale: log(1 / temperature) while a training learns it, else None; `save` leaves it out.
         layers: the backbone's, to be checkpointed or compiled.
+        lora: of an adapter in training, else None.
         name: of the model it was loaded from.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
@@ -68,6 +79,7 @@ class Encoder(nn.Module):
         self.layers = Layers(backbone)
         self.name = "an encoder in memory"
         self.origins: list[Path] = []
+        self.lora: Lora | None = None
         self.register_parameter("log_scale", None)
         self.packed = False
         self.attention = self._own_attention = backbone.config._attn_implementation
@@ -246,7 +258,8 @@ class Encoder(nn.Module):
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory that `load_encoder`, transformers and sentence-transformers load.
+        """Write a directory that `load_encoder`, transformers and sentence-transformers load; of an
+        adapter in training the whole model, and the adapter alone in adapter/, which they load too.
 
         In bf16 or fp16 (`save_dtype`) weights are rounded: vectors of what is loaded again differ
         from those of this encoder by that, 2^-9 or 2^-12 of each weight.
@@ -256,10 +269,19 @@ class Encoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_backbone(self.backbone, directory, self.save_dtype)
+        self._save_reading(directory)
+        if self.lora is not None and self.lora.base is not None:
+            adapter = directory / FOLDER
+            save_adapter(self.backbone, adapter, self.lora)
+            self._save_reading(adapter, model_args(self.lora))
+            open_to_umask(adapter)
+
+    def _save_reading(self, directory: Path, loading: dict[str, Any] | None = None) -> None:
+        """The tokenizer, and what tells others how text becomes a vector."""
         if self.tokenizer.is_fast:  # else the limit of the last call would be saved as its own
             self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.save_pretrained(directory)
-        write_settings(directory, self.settings, self.dim)
+        write_settings(directory, self.settings, self.dim, loading)
 
 
 def save_backbone(backbone: "PreTrainedModel", directory: Path, dtype: torch.dtype) -> None:
@@ -269,15 +291,16 @@ def save_backbone(backbone: "PreTrainedModel", directory: Path, dtype: torch.dty
     """
     weights = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in backbone.state_dict().items()
+        for name, tensor in whole_weights(backbone).items()
     }
     if dtype == torch.float16 and not all(w.isfinite().all() for w in weights.values()):
         warnings.warn(
             "--save_dtype float16 cannot hold the weights: saved in float32", stacklevel=3
         )
         return save_backbone(backbone, directory, torch.float32)
-    backbone.save_pretrained(directory, state_dict=weights)
-    config = copy.deepcopy(backbone.config)
+    plain = plain_skeleton(backbone) if has_other_layers(backbone) else backbone
+    plain.save_pretrained(directory, state_dict=weights)
+    config = copy.deepcopy(plain.config)
     config.dtype = dtype
     config.save_pretrained(directory)
     open_to_umask(directory)

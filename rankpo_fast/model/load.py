@@ -8,7 +8,7 @@ see only those before them. That is the skeleton.
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,15 @@ from rankpo_fast.model.directories import (
     has_tokenizer,
     weights_dtype,
 )
-from rankpo_fast.model.encoder import Encoder, first_position
+from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.float8 import use_float8
 from rankpo_fast.model.liger import use_liger
+from rankpo_fast.model.lora import Lora, add_lora, four_bits, keep_four_bits, whole_weights
 from rankpo_fast.model.modules import backbone_folder
 from rankpo_fast.model.precision import Precision
-from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
+from rankpo_fast.model.reading import find_settings, is_causal
+from rankpo_fast.model.reshape import backbone_is_cut, check_bidirectional, freeze, reshape
+from rankpo_fast.model.settings import has_settings
 from rankpo_fast.model.tokenizer import (
     add_special_tokens,
     append_eos,
@@ -49,7 +53,6 @@ from rankpo_fast.model.tokenizer import (
     embedding_rows,
     load_tokenizer,
     lower_cased,
-    says_append_eos,
     tokenizer_flag,
     vocabulary_size,
 )
@@ -78,7 +81,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if device.type == "cpu":
         fit_threads()
     training = config if isinstance(config, ModelConfig) else None
-    precision = Precision.of(config.bf16, device)
+    precision = Precision.of_model(config, device)
     if config.bf16 == "auto" and training is None:  # a training run says it at its start
         warnings.warn(f"--bf16 auto: vectors are computed in {precision}", stacklevel=2)
     config = dataclasses.replace(config, bf16=precision.bf16)
@@ -94,34 +97,51 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     check_config(folder, MODEL_FLAG)
     weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
     backbone_config = load_config(folder)
-    if training is not None and training.disable_dropout:
-        drop_nothing(backbone_config)
+    if training is not None:
+        reshape(backbone_config, training)
+        if training.disable_dropout:
+            drop_nothing(backbone_config)
     skeleton = _skeleton(backbone_config, config)
+    if training is not None:
+        check_bidirectional(skeleton, is_causal(skeleton), training)
     attention, kernels = _choose_attention(backbone_config, config, skeleton, device)
     tokenizer = load_tokenizer(
         config, own_folder if has_tokenizer(own_folder) else folder, backbone_config
     )
-    settings = _settings(config, directory, skeleton, tokenizer)
+    settings = find_settings(config, directory, skeleton, tokenizer)
     if settings.lower_case:
         tokenizer = lower_cased(tokenizer)
     if settings.append_eos:
         append_eos(tokenizer, asked=config.append_eos is True)
 
+    storage = _storage(training, device, precision)
+    lora = None if training is None else Lora.of(training, adapter, folder, storage["dtype"])
     with _seeded(seed, device):
         if from_scratch:  # where it will be: a large one takes minutes, and the host may lack room
-            backbone = _new_backbone(backbone_config, attention, device)
+            backbone = _new_backbone(backbone_config, attention, device, storage["dtype"])
         else:
-            backbone = _load_backbone(folder, backbone_config, attention)
+            backbone = _load_backbone(
+                folder, backbone_config, attention, storage, fewer=backbone_is_cut(training)
+            )
             check_vocabulary(tokenizer, backbone, tokenizer_flag(config))
-            if adapter is not None:
-                backbone = _merge(adapter, backbone)
+            if adapter is not None and lora is not None:
+                adapter.put_on(backbone, trained=True)
+            elif adapter is not None:
+                backbone = _merge(adapter, backbone, lambda dtype: _load_backbone(
+                    folder, backbone_config, attention, four_bits(device, dtype)
+                ))  # fmt: skip
         if training is not None:
             add_special_tokens(tokenizer, training.special_tokens)
-        _fit_embedding(backbone, tokenizer)
-    for name, parameter in backbone.named_parameters():
-        if name.startswith("pooler."):  # reads the first token for a task that we do not have
-            parameter.requires_grad_(False)
+        new_tokens = _fit_embedding(backbone, tokenizer)
+        if training is not None and lora is not None and adapter is None:
+            add_lora(backbone, training)
+    if training is not None:
+        freeze(backbone, training)
+        _check_new_tokens(backbone, new_tokens)
+        use_float8(backbone, training, device)
     encoder = Encoder(backbone, tokenizer, settings, bf16=precision.bf16).to(device).eval()
+    if lora is not None:  # new rows of the embedding are in no directory
+        encoder.lora = dataclasses.replace(lora, base=None) if new_tokens else lora
     encoder.save_dtype, encoder.origins = _save_dtype(training, weights), origins
     encoder.name = config.model_name_or_path
     if training is not None:
@@ -178,29 +198,49 @@ def _skeleton(backbone_config: "PreTrainedConfig", config: EncoderConfig) -> "Pr
 
 
 def _new_backbone(
-    config: "PreTrainedConfig", attention: str | None, device: torch.device | str
+    config: "PreTrainedConfig",
+    attention: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> "PreTrainedModel":
     from transformers import AutoModel
 
     with torch.device(device):
         return AutoModel.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
 
 
-def _load_backbone(folder: Path, config: "PreTrainedConfig", attention: str) -> "PreTrainedModel":
+def _storage(
+    training: ModelConfig | None, device: torch.device, precision: Precision
+) -> dict[str, Any]:
+    """How weights lie in memory, as transformers takes it."""
+    kind = "fp32" if training is None else training.weights_dtype
+    dtype = torch.bfloat16 if kind != "fp32" and precision.bf16 else torch.float32
+    return four_bits(device, dtype) if kind == "nf4" else {"dtype": dtype}
+
+
+def _load_backbone(
+    folder: Path,
+    config: "PreTrainedConfig",
+    attention: str,
+    storage: dict[str, Any],
+    *,
+    fewer: bool = False,
+) -> "PreTrainedModel":
+    """`fewer`: of the layers in the files the first ones are wanted."""
     from transformers import AutoModel
 
     with blaming(f"{MODEL_FLAG} {folder}"):
         backbone, report = AutoModel.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **storage,
         )
     # What does not fit transformers leaves random; only a pooler, which we do not use, may be so.
     unfit = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -208,7 +248,9 @@ def _load_backbone(folder: Path, config: "PreTrainedConfig", attention: str) -> 
     if unfit:
         raise InputError(f"{MODEL_FLAG} {folder}: {len(unfit)} tensors that config.json asks for "
                          f"are not there in that shape: {unfit[0]} ...")  # fmt: skip
-    _check_surplus(folder, backbone, report["unexpected_keys"])
+    keep_four_bits(backbone)
+    if not fewer:
+        _check_surplus(folder, backbone, report["unexpected_keys"])
     return backbone
 
 
@@ -222,9 +264,19 @@ def _check_surplus(folder: Path, backbone: "PreTrainedModel", names: Iterable[st
                          f"config.json, which has fewer layers: {more[0]} ...")  # fmt: skip
 
 
-def _merge(adapter: Adapter, backbone: "PreTrainedModel") -> "PreTrainedModel":
+def _merge(
+    adapter: Adapter,
+    backbone: "PreTrainedModel",
+    in_four_bits: Callable[[torch.dtype], "PreTrainedModel"],
+) -> "PreTrainedModel":
+    """`in_four_bits` loads the backbone so, for an adapter that was trained beside such weights."""
     with blaming(f"{MODEL_FLAG} {adapter}"):
-        backbone = adapter.merged_into(backbone)
+        if adapter.four_bits is not None:
+            beside = in_four_bits(adapter.four_bits)
+            adapter.put_on(beside)
+            backbone.load_state_dict(whole_weights(beside))
+        else:
+            backbone = adapter.merged_into(backbone)
     warnings.warn(f"{MODEL_FLAG} {adapter} is merged into it: what is trained and saved is the "
                   f"whole model", stacklevel=3)  # fmt: skip
     return backbone
@@ -237,11 +289,22 @@ def _save_dtype(training: ModelConfig | None, weights: list[Path]) -> torch.dtyp
     return weights_dtype(weights)
 
 
-def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add rows for new tokens, drawn as the backbone draws its own initial weights."""
-    size = vocabulary_size(tokenizer)
-    if size > embedding_rows(backbone):
+def _fit_embedding(backbone: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Add rows for new tokens, drawn as the backbone draws its own initial weights; how many."""
+    size, rows = vocabulary_size(tokenizer), embedding_rows(backbone)
+    if size > rows:
         backbone.resize_token_embeddings(size, mean_resizing=False)
+    return max(0, size - rows)
+
+
+def _check_new_tokens(backbone: "PreTrainedModel", count: int) -> None:
+    """InputError where rows of new tokens would stay as they were drawn."""
+    table = backbone.get_input_embeddings()
+    if count and not any(p.requires_grad for p in table.parameters()):
+        [name] = [name for name, module in backbone.named_modules() if module is table]
+        raise InputError(f"--special_tokens: {count} new rows of the embedding would never be "
+                         f"trained; with --lora_rank give --lora_modules_to_save "
+                         f"{name.rpartition('.')[2]}, else no --freeze_embeddings")  # fmt: skip
 
 
 # --- its attention ---
@@ -351,82 +414,3 @@ def _warn_of_dropout(needs: Needs, kernels: list[Kernel], asked: str) -> None:
             f"it {best.name}, which is faster",
             stacklevel=4,
         )
-
-
-# --- how text is read ---
-
-
-def _settings(
-    config: EncoderConfig,
-    directory: Path,
-    skeleton: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> EncoderSettings:
-    """What the flags say, else the model directory, else the paper."""
-    flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = {"append_eos": says_append_eos(tokenizer)} | read_settings(
-        directory,
-        any_pooling=config.pooling != "auto",
-        given=[name for name, flag in flags.items() if flag is not None],
-    )
-    if config.pooling == "auto":
-        flags["pooling"] = None
-        if "pooling" not in settings:
-            settings["pooling"] = _guess_pooling(config, directory, skeleton)
-    names = {field.name for field in dataclasses.fields(EncoderSettings)}
-    settings |= {n: flag for n, flag in flags.items() if n in names and flag is not None}
-    limit, short = positions_of(skeleton), _positions_of_short_texts(skeleton)
-    for name in ("max_query_length", "max_passage_length"):
-        if flags[name] is not None and flags[name] > limit:
-            raise InputError(f"--{name} {flags[name]} is more than the {limit} positions of "
-                             f"{config.model_name_or_path}")  # fmt: skip
-        settings[name] = min(settings[name], limit)
-        if settings[name] > short:
-            raise InputError(f"--{name} {settings[name]:.0f}: {config.model_name_or_path} turns "
-                             f"positions otherwise for all texts of a batch once one has more "
-                             f"than {short} tokens; give {short} or less")  # fmt: skip
-    return EncoderSettings(**settings)
-
-
-def _guess_pooling(config: EncoderConfig, directory: Path, skeleton: "PreTrainedModel") -> str:
-    causal = is_causal(skeleton)
-    why = "no file there names the pooling"
-    if (directory / "1_Pooling/config.json").is_file():
-        why = "1_Pooling/config.json is not read, since no modules.json names it"
-    guess, kind = ("last", "causal") if causal else ("mean", "bidirectional")
-    warnings.warn(f"{MODEL_FLAG} {config.model_name_or_path}: {why}; taken for this {kind} "
-                  f"model: {guess} (--pooling says so for sure)",
-                  stacklevel=4)  # fmt: skip
-    return guess
-
-
-def is_causal(backbone: "PreTrainedModel") -> bool:
-    """Whether tokens see only those before them."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    if getattr(backbone.config, "is_causal", None) is False:  # switches a decoder to both sides
-        return False
-    flags = {getattr(module, "is_causal", None) for module in backbone.modules()} - {None}
-    if flags:
-        return True in flags
-    kind = type(backbone.config)  # older architectures carry no flag
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def positions_of(backbone: "PreTrainedModel") -> float:
-    """How many tokens a text may have; infinity where the config names no number."""
-    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return float("inf")
-    return positions - first_position(backbone)
-
-
-def _positions_of_short_texts(backbone: "PreTrainedModel") -> float:
-    """Tokens up to which "longrope" counts positions in one way: beyond, a text's vector would
-    depend on how long its neighbours are. Infinity for all others."""
-    config = backbone.config.get_text_config()
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return float("inf")
-    own: Any = getattr(config, "original_max_position_embeddings", None)
-    return rope.get("original_max_position_embeddings") or own

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from rankpo_fast.config import EncoderConfig
+
 # Rows, dims in and out of the product: below a millisecond where it is native.
 SHAPE = 256, 384, 384
 REPEATS, PATIENCE = 6, 0.1  # times at most, and seconds after which no further one begins
@@ -41,6 +43,13 @@ class Precision:
             return cls(able, None if able else "this GPU has no bf16")
         ratio = half_speed(torch.bfloat16, device.type)
         return cls(ratio < 1, f"bf16 products took {ratio:.3g} times fp32's time here")
+
+    @classmethod
+    def of_model(cls, config: EncoderConfig, device: torch.device) -> "Precision":
+        """As `of`; of a model whose weights are in bf16 that."""
+        if getattr(config, "weights_dtype", "fp32") == "bf16":
+            return cls(True, "as its weights are stored")
+        return cls.of(config.bf16, device)
 
     def __str__(self) -> str:
         name = "bf16" if self.bf16 else "fp32"

@@ -63,8 +63,16 @@ def read_settings(
     return settings
 
 
-def write_settings(directory: Path, settings: EncoderSettings, dim: int) -> None:
+def write_settings(
+    directory: Path,
+    settings: EncoderSettings,
+    dim: int,
+    loading: dict[str, Any] | None = None,
+) -> None:
     """Write our file and the four of sentence-transformers, for vectors of `dim` dims.
+
+    Args:
+        loading: arguments with which transformers is to load the weights.
 
     They have one length limit for both kinds of text in every version: the larger of ours.
     """
@@ -90,6 +98,7 @@ def write_settings(directory: Path, settings: EncoderSettings, dim: int) -> None
         "sentence_bert_config.json": {
             "max_seq_length": max(settings.max_query_length, settings.max_passage_length),
             "do_lower_case": settings.lower_case,
+            **({"model_args": loading} if loading else {}),
         },
         MODEL_FILE: {
             "prompts": {"query": settings.query_prefix, "document": settings.passage_prefix},

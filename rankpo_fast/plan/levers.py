@@ -11,6 +11,8 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.layers import Layers
 
 LORA_RANK = 16  # of an adapter that nobody gave a rank
+NOT_FOR_ADAPTERS = ("freeze_layers", "freeze_embeddings", "from_scratch", "float8")
+FOR_FP32 = ("paged_adamw_8bit", "muon")  # optimizers that do not round bf16 weights at random
 Method = Literal["full", "lora", "qlora"]
 Checkpointing = bool | Literal["selective"]
 # Selective checkpointing is in Layers, or not yet.
@@ -80,6 +82,14 @@ def ways(
         Levers("bf16", rank),
         Levers("nf4", rank),
     ]
+    if model.bf16 is False:
+        least_first = [one for one in least_first if one.weights_dtype == "fp32"]
+    if set(NOT_FOR_ADAPTERS) & model.changed().keys():
+        least_first = [one for one in least_first if one.lora_rank is None]
+    if optim in FOR_FP32:
+        least_first = [
+            one for one in least_first if one.weights_dtype == "fp32" or one.lora_rank is not None
+        ]
     if optim != Levers().optim:
         least_first = [replace(one, optim=optim) for one in least_first]
     if model.lora_rank is not None:
@@ -89,8 +99,9 @@ def ways(
     if method is not None:
         least_first = [one for one in least_first if one.method == method]
     if not least_first:
-        raise InputError(f"--method {method} does not go with the other flags: --weights_dtype "
-                         f"{model.weights_dtype}, --lora_rank {model.lora_rank}")  # fmt: skip
+        given = " ".join(f"--{name}" for name in model.changed() if name != "model_name_or_path")
+        asked = f"--method {method}" if method is not None else "no way to train"
+        raise InputError(f"{asked} does not go with the other flags: {given} --optim {optim}")
     return [_variants(one, model, offload) for one in dict.fromkeys(least_first)]
 
 

@@ -31,11 +31,11 @@ def parameter_bytes(encoder: nn.Module) -> dict[str, float]:
     embeddings = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
     numbers["trained"] = sum(p.numel() for p in trained)
     numbers["gradients"] = 4.0 * numbers["trained"]  # summed in fp32
-    numbers[STATES + "adamw"] = 2.0 * stored(trained)
+    numbers[STATES + "adamw"] = 8.0 * numbers["trained"]  # in fp32, of bf16 weights too
     for name, kind in QUANTISED.items():
         numbers[STATES + name] = sum(_quantised(p, *kind) for p in trained)
     numbers[STATES + "muon"] = sum(
-        stored([p]) * (1.0 if p.ndim == 2 and id(p) not in embeddings else 2.0) for p in trained
+        4.0 * p.numel() * (1 if p.ndim >= 2 and id(p) not in embeddings else 2) for p in trained
     )
     paged = [p.numel() >= PAGED for p in trained]
     kept = [2 * p.numel() * (1 + 4 / BLOCK if p.numel() >= SMALL else 4) for p in trained]

@@ -1,10 +1,8 @@
 """A plan in words, as JSON, and as the command line that trains so."""
 
 import shlex
-from dataclasses import MISSING, fields
 from typing import Any
 
-from rankpo_fast.config import ModelConfig
 from rankpo_fast.plan.estimate import Estimate
 from rankpo_fast.plan.gpus import BANDWIDTH_SHARE, CONTEXT, EFFICIENCY, FRAGMENTATION, GIB
 from rankpo_fast.plan.search import COMPILED_TRAFFIC, FLOAT8_SPEED, Asked, Plan
@@ -146,20 +144,12 @@ def assumptions(plan: Plan) -> list[str]:
 def _flags(plan: Plan) -> dict[str, Any]:
     """Those of a training that follows the plan, by name."""
     asked, flags = plan.asked, plan.best.levers.flags()
-    given = {f.name: getattr(asked.model, f.name) for f in fields(ModelConfig)
-             if getattr(asked.model, f.name) != _default(f)}  # fmt: skip
-    flags = given | flags | {"max_tokens_per_micro_batch": plan.best.micro_batch}
+    flags = asked.model.changed() | flags | {"max_tokens_per_micro_batch": plan.best.micro_batch}
     flags["per_device_train_batch_size"] = asked.rows
     flags["num_negatives"] = asked.negatives
     if asked.shard != "none":
         flags["shard"] = asked.shard
     return flags
-
-
-def _default(field: Any) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def command(plan: Plan) -> str:

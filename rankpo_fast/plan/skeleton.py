@@ -14,15 +14,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH, ModelConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.extras import require_extra
-from rankpo_fast.model.attention import KERNELS, Kernel, why_not_packed
+from rankpo_fast.model.attention import Kernel, why_not_packed
 from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_config, find_directory
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.model.load import drop_nothing, is_causal, load_config, positions_of
+from rankpo_fast.model.load import drop_nothing, load_config
+from rankpo_fast.model.lora import add_lora
 from rankpo_fast.model.modules import backbone_folder
-from rankpo_fast.model.tokenizer import embedding_rows
+from rankpo_fast.model.reading import is_causal, positions_of
+from rankpo_fast.model.reshape import check_bidirectional, freeze, reshape
 from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
-from rankpo_fast.plan.standins import FourBitLinear, quantise
+from rankpo_fast.model.tokenizer import embedding_rows
+from rankpo_fast.plan.standins import quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,14 +68,12 @@ def read_shape(model: ModelConfig) -> Shape:
     config = load_config(folder)
     if model.disable_dropout:
         drop_nothing(config)
+    reshape(config, model)
     layers = config.get_text_config().num_hidden_layers
-    for flag in ("layers", "freeze_layers"):
-        if (asked := getattr(model, flag) or 0) > layers:
-            raise InputError(f"--{flag} {asked} is more than the {layers} layers of {name}")
-    if model.layers is not None:
-        layers = model.layers
-        _set_layers(config, layers)
+    if model.freeze_layers > layers:
+        raise InputError(f"--freeze_layers {model.freeze_layers}: there are {layers} layers")
     skeleton = _backbone(config, 1, torch.float32, name)
+    check_bidirectional(skeleton, is_causal(skeleton), model)
     for reason in (why_not_packed(skeleton), _why_not_counted(model)):
         if reason is not None:
             raise InputError(f"{MODEL_FLAG} {name}: a plan counts packed texts, and these are "
@@ -115,7 +115,7 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     fake ones, and tensors on that have no autocast.
     """
     with unset_fake_temporarily():
-        backbone = _adapted(shape, model, layers, kernel is not KERNELS[-1])
+        backbone = _adapted(shape, model, layers)
     _fake(backbone)
     settings = EncoderSettings(
         shape.pooling, "", "", shape.max_query_length, shape.max_passage_length
@@ -123,10 +123,6 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     no_tokenizer: Any = None
     encoder = Encoder(backbone, no_tokenizer, settings, bf16=bf16)
     encoder.use_kernel(kernel)
-    if model.bidirectional:
-        for module in backbone.modules():
-            if hasattr(module, "is_causal"):
-                setattr(module, "is_causal", False)
     kind: Any = model.gradient_checkpointing
     if kind not in (False, "auto"):
         encoder.layers.checkpoint(kind)
@@ -141,20 +137,17 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     return encoder
 
 
-def _adapted(shape: Shape, model: ModelConfig, layers: int, on_gpu: bool) -> "PreTrainedModel":
+def _adapted(shape: Shape, model: ModelConfig, layers: int) -> "PreTrainedModel":
     """The backbone on the meta device: weights in their dtype, frozen or not, with adapters."""
     whole = torch.float32 if model.weights_dtype == "fp32" else torch.bfloat16
     backbone = _backbone(shape.config, layers, whole, model.model_name_or_path)
     if model.special_tokens:  # at most so many rows more: how many are spare a tokenizer knows
         rows = embedding_rows(backbone) + len(model.special_tokens)
         backbone.resize_token_embeddings(rows, mean_resizing=False)
-    for name, parameter in backbone.named_parameters():
-        if name.startswith("pooler."):
-            parameter.requires_grad_(False)
     if model.weights_dtype == "nf4":
         quantise(backbone)
     if model.lora_rank is not None:
-        adapt(backbone, model, on_gpu=on_gpu)
+        add_lora(backbone, model)
     freeze(backbone, model)
     return backbone
 
@@ -176,46 +169,10 @@ def _backbone(
 
 def _set_layers(config: "PreTrainedConfig", layers: int) -> None:
     text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if kinds := getattr(text, "layer_types", None):
-        text.layer_types = kinds[:layers]
-
-
-def adapt(backbone: "PreTrainedModel", model: ModelConfig, *, on_gpu: bool) -> None:
-    """Adapters, as peft puts them in, in fp32; besides --lora_modules_to_save alone is trained."""
-    require_extra("--lora_rank", "lora")
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
-    assert model.lora_rank is not None
-    targets: Any = model.lora_targets
-    config = LoraConfig(
-        r=model.lora_rank,
-        lora_alpha=int(model.lora_alpha or 2 * model.lora_rank),
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        use_dora=model.lora_dora,
-        modules_to_save=model.lora_modules_to_save or None,
-    )
-    with blaming("--lora_targets"):
-        inject_adapter_in_model(config, backbone)
-    for module in backbone.modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), FourBitLinear):
-            # As peft's Linear4bit, which leaves the dtype to autocast, but asks for CUDA's alone.
-            module.cast_input_dtype_enabled = not on_gpu
-    for parameter in backbone.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def freeze(backbone: "PreTrainedModel", model: ModelConfig) -> None:
-    frozen: list[nn.Module] = []
-    if model.freeze_embeddings or model.freeze_layers:
-        frozen += [m for m in backbone.modules() if isinstance(m, nn.Embedding)]
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
-    frozen += list(lists[0][: model.freeze_layers])
-    for module in frozen:
-        module.requires_grad_(False)
+    there, text.num_hidden_layers = text.num_hidden_layers, layers
+    for name, value in list(vars(text).items()):  # a kind of attention or the like for each
+        if isinstance(value, list) and len(value) == there:
+            setattr(text, name, value[:layers])
 
 
 def _fake(backbone: nn.Module) -> None:

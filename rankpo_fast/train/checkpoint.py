@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or not there; training goes on from them bit by bit.
 
-`checkpoints/step-00000100/` holds the weights, the optimizer's state, the random states of all
-ranks and the counters as safetensors and JSON, and a manifest with the sha256 of each file. It is
-written under another name, flushed to disk, and renamed. The learning rate and the order of the
-rows follow from the step, so nothing of them need be kept.
+`checkpoints/step-00000100/` holds the weights that are trained, the optimizer's state, the random
+states of all ranks and the counters as safetensors and JSON, and a manifest with the sha256 of each
+file. It is written under another name, flushed to disk, and renamed. The learning rate and the
+order of the rows follow from the step, so nothing of them need be kept.
 """
 
 import json
@@ -31,6 +31,7 @@ from rankpo_fast.data.files import (
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.ranks import ALONE, Ranks
+from rankpo_fast.train.optim import Optimizer
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
@@ -54,7 +55,7 @@ def save(
     directory: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     settings: dict[str, Any],
     max_tokens: int,
     *,
@@ -67,7 +68,7 @@ def save(
     All ranks must call it, the first one writes.
     """
     target = directory / f"step-{step:08d}"
-    states = ranks.objects(_random_state(ranks.device))
+    generators = ranks.objects(_random_state(ranks.device))
     if not ranks.first:
         return target
     temporary = directory / f".{target.name}.tmp"
@@ -76,14 +77,14 @@ def save(
     temporary.mkdir(parents=True)
     try:
         save_tensors(_weights(model), temporary / WEIGHTS)
-        save_tensors(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        save_tensors(_states(model, optimizer), temporary / OPTIMIZER)
         tensors = {
             f"{rank}/{name}": tensor
-            for rank, (of_rank, _) in enumerate(states)
+            for rank, (of_rank, _) in enumerate(generators)
             for name, tensor in load(of_rank).items()
         }
         save_tensors(tensors, temporary / RANDOM)
-        numbers = [of_rank for _, of_rank in states]
+        numbers = [of_rank for _, of_rank in generators]
         state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
         _write_json(temporary / STATE, state)
         _write_json(temporary / MANIFEST, {name: sha256_of(temporary / name) for name in FILES})
@@ -140,30 +141,30 @@ def newest(directory: Path) -> Checkpoint | None:
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, ranks: Ranks = ALONE
 ) -> None:
     """Put model, optimizer and random generators where they were when it was written.
 
     Raises:
         InputError: what is there is not of this model; the message names the tensor.
     """
-    weights, moments, random_states = (
+    weights, states, random_states = (
         _load(checkpoint.path / name) for name in (WEIGHTS, OPTIMIZER, RANDOM)
     )
     own = _weights(model)
     _check_shapes(checkpoint.path / WEIGHTS, weights, own)
-    _check_moments(checkpoint.path / OPTIMIZER, moments, dict(model.named_parameters()))
+    _check_shapes(checkpoint.path / OPTIMIZER, states, _states(model, optimizer))
     wanted = _random_tensors(ranks.device)
     found = {name: random_states.get(f"{ranks.rank}/{name}") for name in wanted}
     _check_shapes(checkpoint.path / RANDOM, found, wanted)
-    states = {name: tensor for name, tensor in found.items() if tensor is not None}
+    generators = {name: tensor for name, tensor in found.items() if tensor is not None}
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    _restore_optimizer(model, optimizer, moments)
+    _restore_states(model, optimizer, states, checkpoint.step)
     try:
         numbers = json.loads((checkpoint.path / STATE).read_text())["random"][ranks.rank]
-        _restore_random(states, numbers, ranks.device)
+        _restore_random(generators, numbers, ranks.device)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{checkpoint.path / STATE}: no random states ({error!r})") from error
 
@@ -188,44 +189,31 @@ def _shape(tensor: Tensor | None) -> str:
     return "not there" if tensor is None else f"of shape {tuple(tensor.shape)}"
 
 
-def _check_moments(path: Path, there: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-    """Of each parameter tensors of its shape, and numbers."""
-    wanted: dict[str, Tensor | None] = {}
-    for key, tensor in there.items():
-        name, _, _ = key.rpartition("/")
-        parameter = parameters.get(name)
-        wanted[key] = parameter if tensor.ndim or parameter is None else tensor
-    _check_shapes(path, there, wanted)
-
-
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that are part of the model's state."""
-    parameters = dict(model.named_parameters())
-    state = model.state_dict(keep_vars=True)
-    buffers = {name: t for name, t in state.items() if not isinstance(t, nn.Parameter)}
-    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    """What a training changes: trained parameters, tied ones once, and the buffers of the state.
+    The others are as the model was loaded, which a run that goes on loads again."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state, buffers = model.state_dict().keys(), model.named_buffers()
+    return trained | {name: tensor for name, tensor in buffers if name in state}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state_of(parameter).items()
     }
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+def _restore_states(
+    model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], updates: int
 ) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[str, dict[str, Tensor]] = {}
+    parameters = dict(model.named_parameters())
+    states: dict[Tensor, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, what = key.rpartition("/")
-        state.setdefault(name, {})[what] = tensor
-    numbered = {i: state[names[p]] for i, p in enumerate(ordered) if names[p] in state}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # moves to the devices
+        states.setdefault(parameters[name], {})[what] = tensor
+    optimizer.restore(states, updates)
 
 
 def _random_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
 """The checkpoints of a run: no step is saved twice, none before its numbers are known."""
 
-import torch
-
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.callbacks import Callbacks
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.schedule import SaveSchedule
 
@@ -19,7 +18,7 @@ class Checkpointer:
         self,
         run: Run,
         encoder: Encoder,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         memory: Memory,
         schedule: SaveSchedule,
         log: MetricsLog,

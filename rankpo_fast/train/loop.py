@@ -1,7 +1,7 @@
 """The training loop of both stages.
 
     for each step:  gradient = sum of tasks' weight * mean of d loss over the step's batches
-                    clip, check, AdamW;  log, save, evaluate when due
+                    clip, check, update;  log, save, evaluate when due
 
 A task gives the batches and their loss; everything random in a batch follows from (seed, epoch,
 index), so that a run can stop after any step and go on bit by bit.
@@ -28,7 +28,7 @@ from rankpo_fast.train.callbacks import Callback, Callbacks
 from rankpo_fast.train.card import model_card
 from rankpo_fast.train.checkpointer import Checkpointer
 from rankpo_fast.train.log import MetricsLog
-from rankpo_fast.train.optim import AdamW, adamw, learning_rate
+from rankpo_fast.train.optim import Optimizer, describe_optimizer, learning_rate, make_optimizer
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.result import TrainingResult
@@ -125,14 +125,15 @@ def _plans(
     return {**texts, "steps": schedule.summary(batch_size), "checkpoints": saves.summary()}
 
 
-def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> AdamW:
+def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> Optimizer:
     """The optimizer; it, the encoder and what is random as they are at the first step."""
     seed = run.training.seed + run.ranks.rank  # so that dropout differs
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     rates = {name: rate for task in tasks for name, rate in task.rates.items()}
-    optimizer = adamw(encoder, run.training, rates)
+    optimizer = make_optimizer(encoder, run.training, rates)
+    run.ranks.say(f"  optimizer: {describe_optimizer(optimizer, run.training)}")
     if run.checkpoint is not None:
         checkpoints.restore(run.checkpoint, encoder, optimizer, run.ranks)
     return optimizer

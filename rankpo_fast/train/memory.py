@@ -25,6 +25,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Layers
 from rankpo_fast.train.meters import Meter, meter_of, release
+from rankpo_fast.train.optim import zero_gradient
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
@@ -148,7 +149,7 @@ def _gradients(encoder: Encoder) -> Iterator[None]:
     """Those of the parameters are there, as they are most of the time in a step."""
     for parameter in encoder.parameters():
         if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = zero_gradient(parameter)
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks)
         if isinstance(before.get("--bf16"), bool):
             precision = Precision(before["--bf16"], "as the run that goes on had it")
         else:
-            precision = Precision.of(model.bf16, ranks.device)
+            precision = Precision.of_model(model, ranks.device)
     of_first, *_ = ranks.objects(precision)
     return of_first
 

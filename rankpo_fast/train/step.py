@@ -1,7 +1,7 @@
 """One optimizer step.
 
     for each batch:  vectors through the gradient cache -> loss and gradients -> backward
-    one AdamW step, clipped and checked on the device
+    one step of the optimizer, clipped and checked on the device
 
 n distinct texts of a batch, D dims.
 """
@@ -21,7 +21,7 @@ from rankpo_fast.ranks import OutOfMemory, Ranks
 from rankpo_fast.train.cache import CachedVectors, random_states, set_random_states
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.meters import release
-from rankpo_fast.train.optim import AdamW, update
+from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.prefetch import PackedBatch, Prefetcher
 from rankpo_fast.train.task import LossOutput, scatter_sum
 
@@ -107,13 +107,13 @@ class _Values:
 def train_step(
     encoder: Encoder,
     steps: Prefetcher,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     rate: float,
     max_grad_norm: float,
     memory: Memory,
     ranks: Ranks,
 ) -> StepMetrics:
-    """Take the next of `steps`; nothing waits for the device.
+    """Take the next of `steps`; nothing waits for the device, unless the optimizer does.
 
     Out of memory, on whatever rank, the step is done again with less of it: the batches, their loss
     and the random numbers are the same.
@@ -135,15 +135,14 @@ def train_step(
             break
         except OutOfMemory as error:
             here = error.here  # and its traceback, with all that it holds, is gone
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         release(encoder.device)
         notes += _shrink(memory, batches, ranks, here)
         set_random_states(random, encoder.device)
         batches = steps.repacked()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses, metrics = ranks.total(parameters, losses, metrics)
+    losses, metrics = ranks.total(optimizer.parameters, losses, metrics)
     with record_function("optimizer"):
-        norm = update(optimizer, losses, rate, max_grad_norm)
+        norm = optimizer.update(losses, rate, max_grad_norm)
     values = [norm, *losses, *(value for of_batch in metrics for value in of_batch.values())]
     numbers, arrived = _to_host(torch.stack([value.to(norm.dtype) for value in values]))
     names = [list(of_batch) for of_batch in metrics]

@@ -14,11 +14,11 @@ from rankpo_fast.train.run import Run
 def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
     """Say what is going to happen, once and visibly; `about` goes before what any run says."""
     settings = encoder.settings
-    parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    parameters = _parameters(encoder)
     lengths = f"{settings.max_query_length:,} and {settings.max_passage_length:,}"
     lines = {
         **about,
-        "model": f"{run.model.model_name_or_path}, {parameters:,} parameters, "
+        "model": f"{run.model.model_name_or_path}, {parameters}, "
         f"{settings.pooling} pooling, up to {lengths} tokens",
         "device": f"{_name(run.device)}, {run.precision}"
         + (f", on each of {run.ranks.size} ranks" if run.ranks.size > 1 else ""),
@@ -35,6 +35,16 @@ def introduce(run: Run, encoder: Encoder, about: Mapping[str, str]) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
         run.ranks.say(f"  {name:{width}} {text}")
+
+
+def _parameters(encoder: Encoder) -> str:
+    """How many are trained, of how many."""
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    frozen = [p for p in encoder.parameters() if not p.requires_grad]
+    if encoder.lora is not None:
+        kind = "4 bits" if encoder.lora.four_bits else str(encoder.backbone.dtype)[len("torch.") :]
+        return f"an adapter of {trained:,} parameters beside weights of {kind}"
+    return f"{trained:,} parameters" + (f", {len(frozen)} tensors frozen" if frozen else "")
 
 
 def _name(device: torch.device) -> str:

@@ -86,7 +86,7 @@ def test_other_names_and_values_are_read_as_ours_and_said(flags, setting, value)
         ("contrastive", "--query_instruction_format {}{}"),
         ("contrastive", "--same_dataset_within_batch True"),
         ("contrastive", "--normalize"),
-        ("contrastive", "--lora_target_modules q_proj,v_proj"),
+        ("contrastive", "--use_lora False"),
         ("contrastive", "--dataset_name json"),
         ("contrastive", "--label_smoothing_factor 0.0"),
         ("mine", "--use_gpu_for_searching"),
@@ -130,7 +130,7 @@ ANSWERED = [
     ("contrastive", "--eval_data e", "use --query_data (with --corpus_data)"),
     ("contrastive", "--mini_batch_size 4", "use --max_tokens_per_micro_batch"),
     ("contrastive", "--fp16", "--fp16: not taken: --bf16"),
-    ("contrastive", "--optim sgd", "--optim sgd: not taken"),
+    ("contrastive", "--optim sgd", "--optim: invalid choice: 'sgd'"),
     ("contrastive", "--warmup_steps 100", "--warmup_ratio"),
     ("contrastive", "--save_steps 0.5", "--save_steps 0.5: must be a number of steps"),
     ("contrastive", "--eval_strategy epoch", "--eval_steps"),
@@ -140,7 +140,8 @@ ANSWERED = [
     ("contrastive", "--label_smoothing_factor 0.1", "smooths labels of classes"),
     ("contrastive", "--knowledge_distillation True", "scores of a teacher are not learned"),
     ("contrastive", "--normalize False", "vectors always have length 1"),
-    ("contrastive", "--lora --lora_target_modules q_proj", "LoRA is not offered"),
+    ("contrastive", "--lora --lora_target_modules q_proj", "give --lora_rank"),
+    ("contrastive", "--use_lora False --lora_r 8", "contradicts --lora_rank"),
     ("contrastive", "--dataset_name other/data", "--dataset_name are one setting"),
     (
         "contrastive",
@@ -250,3 +251,12 @@ def test_every_flag_of_other_embedding_trainers_has_a_fate(file):
     }  # fmt: skip
     hints = {name for others in names.HINTS for name in others.split()}
     assert fields and fields - fates.RULES.keys() - names._OURS.keys() - ALL - hints == set()
+
+
+def test_optimizers_and_adapters_of_other_trainers_are_ours():
+    values, _ = training(
+        "--optimizer", "adamw_torch_8bit", "--lora", "true", "--lora_r", 8,
+        "--lora_target_modules", "q_proj,v_proj",
+    )  # fmt: skip
+    assert (values["optim"], values["lora_rank"]) == ("adamw_8bit", 8)
+    assert values["lora_targets"] == ["q_proj", "v_proj"]

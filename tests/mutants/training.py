@@ -28,8 +28,8 @@ MUTANTS = [
     ),
     Mutant(
         "nan-stops-one-step-alone", OPTIM,
-        "torch.maximum(optimizer.found_inf, bad.float())",
-        "bad.float()",
+        "torch.maximum(self._broken, bad.to(self._broken))",
+        "bad.to(self._broken)",
         of("tests/train/test_loop.py", "not_finite"),
     ),
     Mutant(

@@ -31,6 +31,7 @@ from rankpo_fast.ops import ranks
 from rankpo_fast.train import contrastive, prepare, step
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
+from rankpo_fast.train.optim import Optimizer
 from support import stages
 
 SECONDS = 60  # that ranks may take to end
@@ -120,7 +121,7 @@ class Steps:
         load = prepare.load_encoder
         put(mock.patch.object(prepare, "load_encoder", lambda *a, **k: load(*a, **k).double()))
         put(mock.patch.object(Encoder, "forward", self._widened(Encoder.forward)))
-        put(mock.patch.object(step, "update", self._update))
+        put(mock.patch.object(Optimizer, "update", lambda *args: self._update(*args)))
         put(mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)))
         return self
 
@@ -142,7 +143,7 @@ class Steps:
         return counted
 
     def _update(self, optimizer, losses, rate, max_norm):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = optimizer.parameters
         gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
         self.gradients.append(gradients)
         self.losses.append([loss.item() for loss in losses])
@@ -150,7 +151,7 @@ class Steps:
         with torch.no_grad():
             for i, gradient in gradients.items():
                 parameters[i] -= 1e-3 * gradient
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return nn.utils.get_total_norm(list(gradients.values()))
 
 
@@ -215,7 +216,7 @@ def command_on_a_full_disk(*flags):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with mock.patch("rankpo_fast.train.checkpoint._optimizer_tensors", fail):
+    with mock.patch("rankpo_fast.train.checkpoint._states", fail):
         command(*flags)
 
 

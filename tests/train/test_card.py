@@ -13,7 +13,7 @@ from rankpo_fast.config import EncoderConfig, TrainingConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train.card import base_license
-from rankpo_fast.train.optim import adamw
+from rankpo_fast.train.optim import make_optimizer
 
 HEAD = "---\nlicense: {}\nlicense_name: own\n---\nA card.\n"
 
@@ -89,4 +89,4 @@ def test_the_licence_is_found_wherever_the_base_has_its_card(layout, tiny_llama_
 def test_a_model_with_nothing_to_train_is_refused():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(InputError, match="nothing to train"):
-        adamw(frozen, TrainingConfig("unused"))
+        make_optimizer(frozen, TrainingConfig("unused"))

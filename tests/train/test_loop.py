@@ -19,7 +19,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.optim import adamw, learning_rate, update
+from rankpo_fast.train.optim import learning_rate, make_optimizer
 from rankpo_fast.train.prefetch import PackedBatch
 from rankpo_fast.train.reporters import Reporters
 from rankpo_fast.train.schedule import StepSchedule
@@ -64,7 +64,7 @@ def test_rate_rises_then_follows_its_course(kind, halfway):
 
 def test_biases_and_norms_are_not_decayed():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    groups = adamw(model, config(weight_decay=0.1)).param_groups
+    groups = make_optimizer(model, config(weight_decay=0.1)).param_groups
     decayed = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
     assert decayed == {0.1: [2], 0.0: [1, 1, 1]}
 
@@ -73,10 +73,10 @@ def test_biases_and_norms_are_not_decayed():
 def test_gradients_are_scaled_down_to_the_norm_and_never_up(max_norm, length):
     """Read off the moments, since the step scales gradients as it reads them."""
     weight = nn.Parameter(torch.zeros(2))
-    optimizer = adamw(nn.ParameterList([weight]), config(adam_beta1=0.0))
+    optimizer = make_optimizer(nn.ParameterList([weight]), config(adam_beta1=0.0))
     weight.grad = torch.tensor([3.0, 4.0])
-    assert update(optimizer, [torch.zeros(())], 0.1, max_norm) == 5.0
-    torch.testing.assert_close(optimizer.state[weight]["exp_avg"].norm(), torch.tensor(length))
+    assert optimizer.update([torch.zeros(())], 0.1, max_norm) == 5.0
+    torch.testing.assert_close(optimizer.state_of(weight)["exp_avg"].norm(), torch.tensor(length))
 
 
 # --- a loop over a toy ---
@@ -114,7 +114,7 @@ def toy_run(directory, loss, **flags):
         )
 
     model, per_step = Toy(), settings.gradient_accumulation_steps
-    optimizer, memory = adamw(model, settings), Memory(1, 0.0, 0.0)
+    optimizer, memory = make_optimizer(model, settings), Memory(1, 0.0, 0.0)
     steps = iter([[packed(per_step * s + i) for i in range(per_step)] for s in range(3)])
     with MetricsLog(directory, settings, Reporters([], None), 0, 3) as log:
         for step in range(3):

@@ -132,7 +132,7 @@ def test_when_nothing_is_left_to_shrink_flags_are_named_and_no_weight_has_change
     weights, monkeypatch
 ):
     Limit(monkeypatch, 0, begin=2)
-    monkeypatch.setattr("rankpo_fast.train.step.update", None)  # must not be called
+    monkeypatch.setattr("rankpo_fast.train.optim.Optimizer.update", None)  # must not be called
     with pytest.raises(InputError, match="--gradient_checkpointing true.*--max_passage_length"):
         weights("out", max_tokens_per_micro_batch=BUDGET)
 

@@ -23,7 +23,7 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE
 from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.optim import adamw
+from rankpo_fast.train.optim import make_optimizer
 from rankpo_fast.train.prefetch import pack_step
 from rankpo_fast.train.rankpo import RankPOTask
 from rankpo_fast.train.replay import replay_batches, replay_task
@@ -57,13 +57,13 @@ def test_the_gradient_is_the_weighted_sum_of_both(tasks, monkeypatch):
     def gradients(*tasks):
         def keep(optimizer, losses, rate, max_norm):
             seen.update({n: p.grad.clone() for n, p in encoder.named_parameters()})
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             return torch.zeros(())
 
         seen = {}
-        monkeypatch.setattr("rankpo_fast.train.step.update", keep)
+        monkeypatch.setattr("rankpo_fast.train.optim.Optimizer.update", keep)
         steps = iter([pack_step(tasks, encoder, ALONE, range(2, 4), MEMORY.max_tokens)])
-        train_step(encoder, steps, adamw(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
+        train_step(encoder, steps, make_optimizer(encoder, TRAINING), 1e-3, 0, MEMORY, ALONE)
         return seen
 
     both, first, second = (

@@ -23,6 +23,7 @@ from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.retrieval.evaluate import Evaluation
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.signals import StopSignal
 
@@ -155,6 +156,7 @@ def test_a_run_goes_on_in_the_precision_it_was_begun_in(
     stopped, tiny_llama_dir, run_stage, monkeypatch, capsys
 ):
     """Whatever the CPU is measured to be faster in the next time."""
+    monkeypatch.setattr(Precision, "of", lambda *_: Precision(False, "bf16 products took longer"))
     stopped(bf16="auto")
     assert "fp32 (bf16 products took" in capsys.readouterr().err
     monkeypatch.setattr(Precision, "of", lambda *_: Precision(True, "measured otherwise"))
@@ -290,10 +292,10 @@ def two_checkpoints(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
     model[1].weight = model[0].weight
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer([torch.optim.AdamW(model.parameters(), fused=True)])
     for step in (1, 2):
         model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
+        optimizer.update([torch.zeros(())], 1e-3, 0.0)
         checkpoints.save(tmp_path, step, model, optimizer, {"--seed": 0}, 64)
     return tmp_path, model, optimizer
 
@@ -301,18 +303,18 @@ def two_checkpoints(tmp_path):
 def test_everything_comes_back(two_checkpoints):
     directory, model, optimizer = two_checkpoints
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    moments = {p: s["exp_avg"].clone() for p, s in optimizer.state.items()}
+    moments = {p: optimizer.state_of(p)["exp_avg"].clone() for p in optimizer.parameters}
     drawn = torch.rand(3)
     with torch.no_grad():
         for value in model.state_dict().values():
             value.zero_()
     newest = checkpoints.newest(directory)
-    checkpoints.restore(newest, model, torch.optim.AdamW(model.parameters()))
-    fresh = torch.optim.AdamW(model.parameters())
+    fresh = Optimizer([torch.optim.AdamW(model.parameters(), fused=True)])
     checkpoints.restore(newest, model, fresh)
     assert (newest.step, newest.settings) == (2, {"--seed": 0})
     assert all(torch.equal(expected[n], value) for n, value in model.state_dict().items())
-    assert all(torch.equal(moments[p], fresh.state[p]["exp_avg"]) for p in moments)
+    assert all(torch.equal(moments[p], fresh.state_of(p)["exp_avg"]) for p in moments)
+    assert fresh.updates == 2
     assert torch.equal(torch.rand(3), drawn)
 
 
@@ -431,7 +433,7 @@ def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_optimizer_tensors", disk_full)
+    monkeypatch.setattr(checkpoints, "_states", disk_full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(directory, 3, model, optimizer, {}, 64)
     names = sorted(path.name for path in directory.iterdir())

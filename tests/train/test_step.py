@@ -23,7 +23,7 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE
 from rankpo_fast.train.contrastive import ContrastiveTask
 from rankpo_fast.train.memory import Memory
-from rankpo_fast.train.optim import adamw
+from rankpo_fast.train.optim import make_optimizer
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.rankpo import RankPOTask
 from rankpo_fast.train.step import train_step
@@ -164,7 +164,10 @@ def test_a_step_does_not_ask_the_device(
         config = RankPOLossConfig(reference_free=False, sft_weight=0.5)
         task = RankPOTask(pairs, texts, config, reference)
     steps = iter([pack_step([task], encoder.train(), ALONE, range(2), 60) for _ in range(2)])
-    optimizer, memory = adamw(encoder, TrainingConfig(str(tmp_path))), Memory(60, 50.0, 1.0)
+    optimizer, memory = (
+        make_optimizer(encoder, TrainingConfig(str(tmp_path))),
+        Memory(60, 50.0, 1.0),
+    )
     for _ in range(2):
         with NoAnswers():
             metrics = train_step(encoder, steps, optimizer, 1e-3, 1.0, memory, ALONE)
