@@ -1,6 +1,7 @@
 """`--auto`: settings of memory as the plan finds them for the GPU that is here."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -62,9 +63,10 @@ def auto_settings(
     if "activations" not in levers.offload:
         chosen = replace(chosen, gradient_checkpointing=model.gradient_checkpointing)
     moved = "".join(f", {what} on the host" for what in levers.offload)
+    changes: dict[str, Any] = {"optim": levers.optim, "offload": list(levers.offload)}
     return (
         chosen,
-        replace(training, optim=levers.optim, offload=list(levers.offload)),
+        replace(training, **changes),
         f"{levers.name}{moved}: of {free_bytes / GIB:.1f} GiB free "
         f"{plan.best.needed / GIB - CONTEXT / GIB:.1f} GiB are needed",
     )

@@ -19,12 +19,13 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import KERNELS
 from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.plan.counter import Costs, Meter, seconds
+from rankpo_fast.plan.counter import PHASES, Costs, Meter, seconds
 from rankpo_fast.plan.gpus import Gpu
 from rankpo_fast.plan.parameters import HOST, STATES, parameter_bytes
 from rankpo_fast.plan.skeleton import Shape, build
-from rankpo_fast.plan.standins import FlashAttention, cuda_autocast
+from rankpo_fast.plan.standins import FLASH, attention_flops, cuda_autocast
 
+PEAK = "peak "  # before the name of a phase
 TOKENS = 4096  # in the smaller of the two counts, or one text if that is longer
 
 
@@ -51,7 +52,7 @@ class Counts:
     trained: float  # parameters
     layer_weights: float  # of one layer
     graph: Line  # that a micro-batch leaves for its backward
-    peaks: tuple[Line, Line]  # of forward and backward, the graph included: the larger holds
+    peaks: tuple[Line, ...]  # of the phases, the graph included: the largest holds
     forward: Line  # seconds
     backward: Line  # with what is computed again
 
@@ -96,7 +97,7 @@ def count(shape: Shape, model: ModelConfig, gpu: Gpu | None, *, bf16: bool) -> C
         trained=here["trained"],
         layer_weights=layer["weights"] if high > low else here["weights"] / shape.layers,
         graph=line("graph"),
-        peaks=(line("peak"), line("peak after")),
+        peaks=tuple(line(PEAK + phase) for phase in PHASES),
         forward=line("forward"),
         backward=line("backward"),
     )
@@ -118,13 +119,12 @@ def measure(
     shape: Shape, model: ModelConfig, gpu: Gpu | None, layers: int, tokens: int, *, bf16: bool
 ) -> dict[str, float]:
     """Of the first layers and so many tokens, by name."""
-    flash = FlashAttention()
-    kernel = KERNELS[-1] if gpu is None else flash.kernel
+    kernel = KERNELS[-1] if gpu is None else FLASH
     try:
         with FakeTensorMode(), nullcontext() if gpu is None else cuda_autocast():
             encoder = build(shape, model, layers, kernel, bf16=bf16)
-            flash.meter = Meter()
-            ran = run_micro_batch(encoder, _batch(tokens, shape.longest), flash.meter)
+            meter = Meter(attention_flops(shape.longest))
+            ran = run_micro_batch(encoder, _batch(tokens, shape.longest), meter)
     except DataDependentOutputException as error:
         kind = shape.config.model_type
         raise InputError(
@@ -138,9 +138,13 @@ def measure(
 
 @dataclass(frozen=True)
 class MicroBatchRun:
-    bytes: dict[str, float]  # "graph", "peak", "peak after": see Counts, Meter
+    bytes: dict[str, float]  # "graph", and of each phase "peak ...": see Counts, Meter
     forward: Costs
     backward: Costs
+
+    @property
+    def peak(self) -> float:
+        return max(size for name, size in self.bytes.items() if name.startswith(PEAK))
 
 
 def run_micro_batch(encoder: Encoder, batch: MicroBatch, meter: Meter) -> MicroBatchRun:
@@ -148,10 +152,11 @@ def run_micro_batch(encoder: Encoder, batch: MicroBatch, meter: Meter) -> MicroB
     with meter:
         vectors = encoder(batch)
         graph, forward = meter.live, meter.take_costs()
+        meter.enter_phase("backward")
         vectors.backward(torch.zeros_like(vectors))
         del vectors
-    bytes = {"graph": graph, "peak": meter.peak, "peak after": meter.peak_after}
-    return MicroBatchRun({k: float(n) for k, n in bytes.items()}, forward, meter.take_costs())
+    peaks = {PEAK + phase: float(size) for phase, size in meter.peaks.items()}
+    return MicroBatchRun({"graph": float(graph)} | peaks, forward, meter.take_costs())
 
 
 def _batch(tokens: int, length: int) -> MicroBatch:

@@ -5,7 +5,7 @@ Of tensors without storage (fake ones) as of real ones: only shapes are looked a
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 EMBEDDING = torch.ops.aten.embedding_dense_backward.default
+PHASES = "forward", "backward", "embedding"
 Costs = Counter[tuple[float, float]]  # (flops, bytes read and written) of an op -> how many such
 
 
@@ -23,18 +24,25 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         live: bytes of the storages made inside that are still there.
-        peak: the most that it was before the gradient of an embedding was taken.
-        peak_after: the most from then on. The two grow in layers and tokens as lines, each for
-            itself: the one stands at the last layer, whose graph is whole, the other at the first.
+        peaks: the most that it was in each of PHASES. Each grows in layers and tokens as a line,
+            for itself: where the last layer computes, with autocast's copies of all weights; where
+            the backward begins with that layer, all graphs being there; where it ends at the
+            embedding, whose gradient is as large as itself.
         costs: of the ops.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flops: Mapping[Any, Callable[..., float]] | None = None):
+        """
+        Args:
+            flops: of ops that torch's registry lacks, from their arguments by name.
+        """
         super().__init__()
-        self.live = self.peak = self.peak_after = 0
+        self._flops = flops or {}
+        self.live = 0
+        self.peaks = dict.fromkeys(PHASES, 0)
         self.costs: Costs = Counter()
         self._sizes: dict[int, int] = {}
-        self._after = False
+        self._phase = PHASES[0]
 
     def __torch_dispatch__(
         self,
@@ -44,7 +52,8 @@ class Meter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self._after |= func is EMBEDDING
+        if func is EMBEDDING:
+            self.enter_phase(PHASES[2])
         result = func(*args, **kwargs)
         given, made = _tensors((args, kwargs)), _tensors(result)
         known = {x.untyped_storage()._cdata for x in given}
@@ -53,12 +62,19 @@ class Meter(TorchDispatchMode):
             self._made(tensor.untyped_storage())
         if new or func._schema.is_mutable:
             packet = func._overloadpacket
-            flops = 0
+            flops = 0.0
             if packet in flop_registry:
                 flops = flop_registry[packet](*args, **kwargs, out_val=result)
+            elif packet in self._flops:
+                names = [argument.name for argument in func._schema.arguments]
+                flops = self._flops[packet](**dict(zip(names, args, strict=False)), **kwargs)
             if packet not in UNREAD:
                 self.costs[flops, sum(map(_bytes, [*given, *made]))] += 1
         return result
+
+    def enter_phase(self, name: str) -> None:
+        self._phase = name
+        self.peaks[name] = max(self.peaks[name], self.live)
 
     def take_costs(self) -> Costs:
         """Those since it was last asked."""
@@ -71,10 +87,7 @@ class Meter(TorchDispatchMode):
             return
         self._sizes[key] = size
         self.live += size
-        if self._after:
-            self.peak_after = max(self.peak_after, self.live)
-        else:
-            self.peak = max(self.peak, self.live)
+        self.peaks[self._phase] = max(self.peaks[self._phase], self.live)
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:

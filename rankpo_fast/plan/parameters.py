@@ -13,7 +13,7 @@ from rankpo_fast.plan.standins import NF4_BYTES, FourBitLinear
 
 SMALL = 4096  # values of a tensor below which torchao and bitsandbytes keep states whole
 PAGED = 100_000  # values from which bitsandbytes pages a state
-# Of torchao's states: bits of a value, values that share an fp32 scale, fp32 values that codes mean.
+# Of torchao's states: bits of a value, values that share an fp32 scale, fp32 values codes mean.
 QUANTISED = {"adamw_8bit": (8, 256, 256), "adamw_4bit": (4, 128, 16), "adamw_fp8": (8, 256, 0)}
 BLOCK = 256  # of bitsandbytes' states
 STATES, HOST = "states ", "host states"  # the former before the name of an optimizer

@@ -1,10 +1,11 @@
 """What a GPU does otherwise than the CPU, for tensors that have shapes alone.
 
-T tokens of S texts; H heads, K heads of keys and values, E dims of a head.
+Nothing here computes values.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,66 +13,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rankpo_fast.model.attention import Asked, Kernel
-from rankpo_fast.plan.counter import Meter
+from rankpo_fast.model.attention import KERNELS, Attend, Kernel
 
 BLOCK, NESTED = 64, 256  # weights that share a scale, scales that share one (double quantisation)
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED)  # of a weight
 
 
-class FlashAttention:
-    """A flash kernel: for the backward it keeps queries, keys, values, output and log-sum-exps.
-
-    Attributes:
-        meter: hears of the operations, which no op shows.
-    """
-
-    def __init__(self) -> None:
-        self.meter: Meter | None = None
-
-    @property
-    def kernel(self) -> Kernel:
-        return Kernel("flash attention, counted", "packed_counted", lambda: self.attend)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
-        products = 4.0 * query.shape[1] * query.shape[2] * _pairs(asked)  # two of them
-        return _Flash.apply(query, key, value, self._add, products)
-
-    def _add(self, flops: float, *tensors: Tensor) -> None:
-        if self.meter is not None:
-            self.meter.costs[flops, sum(x.numel() * x.element_size() for x in tensors)] += 1
+def _attend() -> Attend:
+    """torch's own kernel for packed texts, whose op says what it keeps: queries, keys, values,
+    output and log-sum-exps, as every flash kernel. Other ones of these have soft caps and dropout,
+    which take no memory."""
+    [varlen] = [kernel for kernel in KERNELS if kernel.name == "varlen_attn"]
+    attend = varlen.make()
+    return lambda query, key, value, asked: attend(
+        query, key, value, replace(asked, softcap=None, dropout=0.0)
+    )
 
 
-def _pairs(asked: Asked) -> float:
-    """Of tokens and tokens that they see."""
-    total = 0.0
-    for length in asked.texts.lengths:
-        window = min(asked.window or length, length)
-        before = window * (window + 1) / 2 + (length - window) * window  # itself included
-        total += before if asked.causal else 2 * before - length
-    return total
+FLASH = Kernel("flash attention, counted", "packed_counted", _attend)
 
 
-class _Flash(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor,
-        add: Callable[..., None], flops: float,
-    ) -> Tensor:  # fmt: skip
-        output = torch.empty_like(query)  # [T, H, E]
-        sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)  # [H, T]
-        ctx.save_for_backward(query, key, value, output, sums)
-        ctx.add, ctx.flops = add, flops
-        add(flops, query, key, value, output, sums)
-        return output
+def attention_flops(length: int) -> dict[Any, Callable[..., float]]:
+    """Of the ops of `FLASH`, by op, where all texts are of so many tokens: from what they take."""
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, sums = ctx.saved_tensors
-        results = [torch.empty_like(x) for x in (query, key, value)]
-        products = 2.5 * ctx.flops  # five products, the forward's two once more
-        ctx.add(products, query, key, value, output, sums, gradient, *results)
-        return (*results, None, None)
+    def forward(query: Tensor, **given: Any) -> float:
+        before, after = (
+            length - 1 if side < 0 else min(side, length - 1) for side in given["window_size"]
+        )
+        seen = _pairs(length, before) + _pairs(length, after) - length  # itself is in both
+        texts, heads, dims = query.shape[0] / length, *query.shape[1:]
+        return 4.0 * texts * heads * dims * seen  # two products
+
+    def backward(**given: Any) -> float:
+        return 2.5 * forward(**given)  # five products, two of them the forward's once more
+
+    return {
+        torch.ops.torch_attn._varlen_attn: forward,
+        torch.ops.torch_attn._varlen_attn_backward: backward,
+    }
+
+
+def _pairs(length: int, before: int) -> float:
+    """Of each token and itself and those `before` it."""
+    full = before + 1  # what a token far from the start sees
+    return full * (full + 1) / 2 + (length - full) * full
 
 
 class FourBitLinear(nn.Linear):
