@@ -27,6 +27,8 @@ from rankpo_fast.plan.standins import FLASH, attention_flops, cuda_autocast
 
 PEAK = "peak "  # before the name of a phase
 TOKENS = 4096  # in the smaller of the two counts, or one text if that is longer
+MANY = 16  # times as many in the other: as many as go at once. Where another moment becomes the
+# peak between them, the line lies above it.
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def count(shape: Shape, model: ModelConfig, gpu: Gpu | None, *, bf16: bool) -> C
     few = max(1, TOKENS // shape.longest) * shape.longest
     low, high = _layers(shape, model)
     found = []
-    for tokens in (few, 2 * few):
+    for tokens in (few, MANY * few):
         least = measure(shape, model, gpu, low, tokens, bf16=bf16)
         most = measure(shape, model, gpu, high, tokens, bf16=bf16) if high > low else least
         layer = {key: (most[key] - least[key]) / max(1, high - low) for key in least}
@@ -85,7 +87,7 @@ def count(shape: Shape, model: ModelConfig, gpu: Gpu | None, *, bf16: bool) -> C
     here, there = found
 
     def line(key: str) -> Line:
-        slope = (there[key] - here[key]) / few
+        slope = (there[key] - here[key]) / ((MANY - 1) * few)
         return Line(here[key] - slope * few, slope)
 
     return Counts(

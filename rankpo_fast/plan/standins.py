@@ -36,6 +36,8 @@ FLASH = Kernel("flash attention, counted", "packed_counted", _attend)
 def attention_flops(length: int) -> dict[Any, Callable[..., float]]:
     """Of the ops of `FLASH`, by op, where all texts are of so many tokens: from what they take."""
 
+    import torch.nn.attention.varlen  # whose import makes the ops
+
     def forward(query: Tensor, **given: Any) -> float:
         before, after = (
             length - 1 if side < 0 else min(side, length - 1) for side in given["window_size"]
