@@ -1,6 +1,5 @@
 """The fastest settings that fit, in the way to train that changes the training least."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rankpo_fast.config import ModelConfig
@@ -56,34 +55,48 @@ class Plan:
 def find(asked: Asked) -> Plan:
     """Raises InputError for what cannot be counted, or settings that leave no way to train."""
     asked = replace(asked, gpu=_as_fast_as(asked))
-    shape = read_shape(asked.model)
-    batch = Batch(asked.rows, asked.negatives, shape.max_query_length, shape.max_passage_length)
-    known: dict[str, Counts] = {}
-
-    def counted(levers: Levers) -> Counts:
-        model = levers.model(asked.model)
-        key = repr(model)
-        if key not in known:
-            known[key] = count(shape, model, asked.gpu, bf16=asked.model.bf16 is not False)
-        return known[key]
-
+    counter = _Counter(asked.model, asked.gpu)
+    batch = counter.batch(asked)
     found = [
-        _best([_estimated(counted, levers, shape, asked, batch) for levers in way])
+        _best([counter.estimate(levers, asked) for levers in way])
         for way in ways(asked.model, asked.optim, asked.offload, asked.method)
     ]
     fitting = [one for one in found if one.fits]
     best = fitting[0] if fitting else max(found, key=lambda one: one.free)
-    return Plan(asked, shape, batch, best, [one for one in found if one is not best])
+    return Plan(asked, counter.shape, batch, best, [one for one in found if one is not best])
 
 
-def _estimated(
-    counted: Callable[[Levers], Counts], levers: Levers, shape: Shape, asked: Asked, batch: Batch
-) -> Estimate:
-    return estimate(
-        counted(levers), levers, shape, asked.gpu, batch,
-        shard=asked.shard, processes=asked.processes,
-        host_bytes=asked.host_bytes or HOST_SIZE * asked.gpu.bytes,
-    )  # fmt: skip
+class _Counter:
+    """Counts of one model, each made once."""
+
+    def __init__(self, model: ModelConfig, gpu: Gpu):
+        self._model, self._gpu, self.shape = model, gpu, read_shape(model)
+        self._known: dict[str, Counts] = {}
+
+    def batch(self, asked: Asked) -> Batch:
+        shape = self.shape
+        return Batch(asked.rows, asked.negatives, shape.max_query_length, shape.max_passage_length)
+
+    def estimate(self, levers: Levers, asked: Asked) -> Estimate:
+        """For the GPU of `asked`; times are those of the one that was counted for."""
+        model = levers.model(self._model)
+        key = repr(model)
+        if key not in self._known:
+            half = model.bf16 is not False
+            self._known[key] = count(self.shape, model, self._gpu, bf16=half)
+        return estimate(
+            self._known[key], levers, self.shape, asked.gpu, self.batch(asked),
+            shard=asked.shard, processes=asked.processes,
+            host_bytes=asked.host_bytes or HOST_SIZE * asked.gpu.bytes,
+        )  # fmt: skip
+
+    def fitting(self, asked: Asked) -> Levers | None:
+        """What fits, of the ways to train the one that takes least first; None: nothing."""
+        for way in reversed(ways(asked.model, asked.optim, asked.offload, asked.method)):
+            for levers in reversed(way):
+                if self.estimate(levers, asked).fits:
+                    return levers
+        return None
 
 
 def _best(found: list[Estimate]) -> Estimate:
@@ -109,29 +122,24 @@ def _as_fast_as(asked: Asked) -> Gpu:
 def would_fit(asked: Asked) -> list[str]:
     """What to change where nothing fits: each line names one thing that would suffice."""
     lines = []
-    shape = read_shape(asked.model)
-    length = shape.longest // 2
+    counter = _Counter(asked.model, asked.gpu)
+    shape, length = counter.shape, counter.shape.longest // 2
     while length >= SHORTEST:
-        shorter = replace(
-            asked.model,
-            max_query_length=min(shape.max_query_length, length),
-            max_passage_length=min(shape.max_passage_length, length),
-        )
-        if find(replace(asked, model=shorter)).fits:
+        limits = [min(n, length) for n in (shape.max_query_length, shape.max_passage_length)]
+        shorter = replace(asked.model, max_query_length=limits[0], max_passage_length=limits[1])
+        if _Counter(shorter, asked.gpu).fitting(replace(asked, model=shorter)):
             lines.append(f"texts of at most {length:,} tokens (--max_passage_length {length})")
             break
-        length //= 2
+        length //= 4
     for processes in (2, 4, 8):
         several = replace(asked, shard="full", processes=processes * asked.processes)
-        if find(several).fits:
+        if counter.fitting(several):
             lines.append(f"{several.processes} such GPUs that share the weights (--shard full)")
             break
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.bytes):
-        if gpu.bytes > asked.gpu.bytes and find(replace(asked, gpu=gpu)).fits:
+        if gpu.bytes > asked.gpu.bytes and counter.fitting(replace(asked, gpu=gpu)):
             lines.append(f"one {gpu.name} ({gpu.bytes / GIB:.0f} GiB)")
             break
-    if asked.method is not None:
-        other = find(replace(asked, method=None))
-        if other.fits:
-            lines.append(f"{other.best.levers.name} (--method {other.best.levers.method})")
+    if asked.method is not None and (other := counter.fitting(replace(asked, method=None))):
+        lines.append(f"{other.name} (--method {other.method})")
     return lines

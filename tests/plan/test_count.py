@@ -78,7 +78,7 @@ def test_the_states_of_every_optimizer_are_predicted(optim):
 # In fp32 autocast's copies of all weights make the end of the forward the peak, but only of many
 # layers: what is counted on three of them has to tell the two moments apart.
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_deep_model_is_counted_on_few_of_its_layers(tmp_path, kind, dtype):
     wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 24}
     own = {"llama": LLAMA, "bert": BERT}[kind]
