@@ -89,14 +89,16 @@ def estimate(
     """
     states, host_states = _states(counts, levers)
     part = 1 / processes
-    of_weights, of_others = (part if shard == "full" else 1.0), (part if shard != "none" else 1.0)
+    whole = levers.weights_dtype == "nf4"  # 4 bits are no numbers, which alone lie in parts
+    of_weights = part if shard == "full" and not whole else 1.0
+    of_others = part if shard != "none" else 1.0
     static = {
         "weights": counts.weights * of_weights,
-        "adapters": counts.adapters * of_weights,
+        "adapters": counts.adapters * (part if shard == "full" else 1.0),
         "gradients": counts.gradients * of_others,
         "optimizer": states * of_others,
     }
-    if shard == "full":  # in bf16, those of the layers that compute and that come next
+    if of_weights < 1:  # in bf16, those of the layers that compute and that come next
         static["weights"] += LAYERS_HERE * counts.layer_weights / 2
     moved = "activations" in levers.offload
     here = LAYERS_HERE / shape.layers if moved else 1.0

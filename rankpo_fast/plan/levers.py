@@ -61,13 +61,14 @@ class Levers:
 
 
 def ways(
-    model: ModelConfig, optim: str, offload: tuple[str, ...], method: Method | None
+    model: ModelConfig, optim: str, offload: tuple[str, ...], method: Method | None, shard: str
 ) -> list[list[Levers]]:
     """Of each way to train that the settings leave, what else can be chosen in it; the way that
     changes the training least is the first.
 
     Args:
-        optim, offload: of TrainingConfig.
+        optim, offload, shard: of TrainingConfig. What lies in parts takes --optim adamw alone, on
+            the GPU.
         method: leave these alone; None: all.
 
     Raises:
@@ -92,6 +93,8 @@ def ways(
         ]
     if optim != Levers().optim:
         least_first = [replace(one, optim=optim) for one in least_first]
+    if shard != "none":
+        least_first = [one for one in least_first if one.optim == Levers().optim]
     if model.lora_rank is not None:
         least_first = [one for one in least_first if one.lora_rank is not None]
     if model.weights_dtype != Levers().weights_dtype:
@@ -101,11 +104,17 @@ def ways(
     if not least_first:
         given = " ".join(f"--{name}" for name in model.changed() if name != "model_name_or_path")
         asked = f"--method {method}" if method is not None else "no way to train"
-        raise InputError(f"{asked} does not go with the other flags: {given} --optim {optim}")
-    return [_variants(one, model, offload) for one in dict.fromkeys(least_first)]
+        raise InputError(
+            f"{asked} does not go with the other flags: {given} --optim {optim} --shard {shard}"
+        )
+    moves = ["activations", "optimizer"] if shard == "none" else ["activations"]
+    return [_variants(one, model, offload, moves) for one in dict.fromkeys(least_first)]
 
 
-def _variants(way: Levers, model: ModelConfig, offload: tuple[str, ...]) -> list[Levers]:
+def _variants(
+    way: Levers, model: ModelConfig, offload: tuple[str, ...], moves: list[str]
+) -> list[Levers]:
+    """`moves`: what may be moved to the host where nothing was said."""
     kinds = CHECKPOINTING
     if model.gradient_checkpointing != "auto":
         kinds = (model.gradient_checkpointing,)
@@ -116,7 +125,7 @@ def _variants(way: Levers, model: ModelConfig, offload: tuple[str, ...]) -> list
         lists: list[tuple[str, ...]] = [offload]
         if not offload:
             lists += [("activations",)] if kind is True else []
-            if way.method == "full" and way.optim == "adamw":
+            if way.method == "full" and way.optim == "adamw" and "optimizer" in moves:
                 lists += [("optimizer",)]
                 lists += [("activations", "optimizer")] if kind is True else []
         found += [

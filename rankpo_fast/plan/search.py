@@ -59,7 +59,7 @@ def find(asked: Asked) -> Plan:
     batch = counter.batch(asked)
     found = [
         _best([counter.estimate(levers, asked) for levers in way])
-        for way in ways(asked.model, asked.optim, asked.offload, asked.method)
+        for way in ways(asked.model, asked.optim, asked.offload, asked.method, asked.shard)
     ]
     fitting = [one for one in found if one.fits]
     best = fitting[0] if fitting else max(found, key=lambda one: one.free)
@@ -92,7 +92,9 @@ class _Counter:
 
     def fitting(self, asked: Asked) -> Levers | None:
         """What fits, of the ways to train the one that takes least first; None: nothing."""
-        for way in reversed(ways(asked.model, asked.optim, asked.offload, asked.method)):
+        for way in reversed(
+            ways(asked.model, asked.optim, asked.offload, asked.method, asked.shard)
+        ):
             for levers in reversed(way):
                 if self.estimate(levers, asked).fits:
                     return levers
@@ -133,6 +135,8 @@ def would_fit(asked: Asked) -> list[str]:
         length //= 4
     for processes in (2, 4, 8):
         several = replace(asked, shard="full", processes=processes * asked.processes)
+        if asked.optim != "adamw" or "optimizer" in asked.offload:
+            break  # which --shard does not take
         if counter.fitting(several):
             lines.append(f"{several.processes} such GPUs that share the weights (--shard full)")
             break
