@@ -86,6 +86,11 @@ COMMANDS = {
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
     ),
+    "plan": Command(
+        "what a training takes of a GPU's memory and time, and which settings fit it best",
+        [configs.ModelConfig, configs.PlanConfig],
+        refusals.check_plan,
+    ),
 }
 # Those that read their flags themselves.
 PROGRAMS = {

@@ -28,6 +28,7 @@ LAYERS = (
     "rankpo_fast.ranks",
     "rankpo_fast.data",
     "rankpo_fast.model",
+    "rankpo_fast.plan",
     "rankpo_fast.retrieval",
     "rankpo_fast.train",
     "rankpo_fast.trainers",

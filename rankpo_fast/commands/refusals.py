@@ -8,7 +8,10 @@ from rankpo_fast.config import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    ModelConfig,
+    PlanConfig,
 )
+from rankpo_fast.extras import require_extra
 from rankpo_fast.paths import check_output
 
 
@@ -35,6 +38,12 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+
+
+def check_plan(model: ModelConfig, config: PlanConfig) -> None:
+    if config.picture is not None:
+        require_extra("--picture", "plots")
+        check_output("--picture", config.picture, model, config)
 
 
 def _check_cache(compute: ComputeConfig) -> None:

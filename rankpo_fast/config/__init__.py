@@ -15,6 +15,7 @@ from rankpo_fast.config.model import (
     EncoderConfig,
     ModelConfig,
 )
+from rankpo_fast.config.plan import PlanConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
     EvaluateOutputConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
+    "PlanConfig",
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",

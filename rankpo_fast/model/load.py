@@ -96,11 +96,11 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
     weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
-    backbone_config = _load_config(folder)
+    backbone_config = load_config(folder)
     if training is not None:
         reshape(backbone_config, training)
         if training.disable_dropout:
-            _drop_nothing(backbone_config)
+            drop_nothing(backbone_config)
     skeleton = _skeleton(backbone_config, config)
     if training is not None:
         check_bidirectional(skeleton, is_causal(skeleton), training)
@@ -168,7 +168,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _load_config(folder: Path) -> "PreTrainedConfig":
+def load_config(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     check_no_code(folder / "config.json", "AutoModel", MODEL_FLAG)
@@ -182,7 +182,7 @@ def _load_config(folder: Path) -> "PreTrainedConfig":
     return config
 
 
-def _drop_nothing(config: "PreTrainedConfig") -> None:
+def drop_nothing(config: "PreTrainedConfig") -> None:
     """Set every dropout of the config to 0, before anything is built from it."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():

@@ -35,7 +35,7 @@ def find_settings(
             settings["pooling"] = _guess_pooling(config, directory, skeleton)
     names = {field.name for field in dataclasses.fields(EncoderSettings)}
     settings |= {n: flag for n, flag in flags.items() if n in names and flag is not None}
-    limit, short = _positions(skeleton), _positions_of_short_texts(skeleton)
+    limit, short = positions_of(skeleton), _positions_of_short_texts(skeleton)
     for name in ("max_query_length", "max_passage_length"):
         if flags[name] is not None and flags[name] > limit:
             raise InputError(f"--{name} {flags[name]} is more than the {limit} positions of "
@@ -73,7 +73,7 @@ def is_causal(backbone: "PreTrainedModel") -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def _positions(backbone: "PreTrainedModel") -> float:
+def positions_of(backbone: "PreTrainedModel") -> float:
     """How many tokens a text may have; infinity where the config names no number."""
     positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if not positions or positions < 0:
