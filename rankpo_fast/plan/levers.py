@@ -8,17 +8,15 @@ from typing import Any, Literal
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.layers import Layers
+from rankpo_fast.model.layers import WAYS
 
 LORA_RANK = 16  # of an adapter that nobody gave a rank
-NOT_FOR_ADAPTERS = ("freeze_layers", "freeze_embeddings", "from_scratch", "float8")
+NOT_FOR_ADAPTERS = (
+    "freeze_layers", "freeze_embeddings", "from_scratch", "float8", "trim_vocabulary",
+)  # fmt: skip
 FOR_FP32 = ("paged_adamw_8bit", "muon")  # optimizers that do not round bf16 weights at random
 Method = Literal["full", "lora", "qlora"]
 Checkpointing = bool | Literal["selective"]
-# Selective checkpointing is in Layers, or not yet.
-CHECKPOINTING: tuple[Any, ...] = (
-    (False, "selective", True) if hasattr(Layers, "why_not_selective") else (False, True)
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,12 @@ class Levers:
 
 
 def ways(
-    model: ModelConfig, optim: str, offload: tuple[str, ...], method: Method | None, shard: str
+    model: ModelConfig,
+    optim: str,
+    offload: tuple[str, ...],
+    method: Method | None,
+    shard: str,
+    processes: int = 1,
 ) -> list[list[Levers]]:
     """Of each way to train that the settings leave, what else can be chosen in it; the way that
     changes the training least is the first.
@@ -70,6 +73,7 @@ def ways(
         optim, offload, shard: of TrainingConfig. What lies in parts takes --optim adamw alone, on
             the GPU.
         method: leave these alone; None: all.
+        processes: several train no bf16 weights whole: torch's engines would sum gradients in bf16.
 
     Raises:
         InputError: the settings leave none.
@@ -83,6 +87,10 @@ def ways(
         Levers("bf16", rank),
         Levers("nf4", rank),
     ]
+    if processes > 1:
+        least_first = [
+            one for one in least_first if one.weights_dtype != "bf16" or one.lora_rank is not None
+        ]
     if model.bf16 is False:
         least_first = [one for one in least_first if one.weights_dtype == "fp32"]
     if set(NOT_FOR_ADAPTERS) & model.changed().keys():
@@ -115,7 +123,7 @@ def _variants(
     way: Levers, model: ModelConfig, offload: tuple[str, ...], moves: list[str]
 ) -> list[Levers]:
     """`moves`: what may be moved to the host where nothing was said."""
-    kinds = CHECKPOINTING
+    kinds: tuple[Any, ...] = WAYS
     if model.gradient_checkpointing != "auto":
         kinds = (model.gradient_checkpointing,)
     elif model.mlp_chunk is not None:  # which selective checkpointing would undo

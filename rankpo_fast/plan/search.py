@@ -57,10 +57,7 @@ def find(asked: Asked) -> Plan:
     asked = replace(asked, gpu=_as_fast_as(asked))
     counter = _Counter(asked.model, asked.gpu)
     batch = counter.batch(asked)
-    found = [
-        _best([counter.estimate(levers, asked) for levers in way])
-        for way in ways(asked.model, asked.optim, asked.offload, asked.method, asked.shard)
-    ]
+    found = [_best([counter.estimate(levers, asked) for levers in way]) for way in ways_of(asked)]
     fitting = [one for one in found if one.fits]
     best = fitting[0] if fitting else max(found, key=lambda one: one.free)
     return Plan(asked, counter.shape, batch, best, [one for one in found if one is not best])
@@ -92,9 +89,7 @@ class _Counter:
 
     def fitting(self, asked: Asked) -> Levers | None:
         """What fits, of the ways to train the one that takes least first; None: nothing."""
-        for way in reversed(
-            ways(asked.model, asked.optim, asked.offload, asked.method, asked.shard)
-        ):
+        for way in reversed(ways_of(asked)):
             for levers in reversed(way):
                 if self.estimate(levers, asked).fits:
                     return levers
@@ -147,3 +142,8 @@ def would_fit(asked: Asked) -> list[str]:
     if asked.method is not None and (other := counter.fitting(replace(asked, method=None))):
         lines.append(f"{other.name} (--method {other.method})")
     return lines
+
+
+def ways_of(asked: Asked) -> list[list[Levers]]:
+    """`levers.ways` of what is asked."""
+    return ways(asked.model, asked.optim, asked.offload, asked.method, asked.shard, asked.processes)

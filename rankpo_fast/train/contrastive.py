@@ -31,6 +31,7 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.guide import guide_vectors
 from rankpo_fast.train.loop import train
@@ -76,6 +77,9 @@ def train_contrastive(
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
+        model, training = settle(
+            model, training, ranks, negatives=data.num_negatives, lent=encoder is not None
+        )
         precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
             rows = training.per_device_train_batch_size * ranks.size

@@ -30,6 +30,7 @@ from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
@@ -64,6 +65,7 @@ def train_rankpo(
         encoder, named, callbacks: as of `train_contrastive`.
     """
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
+        model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
             pairs, number = _read_pairs(data, training, ranks)

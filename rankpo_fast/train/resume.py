@@ -34,7 +34,7 @@ FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing", "output_dir", "resume",
     "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_minutes",
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
-    "cache_dir", "no_cache", "device",
+    "cache_dir", "no_cache", "device", "auto",
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.
@@ -135,7 +135,7 @@ def _of_ranks(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**was, **{name: now[name] for name in OF_RANKS}} if same else was
 
 
-def _settings_before(training: TrainingConfig) -> dict[str, Any]:
+def settings_before(training: TrainingConfig) -> dict[str, Any]:
     """Of the run that --resume goes on with; nothing if there is none."""
     if training.resume is None:
         return {}
@@ -150,7 +150,7 @@ def shared_precision(model: ModelConfig, training: TrainingConfig, ranks: Ranks)
     call it. InputError for a --resume CHECKPOINT that cannot be read."""
     precision = None
     if ranks.first:
-        before = _settings_before(training) if model.bf16 == "auto" else {}
+        before = settings_before(training) if model.bf16 == "auto" else {}
         if isinstance(before.get("--bf16"), bool):
             precision = Precision(before["--bf16"], "as the run that goes on had it")
         else:

@@ -1,6 +1,7 @@
 """Settings that save memory, in whole runs: each resumes bit by bit, saves its own, learns."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,31 @@ def test_an_adapter_that_changes_nothing_or_was_made_otherwise_is_refused(tiny_l
             load_encoder(ModelConfig(adapter, lora_rank=rank, bf16=False, **flags), device=CPU)
     with pytest.raises(InputError, match="changes nothing"):
         load_encoder(EncoderConfig(adapter), device=CPU)
+
+
+def test_auto_takes_the_plan_at_the_start_and_the_record_afterwards(
+    tiny_llama_dir, run_stage, stop_after, monkeypatch
+):
+    """The plan is for GPUs: what it would say of one stands in for it here."""
+    from rankpo_fast.train import auto
+
+    asked = []
+
+    def plan(model, training, **about):
+        asked.append(about)
+        settings = {"optim": "adamw_8bit", "learning_rate": training.learning_rate}
+        return replace(model, lora_rank=2), replace(training, **settings), "LoRA"
+
+    monkeypatch.setattr(auto, "auto_settings", plan)
+    stop_after(3)
+    with pytest.raises(TrainingStopped):
+        run_stage("contrastive", tiny_llama_dir, "out", auto=True)
+    monkeypatch.undo()
+    output = run_stage("contrastive", tiny_llama_dir, "out", auto=True, resume="newest")
+    assert (output / "adapter").exists() and len(asked) == 1
+    assert json.loads((output / "training.json").read_text())["settings"]["--optim"] == "adamw_8bit"
+
+
+def test_auto_is_refused_where_there_is_no_gpu(tiny_llama_dir, run_stage):
+    with pytest.raises(InputError, match="--auto fits a training into a GPU's memory"):
+        run_stage("contrastive", tiny_llama_dir, "out", auto=True)
