@@ -23,7 +23,7 @@ from rankpo_fast.plan.skeleton import Shape
 from rankpo_kernels.workspace import default_workspace
 
 MOST_TOKENS = 65536  # at once, as in train/memory.py
-VECTORS = 8  # copies of a batch's vectors and their gradients around the loss, at most
+VECTORS = 8  # copies of a batch's vectors: 5 around the loss, and at most 3 that it makes itself
 HOST_UPDATE = 28  # bytes of a parameter that AdamW on the host reads and writes
 LAYERS_HERE = 2  # whose activations, or gathered weights, are on the GPU at once
 

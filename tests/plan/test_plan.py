@@ -83,12 +83,13 @@ def test_what_the_user_set_stays(directory, capsys):
 @pytest.mark.long
 def test_a_gpu_too_small_for_any_way_says_by_how_much_and_what_would_fit(directory, capsys):
     path = directory(48, hidden_size=4096, intermediate_size=16384, num_attention_heads=32)
-    flags = ["--model_name_or_path", path, "--gpu", "5", "--method", "qlora", *SHORT]
+    flags = ["--model_name_or_path", path, "--gpu", "12", "--method", "lora", *SHORT]
     assert main(["plan", *flags, "--json"]) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out)["fits"] is False
     assert "GiB too much" in printed.err
-    assert "one RTX 4090" in printed.err and "such GPUs" in printed.err
+    assert "one L40S" in printed.err and "4 such GPUs" in printed.err
+    assert "--method qlora" in printed.err
 
 
 def test_shared_weights_take_a_part_of_each_gpu(directory):
