@@ -126,6 +126,8 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     kind: Any = model.gradient_checkpointing
     if kind not in (False, "auto"):
         encoder.layers.checkpoint(kind)
+    if model.mlp_chunk is not None:
+        encoder.layers.chunk(model.mlp_chunk)
     encoder.train()
     trained = [p for p in encoder.parameters() if p.requires_grad]
     if not trained:

@@ -94,7 +94,6 @@ def test_a_gpu_too_small_for_any_way_says_by_how_much_and_what_would_fit(directo
 
 def test_shared_weights_take_a_part_of_each_gpu(directory):
     model = ModelConfig(directory(8), max_passage_length=512, gradient_checkpointing=True)
-    model = replace(model, weights_dtype="bf16")
     asked = Asked(model, GPUS["24"], 8, 1, method="full")
     alone, four = find(asked).best, find(replace(asked, shard="full", processes=4)).best
     assert four.parts["optimizer"] == alone.parts["optimizer"] / 4
