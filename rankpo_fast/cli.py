@@ -5,7 +5,7 @@ failed; 2 for what the user can put right (bad flags, bad data, with a message t
 training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved.
 
 On N GPUs: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
-evaluate and to encode.
+evaluate, to encode and to mine.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode")  # the commands for torchrun
+IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode", "mine")  # the commands for torchrun
 ENTRY_POINTS = "rankpo_fast.commands"  # group in pyproject.toml: name = "module:main"
 
 

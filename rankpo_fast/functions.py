@@ -104,13 +104,20 @@ def mine_hard_negatives(
 
 
 def mined(
-    load: Load, config: MineConfig, compute: ComputeConfig, *, progress: bool = False
+    load: Load,
+    config: MineConfig,
+    compute: ComputeConfig,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Mined:
-    """`mine_hard_negatives` by its settings."""
-    rows = read_contrastive(config.train_data)
-    corpus = searched_passages(rows, config.corpus_data)
-    encoder = load()
-    check_lengths(encoder)
+    """`mine_hard_negatives` by its settings; of several ranks, all of which encode, the first has
+    the rows."""
+    with ranks.first_ahead():
+        rows = read_contrastive(config.train_data)
+        corpus = searched_passages(rows, config.corpus_data)
+        encoder = load()
+        check_lengths(encoder)
     return mine(
         encoder,
         rows,
@@ -124,6 +131,7 @@ def mined(
         max_tokens=compute.max_tokens_per_micro_batch,
         cache_dir=compute.cache_path,
         progress=progress,
+        ranks=ranks,
     )
 
 

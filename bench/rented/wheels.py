@@ -3,7 +3,7 @@ the checkout.
 
     python -m bench.rented.wheels [DIRECTORY]
 
-Pure Python and under a megabyte each; the machine has what they need. quack-kernels stays here:
+Small, most of them pure Python; the machine has what they need. quack-kernels stays here:
 without CUTLASS' hundred megabytes it is nothing.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 WHEELS = Path("build/gpu-carry/wheels")
 PEERS = ["liger-kernel>=0.8.2,<1", "cut-cross-entropy>=25.1", "inf-cl>=1.2,<2"]
+LEVERS = ["torchao>=0.16,<1"]  # of the training ladder; 3 MB
 TESTS = ["hypothesis>=6,<7", "sortedcontainers", "pytest-xdist>=3,<4", "execnet"]  # and its needs
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -25,7 +26,8 @@ def fetch(directory: Path) -> None:
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
         "--python-version", "3.12", "--implementation", "cp", "--dest", str(directory),
-        *(word for platform in PLATFORMS for word in ("--platform", platform)), *PEERS, *TESTS,
+        *(word for platform in PLATFORMS for word in ("--platform", platform)),
+        *PEERS, *LEVERS, *TESTS,
     ]  # fmt: skip
     subprocess.run(command, check=True)
     print("\n".join(sorted(path.name for path in directory.glob("*.whl"))))

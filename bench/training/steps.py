@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -242,17 +243,23 @@ NOTHING = {
     "torch_compile": False,
 }  # fmt: skip
 KEPT = "+ gradient cache, graphs kept"
+BF16_WEIGHTS, EIGHT_BITS = "+ bf16 weights", "+ 8-bit states"
 LEVERS: Mapping[str, dict[str, Any]] = {
     "padded fp32, one graph": NOTHING,
     "+ packing": {"packing": True},
     "+ bf16": {"bf16": True},
     KEPT: {},  # the engine, which from here on takes the place of the plain loop
     "+ no graph kept": {"activation_memory_gb": 0.0},
+    "+ selective checkpointing": {"gradient_checkpointing": "selective"},
     "+ checkpointing": {"gradient_checkpointing": True},
     "+ Liger": {"use_liger_kernel": True},
     "+ torch.compile": {"torch_compile": True},
+    BF16_WEIGHTS: {"weights_dtype": "bf16"},
+    EIGHT_BITS: {"optim": "adamw_8bit"},
 }
-SLOW = ["+ torch.compile", "+ bf16"]  # on a CPU, to start or altogether: they come last there
+# On a CPU, to start or altogether: they come last there.
+SLOW = ["+ torch.compile", "+ bf16", BF16_WEIGHTS, EIGHT_BITS]
+BY_TORCHAO = (BF16_WEIGHTS, EIGHT_BITS)
 IN_BF16 = {"+ bf16"}  # which nobody waits for on a CPU that emulates it
 
 
@@ -269,6 +276,9 @@ def ladder(shape: Shape, settings: Settings) -> Implementations:
         lever = LEVERS[name]
         if lever.get("use_liger_kernel") and (note := _no_liger(settings.device)):
             rungs[name] = note
+            continue
+        if name in BY_TORCHAO and find_spec("torchao") is None:
+            rungs[name] = f"torchao {NOT_INSTALLED}"
             continue
         train, given = rankpo_fast if name == KEPT else train, given | lever
         rungs[name] = partial(train, **given)

@@ -22,6 +22,7 @@ from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.search import search
 
 
@@ -102,6 +103,7 @@ def mine(
     max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Mined:
     """The rows with mined negatives, at most `num_negatives` each, from the distinct corpus texts.
 
@@ -118,23 +120,29 @@ def mine(
         keep: put the mined ones, none of which repeats them, behind the negatives the row has.
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
+        ranks: all encode, the first searches and has the rows, the others none.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens, or no row has a negative then.
     """
     assert method in ("topk", "sample"), method
     first, last = search_range
-    texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
-    _check_positives(texts, rows)
+    with ranks.first_ahead():
+        texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
+        _check_positives(texts, rows)
 
     def encode(table: TokenTable, kind: str, ids: dict[str, int]) -> Tensor:
         label = f"encoding {kind}" if progress else None
         names = first_of_each(ids)
-        return encode_texts(encoder, table, max_tokens=max_tokens, progress=label, texts=names)
+        return encode_texts(
+            encoder, table, max_tokens=max_tokens, progress=label, texts=names, ranks=ranks
+        )
 
     queries = encode(texts.queries, "queries", texts.query_of)
     count = texts.with_positives if limits.compare else len(texts.corpus)
     passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    if not ranks.first:
+        return Mined([], len(texts.corpus), len(texts.queries), 0, {})
     searched = passages[: len(texts.corpus)]
     best = search(queries.to(encoder.device), searched, last)
     scores, found = (ranked[:, first:].numpy(force=True) for ranked in best)

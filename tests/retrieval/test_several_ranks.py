@@ -23,7 +23,9 @@ def files(tmp_path):
              for i in range(8)]  # fmt: skip
     directory = tmp_path / "beir"
     (directory / "qrels").mkdir(parents=True)
-    for name, rows in [("corpus", documents), ("queries", queries), ("pairs", pairs)]:
+    stage1 = [{"query": f"wanted: {text}", "positives": [text], "negatives": []} for text in texts]
+    named = [("corpus", documents), ("queries", queries), ("pairs", pairs), ("stage1", stage1)]
+    for name, rows in named:
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     qrels = "".join(f"q{i}\t{i}\t2\nq{i}\t{i // 2}\t1\n" for i in range(9))
     (directory / "qrels" / "test.tsv").write_text(qrels)
@@ -42,14 +44,19 @@ def flags(files, tmp_path):
                     "--cutoffs", 3, 20]  # fmt: skip
         encode = ["--input", files / "pairs.jsonl", "--text_key", "passage1", "--output",
                   tmp_path / f"{name}.npy"]  # fmt: skip
-        own = {"evaluate": evaluate, "encode": encode}[command]
+        mine = ["--train_data", files / "stage1.jsonl", "--output_file",
+                tmp_path / f"{name}.jsonl", "--num_negatives", 2,
+                "--search_range", "0-6"]  # fmt: skip
+        own = {"evaluate": evaluate, "encode": encode, "mine": mine}[command]
         return [command, *map(str, [*common, *own])]
 
     return of
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command, left", [("evaluate", ["json", "trec"]), ("encode", ["npy"])])
+@pytest.mark.parametrize(
+    "command, left", [("evaluate", ["json", "trec"]), ("encode", ["npy"]), ("mine", ["jsonl"])]
+)
 def test_ranks_leave_the_files_of_one_process(command, left, flags, tiny_llama_dir, tmp_path):
     assert main(flags(tiny_llama_dir, command, "one")) == 0
     of_ranks = flags(tiny_llama_dir, command, "ranks")
