@@ -28,6 +28,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "muon": {"optim": "muon"},
     "embeddings frozen": {"freeze_embeddings": True},
     "lora": LORA,
+    "lora, embeddings whole": {**LORA, "lora_modules_to_save": ["embed_tokens"]},
     "dora": {**LORA, "lora_dora": True},
     "qlora": {**LORA, "weights_dtype": "nf4", "optim": "paged_adamw_8bit"},
 }
