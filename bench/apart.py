@@ -17,13 +17,6 @@ import torch
 from .measure import noting, status_bytes
 from .questions import OUT_OF_MEMORY
 
-# Imported once, by the server that every process is forked from; those not installed are skipped.
-IMPORTED = [
-    f"{__package__}.scaling", f"{__package__}.training.end_to_end", "rankpo_fast.train.contrastive",
-    "rankpo_fast.retrieval.evaluate", "transformers.models.bert.modeling_bert",
-    "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
-    "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",
-]  # fmt: skip
 # Whether there is a GPU is then asked without touching it: a process forked from one that has
 # touched it could not use it.
 UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -86,7 +79,7 @@ def server() -> ForkServerContext:
     """Whose processes are forked from one that has imported all they need."""
     os.environ.update(UNTOUCHED)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([f"{__package__}.preload"])
     return context
 
 
