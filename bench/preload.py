@@ -1,8 +1,8 @@
 """What the server of processes imports, once, so that those forked from it need not.
 
-None of it may touch a GPU, which a process forked afterwards could not use. transformers imports
-torchao where that is installed, and torchao asks a GPU for its kind as it is imported: it is hidden
-meanwhile. Who trains with it imports it then.
+None of it may touch a GPU, which a process forked afterwards could not use. transformers and
+accelerate import torchao and bitsandbytes where these are installed, which ask a GPU for its kind
+as they are imported: they are hidden meanwhile. Who trains with them imports them then.
 """
 
 import importlib
@@ -16,9 +16,10 @@ IMPORTED = [
     "datasets", "accelerate", "sentence_transformers.sentence_transformer.losses",
 ]  # fmt: skip
 
-hidden = sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+HIDDEN = {name for name in ("torchao", "bitsandbytes") if name not in sys.modules}
+sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]  # None: not to be had
 for name in IMPORTED:
     with suppress(ModuleNotFoundError):  # what is not installed is skipped
         importlib.import_module(name)
-if hidden is None:
-    del sys.modules["torchao"]
+for name in HIDDEN:
+    del sys.modules[name]

@@ -296,8 +296,8 @@ def test_torchrun_hands_sigterm_to_all(flags, tiny_llama_dir, tmp_path):
 
 def test_other_commands_refuse_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["mine"]) == 2
-    assert "mine runs in one process" in capsys.readouterr().err
+    assert cli.main(["plan"]) == 2
+    assert "plan runs in one process" in capsys.readouterr().err
 
 
 # --- cards and texts ---
