@@ -7,6 +7,7 @@ from torch import nn
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.layers import outermost_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,13 +23,19 @@ def reshape(backbone_config: "PreTrainedConfig", config: ModelConfig) -> None:
         there = text.num_hidden_layers
         if config.layers > there:
             raise InputError(f"--layers {config.layers}: {config.model_name_or_path} has {there}")
-        text.num_hidden_layers = config.layers
-        for name, value in list(vars(text).items()):  # a kind of attention or the like for each
-            if isinstance(value, list) and len(value) == there:
-                setattr(text, name, value[: config.layers])
+        cut_layers(backbone_config, config.layers)
     if config.bidirectional:
         for part in (backbone_config, text):
             part.is_causal = False  # which transformers makes masks by
+
+
+def cut_layers(backbone_config: "PreTrainedConfig", layers: int) -> None:
+    """The first so many layers of those that the config names."""
+    text = backbone_config.get_text_config()
+    there, text.num_hidden_layers = text.num_hidden_layers, layers
+    for name, value in list(vars(text).items()):  # a kind of attention or the like for each
+        if isinstance(value, list) and len(value) == there:
+            setattr(text, name, value[:layers])
 
 
 def backbone_is_cut(config: ModelConfig | None) -> bool:
@@ -43,19 +50,12 @@ def check_bidirectional(skeleton: "PreTrainedModel", causal: bool, config: Model
         raise InputError(f"--bidirectional: {kind} has no attention to both sides in transformers")
 
 
-def layers_of(backbone: nn.Module) -> list[nn.Module]:
-    """Its layers, the first one first."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    return [layer for m in lists if id(m) not in inner for layer in m]
-
-
 def freeze(backbone: nn.Module, config: ModelConfig) -> None:
     """Parameters as --freeze_embeddings and --freeze_layers say; what only other tasks read too.
 
     InputError: fewer layers, or none is left to train.
     """
-    layers = layers_of(backbone)
+    layers = outermost_layers(backbone)
     if config.freeze_layers > len(layers):
         raise InputError(f"--freeze_layers {config.freeze_layers}: there are {len(layers)} layers")
     frozen = layers[: config.freeze_layers]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.layers import WAYS
+from rankpo_fast.model.layers import WAYS, Checkpointing
 
 LORA_RANK = 16  # of an adapter that nobody gave a rank
 NOT_FOR_ADAPTERS = (
@@ -16,7 +16,6 @@ NOT_FOR_ADAPTERS = (
 )  # fmt: skip
 FOR_FP32 = ("paged_adamw_8bit", "muon")  # optimizers that do not round bf16 weights at random
 Method = Literal["full", "lora", "qlora"]
-Checkpointing = bool | Literal["selective"]
 
 
 @dataclass(frozen=True)

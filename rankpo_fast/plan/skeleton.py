@@ -21,7 +21,7 @@ from rankpo_fast.model.load import drop_nothing, load_config
 from rankpo_fast.model.lora import add_lora
 from rankpo_fast.model.modules import backbone_folder
 from rankpo_fast.model.reading import is_causal, positions_of
-from rankpo_fast.model.reshape import check_bidirectional, freeze, reshape
+from rankpo_fast.model.reshape import check_bidirectional, cut_layers, freeze, reshape
 from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
 from rankpo_fast.model.tokenizer import embedding_rows
 from rankpo_fast.plan.standins import quantise
@@ -160,21 +160,13 @@ def _backbone(
     from transformers import AutoModel
 
     config = copy.deepcopy(config)
-    _set_layers(config, layers)
+    cut_layers(config, layers)
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     with blaming(f"{MODEL_FLAG} {name}"), torch.device("meta"):
         return AutoModel.from_config(
             config, dtype=dtype, trust_remote_code=False,
             attn_implementation="eager" if softcap else None,
         )  # fmt: skip
-
-
-def _set_layers(config: "PreTrainedConfig", layers: int) -> None:
-    text = config.get_text_config()
-    there, text.num_hidden_layers = text.num_hidden_layers, layers
-    for name, value in list(vars(text).items()):  # a kind of attention or the like for each
-        if isinstance(value, list) and len(value) == there:
-            setattr(text, name, value[:layers])
 
 
 def _fake(backbone: nn.Module) -> None:

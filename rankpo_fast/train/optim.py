@@ -117,7 +117,9 @@ class Optimizer:
                 host.grad = None
 
     def _step(self, broken: Tensor, divisor: Tensor | None) -> None:
-        with _seeded([self._seed, self.updates], broken.device):
+        # Only those draw random numbers for whose norm the host waits.
+        rounding = _seeded([self._seed, self.updates], broken.device)
+        with rounding if self.waits else nullcontext():
             for part in self.parts:
                 if not self.waits:  # as torch's GradScaler steers fused optimizers
                     part.found_inf, part.grad_scale = broken, divisor  # type: ignore[attr-defined]
