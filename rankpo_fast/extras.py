@@ -15,6 +15,9 @@ EXTRAS = {
         "pytrec-eval-terrier": "pytrec_eval",
     },
     "plots": {"matplotlib": "matplotlib"},
+    "label": {"ibis-framework": "ibis", "duckdb": "duckdb"},
+    "spark": {"ibis-framework": "ibis", "pyspark": "pyspark"},
+    "judge": {"openai": "openai", "krippendorff": "krippendorff", "choix": "choix"},
     "lora": {"peft": "peft"},
     "lowbit": {"torchao": "torchao", "bitsandbytes": "bitsandbytes"},
 }

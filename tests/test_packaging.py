@@ -82,7 +82,8 @@ def test_an_installation_brings_torch_triton_and_numpy_alone():
 
 def test_extras_are_those_that_documents_and_messages_name():
     assert set(OPTIONAL) == {
-        *("train", "plots", "data", "lora", "lowbit", "liger", "flash", "hf", "st"),
+        *("train", "plots", "data", "label", "spark", "judge", "lora", "lowbit", "liger", "flash"),
+        *("hf", "st"),
         *("tensorboard", "wandb", "trackio", "mlflow"),
         *("all", "bench", "docs", "test"),
     }  # fmt: skip
@@ -96,10 +97,10 @@ def test_what_is_asked_for_is_what_the_extra_installs(extra):
     assert names(OPTIONAL[extra]) == set(EXTRAS[extra])
 
 
-def test_all_leaves_out_what_needs_a_compiler_and_what_developers_need():
+def test_all_leaves_out_what_needs_a_compiler_or_java_and_what_developers_need():
     (everything,) = OPTIONAL["all"]
     named = set(re.search(r"\[(.*)\]", everything)[1].split(","))
-    assert named == set(OPTIONAL) - {"all", "flash", "bench", "docs", "test"}
+    assert named == set(OPTIONAL) - {"all", "flash", "spark", "bench", "docs", "test"}
 
 
 def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch):

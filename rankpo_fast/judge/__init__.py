@@ -1,0 +1,1 @@
+"""Verdicts on passages, of language models and of people: questions, journal, agreement, report."""
