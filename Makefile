@@ -24,6 +24,7 @@ MADE := $(VENV)/.made
 READY_DEMO := $(VENV)/.ready-demo
 READY_DOCS := $(VENV)/.ready-docs
 READY := $(VENV)/.ready
+READY_LONG := $(VENV)/.ready-long
 
 .PHONY: help demo test test-all test-long test-isa lint docs wheel aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
 
@@ -38,7 +39,7 @@ test: $(READY)  ## the tests but those marked long
 
 test-all: test test-long test-isa  ## every test there is
 
-test-long: $(READY)  ## tests of compilers, of many processes and of long grids
+test-long: $(READY_LONG)  ## tests of compilers, of many processes and of long grids
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long
 
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
@@ -109,6 +110,11 @@ $(READY): $(READY_DEMO) bench/pyproject.toml bench/setup.py
 	$(INSTALL) "$(TORCH)" "rankpo-fast[test]" --editable ./bench
 	$(INSTALL) --no-deps $(PEERS)
 	$(COMPILE)
+	touch $@
+
+# Hundreds of megabytes that only a long test takes, with Java 17 where there is one.
+$(READY_LONG): $(READY)
+	$(INSTALL) "rankpo-fast[spark]"
 	touch $@
 
 # The site reads docstrings from the source: it needs neither torch nor this package.
