@@ -40,26 +40,14 @@ class Command:
     check: Callable[..., None] | None = None  # refuses by the settings alone, before the body
 
 
-TRAINING = [configs.TrainingConfig, configs.EvaluationConfig, configs.ComputeConfig]
 COMMANDS = {
     "contrastive": Command(
         "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
-        [
-            configs.ModelConfig,
-            configs.ContrastiveDataConfig,
-            configs.ContrastiveLossConfig,
-            *TRAINING,
-        ],
+        configs.STAGES["contrastive"],
     ),
     "rankpo": Command(
         "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
-        [
-            configs.ModelConfig,
-            configs.RankPODataConfig,
-            configs.RankPOLossConfig,
-            *TRAINING,
-            configs.ReplayConfig,
-        ],
+        configs.STAGES["rankpo"],
     ),
     "evaluate": Command(
         "measure an encoder: nDCG, MRR and recall, and its agreement with preferences",
@@ -85,6 +73,10 @@ COMMANDS = {
         "turn the texts of a JSONL file into vectors",
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
+    ),
+    "sweep": Command(
+        "train a grid of settings from one file; choose on validation, compare on both axes",
+        [configs.SweepConfig],
     ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",

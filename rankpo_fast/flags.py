@@ -284,7 +284,7 @@ def _given_in_file(
     import yaml
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _loader())
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{origin.where}{' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -324,7 +324,7 @@ def _unset(field: dataclasses.Field, one: Given, origin: Origin) -> None:
         )
 
 
-def _loader() -> type:
+def yaml_loader() -> type:
     """Of YAML whose keys stand once, and where null, true and false alone are more than text:
     argparse reads numbers, which YAML would take for times of day or octal."""
     import yaml

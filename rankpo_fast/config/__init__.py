@@ -29,7 +29,15 @@ from rankpo_fast.config.rows import (
     RankPODataConfig,
     ReplayConfig,
 )
+from rankpo_fast.config.sweep import SweepConfig
 from rankpo_fast.config.training import REPORTERS, TrainingConfig
+
+# The settings that each training command takes, in the order in which its body takes them.
+_RUN: list[type] = [TrainingConfig, EvaluationConfig, ComputeConfig]
+STAGES: dict[str, list[type]] = {
+    "contrastive": [ModelConfig, ContrastiveDataConfig, ContrastiveLossConfig, *_RUN],
+    "rankpo": [ModelConfig, RankPODataConfig, RankPOLossConfig, *_RUN, ReplayConfig],
+}
 
 __all__ = [
     "NO_REPLAY",
@@ -37,6 +45,7 @@ __all__ = [
     "PAPER_MAX_QUERY_LENGTH",
     "PAPER_SPECIAL_TOKENS",
     "REPORTERS",
+    "STAGES",
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
@@ -51,5 +60,6 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "SweepConfig",
     "TrainingConfig",
 ]

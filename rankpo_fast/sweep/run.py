@@ -1,0 +1,200 @@
+"""Runs a sweep: trainings and their measurements, one after the other or several at once.
+
+    runs/DIGEST/            a training's output directory
+    runs/DIGEST.log         what it printed
+    figures/SPLIT/DIGEST-alpha-A.json     what was measured; a part that is there is not done again
+    figures/SPLIT/start-SEED.json         of the model that was trained on
+
+Each part is a process, so that one that fails, or runs out of memory, ends no other.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from rankpo_fast.sweep.spec import Job, Sweep
+
+VALIDATION, TEST = "validation", "test"
+Figures = dict[str, float]
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process does."""
+
+    name: str
+    job: dict[str, Any]
+    log: Path
+
+
+class Runner:
+    """Of one sweep in one directory.
+
+    Args:
+        parallel: how many processes at once; each has a GPU of its own, where there are any.
+        say: takes a line on what has been done.
+    """
+
+    def __init__(self, sweep: Sweep, path: Path, parallel: int, say: Callable[[str], None]):
+        self.sweep, self.path, self.parallel, self._say = sweep, path, parallel, say
+        self._processes: set[subprocess.Popen] = set()
+        self._stopped: int | None = None
+        self._lock = threading.Lock()
+
+    def train(self) -> list[str]:
+        """Every training that is not done, and the start, measured on validation; returns the
+        names of those that failed."""
+        starts = [self._start(seed, VALIDATION) for seed in self.sweep.seeds]
+        return self._all([*starts, *(self._training(job) for job in self.sweep.jobs)])
+
+    def test(self, chosen: Mapping[Job, Sequence[float]]) -> list[str]:
+        """Measure the start and those alphas of trainings on the test data; as `train`."""
+        starts = [self._start(seed, TEST) for seed in self.sweep.seeds]
+        return self._all([*starts, *(self._tested(*each) for each in chosen.items())])
+
+    def figures(self, split: str, job: Job | None, alpha: float, seed: int) -> Figures | None:
+        """What was measured; None where it was not. No job: of the start."""
+        path = Path(self._figures(split, job, seed).format(alpha=format(alpha, "g")))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    # --- parts ---
+
+    def _figures(self, split: str, job: Job | None, seed: int) -> str:
+        name = (
+            f"start-{seed}.json" if job is None else f"{Path(job.folder).name}-alpha-{{alpha}}.json"
+        )
+        return str(self.path / "figures" / split / name)
+
+    def _start(self, seed: int, split: str) -> Part | None:
+        if self.figures(split, None, 0, seed) is not None:
+            return None
+        return Part(f"start, seed {seed}: {split}", self._measure(split, None, seed, [0.0]),
+                    self.path / "runs" / f"start-{seed}.log")  # fmt: skip
+
+    def _training(self, job: Job) -> Part | None:
+        missing = [
+            a for a in self.sweep.alphas if self.figures(VALIDATION, job, a, job.seed) is None
+        ]
+        if not missing:
+            return None
+        folder = self.path / job.folder
+        training = {"command": self.sweep.command, "flags": list(job.flags)}
+        return Part(f"{job.setup}, seed {job.seed}",
+                    training | self._measure(VALIDATION, job, job.seed, missing),
+                    folder.with_suffix(".log"))  # fmt: skip
+
+    def _tested(self, job: Job, alphas: Sequence[float]) -> Part | None:
+        missing = [alpha for alpha in alphas if self.figures(TEST, job, alpha, job.seed) is None]
+        if not missing:
+            return None
+        return Part(f"{job.setup}, seed {job.seed}: {TEST}",
+                    self._measure(TEST, job, job.seed, missing),
+                    (self.path / job.folder).with_suffix(".log"))  # fmt: skip
+
+    def _measure(
+        self, split: str, job: Job | None, seed: int, alphas: list[float]
+    ) -> dict[str, Any]:
+        data = self.sweep.validation if split == VALIDATION else self.sweep.test
+        assert data is not None
+        start = self.sweep.start.replace("{seed}", str(seed))
+        _, *evaluation = self.sweep.flags_of(data, start, seed)
+        return {
+            "start": start,
+            "output_dir": start if job is None else str(self.path / job.folder),
+            "alphas": alphas,
+            "evaluation": evaluation,
+            "figures": self._figures(split, job, seed),
+        }
+
+    # --- processes ---
+
+    def _all(self, parts: Iterable[Part | None]) -> list[str]:
+        # Methods of equal settings are one training.
+        waiting = [*{part.log: part for part in parts if part is not None}.values()]
+        failed: list[str] = []
+        slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(self.parallel):
+            slots.put(slot)
+        done = 0
+        with ThreadPoolExecutor(self.parallel) as pool, self._signals():
+            running = {pool.submit(self._run, part, slots): part for part in waiting}
+            while running:
+                ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    part, (code, seconds) = running.pop(future), future.result()
+                    done += 1
+                    if self._stopped is not None:
+                        continue
+                    if code != 0:
+                        failed.append(part.name)
+                    said = f"{seconds:.0f} s" if code == 0 else f"failed, see {part.log}"
+                    self._say(f"[{done}/{len(waiting)}] {part.name}: {said}")
+        if self._stopped is not None:
+            self._say("stopped: the same command goes on")
+            raise SystemExit(128 + self._stopped)
+        return failed
+
+    def _run(self, part: Part, slots: "SimpleQueue[int]") -> tuple[int, float]:
+        slot, began = slots.get(), time.monotonic()
+        try:
+            with self._lock:
+                if self._stopped is not None:
+                    return 0, 0.0
+                process = self._process(part, slot)
+                self._processes.add(process)
+            code = process.wait()
+            self._processes.discard(process)
+            return code, time.monotonic() - began
+        finally:
+            slots.put(slot)
+
+    def _process(self, part: Part, slot: int) -> subprocess.Popen:
+        part.log.parent.mkdir(parents=True, exist_ok=True)
+        Path(part.job["figures"]).parent.mkdir(parents=True, exist_ok=True)
+        job = part.log.with_suffix(".json")
+        job.write_text(json.dumps(part.job), encoding="utf-8")
+        command = [sys.executable, "-m", "rankpo_fast.sweep.worker", str(job)]
+        with part.log.open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(slot),
+                                    start_new_session=True)  # fmt: skip
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """One GPU, or a share of the processors, for each process; what is set already is kept."""
+        environment = dict(os.environ)
+        gpus = environment.get("CUDA_VISIBLE_DEVICES", "")
+        listed = [gpu for gpu in gpus.split(",") if gpu] or [str(slot)]
+        environment["CUDA_VISIBLE_DEVICES"] = listed[slot % len(listed)]
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.parallel)))
+        return environment
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, Ctrl-C and SIGTERM reach the trainings, which save and end."""
+
+        def stop(number: int, _: object) -> None:
+            self._stopped = number
+            for process in list(self._processes):
+                process.send_signal(signal.SIGTERM)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""A sweep's file -> the trainings that it asks for.
+
+    command: rankpo                    what trains: rankpo or contrastive
+    start: out/stage1-{seed}           the model every training starts from
+    settings: {train_data: ...}        flags of all trainings
+    methods:                           by name, what makes each; beside settings maybe a grid
+      SimRankPO: {}
+      RankPO: {reference_free: false, grid: {beta: [1, 2]}}
+    grid: {learning_rate: [1e-4, 3e-4]}      each value with each other one's
+    draws: 8                           so many of a method's grid, drawn; without it all
+    seeds: [0, 1, 2]                   of --seed; {seed} in other values becomes it
+    alphas: [0.5, 1]                   how much of the change of weights is taken, each measured
+    validation: {query_data: ..., preference_data: ...}      by which settings are chosen
+    test: {...}                        read once, for those chosen
+    choose: {ndcg@20: 1, alignment: 1}       weights of the figures by which one is chosen
+
+Flags are those of the commands, checked before anything is trained.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankpo_fast.config import (
+    STAGES,
+    ComputeConfig,
+    EncoderConfig,
+    EvaluationConfig,
+)
+from rankpo_fast.errors import InputError
+from rankpo_fast.flags import closest, parse, yaml_loader
+
+START = "start"  # the name, among methods, of the model that is trained on
+MEASURED = [EncoderConfig, EvaluationConfig, ComputeConfig]
+KEYS = (
+    "command", "start", "settings", "methods", "grid", "draws", "seeds", "alphas", "validation",
+    "test", "choose",
+)  # fmt: skip
+OWN = ("model_name_or_path", "output_dir", "seed", "resume", "overwrite_output_dir")
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a training is made by, beside the seed."""
+
+    method: str
+    settings: tuple[tuple[str, Any], ...]  # of the grid
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {_text(value)}" for name, value in self.settings)
+        return f"{self.method} ({chosen})" if chosen else self.method
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, to be measured on validation with each alpha."""
+
+    setup: Setup
+    seed: int
+    folder: str  # under the output directory; other settings have another one
+    flags: tuple[str, ...]  # without those of `OWN`, but for the start and the seed
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that a file asks for."""
+
+    command: str
+    start: str
+    seeds: tuple[int, ...]
+    alphas: tuple[float, ...]
+    choose: dict[str, float]
+    validation: Settings
+    test: Settings | None
+    jobs: tuple[Job, ...]
+
+    def flags_of(self, split: Settings, model: str, seed: int) -> list[str]:
+        """Of an evaluation."""
+        return [f"--model_name_or_path={model}", *_flags(split, seed)]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """InputError names the file and the key of what cannot be used."""
+    import yaml
+
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), yaml_loader())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--sweep {path}: {' '.join(str(error).split())}") from None
+    try:
+        return _sweep(given)
+    except InputError as error:
+        raise InputError(f"--sweep {path}: {error}") from None
+
+
+def _sweep(given: Any) -> Sweep:
+    if not isinstance(given, dict):
+        raise InputError("keys with values are expected")
+    for key in given:
+        if key not in KEYS:
+            raise InputError(f"unknown key {key}{closest(str(key), KEYS)}; there are "
+                             f"{', '.join(KEYS)}")  # fmt: skip
+    command = given.get("command", "rankpo")
+    if command not in STAGES:
+        raise InputError(f"command must be one of {', '.join(STAGES)}, got {command}")
+    start, validation = given.get("start"), _mapping(given, "validation")
+    if not isinstance(start, str) or not validation:
+        raise InputError("start, a model, and validation, data to choose by, must be given")
+    seeds = tuple(int(x) for x in _numbers(given, "seeds", ["42"]))
+    alphas = tuple(sorted(_numbers(given, "alphas", ["1"])))
+    if not all(alpha > 0 for alpha in alphas):
+        raise InputError("alphas must be > 0; the start itself, 0, is measured anyway")
+    weights = {k: _number("choose", v) for k, v in _mapping(given, "choose").items()}
+    sweep = Sweep(
+        command=command,
+        start=start,
+        seeds=seeds,
+        alphas=alphas,
+        choose=weights or {"ndcg@20": 1.0, "alignment": 1.0},
+        validation=validation,
+        test=_mapping(given, "test") or None,
+        jobs=tuple(_jobs(given, command, start, seeds)),
+    )
+    _check(sweep)
+    return sweep
+
+
+def _jobs(given: Settings, command: str, start: str, seeds: tuple[int, ...]) -> list[Job]:
+    shared, grid = _mapping(given, "settings"), _mapping(given, "grid")
+    methods = _mapping(given, "methods") or {command: {}}
+    draws = given.get("draws")
+    jobs = []
+    for method, own in methods.items():
+        own = {} if own is None else own
+        if not isinstance(own, dict):
+            raise InputError(f"methods: {method} must hold settings, got {own!r}")
+        if method == START:
+            raise InputError(f"methods: {START} is the name of the model that is trained on")
+        axes = grid | _mapping(own, "grid")
+        fixed = shared | {key: value for key, value in own.items() if key != "grid"}
+        for name in axes.keys() & own.keys():
+            del axes[name]  # a method's own setting is no axis of it
+        points = _points(axes)
+        if draws is not None and int(_number("draws", draws)) < len(points):
+            chosen = random.Random(method).sample(range(len(points)), int(draws))
+            points = [points[i] for i in sorted(chosen)]
+        for point in points:
+            of_run = fixed | point
+            for name in OWN:
+                if name in of_run:
+                    raise InputError(f"{method}: {name} is the sweep's to give")
+            setup = Setup(str(method), tuple(point.items()))
+            for seed in seeds:
+                model = start.replace("{seed}", str(seed))
+                flags = [f"--model_name_or_path={model}", f"--seed={seed}", *_flags(of_run, seed)]
+                digest = hashlib.sha256(json.dumps([command, flags]).encode()).hexdigest()[:12]
+                jobs.append(Job(setup, seed, f"runs/{digest}", tuple(flags)))
+    return jobs
+
+
+def _points(axes: Settings) -> list[Settings]:
+    """Each value of each axis with each of the others."""
+    for name, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"grid: {name} must be a list of values, got {values!r}")
+    combined = itertools.product(*axes.values())
+    return [dict(zip(axes, values, strict=True)) for values in combined]
+
+
+def _check(sweep: Sweep) -> None:
+    """Flags of all runs and evaluations, as the commands would check them."""
+    for job in sweep.jobs:
+        try:
+            parse(sweep.command, "a training", STAGES[sweep.command],
+                  [*job.flags, "--output_dir=x"])  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{job.setup}, seed {job.seed}: {error}") from None
+    for name, split in (("validation", sweep.validation), ("test", sweep.test)):
+        if split is not None:
+            try:
+                _, evaluation, _ = parse("evaluate", "an evaluation", MEASURED,
+                                         sweep.flags_of(split, "x", sweep.seeds[0]))  # fmt: skip
+                evaluation.check_asked()
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
+
+def _flags(settings: Settings, seed: int) -> list[str]:
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            raise InputError(f"{name} holds keys itself; settings are not nested")
+        values = [_text(item).replace("{seed}", str(seed)) for item in _listed(value)]
+        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    return flags
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _mapping(given: Settings, key: str) -> Settings:
+    value = given.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{key} must hold keys with values, got {value!r}")
+    return dict(value)
+
+
+def _numbers(given: Settings, key: str, default: list[str]) -> list[float]:
+    values = _listed(given.get(key, default))
+    return [_number(key, value) for value in values]
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{key} must be numbers, got {value!r}") from None

@@ -1,0 +1,84 @@
+"""One part of a sweep, in a process of its own: `python -m rankpo_fast.sweep.worker JOB.json`.
+
+    {"command", "flags", "output_dir"}             train, or go on, unless it is finished
+    {"start", "alphas", "evaluation", "figures"}   measure: a JSON file of figures for each alpha
+
+Alpha is the share of the change of weights that is taken, 0 the start itself.
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankpo_fast.config import STAGES
+from rankpo_fast.data.files import whole_file
+from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.flags import parse
+from rankpo_fast.sweep.spec import MEASURED
+
+
+def train(job: dict[str, Any]) -> None:
+    flags = [*job["flags"], f"--output_dir={job['output_dir']}"]
+    if (Path(job["output_dir"]) / "training.json").exists():
+        flags.append("--resume")
+    command = job["command"]
+    settings = parse(command, "a training", STAGES[command], flags)
+    importlib.import_module(f"rankpo_fast.commands.{command}").run(*settings)
+
+
+def measure(job: dict[str, Any]) -> None:
+    from rankpo_fast.functions import measured
+    from rankpo_fast.model.load import load_encoder
+    from rankpo_fast.retrieval.evaluate import read_evaluation_data
+
+    data = None
+    for alpha in job["alphas"]:
+        with _weights(job, alpha) as model:
+            flags = [f"--model_name_or_path={model}", *job["evaluation"]]
+            encoder, evaluation, compute = parse("evaluate", "an evaluation", MEASURED, flags)
+            data = data or read_evaluation_data(evaluation)
+            device = compute.torch_device()
+            found = measured(lambda e=encoder, d=device: load_encoder(e, device=d), data,
+                             evaluation, compute)  # fmt: skip
+        with whole_file(job["figures"].format(alpha=format(alpha, "g"))) as temporary:
+            temporary.write_text(json.dumps(found.figures, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _weights(job: dict[str, Any], alpha: float) -> Iterator[str]:
+    """Where the model is; a merged one is gone afterwards."""
+    if alpha in (0, 1):
+        yield job["output_dir"] if alpha else job["start"]
+        return
+    from rankpo_fast.config import MergeConfig
+    from rankpo_fast.model.merge import merge
+
+    with tempfile.TemporaryDirectory(dir=job["output_dir"], prefix=".merged-") as folder:
+        [merged] = merge(MergeConfig(
+            [job["output_dir"]], str(Path(folder) / "model"), base_model_name_or_path=job["start"],
+            alpha=[repr(alpha)],
+        ))  # fmt: skip
+        yield str(merged)
+
+
+def main(path: str) -> int:
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        if "flags" in job:
+            train(job)
+        measure(job)
+    except TrainingStopped as stop:
+        return stop.exit_code
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"rankpo-fast: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
