@@ -67,7 +67,7 @@ class Interval:
         taken = np.asarray(values, dtype=np.float64)
         n, mean = len(taken), float(taken.mean())
         if n == 1:
-            return cls(mean, *[math.nan] * 4, seeds=1)
+            return cls(mean, math.nan, math.nan, math.nan, math.nan, 1)
         error = float(taken.std(ddof=1)) / math.sqrt(n)
         quantile = T_975[min(n - 1, len(T_975)) - 1]
         rows = np.random.default_rng(seed).integers(n, size=(BOOTSTRAPS, n))

@@ -46,7 +46,7 @@ class Results:
         return [choice for choice in choices if self.of_seeds(VALIDATION, choice) is not None]
 
     def of_seeds(self, split: str, choice: Choice | None) -> list[Figures] | None:
-        """Figures of each seed, of the start where there is no choice; None where any is missing."""
+        """Figures of each seed, of the start for None; None where any seed's are missing."""
         found = []
         for seed in self.sweep.seeds:
             job = None if choice is None else self._jobs[choice.setup, seed]

@@ -96,7 +96,7 @@ class Runner:
                     folder.with_suffix(".log"))  # fmt: skip
 
     def _tested(self, job: Job, alphas: Sequence[float]) -> Part | None:
-        missing = [alpha for alpha in alphas if self.figures(TEST, job, alpha, job.seed) is None]
+        missing = self._missing(TEST, job, alphas)
         if not missing:
             return None
         return Part(f"{job.setup}, seed {job.seed}: {TEST}",
@@ -108,7 +108,7 @@ class Runner:
     ) -> dict[str, Any]:
         data = self.sweep.validation if split == VALIDATION else self.sweep.test
         assert data is not None
-        start = self.sweep.start.replace("{seed}", str(seed))
+        start = self.sweep.start.replace("<seed>", str(seed))
         _, *evaluation = self.sweep.flags_of(data, start, seed)
         return {
             "start": start,

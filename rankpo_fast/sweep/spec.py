@@ -1,14 +1,14 @@
 """A sweep's file -> the trainings that it asks for.
 
     command: rankpo                    what trains: rankpo or contrastive
-    start: out/stage1-{seed}           the model every training starts from
+    start: out/stage1-<seed>           the model every training starts from
     settings: {train_data: ...}        flags of all trainings
     methods:                           by name, what makes each; beside settings maybe a grid
       SimRankPO: {}
       RankPO: {reference_free: false, grid: {beta: [1, 2]}}
     grid: {learning_rate: [1e-4, 3e-4]}      each value with each other one's
     draws: 8                           so many of a method's grid, drawn; without it all
-    seeds: [0, 1, 2]                   of --seed; {seed} in other values becomes it
+    seeds: [0, 1, 2]                   of --seed; <seed> in other values becomes it
     alphas: [0.5, 1]                   how much of the change of weights is taken, each measured
     validation: {query_data: ..., preference_data: ...}      by which settings are chosen
     test: {...}                        read once, for those chosen
@@ -156,7 +156,7 @@ def _jobs(given: Settings, command: str, start: str, seeds: tuple[int, ...]) -> 
                     raise InputError(f"{method}: {name} is the sweep's to give")
             setup = Setup(str(method), tuple(point.items()))
             for seed in seeds:
-                model = start.replace("{seed}", str(seed))
+                model = start.replace("<seed>", str(seed))
                 flags = [f"--model_name_or_path={model}", f"--seed={seed}", *_flags(of_run, seed)]
                 digest = hashlib.sha256(json.dumps([command, flags]).encode()).hexdigest()[:12]
                 jobs.append(Job(setup, seed, f"runs/{digest}", tuple(flags)))
@@ -195,7 +195,7 @@ def _flags(settings: Settings, seed: int) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, dict):
             raise InputError(f"{name} holds keys itself; settings are not nested")
-        values = [_text(item).replace("{seed}", str(seed)) for item in _listed(value)]
+        values = [_text(item).replace("<seed>", str(seed)) for item in _listed(value)]
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
     return flags
 

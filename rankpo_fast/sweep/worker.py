@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def measure(job: dict[str, Any]) -> None:
             encoder, evaluation, compute = parse("evaluate", "an evaluation", MEASURED, flags)
             data = data or read_evaluation_data(evaluation)
             device = compute.torch_device()
-            found = measured(lambda e=encoder, d=device: load_encoder(e, device=d), data,
-                             evaluation, compute)  # fmt: skip
+            load = partial(load_encoder, encoder, device=device)
+            found = measured(load, data, evaluation, compute)
         with whole_file(job["figures"].format(alpha=format(alpha, "g"))) as temporary:
             temporary.write_text(json.dumps(found.figures, indent=2) + "\n", encoding="utf-8")
 

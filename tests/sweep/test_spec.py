@@ -6,7 +6,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.sweep.spec import read_sweep
 
 PLAIN = """
-start: out/stage1-{seed}
+start: out/stage1-<seed>
 settings: {train_data: pairs.jsonl, max_steps: 3}
 methods:
   SimRankPO: {}
@@ -14,7 +14,7 @@ methods:
   fixed: {learning_rate: 7e-5}
 grid: {learning_rate: [1e-4, 3e-4]}
 seeds: [0, 1]
-validation: {preference_data: held-out-{seed}.jsonl}
+validation: {preference_data: held-out-<seed>.jsonl}
 """
 
 
@@ -56,9 +56,9 @@ def test_draws_take_some_of_a_grid_the_same_every_time(tmp_path):
                                         "--max_step .did you mean --max_steps"),
         ("max_steps: 3", "seed: 3", "SimRankPO: seed is the sweep's to give"),
         ("[1e-4, 3e-4]", "1e-4", "grid: learning_rate must be a list"),
-        ("[1e-4, 3e-4]", "[1e-4, -1]", "seed 0: --learning_rate must be > 0"),
+        ("[1e-4, 3e-4]", "[1e-4, -1]", "SimRankPO .learning_rate -1., seed 0: --learning_rate must"),
         ("SimRankPO", "start", "methods: start is the name of the model"),
-        ("preference_data: held-out-{seed}.jsonl", "cutoffs: 5", "validation: nothing to measure"),
+        ("preference_data: held-out-<seed>.jsonl", "cutoffs: 5", "validation: nothing to measure"),
         ("start: out", "strt: out", "unknown key strt"),
         ("seeds: [0, 1]", "alphas: [0]", "alphas must be > 0"),
         ("seeds: [0, 1]", "seeds: [a]", "seeds must be numbers, got 'a'"),
