@@ -42,7 +42,7 @@ class Results:
     def choices(self, method: str) -> list[Choice]:
         """Those that were measured on validation with every seed."""
         choices = [Choice(setup, alpha) for setup in self.setups if setup.method == method
-                   for alpha in self.sweep.alphas]  # fmt: skip
+                   for alpha in self._jobs[setup, self.sweep.seeds[0]].alphas]  # fmt: skip
         return [choice for choice in choices if self.of_seeds(VALIDATION, choice) is not None]
 
     def of_seeds(self, split: str, choice: Choice | None) -> list[Figures] | None:
@@ -181,7 +181,7 @@ def as_markdown(results: Results, *, figure: str | None) -> str:
                          + " |" * len(names))  # fmt: skip
             continue
         chosen = ", ".join(f"{k} {v}" for k, v in best.setup.settings)
-        alpha = f"alpha {best.alpha:g}" if len(results.sweep.alphas) > 1 else ""
+        alpha = "" if best.alpha == 1 else f"alpha {best.alpha:g}"
         rows.append(
             (method, ", ".join(filter(None, [chosen, alpha])), results.of_seeds(split, best))
         )

@@ -25,6 +25,7 @@ from typing import Any
 
 from rankpo_fast.sweep.spec import Job, Sweep
 
+ALPHA = "{alpha}"  # of a file's name
 VALIDATION, TEST = "validation", "test"
 Figures = dict[str, float]
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -66,16 +67,14 @@ class Runner:
 
     def figures(self, split: str, job: Job | None, alpha: float, seed: int) -> Figures | None:
         """What was measured; None where it was not. No job: of the start."""
-        path = Path(self._figures(split, job, seed).format(alpha=format(alpha, "g")))
+        path = Path(self._figures(split, job, seed).replace(ALPHA, format(alpha, "g")))
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     # --- parts ---
 
     def _figures(self, split: str, job: Job | None, seed: int) -> str:
-        name = (
-            f"start-{seed}.json" if job is None else f"{Path(job.folder).name}-alpha-{{alpha}}.json"
-        )
-        return str(self.path / "figures" / split / name)
+        name = f"start-{seed}" if job is None else f"{Path(job.folder).name}-alpha-{ALPHA}"
+        return str(self.path / "figures" / split / f"{name}.json")
 
     def _start(self, seed: int, split: str) -> Part | None:
         if self.figures(split, None, 0, seed) is not None:
@@ -84,13 +83,11 @@ class Runner:
                     self.path / "runs" / f"start-{seed}.log")  # fmt: skip
 
     def _training(self, job: Job) -> Part | None:
-        missing = [
-            a for a in self.sweep.alphas if self.figures(VALIDATION, job, a, job.seed) is None
-        ]
+        missing = self._missing(VALIDATION, job, job.alphas)
         if not missing:
             return None
         folder = self.path / job.folder
-        training = {"command": self.sweep.command, "flags": list(job.flags)}
+        training = {"command": job.command, "flags": list(job.flags)}
         return Part(f"{job.setup}, seed {job.seed}",
                     training | self._measure(VALIDATION, job, job.seed, missing),
                     folder.with_suffix(".log"))  # fmt: skip
@@ -102,6 +99,9 @@ class Runner:
         return Part(f"{job.setup}, seed {job.seed}: {TEST}",
                     self._measure(TEST, job, job.seed, missing),
                     (self.path / job.folder).with_suffix(".log"))  # fmt: skip
+
+    def _missing(self, split: str, job: Job, alphas: Sequence[float]) -> list[float]:
+        return [alpha for alpha in alphas if self.figures(split, job, alpha, job.seed) is None]
 
     def _measure(
         self, split: str, job: Job | None, seed: int, alphas: list[float]

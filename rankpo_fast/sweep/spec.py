@@ -3,9 +3,9 @@
     command: rankpo                    what trains: rankpo or contrastive
     start: out/stage1-<seed>           the model every training starts from
     settings: {train_data: ...}        flags of all trainings
-    methods:                           by name, what makes each; beside settings maybe a grid
-      SimRankPO: {}
-      RankPO: {reference_free: false, grid: {beta: [1, 2]}}
+    methods:                           by name, what makes each: settings, and maybe a command, a
+      SimRankPO: {}                    grid or alphas of its own
+      RankPO: {reference_free: false, grid: {beta: [1, 2]}, alphas: [1]}
     grid: {learning_rate: [1e-4, 3e-4]}      each value with each other one's
     draws: 8                           so many of a method's grid, drawn; without it all
     seeds: [0, 1, 2]                   of --seed; <seed> in other values becomes it
@@ -40,6 +40,7 @@ KEYS = (
     "command", "start", "settings", "methods", "grid", "draws", "seeds", "alphas", "validation",
     "test", "choose",
 )  # fmt: skip
+OF_METHODS = ("command", "grid", "alphas")
 OWN = ("model_name_or_path", "output_dir", "seed", "resume", "overwrite_output_dir")
 Settings = dict[str, Any]
 
@@ -62,6 +63,8 @@ class Job:
 
     setup: Setup
     seed: int
+    command: str
+    alphas: tuple[float, ...]
     folder: str  # under the output directory; other settings have another one
     flags: tuple[str, ...]  # without those of `OWN`, but for the start and the seed
 
@@ -70,10 +73,8 @@ class Job:
 class Sweep:
     """All that a file asks for."""
 
-    command: str
     start: str
     seeds: tuple[int, ...]
-    alphas: tuple[float, ...]
     choose: dict[str, float]
     validation: Settings
     test: Settings | None
@@ -105,9 +106,6 @@ def _sweep(given: Any) -> Sweep:
         if key not in KEYS:
             raise InputError(f"unknown key {key}{closest(str(key), KEYS)}; there are "
                              f"{', '.join(KEYS)}")  # fmt: skip
-    command = given.get("command", "rankpo")
-    if command not in STAGES:
-        raise InputError(f"command must be one of {', '.join(STAGES)}, got {command}")
     start, validation = given.get("start"), _mapping(given, "validation")
     if not isinstance(start, str) or not validation:
         raise InputError("start, a model, and validation, data to choose by, must be given")
@@ -117,50 +115,57 @@ def _sweep(given: Any) -> Sweep:
         raise InputError("alphas must be > 0; the start itself, 0, is measured anyway")
     weights = {k: _number("choose", v) for k, v in _mapping(given, "choose").items()}
     sweep = Sweep(
-        command=command,
         start=start,
         seeds=seeds,
-        alphas=alphas,
         choose=weights or {"ndcg@20": 1.0, "alignment": 1.0},
         validation=validation,
         test=_mapping(given, "test") or None,
-        jobs=tuple(_jobs(given, command, start, seeds)),
+        jobs=tuple(_jobs(given, start, seeds)),
     )
     _check(sweep)
     return sweep
 
 
-def _jobs(given: Settings, command: str, start: str, seeds: tuple[int, ...]) -> list[Job]:
+def _jobs(given: Settings, start: str, seeds: tuple[int, ...]) -> list[Job]:
     shared, grid = _mapping(given, "settings"), _mapping(given, "grid")
-    methods = _mapping(given, "methods") or {command: {}}
-    draws = given.get("draws")
+    methods = _mapping(given, "methods") or {_command(given): {}}
     jobs = []
-    for method, own in methods.items():
-        own = {} if own is None else own
-        if not isinstance(own, dict):
-            raise InputError(f"methods: {method} must hold settings, got {own!r}")
+    for method in map(str, methods):
+        own = _mapping(methods, method)
         if method == START:
             raise InputError(f"methods: {START} is the name of the model that is trained on")
-        axes = grid | _mapping(own, "grid")
-        fixed = shared | {key: value for key, value in own.items() if key != "grid"}
-        for name in axes.keys() & own.keys():
-            del axes[name]  # a method's own setting is no axis of it
-        points = _points(axes)
-        if draws is not None and int(_number("draws", draws)) < len(points):
-            chosen = random.Random(method).sample(range(len(points)), int(draws))
-            points = [points[i] for i in sorted(chosen)]
-        for point in points:
-            of_run = fixed | point
+        command, alphas = _command(given | own), _alphas(given | own)
+        settings = {name: value for name, value in own.items() if name not in OF_METHODS}
+        axes = {name: values for name, values in grid.items() if name not in settings}
+        points = _points(axes | _mapping(own, "grid"))
+        draws = int(_number("draws", given.get("draws", len(points))))
+        drawn = random.Random(method).sample(range(len(points)), min(draws, len(points)))
+        for point in (points[i] for i in sorted(drawn)):
+            of_run = shared | settings | point
             for name in OWN:
                 if name in of_run:
                     raise InputError(f"{method}: {name} is the sweep's to give")
-            setup = Setup(str(method), tuple(point.items()))
             for seed in seeds:
                 model = start.replace("<seed>", str(seed))
                 flags = [f"--model_name_or_path={model}", f"--seed={seed}", *_flags(of_run, seed)]
                 digest = hashlib.sha256(json.dumps([command, flags]).encode()).hexdigest()[:12]
-                jobs.append(Job(setup, seed, f"runs/{digest}", tuple(flags)))
+                setup = Setup(method, tuple(point.items()))
+                jobs.append(Job(setup, seed, command, alphas, f"runs/{digest}", tuple(flags)))
     return jobs
+
+
+def _command(given: Settings) -> str:
+    command = given.get("command", "rankpo")
+    if command not in STAGES:
+        raise InputError(f"command must be one of {', '.join(STAGES)}, got {command}")
+    return command
+
+
+def _alphas(given: Settings) -> tuple[float, ...]:
+    alphas = tuple(sorted(_numbers(given, "alphas", ["1"])))
+    if not all(alpha > 0 for alpha in alphas):
+        raise InputError("alphas must be > 0; the start itself, 0, is measured anyway")
+    return alphas
 
 
 def _points(axes: Settings) -> list[Settings]:
@@ -176,8 +181,8 @@ def _check(sweep: Sweep) -> None:
     """Flags of all runs and evaluations, as the commands would check them."""
     for job in sweep.jobs:
         try:
-            parse(sweep.command, "a training", STAGES[sweep.command],
-                  [*job.flags, "--output_dir=x"])  # fmt: skip
+            flags = [*job.flags, "--output_dir=x"]
+            parse(job.command, "a training", STAGES[job.command], flags)
         except InputError as error:
             raise InputError(f"{job.setup}, seed {job.seed}: {error}") from None
     for name, split in (("validation", sweep.validation), ("test", sweep.test)):

@@ -46,7 +46,7 @@ def measure(job: dict[str, Any]) -> None:
             device = compute.torch_device()
             load = partial(load_encoder, encoder, device=device)
             found = measured(load, data, evaluation, compute)
-        with whole_file(job["figures"].format(alpha=format(alpha, "g"))) as temporary:
+        with whole_file(job["figures"].replace("{alpha}", format(alpha, "g"))) as temporary:
             temporary.write_text(json.dumps(found.figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,8 @@ settings: {train_data: pairs.jsonl, max_steps: 3}
 methods:
   SimRankPO: {}
   RankPO: {reference_free: false, grid: {beta: [1, 2]}}
-  fixed: {learning_rate: 7e-5}
+  fixed: {learning_rate: 7e-5, alphas: [0.5, 1]}
+  more of stage 1: {command: contrastive, train_data: rows.jsonl, learning_rate: 1e-4}
 grid: {learning_rate: [1e-4, 3e-4]}
 seeds: [0, 1]
 validation: {preference_data: held-out-<seed>.jsonl}
@@ -33,8 +34,12 @@ def test_each_method_has_its_grid_and_every_seed(tmp_path):
         *(f"RankPO (learning_rate {rate}, beta {beta})"
           for rate in ("1e-4", "3e-4") for beta in (1, 2)),
         "fixed",  # its own rate is no axis
+        "more of stage 1",
     ]  # fmt: skip
     assert len(sweep.jobs) == 2 * len(setups) == len({job.folder for job in sweep.jobs})
+    *_, fixed, _, more, _ = sweep.jobs
+    assert (fixed.alphas, more.alphas, more.command) == ((0.5, 1), (1,), "contrastive")
+    assert "--train_data=rows.jsonl" in more.flags
     assert "--model_name_or_path=out/stage1-1" in sweep.jobs[1].flags
     assert "--seed=1" in sweep.jobs[1].flags and "--learning_rate=1e-4" in sweep.jobs[1].flags
     assert sweep.flags_of(sweep.validation, "m", 1)[1:] == ["--preference_data=held-out-1.jsonl"]
@@ -44,7 +49,7 @@ def test_draws_take_some_of_a_grid_the_same_every_time(tmp_path):
     text = PLAIN + "draws: 2\n"
     drawn, again = read(tmp_path, text), read(tmp_path, text)
     assert drawn == again
-    assert len(drawn.jobs) == 2 * (2 + 2 + 1)
+    assert len(drawn.jobs) == 2 * (2 + 2 + 1 + 1)
     assert {job.folder for job in drawn.jobs} <= {job.folder for job in read(tmp_path, PLAIN).jobs}
 
 
@@ -56,7 +61,7 @@ def test_draws_take_some_of_a_grid_the_same_every_time(tmp_path):
                                         "--max_step .did you mean --max_steps"),
         ("max_steps: 3", "seed: 3", "SimRankPO: seed is the sweep's to give"),
         ("[1e-4, 3e-4]", "1e-4", "grid: learning_rate must be a list"),
-        ("[1e-4, 3e-4]", "[1e-4, -1]", "SimRankPO .learning_rate -1., seed 0: --learning_rate must"),
+        ("[1e-4, 3e-4]", "[-1]", "SimRankPO .learning_rate -1., seed 0: --learning_rate must be"),
         ("SimRankPO", "start", "methods: start is the name of the model"),
         ("preference_data: held-out-<seed>.jsonl", "cutoffs: 5", "validation: nothing to measure"),
         ("start: out", "strt: out", "unknown key strt"),
