@@ -76,15 +76,18 @@ class Results:
 
     def chosen(self) -> dict[Job, list[float]]:
         """The alphas of each training that are to be measured on the test data."""
-        alphas: dict[Job, list[float]] = {}
+        alphas: dict[str, set[float]] = {}
+        jobs: dict[str, Job] = {}
         for method in self.methods:
             best = self.best(method)
             choices = [best] if best is not None else []
             choices += self.frontier(method) if self.axes is not None else []
             for choice in dict.fromkeys(choices):
                 for seed in self.sweep.seeds:
-                    alphas.setdefault(self._jobs[choice.setup, seed], []).append(choice.alpha)
-        return alphas
+                    job = self._jobs[choice.setup, seed]
+                    jobs[job.folder] = job
+                    alphas.setdefault(job.folder, set()).add(choice.alpha)
+        return {job: sorted(alphas[folder]) for folder, job in jobs.items()}
 
     def points(self, split: str, choices: Sequence[Choice | None]) -> list[list[Point]]:
         """Of each seed the points of those choices that were measured."""

@@ -58,7 +58,11 @@ class Runner:
         """Every training that is not done, and the start, measured on validation; returns the
         names of those that failed."""
         starts = [self._start(seed, VALIDATION) for seed in self.sweep.seeds]
-        return self._all([*starts, *(self._training(job) for job in self.sweep.jobs)])
+        alphas: dict[str, set[float]] = {}  # methods of equal settings are one training
+        for job in self.sweep.jobs:
+            alphas.setdefault(job.folder, set()).update(job.alphas)
+        jobs = {job.folder: job for job in self.sweep.jobs}.values()
+        return self._all([*starts, *(self._training(j, sorted(alphas[j.folder])) for j in jobs)])
 
     def test(self, chosen: Mapping[Job, Sequence[float]]) -> list[str]:
         """Measure the start and those alphas of trainings on the test data; as `train`."""
@@ -82,8 +86,8 @@ class Runner:
         return Part(f"start, seed {seed}: {split}", self._measure(split, None, seed, [0.0]),
                     self.path / "runs" / f"start-{seed}.log")  # fmt: skip
 
-    def _training(self, job: Job) -> Part | None:
-        missing = self._missing(VALIDATION, job, job.alphas)
+    def _training(self, job: Job, alphas: Sequence[float]) -> Part | None:
+        missing = self._missing(VALIDATION, job, alphas)
         if not missing:
             return None
         folder = self.path / job.folder
@@ -121,8 +125,7 @@ class Runner:
     # --- processes ---
 
     def _all(self, parts: Iterable[Part | None]) -> list[str]:
-        # Methods of equal settings are one training.
-        waiting = [*{part.log: part for part in parts if part is not None}.values()]
+        waiting = [part for part in parts if part is not None]
         failed: list[str] = []
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self.parallel):
