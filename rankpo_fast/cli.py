@@ -86,6 +86,11 @@ COMMANDS = {
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
     ),
+    "merge": Command(
+        "weights between a base and what was tuned from it, or the mean of several models",
+        [configs.MergeConfig],
+        refusals.check_merge,
+    ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",
         [configs.ModelConfig, configs.PlanConfig],
