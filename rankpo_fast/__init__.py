@@ -25,7 +25,7 @@ from rankpo_fast.ops.rankpo import rankpo_loss, rankpo_loss_and_grads
 from rankpo_fast.ops.rankpo_group import rankpo_group_loss
 
 if TYPE_CHECKING:
-    from rankpo_fast.functions import evaluate, mine_hard_negatives
+    from rankpo_fast.functions import evaluate, merge_models, mine_hard_negatives
     from rankpo_fast.model.encoder import Encoder
     from rankpo_fast.retrieval.search import search
     from rankpo_fast.train.callbacks import Callback
@@ -41,6 +41,7 @@ _LATE = {
     "RankPOTrainer": "trainers",
     "TrainingResult": "train.result",
     "evaluate": "functions",
+    "merge_models": "functions",
     "mine_hard_negatives": "functions",
     "search": "retrieval.search",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "TrainingResult",
     "TrainingStopped",
     "evaluate",
+    "merge_models",
     "mine_hard_negatives",
     "search",
     "InBatchRankPOLoss",

@@ -78,6 +78,11 @@ COMMANDS = {
         "train a grid of settings from one file; choose on validation, compare on both axes",
         [configs.SweepConfig],
     ),
+    "merge": Command(
+        "weights between a base and what was tuned from it, or the mean of several models",
+        [configs.MergeConfig],
+        refusals.check_merge,
+    ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",
         [configs.ModelConfig, configs.PlanConfig],

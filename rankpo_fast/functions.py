@@ -3,16 +3,24 @@
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from rankpo_fast.config import ComputeConfig, EncoderConfig, EvaluationConfig, MineConfig
+from rankpo_fast.config import (
+    ComputeConfig,
+    EncoderConfig,
+    EvaluationConfig,
+    MergeConfig,
+    MineConfig,
+)
 from rankpo_fast.data.rows import read_contrastive
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.merge import merge
 from rankpo_fast.model.texts import check_lengths
-from rankpo_fast.paths import texts_located
+from rankpo_fast.paths import check_new_directory, texts_located
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.evaluate import (
     Evaluation,
@@ -133,6 +141,34 @@ def mined(
         progress=progress,
         ranks=ranks,
     )
+
+
+def merge_models(
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *settings: Config,
+    **keywords: Any,
+) -> list[Path]:
+    """Write models whose weights lie between a base and what was tuned from it.
+
+        merge_models("out/rankpo", "out/merged", base_model_name_or_path="out/stage1", alpha="0.75")
+
+    Args:
+        models: the tuned model, several of them, or one adapter.
+        output_dir: of the merged model; of a grid, the directory for those of each alpha.
+        settings: an object of `MergeConfig`.
+        keywords: single fields of it, `base_model_name_or_path`, `alpha` and `method` among them.
+
+    Returns:
+        The directories of the models, in the order of the alphas.
+
+    Raises:
+        InputError: settings that cannot be used, or models that do not go together.
+    """
+    keywords = {"model_name_or_path": models, "output_dir": output_dir} | keywords
+    [config] = gathered("merge_models", [MergeConfig], settings, keywords)
+    check_new_directory("--output_dir", config.output_dir, config)
+    return merge(config)
 
 
 def _opened(

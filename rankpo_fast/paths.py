@@ -15,7 +15,7 @@ from rankpo_fast.errors import InputError, NotFiniteVectors
 # Settings whose values are files or directories that are read; those of models may be hub names.
 MODELS = (
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path",
-    "guide_model_name_or_path",
+    "guide_model_name_or_path", "base_model_name_or_path",
 )  # fmt: skip
 DATA = ("train_data", "replay_data", "query_data", "corpus_data", "preference_data", "input")
 # What in a model's directory decides its vectors; others keep figures and notes there.
@@ -68,6 +68,17 @@ def check_output(flag: str, path: str | Path, *configs: Any) -> None:
         if inside and read_by not in map(_flag, MODELS):
             raise InputError(f"{flag} {path} is also read, as part of {read_by} {name}: choose "
                              f"another name")  # fmt: skip
+
+
+def check_new_directory(flag: str, path: str | Path, *configs: Any) -> None:
+    """`check_writable` of a directory, and InputError where it holds something, or lies in one that
+    the settings read."""
+    check_writable(flag, path, directory=True)
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise InputError(f"{flag} {path} is not empty: choose another")
+    for read_by, name in inputs(*configs):
+        if lies_in(path, os.path.expanduser(name)):
+            raise InputError(f"{flag} {path} lies in {read_by} {name}: choose another")
 
 
 def inputs(*configs: Any) -> Iterator[tuple[str, str]]:

@@ -6,13 +6,14 @@ from rankpo_fast.config import (
     EncoderConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
+    MergeConfig,
     MineConfig,
     MineOutputConfig,
     ModelConfig,
     PlanConfig,
 )
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_output
+from rankpo_fast.paths import check_new_directory, check_output
 
 
 def check_evaluate(
@@ -38,6 +39,10 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+
+
+def check_merge(config: MergeConfig) -> None:
+    check_new_directory("--output_dir", config.output_dir, config)
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Set
 from rankpo_fast.errors import InputError
 
 ALIASES = {
+    "base_model_name_or_path": "base base_model",
     "model_name_or_path": "model model_name model_path model_id model_dir base_model encoder "
     "pretrained_model_name_or_path embedder_name_or_path checkpoint_path",
     "tokenizer_name": "tokenizer tokenizer_path tokenizer_name_or_path",
@@ -104,6 +105,7 @@ COMMANDS = {
     "evaluate": "eval evaluation test run_evaluate",
     "mine": "mining mine_hard_negatives hard_negatives get_hard_negatives hn_mine",
     "encode": "embed embeddings encode_texts",
+    "merge": "soup interpolate lerp slerp merge_models wise_ft",
     "bench": "benchmark",
 }
 COMMAND_HINTS = {

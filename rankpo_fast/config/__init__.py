@@ -8,6 +8,7 @@ InputError naming flag and value.
 
 from rankpo_fast.config.compute import ComputeConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
+from rankpo_fast.config.merge import MergeConfig
 from rankpo_fast.config.model import (
     PAPER_MAX_PASSAGE_LENGTH,
     PAPER_MAX_QUERY_LENGTH,
@@ -53,6 +54,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluateOutputConfig",
     "EvaluationConfig",
+    "MergeConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
