@@ -45,8 +45,11 @@ def test_what_is_done_is_kept_and_what_failed_is_tried_again(tmp_path, tiny_llam
     assert main(flags) == 1
     assert "broken, seed 0" in capsys.readouterr().err
     figures = {path: path.stat().st_mtime_ns for path in out.glob("figures/*/*.json")}
-    assert len(figures) == 2 * (1 + 2)  # of each split the start, and two alphas of one training
+    assert len([*out.glob("figures/validation/*")]) == 1 + 2  # the start, and each alpha
     rows = json.loads((out / "results.json").read_text())["choices"]
+    chosen = [row for row in rows if row["best"] or row["frontier"]]
+    assert len([*out.glob("figures/test/*")]) == 1 + len(chosen)
+    assert all(("test" in row) == (row in chosen) for row in rows)
     assert [(row["method"], row["alpha"]) for row in rows] == [("SimRankPO", 0.5), ("SimRankPO", 1)]
     model = next(out.glob("runs/*/model.safetensors")).parent
     data = {name: str(tmp_path / f"{name.split('_')[0]}.jsonl") for name in ("corpus_data",)}
