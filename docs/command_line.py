@@ -11,7 +11,18 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).with_name("command-line.md")
-COMMANDS = ("contrastive", "mine", "rankpo", "evaluate", "encode", "merge", "plan", "demo", "bench")
+COMMANDS = (
+    "contrastive",
+    "mine",
+    "rankpo",
+    "evaluate",
+    "encode",
+    "merge",
+    "sweep",
+    "plan",
+    "demo",
+    "bench",
+)
 HEAD = """\
 # Command line
 
