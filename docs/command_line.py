@@ -11,7 +11,9 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).with_name("command-line.md")
-COMMANDS = ("contrastive", "mine", "rankpo", "evaluate", "encode", "plan", "demo", "bench")
+COMMANDS = (
+    "contrastive", "mine", "rankpo", "evaluate", "clicks", "encode", "plan", "demo", "bench",
+)  # fmt: skip
 HEAD = """\
 # Command line
 

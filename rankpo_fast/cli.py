@@ -81,6 +81,11 @@ COMMANDS = {
         ],
         refusals.check_mine,
     ),
+    "clicks": Command(
+        "turn logs of clicks into preferences, debiased by position",
+        [configs.ClicksConfig],
+        refusals.check_clicks,
+    ),
     "encode": Command(
         "turn the texts of a JSONL file into vectors",
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],

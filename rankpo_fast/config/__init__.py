@@ -6,6 +6,7 @@ what holds where a default is None. Every class checks its own values: what cann
 InputError naming flag and value.
 """
 
+from rankpo_fast.config.clicks import ClicksConfig
 from rankpo_fast.config.compute import ComputeConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.model import (
@@ -37,6 +38,7 @@ __all__ = [
     "PAPER_MAX_QUERY_LENGTH",
     "PAPER_SPECIAL_TOKENS",
     "REPORTERS",
+    "ClicksConfig",
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
