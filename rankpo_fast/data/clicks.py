@@ -3,15 +3,15 @@
     {"query": str, "passages": [str], "clicks": [0, 1], "positions": [1, 2], "impressions": 1}
 
 A list that was shown, or shown `impressions` times with its clicks summed. A "click" may be a
-grade, an application 2 beside a click 1. The position-based model: a passage is clicked if it is looked
-at, with the propensity p_k of its position k, and relevant, so clicks / p_k are unbiased. Of two
-passages i and j of a list the one with more of them is preferred, with the weight
+grade, an application 2 beside a click 1. In the position-based model a passage is clicked if it is
+looked at, with the propensity p_k of its position k, and relevant: clicks / p_k are unbiased. Of
+two passages i and j of a list the one with more of them is preferred, with the weight
 
     | clicks_i / p_i  -  clicks_j / p_j |        1 / p at most `max_weight`
 
 summed over all lists of the query that hold both, with signs, and divided by the largest of all.
 Where a click stands alone that is the propensity-weighted pair of Joachims, Swaminathan and
-Schnabel 2017 (arXiv 1608.04468, equation 9).
+Schnabel 2017 (arXiv 1608.04468).
 """
 
 import json

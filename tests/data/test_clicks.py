@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,26 +20,29 @@ from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.errors import InputError
 
 POSITIONS = 6
-RELEVANCE = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # of passage i, if it is looked at
-ETA = 1.0
+RELEVANCE = np.linspace(0.3, 0.8, POSITIONS)  # of passage i, if it is looked at
+TRUE = 1 / np.arange(1, POSITIONS + 1)  # propensities: eta = 1
+QUERIES, SHOWS = 10, 4000
 
 
-def simulated(queries, shows, *, shuffles, seed=0):
-    """Lists of a ranker that puts the worst passages first and swaps `shuffles` pairs of them,
-    clicked as the position-based model says."""
-    rng, lists = np.random.default_rng(seed), []
-    propensity = np.arange(1, POSITIONS + 1) ** -ETA
-    for query in range(queries):
-        for _ in range(shows):
-            order = np.arange(POSITIONS)
-            for _ in range(shuffles):
+def simulated(*, swapped):
+    """Lists of a ranker that puts the worst passages first, and swaps two in a share of its lists;
+    clicked as the position-based model says, and summed over lists of one order."""
+    rng, lists = np.random.default_rng(0), []
+    for query in range(QUERIES):
+        orders: Counter = Counter()
+        for swap in rng.random(SHOWS) < swapped:
+            order = list(range(POSITIONS))
+            if swap:
                 i, j = rng.choice(POSITIONS, 2, replace=False)
-                order[[i, j]] = order[[j, i]]
-            clicks = rng.random(POSITIONS) < propensity * RELEVANCE[order]
+                order[i], order[j] = order[j], order[i]
+            orders[tuple(order)] += 1
+        for order, shows in orders.items():
+            clicks = rng.binomial(shows, TRUE * RELEVANCE[list(order)]).tolist()
             passages = tuple(f"passage {i}" for i in order)
             positions = tuple(range(1, POSITIONS + 1))
-            lists.append(ClickList(f"query {query}", passages, tuple(map(float, clicks)),
-                                   positions, (1,) * POSITIONS))  # fmt: skip
+            lists.append(ClickList(f"query {query}", passages, tuple(clicks), positions,
+                                   (shows,) * POSITIONS))  # fmt: skip
     return lists
 
 
@@ -49,11 +53,11 @@ def right(preferences):
 
 
 def test_weighted_clicks_recover_the_relevance_that_raw_clicks_hide():
-    lists = simulated(20, 2000, shuffles=1)
+    lists = simulated(swapped=0.5)
     raw = click_preferences(lists, power_propensity(0.0))
-    weighted = click_preferences(lists, power_propensity(ETA))
-    assert len(raw.rows) == len(weighted.rows) == 20 * math.comb(POSITIONS, 2)
-    assert right(raw) < 0.65  # positions and relevance pull in opposite directions
+    weighted = click_preferences(lists, power_propensity(1.0))
+    assert len(weighted.rows) == QUERIES * math.comb(POSITIONS, 2)
+    assert right(raw) < 0.5  # positions and relevance pull in opposite directions
     assert right(weighted) > 0.95
     assert max(row.weight for row in weighted.rows) == 1.0
     # The weight is the difference in relevance: correlated pair by pair, but for noise.
@@ -62,12 +66,11 @@ def test_weighted_clicks_recover_the_relevance_that_raw_clicks_hide():
     assert np.corrcoef(differences, [r.weight for r in weighted.rows])[0, 1] > 0.9
 
 
-def test_propensities_are_estimated_within_a_tenth():
-    found = estimated_propensity(simulated(20, 2000, shuffles=1))
-    true = np.arange(1, POSITIONS + 1) ** -ETA
+def test_propensities_are_estimated_within_a_twentieth():
+    found = estimated_propensity(simulated(swapped=0.5))
     assert list(found) == list(range(1, POSITIONS + 1)) and max(found.values()) == 1.0
-    # A few thousand clicks a position: 3 to 5 % of noise in the ratios.
-    assert np.abs(np.array(list(found.values())) / true - 1).max() < 0.1
+    # Hundreds of clicks for each two positions, and five ratios for each: 2 % of noise.
+    assert np.abs(np.array(list(found.values())) / TRUE - 1).max() < 0.05
 
 
 def test_the_estimate_is_exact_where_clicks_are_their_expectations():
@@ -83,7 +86,7 @@ def test_the_estimate_is_exact_where_clicks_are_their_expectations():
 
 
 def test_positions_that_nothing_compares_are_refused():
-    same_order = simulated(5, 100, shuffles=0)
+    same_order = simulated(swapped=0)
     with pytest.raises(InputError, match="position 2, 3, 4, 5, 6 compares with position 1: "):
         estimated_propensity(same_order)
     # Moved between 1 and 2, but never clicked at 2: a ratio of 0 is no propensity.
