@@ -61,7 +61,8 @@ def _records(answers: Iterable[Answer]) -> dict[str, _Record]:
 def verdicts(answers: Iterable[Answer]) -> list[Answer]:
     """The latest answer of each annotator to each pair, without those that were withdrawn.
 
-    Skipped pairs are among them, with "preferred" None.
+    Skipped pairs are among them, with "preferred" None. Of people alone: a language model that is
+    asked in both orders has two answers to a pair.
     """
     return [answer for record in _records(answers).values() for answer in record.standing.values()]
 
