@@ -42,6 +42,7 @@ def check_wheel(wheel: Path) -> None:
     assert not any(name.endswith((".png", ".cpp")) for name in names), wheel.name
     for package in ("rankpo_fast", "rankpo_kernels"):
         assert f"{package}/py.typed" in names, f"{wheel.name} has no py.typed of {package}"
+    assert "rankpo_fast/judge/page.html" in names, f"{wheel.name} has no page for annotators"
 
 
 def check_bench(wheel: Path) -> None:

@@ -11,18 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).with_name("command-line.md")
-COMMANDS = (
-    "contrastive",
-    "mine",
-    "rankpo",
-    "evaluate",
-    "encode",
-    "merge",
-    "sweep",
-    "plan",
-    "demo",
-    "bench",
-)
 HEAD = """\
 # Command line
 
@@ -45,7 +33,10 @@ DEFAULT = re.compile(r"(?P<help>.*?) ?\(default: (?P<default>.*)\)")
 
 
 def page() -> str:
-    return HEAD + "".join(f"\n## {name}\n\n{section(help_of(name))}" for name in COMMANDS)
+    from rankpo_fast.cli import COMMANDS, PROGRAMS
+
+    names = [*COMMANDS, *PROGRAMS]
+    return HEAD + "".join(f"\n## {name}\n\n{section(help_of(name))}" for name in names)
 
 
 def help_of(command: str) -> str:

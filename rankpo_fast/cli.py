@@ -41,9 +41,24 @@ class Command:
 
 
 COMMANDS = {
+    "clicks": Command(
+        "turn logs of clicks into preferences, debiased by position",
+        [configs.ClicksConfig],
+        refusals.check_clicks,
+    ),
     "contrastive": Command(
         "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
         configs.STAGES["contrastive"],
+    ),
+    "mine": Command(
+        "find hard negatives for stage 1",
+        [
+            configs.EncoderConfig,
+            configs.MineConfig,
+            configs.MineOutputConfig,
+            configs.ComputeConfig,
+        ],
+        refusals.check_mine,
     ),
     "rankpo": Command(
         "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
@@ -59,29 +74,19 @@ COMMANDS = {
         ],
         refusals.check_evaluate,
     ),
-    "mine": Command(
-        "find hard negatives for stage 1",
-        [
-            configs.EncoderConfig,
-            configs.MineConfig,
-            configs.MineOutputConfig,
-            configs.ComputeConfig,
-        ],
-        refusals.check_mine,
-    ),
     "encode": Command(
         "turn the texts of a JSONL file into vectors",
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
     ),
-    "sweep": Command(
-        "train a grid of settings from one file; choose on validation, compare on both axes",
-        [configs.SweepConfig],
-    ),
     "merge": Command(
         "weights between a base and what was tuned from it, or the mean of several models",
         [configs.MergeConfig],
         refusals.check_merge,
+    ),
+    "sweep": Command(
+        "train a grid of settings from one file; choose on validation, compare on both axes",
+        [configs.SweepConfig],
     ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",

@@ -1,6 +1,7 @@
 """What commands refuse by their settings alone, before they are imported: InputError each."""
 
 from rankpo_fast.config import (
+    ClicksConfig,
     ComputeConfig,
     EncodeConfig,
     EncoderConfig,
@@ -12,8 +13,9 @@ from rankpo_fast.config import (
     ModelConfig,
     PlanConfig,
 )
+from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_new_directory, check_output
+from rankpo_fast.paths import check_new_directory, check_output, same_file
 
 
 def check_evaluate(
@@ -43,6 +45,13 @@ def check_mine(
 
 def check_merge(config: MergeConfig) -> None:
     check_new_directory("--output_dir", config.output_dir, config)
+
+
+def check_clicks(config: ClicksConfig) -> None:
+    check_output("--output_file", config.output_file, config)
+    if same_file(config.output_file, config.propensity):
+        raise InputError(f"--output_file {config.output_file} is also read (--propensity "
+                         f"{config.propensity}): choose another name")  # fmt: skip
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

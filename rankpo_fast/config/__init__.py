@@ -6,6 +6,7 @@ what holds where a default is None. Every class checks its own values: what cann
 InputError naming flag and value.
 """
 
+from rankpo_fast.config.clicks import ClicksConfig
 from rankpo_fast.config.compute import ComputeConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.merge import MergeConfig
@@ -47,6 +48,7 @@ __all__ = [
     "PAPER_SPECIAL_TOKENS",
     "REPORTERS",
     "STAGES",
+    "ClicksConfig",
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
