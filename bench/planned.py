@@ -24,12 +24,13 @@ from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.model.attention import KERNELS
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.lora import add_lora, keep_four_bits
+from rankpo_fast.model.precision import zero_gradient
 from rankpo_fast.model.reshape import freeze
 from rankpo_fast.model.settings import EncoderSettings
 from rankpo_fast.plan.count import count, run_micro_batch
 from rankpo_fast.plan.counter import Meter
 from rankpo_fast.plan.skeleton import read_shape
-from rankpo_fast.train.optim import make_optimizer, zero_gradient
+from rankpo_fast.train.optim import make_optimizer
 
 LENGTH, TEXTS, LAYERS = 48, 7, 5
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.layers import WAYS, Checkpointing
+from rankpo_fast.model.precision import ROUND_AT_RANDOM
 
 LORA_RANK = 16  # of an adapter that nobody gave a rank
 NOT_FOR_ADAPTERS = (
     "freeze_layers", "freeze_embeddings", "from_scratch", "float8", "trim_vocabulary",
 )  # fmt: skip
-FOR_FP32 = ("paged_adamw_8bit", "muon")  # optimizers that do not round bf16 weights at random
 Method = Literal["full", "lora", "qlora"]
 
 
@@ -94,7 +94,7 @@ def ways(
         least_first = [one for one in least_first if one.weights_dtype == "fp32"]
     if set(NOT_FOR_ADAPTERS) & model.changed().keys():
         least_first = [one for one in least_first if one.lora_rank is None]
-    if optim in FOR_FP32:
+    if optim not in ROUND_AT_RANDOM:
         least_first = [
             one for one in least_first if one.weights_dtype == "fp32" or one.lora_rank is not None
         ]
