@@ -10,13 +10,19 @@ it sews onto a product, would be less; that it splits such a kernel, more.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-Kernel = tuple[object, int]  # of a region, after so many products
+
+class Kernel(NamedTuple):
+    region: object | None
+    level: int  # products before it
+    fused: bool
+
+
 aten = torch.ops.aten
 FUSED = {aten.sum, aten.mean, aten.var_mean, aten.amax, aten._softmax, aten._softmax_backward_data,
          aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_dropout,
@@ -42,23 +48,28 @@ class Fusion:
     def takes(self, func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
         """Whether an op is one of a fused kernel; it is counted then."""
         level = max((self._level(x) for x in given), default=0)
-        kernel = (self.region, level)
+        kernel = Kernel(self.region, level, fused=True)
         fused = self.region is not None and _can_be(func)
         if fused and func._schema.is_mutable:  # of what the kernel alone knows
             fused = self._kernels.get(_key(given[0])) == kernel
+        if not fused:
+            kernel = Kernel(self.region, level + 1, fused=False)
         for tensor in given:
             key = _key(tensor)
             if fused and self._kernels.get(key) == kernel:
                 continue
             self._bytes += self._unseen.pop(key, 0)
             if fused:
-                read, size = self._read.setdefault(key, Counter()), tensor.untyped_storage().nbytes()
+                read, size = (
+                    self._read.setdefault(key, Counter()),
+                    tensor.untyped_storage().nbytes(),
+                )
                 more = min(tensor.numel() * tensor.element_size(), size - read[kernel])
                 read[kernel] += more
                 self._bytes += more
         for tensor in made:
             key = _key(tensor)
-            self._kernels[key] = kernel if fused else (self.region, level + 1)
+            self._kernels[key] = kernel
             if fused:
                 self._unseen[key] = tensor.untyped_storage().nbytes()
         return fused
@@ -74,8 +85,8 @@ class Fusion:
             known.pop(key, None)  # type: ignore[attr-defined]
 
     def _level(self, tensor: Tensor) -> int:
-        region, level = self._kernels.get(_key(tensor), (None, 0))
-        return level if region is self.region else 0
+        maker = self._kernels.get(_key(tensor))
+        return maker.level if maker is not None and maker.region is self.region else 0
 
     @contextmanager
     def of(self, modules: Sequence[nn.Module]) -> Iterator[None]:

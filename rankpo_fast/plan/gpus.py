@@ -50,7 +50,9 @@ class Gpu:
         bandwidth = BANDWIDTH_SHARE * self.bandwidth
         if not (float8 and operands):
             return max(flops / (EFFICIENCY * peak), bytes / bandwidth)
-        product = max(flops / (EFFICIENCY * FLOAT8_SPEED * peak), (bytes - operands / 2) / bandwidth)
+        product = max(
+            flops / (EFFICIENCY * FLOAT8_SPEED * peak), (bytes - operands / 2) / bandwidth
+        )
         return product + FLOAT8_CASTS * operands / bandwidth
 
 

@@ -44,9 +44,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": best.tokens_per_second,
         "seconds_per_step": best.step_seconds,
         "speedup_of_torch_compile": plan.compiled,
-        "proposals": [] if plan.float8 is None else [
-            {"flags": {"float8": True}, "speedup": plan.float8, "changes_results": True}
-        ],
+        "proposals": []
+        if plan.float8 is None
+        else [{"flags": {"float8": True}, "speedup": plan.float8, "changes_results": True}],
         "assumptions": assumptions(plan),
         "passed_over": [_passed_json(one) for one in plan.passed],
         "command": command(plan),
