@@ -60,7 +60,8 @@ def cell(found: Plan) -> str:
     how = {False: "", True: ", checkpointed", "selective": ", selective"}
     moved = "".join(f", {what} on the host" for what in levers.offload)
     way = levers.name.removeprefix("all weights in ").removesuffix(", adamw")
-    return f"{way}{how[levers.gradient_checkpointing]}{moved}; {_rounded(best.tokens_per_second)}"
+    compiled = ", compiled" * levers.torch_compile
+    return f"{way}{how[levers.gradient_checkpointing]}{compiled}{moved}; {_rounded(best.tokens_per_second)}"
 
 
 def _rounded(speed: float) -> str:

@@ -29,7 +29,7 @@ from rankpo_fast.train.optim import make_optimizer
 
 from ..planned import real_encoder, some_texts
 from ..questions import NOT_INSTALLED, Result, Row
-from ..training.backbones import BACKBONES, TINY, config_of
+from ..training.backbones import TINY, config_of
 from .plan import Plan
 from .runner import Part
 from .state import Found
@@ -74,7 +74,7 @@ def compared(case: Case, plan: Plan) -> Found:
         note = f"peft {NOT_INSTALLED}"
         return Found([Result("memory", "memory", ASKS, shape, (Row(MEASURED, note),))], says=note)
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(case.backbone).to_dict() | BACKBONES[case.backbone]
+        config = config_of(case.backbone).to_dict()
         (Path(folder) / "config.json").write_text(json.dumps(config))
         model = ModelConfig(
             folder, max_query_length=case.length, max_passage_length=case.length,

@@ -134,7 +134,7 @@ def measure(
             f"({error.func}), so it cannot be counted without weights"
         ) from error
     times = {
-        timed(phase, compiled=compiled, float8=float8):
+        timed(phase, compiled=bool(compiled), float8=float8):
         0.0 if gpu is None else seconds(costs, partial(gpu.seconds, half=bf16, float8=float8))
         for phase, both in (("forward", ran.forward), ("backward", ran.backward))
         for compiled, costs in enumerate(both)

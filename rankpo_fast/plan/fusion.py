@@ -60,11 +60,9 @@ class Fusion:
                 continue
             self._bytes += self._unseen.pop(key, 0)
             if fused:
-                read, size = (
-                    self._read.setdefault(key, Counter()),
-                    tensor.untyped_storage().nbytes(),
-                )
-                more = min(tensor.numel() * tensor.element_size(), size - read[kernel])
+                read = self._read.setdefault(key, Counter())
+                left = tensor.untyped_storage().nbytes() - read[kernel]
+                more = min(tensor.numel() * tensor.element_size(), left)
                 read[kernel] += more
                 self._bytes += more
         for tensor in made:
@@ -82,7 +80,7 @@ class Fusion:
 
     def freed(self, key: int) -> None:
         for known in (self._kernels, self._unseen, self._read):
-            known.pop(key, None)  # type: ignore[attr-defined]
+            known.pop(key, None)
 
     def _level(self, tensor: Tensor) -> int:
         maker = self._kernels.get(_key(tensor))

@@ -50,9 +50,8 @@ class Gpu:
         bandwidth = BANDWIDTH_SHARE * self.bandwidth
         if not (float8 and operands):
             return max(flops / (EFFICIENCY * peak), bytes / bandwidth)
-        product = max(
-            flops / (EFFICIENCY * FLOAT8_SPEED * peak), (bytes - operands / 2) / bandwidth
-        )
+        bytes -= operands / 2
+        product = max(flops / (EFFICIENCY * FLOAT8_SPEED * peak), bytes / bandwidth)
         return product + FLOAT8_CASTS * operands / bandwidth
 
 
