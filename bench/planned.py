@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.packing import MicroBatch, pack
 from rankpo_fast.data.tokens import TokenTable
-from rankpo_fast.model.attention import KERNELS
+from rankpo_fast.model.attention import KERNELS, Kernel
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.lora import add_lora, keep_four_bits
+from rankpo_fast.model.precision import zero_gradient
 from rankpo_fast.model.reshape import freeze
 from rankpo_fast.model.settings import EncoderSettings
 from rankpo_fast.plan.count import count, run_micro_batch
 from rankpo_fast.plan.counter import Meter
 from rankpo_fast.plan.skeleton import read_shape
-from rankpo_fast.train.optim import make_optimizer, zero_gradient
+from rankpo_fast.train.optim import make_optimizer
 
 LENGTH, TEXTS, LAYERS = 48, 7, 5
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
@@ -98,7 +99,7 @@ def _measured(model: ModelConfig, pooling: str, optim: str) -> dict[str, float]:
     states = _state_bytes(encoder, optim)
     for parameter in trained:
         parameter.grad = zero_gradient(parameter)
-    batch = _texts()
+    batch = some_texts(TEXTS, LENGTH)
     run_micro_batch(encoder, batch, Meter())  # libraries set themselves up
     ran = run_micro_batch(encoder, batch, Meter())
     adapters = [p for name, p in encoder.named_parameters() if "lora_" in name]
@@ -112,7 +113,9 @@ def _measured(model: ModelConfig, pooling: str, optim: str) -> dict[str, float]:
     }
 
 
-def real_encoder(model: ModelConfig, pooling: str) -> Encoder:
+def real_encoder(
+    model: ModelConfig, pooling: str, kernel: Kernel = KERNELS[-1], device: str = "cpu"
+) -> Encoder:
     """With weights, by the libraries that the levers come from."""
     from transformers import AutoConfig, AutoModel
 
@@ -120,9 +123,10 @@ def real_encoder(model: ModelConfig, pooling: str) -> Encoder:
     config.use_cache = False
     whole = torch.float32 if model.weights_dtype == "fp32" else torch.bfloat16
     softcap = getattr(config, "attn_logit_softcapping", None)
-    backbone = AutoModel.from_config(
-        config, dtype=whole, attn_implementation="eager" if softcap else None
-    )
+    with torch.device(device):
+        backbone = AutoModel.from_config(
+            config, dtype=whole, attn_implementation="eager" if softcap else None
+        )
     if model.weights_dtype == "nf4":
         _quantise(backbone)
     if model.lora_rank is not None:
@@ -131,9 +135,9 @@ def real_encoder(model: ModelConfig, pooling: str) -> Encoder:
     settings = EncoderSettings(pooling, "", "", LENGTH, LENGTH)
     no_tokenizer: Any = None
     encoder = Encoder(backbone, no_tokenizer, settings, bf16=model.bf16 is True)
-    encoder.use_kernel(KERNELS[-1])
+    encoder.use_kernel(kernel)
     encoder.layers.checkpoint(bool(model.gradient_checkpointing))
-    return encoder.train()
+    return encoder.to(device).train()
 
 
 def _quantise(backbone: nn.Module) -> None:
@@ -182,10 +186,11 @@ def _bytes(tensors: Sequence[Tensor]) -> float:
     return float(sum(sizes.values()))
 
 
-def _texts() -> MicroBatch:
-    ids = torch.randint(4, 320, (TEXTS * LENGTH,), dtype=torch.int32)
-    offsets = torch.arange(TEXTS + 1) * LENGTH
-    return pack(TokenTable(ids, offsets, truncated=0), torch.arange(TEXTS))
+def some_texts(texts: int, length: int) -> MicroBatch:
+    """Of random tokens."""
+    ids = torch.randint(4, 320, (texts * length,), dtype=torch.int32)
+    offsets = torch.arange(texts + 1) * length
+    return pack(TokenTable(ids, offsets, truncated=0), torch.arange(texts))
 
 
 def table(comparisons: Sequence[Comparison]) -> str:

@@ -12,7 +12,7 @@ steps, AGAIN=speed runs a step that is done.
 A step is a list of parts. A part's results are on the disk when it ends, so that nothing is lost
 when time is up, and a second call goes on where the first was cut off. `state` is what is written,
 `runner` runs parts in processes of their own within their times, `steps` lists what is asked and
-how long it may take; `probes`, `correctness`, `speed` and `commands` are what the steps are made
-of, `pipelines` and `plan` what is launched and at which sizes. `cache`, `carried` and `wheels` are
-what travels.
+how long it may take; `probes`, `correctness`, `speed`, `memory` and `commands` are what the steps
+are made of, `pipelines` and `plan` what is launched and at which sizes. `cache`, `carried` and
+`wheels` are what travels.
 """

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from . import commands, correctness, probes, speed
+from . import commands, correctness, memory, probes, speed
 from .plan import Plan, real, rehearsed
 from .probes import counting
 from .runner import Part, Step
@@ -12,8 +12,8 @@ from .state import Found, Record
 
 # Seconds of a call. They add up to more than one call has: what it does not reach, the next does.
 SECONDS = {
-    "probes": 110, "correctness": 90, "speed": 120, "tiles": 60, "tests": 190, "sanitizer": 95,
-    "peers": 95, "training": 140,
+    "probes": 110, "correctness": 90, "speed": 120, "memory": 50, "tiles": 60, "tests": 165,
+    "sanitizer": 95, "peers": 95, "training": 115,
 }  # fmt: skip
 
 
@@ -23,6 +23,7 @@ def steps(rehearsal: bool, fill: Callable[[], Found]) -> list[Step]:
         "probes": partial(probes.parts, fill=fill),
         "correctness": correctness.parts,
         "speed": speed.parts,
+        "memory": memory.parts,
         "tiles": speed.tile_parts,
         "tests": commands.pytest_parts,
         "sanitizer": commands.sanitizer_parts,

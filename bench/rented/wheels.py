@@ -15,7 +15,9 @@ from pathlib import Path
 
 WHEELS = Path("build/gpu-carry/wheels")
 PEERS = ["liger-kernel>=0.8.2,<1", "cut-cross-entropy>=25.1", "inf-cl>=1.2,<2"]
-LEVERS = ["torchao>=0.16,<1"]  # of the training ladder; 3 MB
+# Of the training ladder and the memory step; 3 MB, 1 MB, and what peft imports. bitsandbytes' 60 MB
+# are more than may travel.
+LEVERS = ["torchao>=0.16,<1", "peft>=0.19,<1", "accelerate>=1,<2", "psutil>=5"]
 TESTS = ["hypothesis>=6,<7", "sortedcontainers", "pytest-xdist>=3,<4", "execnet"]  # and its needs
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 

@@ -6,6 +6,7 @@ computed again, for padding, or for no gradient does not count.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,7 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
     "Llama-3.2-3B": _llama(32.0) | _size(3072, 8192, 28, 24) | {"tie_word_embeddings": True},
     "Qwen3-4B": _QWEN3 | _size(2560, 9728, 36, 32),
     "Llama-3.1-8B": _llama(8.0) | _size(4096, 14336, 32, 32),
+    "Qwen3-32B": _QWEN3 | _size(5120, 25600, 64, 64) | {"tie_word_embeddings": False},
 }
 
 
@@ -79,6 +81,12 @@ def training_flops(config: "PreTrainedConfig", lengths: torch.Tensor) -> float:
     pairs = lengths.double().square().sum().item()
     attention = 4 * config.num_hidden_layers * heads * head_dim * pairs
     return 3 * (2 * matrices * lengths.sum().item() + attention)
+
+
+@cache
+def written_bytes(backbone: str) -> int:
+    """Of its weights in a file, in bf16."""
+    return 2 * sum(parameter.numel() for parameter in skeleton(config_of(backbone)).parameters())
 
 
 def state_bytes(config: "PreTrainedConfig") -> int:

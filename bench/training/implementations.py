@@ -7,6 +7,7 @@ no dropout; fp32 throughout on the CPU, bf16 by autocast on a GPU.
 
 import contextlib
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -250,6 +251,31 @@ def rankpo_fast(task: Task, **settings: Any) -> None:
         EvaluationConfig(),
         _compute(task),
     )
+
+
+def rankpo_fast_adapters(task: Task, **settings: Any) -> None:
+    """As `rankpo_fast`, on weights of a file: an adapter beside random ones is refused, as their
+    directory has none, so they are drawn once and written."""
+    if task.from_scratch:
+        task = dataclasses.replace(task, model=written(task.model, task.device))
+    rankpo_fast(task, **settings)
+
+
+def written(model: Path, device: str) -> Path:
+    """The directory beside it that has random weights too, in bf16."""
+    from rankpo_fast.model.load import load_encoder
+
+    directory = model.with_name(f"{model.name}-written")
+    if not directory.exists():
+        config = ModelConfig(str(model), from_scratch=True, weights_dtype="bf16",
+                             save_dtype="bfloat16", gradient_checkpointing=False)  # fmt: skip
+        encoder = load_encoder(config, device=torch.device(device))
+        encoder.save(directory)
+        del encoder
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return directory
 
 
 def one_graph(task: Task, **settings: Any) -> None:

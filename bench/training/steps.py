@@ -3,6 +3,7 @@ a round is a seed.
 """
 
 import dataclasses
+import shutil
 import statistics
 import tempfile
 import time
@@ -33,7 +34,7 @@ from ..questions import (
     Settings,
     Shape,
 )
-from .backbones import TINY, config_of, state_bytes
+from .backbones import TINY, config_of, state_bytes, written_bytes
 from .corpus import SEED, Batches, batches, corpus_of, model_of, workplace
 from .implementations import (
     Implementation,
@@ -43,6 +44,7 @@ from .implementations import (
     ndcg,
     one_graph,
     rankpo_fast,
+    rankpo_fast_adapters,
     sentence_transformers,
 )
 
@@ -194,7 +196,7 @@ def _bf16(implementation: Implementation | str, task: Task) -> bool:
 
 def _excused(row: Row, config: Any, device: str) -> Row:
     """Nobody's fault: weights, gradients and AdamW's moments alone are more than there is."""
-    if OUT_OF_MEMORY not in row.note:
+    if OUT_OF_MEMORY not in row.note or TOO_LARGE in row.note:
         return row
     needed, there = state_bytes(config), _memory_bytes(device)
     if needed < there:
@@ -244,6 +246,7 @@ NOTHING = {
 }  # fmt: skip
 KEPT = "+ gradient cache, graphs kept"
 BF16_WEIGHTS, EIGHT_BITS = "+ bf16 weights", "+ 8-bit states"
+LORA, QLORA = "+ LoRA", "+ 4-bit weights (QLoRA)"
 LEVERS: Mapping[str, dict[str, Any]] = {
     "padded fp32, one graph": NOTHING,
     "+ packing": {"packing": True},
@@ -256,10 +259,14 @@ LEVERS: Mapping[str, dict[str, Any]] = {
     "+ torch.compile": {"torch_compile": True},
     BF16_WEIGHTS: {"weights_dtype": "bf16"},
     EIGHT_BITS: {"optim": "adamw_8bit"},
+    LORA: {"lora_rank": 16},
+    QLORA: {"weights_dtype": "nf4"},
 }
 # On a CPU, to start or altogether: they come last there.
 SLOW = ["+ torch.compile", "+ bf16", BF16_WEIGHTS, EIGHT_BITS]
-BY_TORCHAO = (BF16_WEIGHTS, EIGHT_BITS)
+BY = {BF16_WEIGHTS: "torchao", EIGHT_BITS: "torchao", LORA: "peft", QLORA: "bitsandbytes"}
+ADAPTERS = (LORA, QLORA)  # which come after all others, and want weights in a file
+DISK_SHARE = 0.5  # of what is free there, that these may take
 IN_BF16 = {"+ bf16"}  # which nobody waits for on a CPU that emulates it
 
 
@@ -269,20 +276,34 @@ def ladder(shape: Shape, settings: Settings) -> Implementations:
     given: dict[str, Any] = {}
     train: Callable[..., None] = one_graph
     on_cpu = settings.device == "cpu"
-    names = [name for name in LEVERS if not (on_cpu and name in SLOW)]
+    names = [name for name in LEVERS if not (name in ADAPTERS or (on_cpu and name in SLOW))]
     if on_cpu and settings.level != "quick":
         names += SLOW
+    names += ADAPTERS
     for name in names:
         lever = LEVERS[name]
         if lever.get("use_liger_kernel") and (note := _no_liger(settings.device)):
             rungs[name] = note
             continue
-        if name in BY_TORCHAO and find_spec("torchao") is None:
-            rungs[name] = f"torchao {NOT_INSTALLED}"
+        if name in BY and find_spec(BY[name]) is None:
+            rungs[name] = f"{BY[name]} {NOT_INSTALLED}"
             continue
-        train, given = rankpo_fast if name == KEPT else train, given | lever
+        if name in ADAPTERS and (note := _no_room(shape["backbone"])):
+            rungs[name] = note
+            continue
+        train = {KEPT: rankpo_fast, LORA: rankpo_fast_adapters}.get(name, train)
+        given = given | lever
         rungs[name] = partial(train, **given)
     return rungs
+
+
+def _no_room(backbone: str) -> str | None:
+    """Why its random weights cannot be written, from where alone adapters take them."""
+    needed, free = written_bytes(backbone), shutil.disk_usage(workplace()).free
+    if needed <= DISK_SHARE * free:
+        return None
+    gib = f"{needed / 2**30:.1f} GiB to be written, of {free / 2**30:.1f} free on the disk"
+    return f"{OUT_OF_MEMORY}, {TOO_LARGE}: {gib}"
 
 
 def _attention(shape: Shape, settings: Settings) -> Implementations:
@@ -385,7 +406,8 @@ QUESTIONS = [
     ),
     _question(
         "ladder", "What does each lever on memory do, on top of those before it?", ladder,
-        ([_shape(32, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]), ON_GPU,
+        ([_shape(32, 1, 4)], [_shape(64, 1, 8)], [_shape(16, 1, 4, "MiniLM-L6")]),
+        (*ON_GPU[:2], [*ON_GPU[2], *(_shape(64, 1, 4, b) for b in (*LARGE, "Qwen3-32B"))]),
     ),
     _question(
         "gradient cache", "What does a batch cost with one graph, with kept ones, with none?",

@@ -118,7 +118,10 @@ class ModelConfig(EncoderConfig):
     )  # fmt: skip
     float8: bool = flag("Products in 8 bits, on GPUs that have them (torchao).", False)
     disable_dropout: bool = flag("Every dropout at 0.", False)
-    torch_compile: bool = flag("Compile the layers: a slow start, then faster steps.", False)
+    torch_compile: bool | None = flag(
+        "Compile the layers: a slow start, then faster steps. [false; --auto: as the plan finds]",
+        None, nargs="?", const=True,
+    )  # fmt: skip
     use_liger_kernel: bool | None = flag(
         "Liger's kernels in the model. [where installed, on a GPU]", None, nargs="?", const=True
     )

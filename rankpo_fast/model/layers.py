@@ -105,19 +105,24 @@ class Layers:
         return nullcontext() if self._offload is None else self._offload.forward()
 
     def compile(self) -> None:
-        """Each layer by itself: they share one build, and between them nothing is gained.
+        """What `parts` names, each by itself."""
+        self.uncompile()
+        self._compiled = self.parts()
+        for part in self._compiled:
+            part.compile(dynamic=True)
+
+    def parts(self) -> list[nn.Module]:
+        """What would be compiled. Each layer: they share one build, and between them nothing is
+        gained.
 
         Of checkpointed layers the parts: where something in a layer cannot be compiled (attention
         on the CPU), the compiler gives up a checkpointed one as a whole, and only where there are
         gradients, so that dropout would not be drawn again as it was.
         """
-        self.uncompile()
         layers = outermost_layers(self._backbone) or [self._backbone]
         if self.checkpointed:
-            layers = [part for layer in layers for part in layer.children()]
-        for layer in layers:
-            layer.compile(dynamic=True)
-        self._compiled = layers
+            return [part for layer in layers for part in layer.children()]
+        return layers
 
     def uncompile(self) -> None:
         for module in self._compiled:

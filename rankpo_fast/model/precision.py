@@ -1,9 +1,10 @@
-"""bf16 or fp32: what --bf16 auto comes to on a device, and why.
+"""bf16 or fp32: what --bf16 auto comes to on a device, and why; and what weights in bf16 ask for.
 
 A GPU says whether it computes bf16. A CPU without AMX, AVX-512 BF16 or their like emulates it, up
 to hundreds of times as slow as fp32, and tells nobody: there one small product is timed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -11,9 +12,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rankpo_fast.config import EncoderConfig
 
+# --optim that round updates of bf16 weights at random: to nearest, those below 2^-9 of a weight
+# would be lost.
+ROUND_AT_RANDOM = ("adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8")
 # Rows, dims in and out of the product: below a millisecond where it is native.
 SHAPE = 256, 384, 384
 REPEATS, PATIENCE = 6, 0.1  # times at most, and seconds after which no further one begins
@@ -54,6 +59,18 @@ class Precision:
     def __str__(self) -> str:
         name = "bf16" if self.bf16 else "fp32"
         return name if self.reason is None else f"{name} ({self.reason})"
+
+
+def sum_in_fp32(parameters: Iterable[Tensor]) -> None:
+    """The gradients of bf16 ones: in bf16 a sum of K backward passes could lose K * 2^-9."""
+    for parameter in parameters:
+        if parameter.dtype == torch.bfloat16:
+            parameter.grad_dtype = torch.float32
+
+
+def zero_gradient(parameter: Tensor) -> Tensor:
+    """Of the dtype in which its gradients are summed."""
+    return torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
 
 
 def _seconds(dtype: torch.dtype, device: str) -> float:

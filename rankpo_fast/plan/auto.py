@@ -63,6 +63,8 @@ def auto_settings(
     if "activations" not in levers.offload:
         chosen = replace(chosen, gradient_checkpointing=model.gradient_checkpointing)
     moved = "".join(f", {what} on the host" for what in levers.offload)
+    if plan.compiled is not None:
+        moved += f", layers compiled ({plan.compiled:.2f} times as fast by the plan's model)"
     changes: dict[str, Any] = {"optim": levers.optim, "offload": list(levers.offload)}
     return (
         chosen,

@@ -6,9 +6,9 @@ micro-batch (texts of one length), so two of each give all, a and b being few la
     count(n, T) = count(a, T) + (n - a) / (b - a) * (count(b, T) - count(a, T))
 """
 
-import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -26,6 +26,7 @@ from rankpo_fast.plan.skeleton import Shape, build
 from rankpo_fast.plan.standins import FLASH, attention_flops, cuda_autocast
 
 PEAK = "peak "  # before the name of a phase
+TIME = "seconds "
 TOKENS = 4096  # in the smaller of the two counts, or one text if that is longer
 MANY = 16  # times as many in the other: as many as go at once. Where another moment becomes the
 # peak between them, the line lies above it.
@@ -55,8 +56,7 @@ class Counts:
     layer_weights: float  # of one layer
     graph: Line  # that a micro-batch leaves for its backward
     peaks: tuple[Line, ...]  # of the phases, the graph included: the largest holds
-    forward: Line  # seconds
-    backward: Line  # with what is computed again
+    seconds: dict[str, Line]  # by `timed`; the backward with what is computed again
 
     def peak(self, tokens: float) -> float:
         return max(peak.at(tokens) for peak in self.peaks)
@@ -100,8 +100,7 @@ def count(shape: Shape, model: ModelConfig, gpu: Gpu | None, *, bf16: bool) -> C
         layer_weights=layer["weights"] if high > low else here["weights"] / shape.layers,
         graph=line("graph"),
         peaks=tuple(line(PEAK + phase) for phase in PHASES),
-        forward=line("forward"),
-        backward=line("backward"),
+        seconds={key: line(key) for key in here if key.startswith(TIME)},
     )
 
 
@@ -126,23 +125,34 @@ def measure(
         with FakeTensorMode(), nullcontext() if gpu is None else cuda_autocast():
             encoder = build(shape, model, layers, kernel, bf16=bf16)
             meter = Meter(attention_flops(shape.longest))
-            ran = run_micro_batch(encoder, _batch(tokens, shape.longest), meter)
+            with meter.fusion.of(encoder.layers.parts()):
+                ran = run_micro_batch(encoder, _batch(tokens, shape.longest), meter)
     except DataDependentOutputException as error:
         kind = shape.config.model_type
         raise InputError(
             f"{MODEL_FLAG} {model.model_name_or_path}: what {kind} computes depends on values "
             f"({error.func}), so it cannot be counted without weights"
         ) from error
-    speed = (lambda *_: 0.0) if gpu is None else functools.partial(gpu.seconds, half=bf16)
-    times = {"forward": seconds(ran.forward, speed), "backward": seconds(ran.backward, speed)}
+    times = {
+        timed(phase, compiled=bool(compiled), float8=float8):
+        0.0 if gpu is None else seconds(costs, partial(gpu.seconds, half=bf16, float8=float8))
+        for phase, both in (("forward", ran.forward), ("backward", ran.backward))
+        for compiled, costs in enumerate(both)
+        for float8 in (False, True)
+    }  # fmt: skip
     return ran.bytes | times | parameter_bytes(encoder)
+
+
+def timed(phase: str, *, compiled: bool, float8: bool) -> str:
+    """The name of its seconds."""
+    return f"{TIME}{phase}{' compiled' * compiled}{' float8' * float8}"
 
 
 @dataclass(frozen=True)
 class MicroBatchRun:
     bytes: dict[str, float]  # "graph", and of each phase "peak ...": see Counts, Meter
-    forward: Costs
-    backward: Costs
+    forward: tuple[Costs, Costs]  # as it ran, and where layers are compiled
+    backward: tuple[Costs, Costs]
 
     @property
     def peak(self) -> float:

@@ -6,7 +6,7 @@ Of tensors without storage (fake ones) as of real ones: only shapes are looked a
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rankpo_fast.plan.fusion import Fusion
+
 EMBEDDING = torch.ops.aten.embedding_dense_backward.default
 PHASES = "forward", "backward", "embedding"
-Costs = Counter[tuple[float, float]]  # (flops, bytes read and written) of an op -> how many such
+LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm}  # the products of nn.Linear, both ways
+
+
+class Op(NamedTuple):
+    flops: float
+    bytes: float  # read and written
+    operands: float = 0.0  # bytes that a product of a linear layer reads
+
+
+Costs = Counter[Op]  # how many such ops
 
 
 class Meter(TorchDispatchMode):
@@ -28,7 +39,8 @@ class Meter(TorchDispatchMode):
             for itself: where the last layer computes, with autocast's copies of all weights; where
             the backward begins with that layer, all graphs being there; where it ends at the
             embedding, whose gradient is as large as itself.
-        costs: of the ops.
+        costs: of the ops; `fused_costs`: of those that run where layers are compiled.
+        fusion: says which those are.
     """
 
     def __init__(self, flops: Mapping[Any, Callable[..., float]] | None = None):
@@ -41,6 +53,8 @@ class Meter(TorchDispatchMode):
         self.live = 0
         self.peaks = dict.fromkeys(PHASES, 0)
         self.costs: Costs = Counter()
+        self.fused_costs: Costs = Counter()
+        self.fusion = Fusion()
         self._sizes: dict[int, int] = {}
         self._phase = PHASES[0]
 
@@ -69,17 +83,23 @@ class Meter(TorchDispatchMode):
                 names = [argument.name for argument in func._schema.arguments]
                 flops = self._flops[packet](**dict(zip(names, args, strict=False)), **kwargs)
             if packet not in UNREAD:
-                self.costs[flops, sum(map(_bytes, [*given, *made]))] += 1
+                read = float(sum(map(_bytes, given)))
+                op = Op(flops, read + sum(map(_bytes, made)), read if packet in LINEAR else 0.0)
+                self.costs[op] += 1
+                if not self.fusion.takes(func, given, new):
+                    self.fused_costs[op] += 1
         return result
 
     def enter_phase(self, name: str) -> None:
         self._phase = name
         self.peaks[name] = max(self.peaks[name], self.live)
 
-    def take_costs(self) -> Costs:
-        """Those since it was last asked."""
-        costs, self.costs = self.costs, Counter()
-        return costs
+    def take_costs(self) -> tuple[Costs, Costs]:
+        """Those since it was last asked, as they ran and as they run where layers are compiled."""
+        costs, fused = self.costs, self.fused_costs
+        fused[Op(0.0, self.fusion.take_bytes())] += 1
+        self.costs, self.fused_costs = Counter(), Counter()
+        return costs, fused
 
     def _made(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -92,6 +112,7 @@ class Meter(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+        self.fusion.freed(key)
 
 
 # What fills no memory: where it goes is written by the next op.
@@ -99,9 +120,9 @@ UNREAD = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_em
           torch.ops.aten.empty_strided, torch.ops.aten.detach}  # fmt: skip
 
 
-def seconds(costs: Costs, of: Callable[[float, float], float]) -> float:
-    """The sum over the ops, one after the other; `of` flops and bytes is one op's time."""
-    return sum(count * of(flops, bytes) for (flops, bytes), count in costs.items())
+def seconds(costs: Costs, of: Callable[[float, float, float], float]) -> float:
+    """The sum over the ops, one after the other; `of` is the time of one."""
+    return sum(count * of(*op) for op, count in costs.items())
 
 
 def _tensors(tree: Any) -> list[Tensor]:

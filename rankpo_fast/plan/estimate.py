@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankpo_fast.plan.count import Counts
+from rankpo_fast.plan.count import Counts, timed
 from rankpo_fast.plan.gpus import (
     BANDWIDTH_SHARE,
     CONTEXT,
@@ -80,12 +80,13 @@ class Estimate:
 
 def estimate(
     counts: Counts, levers: Levers, shape: Shape, gpu: Gpu, batch: Batch, *,
-    shard: str = "none", processes: int = 1, host_bytes: float = math.inf,
+    shard: str = "none", processes: int = 1, host_bytes: float = math.inf, float8: bool = False,
 ) -> Estimate:  # fmt: skip
     """
     Args:
         shard, processes: as --shard has it, and GPUs that share.
         host_bytes: for what is moved there.
+        float8: whether linear layers multiply in 8 bits.
     """
     states, host_states = _states(counts, levers)
     part = 1 / processes
@@ -124,7 +125,7 @@ def estimate(
         host += counts.graph.slope * kept
     graphs = max(0.0, kept - micro_batch) * graph
     free = room - taken
-    seconds = _seconds(counts, levers, gpu, batch, micro_batch, kept)
+    seconds = _seconds(counts, levers, gpu, batch, micro_batch, kept, float8)
     return Estimate(
         levers=levers,
         parts=static
@@ -171,9 +172,13 @@ def _chosen(most: int, longest: int) -> int:
 
 
 def _seconds(
-    counts: Counts, levers: Levers, gpu: Gpu, batch: Batch, micro_batch: int, kept: float
-) -> float:
-    forward, backward = counts.forward.at(micro_batch), counts.backward.at(micro_batch)
+    counts: Counts, levers: Levers, gpu: Gpu, batch: Batch, micro_batch: int, kept: float,
+    float8: bool,
+) -> float:  # fmt: skip
+    forward, backward = (
+        counts.seconds[timed(phase, compiled=levers.torch_compile, float8=float8)].at(micro_batch)
+        for phase in ("forward", "backward")
+    )
     twice = max(0.0, batch.tokens - kept) / micro_batch * forward
     once = max(1.0, batch.tokens / micro_batch) * (forward + backward)
     link = LINK_SHARE * gpu.link

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.float8 import CAPABILITY
 
 GIB = 2**30
 EFFICIENCY = 0.6  # of the peak that products reach
 BANDWIDTH_SHARE = 0.8
+FLOAT8_SPEED = 2.0  # of products in 8 bits, beside bf16: the data sheets' ratio
+FLOAT8_CASTS = 2.5  # of an operand in bf16: read twice, and half of it written
 LINK_SHARE = 0.8  # of the link to the host
 HOST_BANDWIDTH = 50e9  # bytes a second that an optimizer on the host goes through
 CONTEXT = 0.7 * GIB  # of CUDA itself, cuBLAS and Triton, outside torch's allocator: assumed
@@ -31,13 +34,25 @@ class Gpu:
     bandwidth: float  # bytes a second
     link: float  # bytes a second to the host, one way
     assumed: str = ""  # what was, where it is none of GPUS
-    traffic: float = 1.0  # share of an op's that is left where ops are fused
+    float8: bool = True  # whether it has products in 8 bits, as all of GPUS have
 
-    def seconds(self, flops: float, bytes: float, *, half: bool) -> float:
-        """Of an operation that does so many and reads and writes so many."""
+    def seconds(
+        self, flops: float, bytes: float, operands: float, *, half: bool, float8: bool = False
+    ) -> float:
+        """Of an operation that does so many and reads and writes so many.
+
+        Args:
+            operands: bytes that a product of a linear layer reads, which `float8` makes one of 8
+                bits: twice as fast, once both have been read for their largest value and read and
+                written to be rounded.
+        """
         peak = self.bf16_flops if half else self.fp32_flops
-        bytes *= 1.0 if flops else self.traffic
-        return max(flops / (EFFICIENCY * peak), bytes / (BANDWIDTH_SHARE * self.bandwidth))
+        bandwidth = BANDWIDTH_SHARE * self.bandwidth
+        if not (float8 and operands):
+            return max(flops / (EFFICIENCY * peak), bytes / bandwidth)
+        bytes -= operands / 2
+        product = max(flops / (EFFICIENCY * FLOAT8_SPEED * peak), bytes / bandwidth)
+        return product + FLOAT8_CASTS * operands / bandwidth
 
 
 GPUS = {
@@ -84,8 +99,9 @@ def gpu_here(device: torch.device) -> Gpu:
             return replace(gpu, name=found.name, bytes=found.total_memory)
     like = _like(found.total_memory)
     return replace(
-        like, name=found.name, bytes=found.total_memory, assumed=f"as fast as {like.name}"
-    )
+        like, name=found.name, bytes=found.total_memory, assumed=f"as fast as {like.name}",
+        float8=(found.major, found.minor) >= CAPABILITY,
+    )  # fmt: skip
 
 
 def _like(bytes: float) -> Gpu:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.layers import WAYS, Checkpointing
+from rankpo_fast.model.precision import ROUND_AT_RANDOM
 
 LORA_RANK = 16  # of an adapter that nobody gave a rank
 NOT_FOR_ADAPTERS = (
     "freeze_layers", "freeze_embeddings", "from_scratch", "float8", "trim_vocabulary",
 )  # fmt: skip
-FOR_FP32 = ("paged_adamw_8bit", "muon")  # optimizers that do not round bf16 weights at random
 Method = Literal["full", "lora", "qlora"]
 
 
@@ -27,6 +27,7 @@ class Levers:
     optim: str = "adamw"
     gradient_checkpointing: Checkpointing = False
     offload: tuple[str, ...] = ()
+    torch_compile: bool = False
 
     @property
     def method(self) -> Method:
@@ -46,13 +47,14 @@ class Levers:
             "weights_dtype": self.weights_dtype,
             "lora_rank": self.lora_rank,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "torch_compile": self.torch_compile,
         }
         return replace(given, **chosen)
 
     def flags(self) -> dict[str, Any]:
         """Those that a command line has to say, by name."""
         usual = Levers()
-        names = ("weights_dtype", "lora_rank", "optim", "offload")
+        names = ("weights_dtype", "lora_rank", "optim", "offload", "torch_compile")
         changed = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(usual, n)}
         return changed | {"gradient_checkpointing": self.gradient_checkpointing}
 
@@ -94,7 +96,7 @@ def ways(
         least_first = [one for one in least_first if one.weights_dtype == "fp32"]
     if set(NOT_FOR_ADAPTERS) & model.changed().keys():
         least_first = [one for one in least_first if one.lora_rank is None]
-    if optim in FOR_FP32:
+    if optim not in ROUND_AT_RANDOM:
         least_first = [
             one for one in least_first if one.weights_dtype == "fp32" or one.lora_rank is not None
         ]
@@ -115,13 +117,19 @@ def ways(
             f"{asked} does not go with the other flags: {given} --optim {optim} --shard {shard}"
         )
     moves = ["activations", "optimizer"] if shard == "none" else ["activations"]
-    return [_variants(one, model, offload, moves) for one in dict.fromkeys(least_first)]
+    alone = processes == 1
+    return [_variants(one, model, offload, moves, alone) for one in dict.fromkeys(least_first)]
 
 
 def _variants(
-    way: Levers, model: ModelConfig, offload: tuple[str, ...], moves: list[str]
+    way: Levers, model: ModelConfig, offload: tuple[str, ...], moves: list[str], alone: bool
 ) -> list[Levers]:
-    """`moves`: what may be moved to the host where nothing was said."""
+    """
+    Args:
+        moves: what may be moved to the host where nothing was said.
+        alone: whether one process trains. Where several do, and beside weights of 4 bits, layers
+            are compiled only if that was asked for: nobody has measured whether it helps there.
+    """
     kinds: tuple[Any, ...] = WAYS
     if model.gradient_checkpointing != "auto":
         kinds = (model.gradient_checkpointing,)
@@ -135,11 +143,20 @@ def _variants(
             if way.method == "full" and way.optim == "adamw" and "optimizer" in moves:
                 lists += [("optimizer",)]
                 lists += [("activations", "optimizer")] if kind is True else []
+        compiled = [False, True] if alone and way.weights_dtype != "nf4" else [False]
+        if model.torch_compile is not None:
+            compiled = [model.torch_compile]
         found += [
-            replace(way, gradient_checkpointing=kind, offload=moved) for moved in lists
-            if kind is True or "activations" not in moved
+            replace(way, gradient_checkpointing=kind, offload=moved, torch_compile=whether)
+            for moved in lists if kind is True or "activations" not in moved
+            for whether in compiled if not (whether and _not_compiled(kind, model))
         ]  # fmt: skip
     if not found:
         raise InputError("--offload activations moves what checkpointed layers keep: give "
                          "--gradient_checkpointing true")  # fmt: skip
     return found
+
+
+def _not_compiled(kind: Checkpointing, model: ModelConfig) -> bool:
+    """Whether compiled layers would hide what another setting has to see."""
+    return kind == "selective" or model.mlp_chunk is not None

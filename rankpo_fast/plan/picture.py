@@ -46,5 +46,6 @@ def png(plan: Plan) -> bytes:
 
 def _label(one: Estimate) -> str:
     speed = f"{one.tokens_per_second:,.0f} tokens/s (model)" if one.fits else "does not fit"
-    moved = "".join(f", {what} on the host" for what in one.levers.offload)
+    moved = ", compiled" * one.levers.torch_compile
+    moved += "".join(f", {what} on the host" for what in one.levers.offload)
     return f"{one.levers.name}{moved}\n{speed}"

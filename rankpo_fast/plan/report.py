@@ -4,8 +4,15 @@ import shlex
 from typing import Any
 
 from rankpo_fast.plan.estimate import Estimate
-from rankpo_fast.plan.gpus import BANDWIDTH_SHARE, CONTEXT, EFFICIENCY, FRAGMENTATION, GIB
-from rankpo_fast.plan.search import COMPILED_TRAFFIC, FLOAT8_SPEED, Asked, Plan
+from rankpo_fast.plan.gpus import (
+    BANDWIDTH_SHARE,
+    CONTEXT,
+    EFFICIENCY,
+    FLOAT8_SPEED,
+    FRAGMENTATION,
+    GIB,
+)
+from rankpo_fast.plan.search import Asked, Plan
 
 PARTS = {
     "weights": "weights",
@@ -36,6 +43,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "max_rows": best.max_rows,
         "tokens_per_second": best.tokens_per_second,
         "seconds_per_step": best.step_seconds,
+        "speedup_of_torch_compile": plan.compiled,
+        "proposals": []
+        if plan.float8 is None
+        else [{"flags": {"float8": True}, "speedup": plan.float8, "changes_results": True}],
         "assumptions": assumptions(plan),
         "passed_over": [_passed_json(one) for one in plan.passed],
         "command": command(plan),
@@ -79,6 +90,7 @@ def as_text(plan: Plan) -> str:
             f"is kept, the others are computed twice",
             f"  about {best.tokens_per_second:,.0f} tokens/s (a model, not a measurement)",
         ]
+        lines += [f"  {line}" for line in _speedups(plan)]
     lines += ["", "  other ways to train:", *(f"    {_passed(plan, one)}" for one in plan.passed)]
     lines += ["", "  assumed:", *(f"    {line}" for line in assumptions(plan))]
     if plan.fits:
@@ -97,8 +109,20 @@ def _gpus(plan: Plan) -> str:
 def _details(one: Estimate) -> str:
     how = {False: "not checkpointed", True: "checkpointed", "selective": "checkpointed selectively"}
     words = [f"layers {how[one.levers.gradient_checkpointing]}"]
+    words += ["compiled"] if one.levers.torch_compile else []
     words += [f"{what} on the host" for what in one.levers.offload]
     return ", ".join(words)
+
+
+def _speedups(plan: Plan) -> list[str]:
+    lines = []
+    if plan.compiled is not None:
+        lines.append(f"--torch_compile makes it {plan.compiled:.2f} times as fast, after a slow "
+                     f"start (a model: see below)")  # fmt: skip
+    if plan.float8 is not None:
+        lines.append(f"not chosen, as it changes results: --float8 true would make it "
+                     f"{plan.float8:.2f} times as fast (a model: see below)")  # fmt: skip
+    return lines
 
 
 def _passed(plan: Plan, one: Estimate) -> str:
@@ -122,15 +146,17 @@ def assumptions(plan: Plan) -> list[str]:
         f"is lost between blocks",
         f"queries of {batch.query_length:,} and passages of {batch.passage_length:,} tokens, none "
         f"shorter; {batch.texts_of_row - 1} passages a row, none twice",
-        "a flash-attention kernel; neither compiled layers nor Liger's, which take less",
+        "a flash-attention kernel; not Liger's kernels, which take less",
     ]
+    if plan.best.levers.torch_compile:
+        lines.append("compiled layers: what lies between two products is one kernel, which reads "
+                     "once what comes in and writes once what is needed later; as much memory as "
+                     "layers that are not compiled")  # fmt: skip
     if gpu.assumed:
         lines.append(gpu.assumed)
-    if model.float8:
-        lines.append(f"--float8: products {FLOAT8_SPEED:.0f} times as fast")
-    if model.torch_compile:
-        lines[4] = "a flash-attention kernel; Liger's kernels, which take less, not counted"
-        lines.append(f"--torch_compile: other ops move {COMPILED_TRAFFIC:.0%} of their bytes")
+    if model.float8 or plan.float8 is not None:
+        lines.append(f"--float8: products of linear layers {FLOAT8_SPEED:.0f} times as fast, once "
+                     f"their operands have been read twice and half of them written")  # fmt: skip
     if model.trim_vocabulary:
         lines.append("--trim_vocabulary: which tokens the texts have is not known: all count")
     if plan.asked.processes > 1:

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, replace
 
 from rankpo_fast.config import ModelConfig
+from rankpo_fast.errors import InputError
 from rankpo_fast.plan.count import Counts, count
 from rankpo_fast.plan.estimate import Batch, Estimate, estimate
 from rankpo_fast.plan.gpus import GIB, GPUS, Gpu
 from rankpo_fast.plan.levers import Levers, Method, ways
 from rankpo_fast.plan.skeleton import Shape, read_shape
 
-FLOAT8_SPEED = 2.0  # of products in 8 bits, beside bf16: the data sheets' ratio
-COMPILED_TRAFFIC = 0.4  # of what ops other than products read and write, once fused: assumed
 HOST_SIZE = 2.0  # of the host's memory, in the GPU's, where nobody says
 WORTH = 1.05  # so much faster has to be what is less plain
 SHORTEST = 64  # tokens: below, nobody asks what would fit
@@ -39,6 +38,9 @@ class Plan:
     Attributes:
         best: of `chosen`'s way, the fastest; where none fits, the one that lacks least.
         passed: the fastest of each other way, in order, or the one that lacks least.
+        compiled: how many times as fast `best` is as without compiled layers; None: it has none.
+        float8: how many times as fast it would be with --float8, which changes results and so is
+            not chosen; None: it cannot be had, is set already, or is not worth it.
     """
 
     asked: Asked
@@ -46,6 +48,8 @@ class Plan:
     batch: Batch
     best: Estimate
     passed: list[Estimate]
+    compiled: float | None = None
+    float8: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -54,13 +58,30 @@ class Plan:
 
 def find(asked: Asked) -> Plan:
     """Raises InputError for what cannot be counted, or settings that leave no way to train."""
-    asked = replace(asked, gpu=_as_fast_as(asked))
+    if asked.model.float8 and not asked.gpu.float8:
+        raise InputError(f"--float8: {asked.gpu.name} has no products in 8 bits: leave it out")
     counter = _Counter(asked.model, asked.gpu)
     batch = counter.batch(asked)
     found = [_best([counter.estimate(levers, asked) for levers in way]) for way in ways_of(asked)]
     fitting = [one for one in found if one.fits]
     best = fitting[0] if fitting else max(found, key=lambda one: one.free)
-    return Plan(asked, counter.shape, batch, best, [one for one in found if one is not best])
+    passed = [one for one in found if one is not best]
+    compiled = float8 = None
+    if best.levers.torch_compile:
+        eager = counter.estimate(replace(best.levers, torch_compile=False), asked)
+        compiled = best.tokens_per_second / eager.tokens_per_second
+    if _may_propose_float8(asked, best):
+        faster = counter.estimate(best.levers, asked, float8=True)
+        ratio = faster.tokens_per_second / best.tokens_per_second
+        float8 = ratio if ratio >= WORTH else None
+    return Plan(asked, counter.shape, batch, best, passed, compiled, float8)
+
+
+def _may_propose_float8(asked: Asked, best: Estimate) -> bool:
+    """Where weights are trained and products are in bf16."""
+    model = asked.model
+    able = asked.gpu.float8 and model.bf16 is not False and best.levers.method == "full"
+    return best.fits and able and not model.float8
 
 
 class _Counter:
@@ -74,9 +95,14 @@ class _Counter:
         shape = self.shape
         return Batch(asked.rows, asked.negatives, shape.max_query_length, shape.max_passage_length)
 
-    def estimate(self, levers: Levers, asked: Asked) -> Estimate:
-        """For the GPU of `asked`; times are those of the one that was counted for."""
-        model = levers.model(self._model)
+    def estimate(self, levers: Levers, asked: Asked, *, float8: bool = False) -> Estimate:
+        """For the GPU of `asked`; times are those of the one that was counted for.
+
+        Args:
+            float8: as if it were set, if it is not.
+        """
+        # What is compiled is counted with what is not.
+        model = replace(levers, torch_compile=False).model(self._model)
         key = repr(model)
         if key not in self._known:
             half = model.bf16 is not False
@@ -85,6 +111,7 @@ class _Counter:
             self._known[key], levers, self.shape, asked.gpu, self.batch(asked),
             shard=asked.shard, processes=asked.processes,
             host_bytes=asked.host_bytes or HOST_SIZE * asked.gpu.bytes,
+            float8=float8 or model.float8,
         )  # fmt: skip
 
     def fitting(self, asked: Asked) -> Levers | None:
@@ -102,18 +129,8 @@ def _best(found: list[Estimate]) -> Estimate:
     if not fitting:
         return max(found, key=lambda one: one.free)
     fastest = max(one.tokens_per_second for one in fitting)
-    plain = sorted(fitting, key=lambda one: len(one.levers.offload))
+    plain = sorted(fitting, key=lambda one: len(one.levers.offload) + one.levers.torch_compile)
     return next(one for one in plain if WORTH * one.tokens_per_second >= fastest)
-
-
-def _as_fast_as(asked: Asked) -> Gpu:
-    """The GPU with --float8 and --torch_compile, as far as they are set."""
-    gpu = asked.gpu
-    if asked.model.float8:
-        gpu = replace(gpu, bf16_flops=FLOAT8_SPEED * gpu.bf16_flops)
-    if asked.model.torch_compile:
-        gpu = replace(gpu, traffic=COMPILED_TRAFFIC)
-    return gpu
 
 
 def would_fit(asked: Asked) -> list[str]:

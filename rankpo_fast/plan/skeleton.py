@@ -20,6 +20,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import drop_nothing, load_config
 from rankpo_fast.model.lora import add_lora
 from rankpo_fast.model.modules import backbone_folder
+from rankpo_fast.model.precision import sum_in_fp32, zero_gradient
 from rankpo_fast.model.reading import is_causal, positions_of
 from rankpo_fast.model.reshape import check_bidirectional, cut_layers, freeze, reshape
 from rankpo_fast.model.settings import EncoderSettings, has_settings, read_settings
@@ -132,10 +133,9 @@ def build(shape: Shape, model: ModelConfig, layers: int, kernel: Kernel, *, bf16
     trained = [p for p in encoder.parameters() if p.requires_grad]
     if not trained:
         raise InputError("nothing to train: every parameter of the model is frozen")
+    sum_in_fp32(trained)
     for parameter in trained:
-        if parameter.dtype != torch.float32:
-            parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad = zero_gradient(parameter)
     return encoder
 
 

@@ -11,7 +11,8 @@ from rankpo_fast.plan.auto import auto_settings
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.resume import settings_before
 
-OF_MODEL, OF_TRAINING = ("weights_dtype", "lora_rank"), ("optim", "offload")  # what a plan chooses
+OF_MODEL = ("weights_dtype", "lora_rank", "torch_compile")  # what a plan chooses
+OF_TRAINING = ("optim", "offload")
 
 
 def settle(

@@ -30,9 +30,9 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.check import selective_is_exact
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
+from rankpo_fast.model.precision import zero_gradient
 from rankpo_fast.train.engine import ALONE, Engine
 from rankpo_fast.train.meters import HOST_SHARE, Agreed, Meter, host_free_bytes, meter_of, release
-from rankpo_fast.train.optim import zero_gradient
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its

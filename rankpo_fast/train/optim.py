@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
+from rankpo_fast.model.precision import ROUND_AT_RANDOM, sum_in_fp32, zero_gradient
 
 FACTOR = "rate_factor"  # of a group whose learning rate is that many times the others'
 Groups = list[dict[str, Any]]
@@ -194,7 +195,6 @@ class Choice:
 
     make: Callable[[Groups, TrainingConfig, bool], list[torch.optim.Optimizer]]
     extra: str | None = None
-    takes_bf16: bool = True  # weights, whose updates it rounds at random
 
 
 def make_optimizer(
@@ -217,16 +217,14 @@ def make_optimizer(
         _check_offload(config, trained[0].device)
     choice, bf16 = CHOICES[config.optim], any(p.dtype == torch.bfloat16 for p in trained)
     bf16 = bf16 and not on_host  # where weights are fp32
-    if bf16 and not choice.takes_bf16:
-        able = ", ".join(name for name, one in CHOICES.items() if one.takes_bf16)
+    if bf16 and config.optim not in ROUND_AT_RANDOM:
+        able = ", ".join(ROUND_AT_RANDOM)
         raise InputError(f"--optim {config.optim}: it would round the updates of --weights_dtype "
                          f"bf16 to nearest, and lose those below 2^-9 of a weight; give one of "
                          f"{able}, or --weights_dtype fp32")  # fmt: skip
     if extra := choice.extra or ("lowbit" if bf16 else None):
         require_extra(f"--optim {config.optim}", extra)
-    for parameter in trained:
-        if parameter.dtype == torch.bfloat16:
-            parameter.grad_dtype = torch.float32
+    sum_in_fp32(trained)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     own = {model.get_parameter(name): rate for name, rate in (rates or {}).items()}
     usual = [p for p in trained if p not in own]
@@ -335,8 +333,8 @@ CHOICES = {
     "adamw_8bit": Choice(_of_torchao("AdamW8bit"), "lowbit"),
     "adamw_4bit": Choice(_of_torchao("AdamW4bit"), "lowbit"),
     "adamw_fp8": Choice(_of_torchao("AdamWFp8"), "lowbit"),
-    "paged_adamw_8bit": Choice(_paged, "lowbit", takes_bf16=False),
-    "muon": Choice(_muon, takes_bf16=False),
+    "paged_adamw_8bit": Choice(_paged, "lowbit"),
+    "muon": Choice(_muon),
 }
 
 
@@ -356,11 +354,6 @@ def _as_it_stands(part: torch.optim.Optimizer, device: torch.device) -> Any:
     if compiled and device.type == "cpu":
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-def zero_gradient(parameter: Tensor) -> Tensor:
-    """Of the dtype in which its gradients are summed."""
-    return torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:

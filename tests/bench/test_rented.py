@@ -25,7 +25,9 @@ from bench.rented.state import CUT_OFF, DONE, NOT_REACHED, RED, Found, Record
 from bench.rented.steps import SECONDS, steps
 
 ROOT = Path(__file__).parents[2]
-WORTH = ["probes", "correctness", "speed", "tiles", "tests", "sanitizer", "peers", "training"]
+WORTH = [
+    "probes", "correctness", "speed", "memory", "tiles", "tests", "sanitizer", "peers", "training",
+]  # fmt: skip
 
 
 class Played:

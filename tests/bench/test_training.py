@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +30,17 @@ from bench.questions import (
 from bench.training import QUESTIONS, backbones, implementations, steps
 from bench.training.backbones import BACKBONES, config_of, skeleton, training_flops
 from bench.training.corpus import batches, corpus_of, model_of, texts_of
-from bench.training.implementations import Measured, Memory, Task, measure, one_graph, rankpo_fast
+from bench.training.implementations import (
+    Measured,
+    Memory,
+    Task,
+    measure,
+    one_graph,
+    rankpo_fast,
+    rankpo_fast_adapters,
+)
 from bench.training.steps import answer, compare, ladder, rows_of, task_of
+from rankpo_fast.errors import InputError
 
 ROWS = 160  # of the smallest corpus
 SHAPE = {"batch": 16, "negatives": 1, "steps": 3, "backbone": "tiny"}
@@ -325,14 +336,16 @@ def test_implementations_take_turns_and_one_that_was_stopped_is_not_asked_again(
 
 def test_each_rung_has_the_levers_of_those_before_it(monkeypatch):
     monkeypatch.setattr(steps, "_no_liger", lambda device: None)
+    monkeypatch.setattr(steps, "find_spec", lambda name: True)
     rungs = list(ladder(SHAPE, ON_GPU).values())
     assert rungs[0].keywords == steps.NOTHING and rungs[0].func is one_graph
-    assert rungs[-1].func is rankpo_fast and len(rungs) == len(steps.LEVERS)
+    assert rungs[-1].func is rankpo_fast_adapters and len(rungs) == len(steps.LEVERS)
     for below, above in zip(rungs, rungs[1:], strict=False):
         on = {name for name, value in below.keywords.items() if value is not False}
         on -= {"gradient_checkpointing"}  # of which there is less and more
-        assert all(above.keywords[name] == below.keywords[name] for name in on)
-        more = above.keywords.items() - below.keywords.items()
+        more = dict(above.keywords.items() - below.keywords.items())
+        changed = on & more.keys()  # bf16 weights become 4-bit ones
+        assert changed <= {"weights_dtype"}
         assert len(more) == 1 or (not more and above.func is not below.func)
 
 
@@ -342,7 +355,44 @@ def test_a_lever_that_is_not_to_be_had_is_a_note_and_in_no_rung(monkeypatch):
         rungs = ladder(SHAPE, settings)
         assert rungs.pop("+ Liger") == NEEDS_GPU
         assert not any(rung.keywords["use_liger_kernel"] for rung in rungs.values())
-    assert list(rungs)[-1] == steps.EIGHT_BITS and rungs["+ bf16"].keywords["torch_compile"]
+    assert list(rungs)[-3:] == [steps.EIGHT_BITS, *steps.ADAPTERS]
+    assert rungs["+ bf16"].keywords["torch_compile"]
+
+
+def test_a_rung_says_which_library_is_missing(monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: name != "bitsandbytes" or None)
+    rungs = ladder(SHAPE, ON_GPU)
+    assert rungs[steps.QLORA] == f"bitsandbytes {NOT_INSTALLED}"
+    assert rungs[steps.LORA].keywords["weights_dtype"] == "bf16"
+
+
+def test_adapters_get_weights_only_where_the_disk_has_room_for_them(monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: True)
+    disk = SimpleNamespace(free=64 * 2**30)
+    monkeypatch.setattr(steps.shutil, "disk_usage", lambda path: disk)
+    for backbone, fits in (("Llama-3.1-8B", True), ("Qwen3-32B", False)):
+        rungs = ladder({**SHAPE, "backbone": backbone}, ON_GPU)
+        for name in steps.ADAPTERS:
+            note = rungs[name]
+            assert callable(note) if fits else note.startswith(OUT_OF_MEMORY)
+            assert fits or "59.6 GiB to be written, of 64.0 free" in note
+
+
+def test_random_weights_are_written_once_and_adapters_train_beside_them(task, tmp_path):
+    """A backbone of whose directory only the config is there, as of all but the tiny one."""
+    bare = tmp_path / "bare"
+    shutil.copytree(task.model, bare)
+    (bare / "model.safetensors").unlink()
+    own = dataclasses.replace(task, model=bare, steps=2, output=tmp_path / "out")
+    assert own.from_scratch
+    with pytest.raises(InputError, match="--lora_rank and --from_scratch"):
+        rankpo_fast(own, lora_rank=4)
+    rankpo_fast_adapters(own, lora_rank=4)
+    weights = tmp_path / "bare-written" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    again = dataclasses.replace(own, output=tmp_path / "again")
+    rankpo_fast_adapters(again, lora_rank=4)
+    assert weights.stat().st_mtime_ns == written and (again.output / "adapter").exists()
 
 
 def test_attention_that_cannot_serve_here_is_a_note():

@@ -53,16 +53,17 @@ def trained(directory, graphs, **flags):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "model, checkpointing",
+    "model, flags",
     [
-        pytest.param("tiny_llama_dir", False, id="causal"),
-        pytest.param("tiny_llama_dir", True, id="layers computed twice"),
-        pytest.param("tiny_bert_dir", False, id="layers further down"),
+        pytest.param("tiny_llama_dir", {}, id="causal"),
+        pytest.param("tiny_llama_dir", {"gradient_checkpointing": True}, id="computed twice"),
+        pytest.param("tiny_llama_dir", {"lora_rank": 4}, id="adapters"),
+        pytest.param("tiny_bert_dir", {}, id="layers further down"),
     ],
 )
-def test_compiled_layers_train_as_eager_ones_do(model, checkpointing, request, graphs, tmp_path):
+def test_compiled_layers_train_as_eager_ones_do(model, flags, request, graphs, tmp_path):
     directory = request.getfixturevalue(model)
-    flags = {"gradient_checkpointing": checkpointing}
+    flags = {"gradient_checkpointing": False} | flags
     eager, counts = trained(directory, graphs, **flags)
     assert counts[-1] == 0
     compiled, counts = trained(directory, graphs, torch_compile=True, **flags)
@@ -71,8 +72,13 @@ def test_compiled_layers_train_as_eager_ones_do(model, checkpointing, request, g
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
-    compiled.save(tmp_path)
-    assert load_encoder(ModelConfig(str(tmp_path)), device=CPU).state_dict().keys() == got.keys()
+    for encoder, name in ((eager, "eager"), (compiled, "compiled")):
+        encoder.save(tmp_path / name)
+    saved = [
+        load_encoder(ModelConfig(str(tmp_path / name)), device=CPU).state_dict().keys()
+        for name in ("eager", "compiled")
+    ]
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.long

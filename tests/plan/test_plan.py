@@ -80,6 +80,55 @@ def test_what_the_user_set_stays(directory, capsys):
     assert given.items() <= found["flags"].items() and found["passed_over"] == []
 
 
+FULL = ["--gpu", "80", "--method", "full", "--optim", "adamw_8bit"]  # one way
+
+
+def test_layers_are_compiled_where_that_is_counted_to_be_faster(directory, capsys):
+    model = ["--model_name_or_path", directory(4), *FULL]
+    chosen = planned(capsys, *model, "--gradient_checkpointing", "false")
+    assert chosen["flags"]["torch_compile"] is True and chosen["speedup_of_torch_compile"] > 1.05
+    plain = planned(capsys, *model, "--gradient_checkpointing", "false", "--torch_compile", "false")
+    assert plain["flags"]["torch_compile"] is False and plain["speedup_of_torch_compile"] is None
+    ratio = chosen["tokens_per_second"] / plain["tokens_per_second"]
+    assert ratio == pytest.approx(chosen["speedup_of_torch_compile"])
+    assert chosen["bytes"] == plain["bytes"]  # less is not promised
+
+
+@pytest.mark.parametrize(
+    "flags", [["--gradient_checkpointing", "selective"], ["--mlp_chunk", "64"]], ids=lambda x: x[0]
+)
+def test_layers_are_not_compiled_beside_what_has_to_see_into_them(directory, capsys, flags):
+    found = planned(capsys, "--model_name_or_path", directory(4), *FULL, *flags)
+    assert "torch_compile" not in found["flags"]
+
+
+def test_compiled_layers_that_are_asked_for_are_in_every_way(directory):
+    model = ModelConfig(directory(4), torch_compile=True, max_passage_length=512)
+    plan = find(Asked(model, GPUS["24"], 8, 1))
+    assert all(one.levers.torch_compile for one in [plan.best, *plan.passed])
+    assert all(one.levers.gradient_checkpointing != "selective" for one in plan.passed)
+
+
+@pytest.mark.parametrize("way", [{"processes": 2}, {"method": "qlora"}], ids=["ranks", "4-bits"])
+def test_layers_are_not_compiled_unasked_where_nobody_has_tried(directory, way):
+    model = ModelConfig(directory(2), max_passage_length=512, gradient_checkpointing=True)
+    assert not find(Asked(model, GPUS["24"], 8, 1, **way)).best.levers.torch_compile
+
+
+def test_float8_is_proposed_and_not_chosen(directory, capsys):
+    sizes = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
+    model = ModelConfig(directory(3, **sizes), gradient_checkpointing=False)
+    asked = Asked(model, GPUS["141"], 8, 1, method="full", offload=("optimizer",))
+    plan = find(asked)
+    assert plan.float8 is not None and 1.05 < plan.float8 < 2
+    assert find(replace(asked, gpu=replace(asked.gpu, float8=False))).float8 is None
+    given = find(replace(asked, model=replace(model, float8=True)))
+    ratio = given.best.tokens_per_second / plan.best.tokens_per_second
+    assert given.float8 is None and ratio == pytest.approx(plan.float8)
+    with pytest.raises(InputError, match="no products in 8 bits"):
+        find(replace(given.asked, gpu=replace(asked.gpu, float8=False)))
+
+
 @pytest.mark.long
 def test_a_gpu_too_small_for_any_way_says_by_how_much_and_what_would_fit(directory, capsys):
     path = directory(48, hidden_size=4096, intermediate_size=16384, num_attention_heads=32)
@@ -152,4 +201,5 @@ def test_auto_takes_the_plan_and_leaves_what_is_set(directory, monkeypatch):
     )  # fmt: skip
     assert chosen.optim == "adamw_4bit" and model.gradient_checkpointing == "auto"
     assert model.max_passage_length is None  # the texts' length is not made a limit
+    assert model.torch_compile is True and "layers compiled" in said
     assert "of 3.7 GiB free" in said

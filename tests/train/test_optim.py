@@ -7,6 +7,7 @@ from torch import nn
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.precision import ROUND_AT_RANDOM
 from rankpo_fast.train.optim import (
     CHOICES,
     Optimizer,
@@ -15,7 +16,7 @@ from rankpo_fast.train.optim import (
     on_the_host,
 )
 
-BF16 = [name for name, choice in CHOICES.items() if choice.takes_bf16]
+BF16 = ROUND_AT_RANDOM
 
 
 def model(dtype=torch.float32):
