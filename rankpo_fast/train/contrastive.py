@@ -106,7 +106,7 @@ def train_contrastive(
                 batches, training.gradient_accumulation_steps, own=loss.own_negatives
             ),
         }
-        with temperature_learnt(encoder, loss) as log_scale:
+        with temperature_learnt(encoder, loss, run.device) as log_scale:
             task = ContrastiveTask(batches, texts, loss, log_scale)
             return train(run, encoder, [task], about, callbacks)
 
@@ -204,7 +204,7 @@ def _check_dims(loss: ContrastiveLossConfig, encoder: Encoder) -> None:
 
 @contextmanager
 def temperature_learnt(
-    encoder: Encoder, loss: ContrastiveLossConfig
+    encoder: Encoder, loss: ContrastiveLossConfig, device: torch.device
 ) -> Iterator[nn.Parameter | None]:
     """Inside, log(1 / temperature) is a parameter of the encoder, if it is to be learnt: trained,
     and in checkpoints."""
@@ -212,7 +212,7 @@ def temperature_learnt(
         yield None
         return
     dtype = torch.promote_types(torch.float32, encoder.backbone.dtype)
-    start = torch.tensor(-math.log(loss.temperature), dtype=dtype, device=encoder.device)
+    start = torch.tensor(-math.log(loss.temperature), dtype=dtype, device=device)
     encoder.log_scale = nn.Parameter(start)
     try:
         yield encoder.log_scale

@@ -5,7 +5,7 @@ B pairs, U and N distinct queries and passages of a batch, D dims.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,15 @@ from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
-from rankpo_fast.train.reference import other_model_similarities, reference_similarities
+from rankpo_fast.train.reference import (
+    other_model_similarities,
+    reference_similarities,
+    similarities_by_ranks,
+)
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.run import Run
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
 
@@ -89,7 +94,7 @@ def train_rankpo(
             if replayed is not None:
                 replays.append(replay_task(replay, replayed, encoder, compute))
                 about["replay"] = describe_replay(replay, replays[0].data)
-            if loss.uses_reference and other is None:
+            if loss.uses_reference and other is None and not run.sharded:
                 reference = reference_similarities(encoder, texts, pairs, compute)
             if reference is not None:
                 chosen, rejected = reference
@@ -137,6 +142,14 @@ class RankPOTask(TrainingTask[PreferenceBatch]):
     data: PreferenceData
     config: RankPOLossConfig
     reference: Tensor | None  # [2, rows] similarities of chosen and rejected, on the device
+
+    def ready(self, run: Run, encoder: Encoder) -> "RankPOTask":
+        """Asks the encoder that is its own reference and in parts, so that all ranks must ask."""
+        if not self.config.uses_reference or self.reference is not None:
+            return self
+        asked = similarities_by_ranks(encoder, self.texts, self.data, run.compute, run.ranks)
+        data = self.data.with_reference(asked[0] - asked[1])
+        return replace(self, data=data, reference=asked.to(run.device))
 
     def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> LossOutput:
         config = self.config

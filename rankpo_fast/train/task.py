@@ -18,7 +18,9 @@ from rankpo_fast.data.batches import (
     PreferenceBatch,
     PreferenceData,
 )
+from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
+from rankpo_fast.train.run import Run
 
 BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch)
 
@@ -52,6 +54,10 @@ class TrainingTask(ABC, Generic[BatchT]):
     def rates(self) -> dict[str, float]:
         """Peak learning rates of parameters, by their names in the encoder, that have their own."""
         return {}
+
+    def ready(self, run: Run, encoder: Encoder) -> "TrainingTask[BatchT]":
+        """It, once all ranks have the encoder as it starts; they all call it."""
+        return self
 
     @abstractmethod
     def loss(self, queries: Tensor, passages: Tensor, batch: BatchT) -> LossOutput:
