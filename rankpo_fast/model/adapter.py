@@ -61,7 +61,7 @@ class Adapter:
         if backbone.device.type == "meta":
             from peft import inject_adapter_in_model
 
-            inject_adapter_in_model(self._config(), backbone, adapter_name=NAME)
+            inject_adapter_in_model(self._config(trained), backbone, adapter_name=NAME)
         else:
             self._opened(backbone, trained=trained)
             self._check_changes(backbone)
@@ -81,12 +81,13 @@ class Adapter:
             parameter.requires_grad_(True)
         return merged
 
-    def _config(self) -> "PeftConfig":
+    def _config(self, trained: bool) -> "PeftConfig":
         from peft import PeftConfig
 
         config = PeftConfig.from_pretrained(str(self.folder))
         # A task brings peft's wrapper for its head (CAUSAL_LM: generation): there is none here.
         config.task_type = None
+        config.inference_mode = not trained
         return config
 
     def _opened(self, backbone: "PreTrainedModel", *, trained: bool = False) -> "PeftModel":
@@ -101,7 +102,7 @@ class Adapter:
             mapping = {f"^{re.escape(place)}": ""}
         try:
             model = PeftModel.from_pretrained(
-                backbone, str(self.folder), config=self._config(), key_mapping=mapping,
+                backbone, str(self.folder), config=self._config(trained), key_mapping=mapping,
                 is_trainable=trained,
             )  # fmt: skip
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())

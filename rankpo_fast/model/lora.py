@@ -84,14 +84,13 @@ def add_lora(backbone: "PreTrainedModel", config: ModelConfig) -> None:
     rank = config.lora_rank
     assert rank is not None, "which decides whether there is an adapter"
     has_pooler = any(_of_pooler(name) for name, _ in backbone.named_modules())
-    drawn = config.lora_init == "default" or backbone.device.type == "meta"  # others read weights
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         exclude_modules=rf"(.*\.)?{NOT_FOR_ADAPTERS}\..*" if has_pooler else None,
-        init_lora_weights=True if drawn else config.lora_init,
+        init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_dora=config.lora_dora,
         modules_to_save=config.lora_modules_to_save or None,
     )

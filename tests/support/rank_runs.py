@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,9 +27,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rankpo_fast import cli
+from rankpo_fast.config import ComputeConfig
+from rankpo_fast.data.packing import one_token
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import META, load_encoder
+from rankpo_fast.model.vocabulary import trim_vocabulary
 from rankpo_fast.ops import ranks
+from rankpo_fast.plan.counter import Meter
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import contrastive, output, prepare, step
 from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
@@ -380,3 +386,27 @@ def connected(stage, **flags):
         patches.enter_context(mock.patch.object(Memory, "measure", measured))
         stages.run(stage, **flags)
     return used
+
+
+def in_parts(*configs, trimmed=()):
+    """Of each encoder, loaded for --shard full: `read`, the weights that this rank has from files;
+    `weights` as they come to all; `most`, bytes that lived at once until then; `own`, its parts'.
+    """
+    cpu, answers = torch.device("cpu"), []
+    with Ranks.joined(ComputeConfig(device="cpu")) as ranks:
+        for config in configs:
+            encoder = load_encoder(config, device=cpu, weights=cpu if ranks.first else META)
+            if trimmed:
+                trim_vocabulary(encoder, trimmed, trimmed)
+            state = encoder.backbone.state_dict().items()
+            read = {name: x.clone() for name, x in state if not x.is_meta}
+            micro_batch, most = one_token(encoder.tokenize_passages(["a nurse"])), []
+            with Meter() as meter:
+                waiting = [lambda: most.append(max(meter.peaks.values())), encoder.waiting]
+                encoder.waiting = lambda: [part() for part in waiting]
+                Sharded(encoder, replace(ranks, lockstep=True), "full", micro_batch)
+            parts = encoder.backbone.state_dict()
+            own = sum(getattr(x, "_local_tensor", x).nbytes for x in parts.values())
+            weights = {name: whole(x) for name, x in parts.items()}
+            answers.append({"read": read, "weights": weights, "most": most[0], "own": own})
+    return answers
