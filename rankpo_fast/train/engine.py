@@ -252,7 +252,8 @@ class _Arrival:
         """Those of a module that have not come yet, whole."""
         come: dict[Tensor, Tensor] = {}  # one each of those that several modules share
         for inside in module.modules():
-            for tensors in (inside._parameters, inside._buffers):
+            kinds: list[dict[str, Any]] = [inside._parameters, inside._buffers]
+            for tensors in kinds:
                 for key, tensor in tensors.items():
                     name = f"{self._names[inside]}.{key}"
                     if tensor is not None and name not in self._there:

@@ -78,7 +78,7 @@ def _similarities(
     encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Nothing where other ranks have the vectors."""
-    named = texts.strings(data.query_texts, data.passage_texts)
+    named = texts.strings(data.query_texts, data.passage_texts) if data.query_texts else ()
     vectors = encode_texts(
         encoder, texts.table, max_tokens=compute.max_tokens_per_micro_batch,
         progress="reference" if ranks.first else None, texts=named, ranks=ranks,

@@ -7,8 +7,8 @@ U and N distinct query and passage texts of a batch, D dims.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -55,7 +55,11 @@ class TrainingTask(ABC, Generic[BatchT]):
         """Peak learning rates of parameters, by their names in the encoder, that have their own."""
         return {}
 
-    def ready(self, run: Run, encoder: Encoder) -> "TrainingTask[BatchT]":
+    def without_texts(self) -> Self:
+        """It, with token ids alone."""
+        return replace(self, data=self.data.without_texts())
+
+    def ready(self, run: Run, encoder: Encoder) -> Self:
         """It, once all ranks have the encoder as it starts; they all call it."""
         return self
 
