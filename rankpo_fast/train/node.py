@@ -126,13 +126,13 @@ class _Pickler(pickle.Pickler):
         return self._places[id(value)][1]
 
     def _written(self, value: Tensor | np.ndarray) -> tuple[Any, ...]:
-        tensor = (
-            value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-        )
+        is_tensor = isinstance(value, Tensor)
+        tensor = value if is_tensor else torch.from_numpy(np.ascontiguousarray(value))
         self._file.write(bytes(-self._file.tell() % ALIGNED))
         start = self._file.tell()
-        self._file.write(tensor_bytes(tensor))
-        return isinstance(value, Tensor), start, tensor.dtype, tuple(tensor.shape)
+        if tensor.numel():
+            self._file.write(tensor_bytes(tensor))
+        return is_tensor, start, tensor.dtype, tuple(tensor.shape)
 
 
 class _Unpickler(pickle.Unpickler):

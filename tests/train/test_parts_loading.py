@@ -1,4 +1,4 @@
-"""Weights that lie in parts on several ranks are never whole on one, but on the first one's host."""
+"""Weights that lie in parts on several ranks are never whole on one, but on the first's host."""
 
 import json
 import shutil
