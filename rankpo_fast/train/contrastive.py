@@ -107,6 +107,7 @@ def train_contrastive(
                     of_guide = guide_vectors(guide, run.model, batches, run.device, compute)
                     batches = batches.with_guide(*of_guide)
                 task = node.hand(ContrastiveTask(batches, texts, loss).without_texts())
+                del read, batches, texts  # strings, which nobody needs any more
         about = {
             "rows": describe_rows(task.data),
             "loss": describe_loss(loss),

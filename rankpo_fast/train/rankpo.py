@@ -80,10 +80,10 @@ def train_rankpo(
             read: list[PreferenceData | ContrastiveData] = []
             if given is None:
                 pairs, number = _read_pairs(data, training, ranks)
-                read.append(pairs)
+                replayed = []
                 if replay.replay_data:
-                    replayed = replay_batches(replay, training, ranks.size)
-                    read.append(replayed)
+                    replayed.append(replay_batches(replay, training, ranks.size))
+                read = [pairs, *replayed]
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
                 replay, encoder=None if named else encoder,
@@ -102,11 +102,13 @@ def train_rankpo(
                 if loss.uses_reference and other is None and not run.sharded:
                     reference = reference_similarities(encoder, texts, pairs, compute)
                 tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference)]
-                if replay.replay_data:
-                    task = replay_task(replay, replayed, encoder, compute)
+                for batches in replayed:
+                    task = replay_task(replay, batches, encoder, compute)
                     about["replay"] = describe_replay(replay, task.data)
                     tasks.append(task)
-                given = node.hand((about, [task.without_texts() for task in tasks]))
+                    del task, batches
+                given = node.hand((about, [one.without_texts() for one in tasks]))
+                del read, pairs, replayed, texts, tasks  # strings, which nobody needs any more
         about, tasks = given
         return train(run, encoder, tasks, about, callbacks)
 
