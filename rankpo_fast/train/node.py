@@ -126,8 +126,10 @@ class _Pickler(pickle.Pickler):
         return self._places[id(value)][1]
 
     def _written(self, value: Tensor | np.ndarray) -> tuple[Any, ...]:
-        is_tensor = isinstance(value, Tensor)
-        tensor = value if is_tensor else torch.from_numpy(np.ascontiguousarray(value))
+        if is_tensor := isinstance(value, Tensor):
+            tensor = value
+        else:
+            tensor = torch.from_numpy(np.ascontiguousarray(value))
         self._file.write(bytes(-self._file.tell() % ALIGNED))
         start = self._file.tell()
         if tensor.numel():
