@@ -4,7 +4,8 @@
     rows of the batch       a slice each, scored against all passages      sum by owner [n, D]
     parameters' gradients   of the own texts, over the whole step          train/engine.py
 
-Every rank knows all rows, so each makes the same batch by itself and no text travels.
+Every rank knows all rows as numbers (train/node.py), so each makes the same batch by itself and no
+text travels.
 
 Rank 0 writes, others no more than their parts of sharded weights. Out of memory on one, all do the
 step again, unless ranks wait for it in the midst of a pass: then the run ends. What ends a rank
@@ -16,11 +17,13 @@ import atexit
 import dataclasses
 import heapq
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +58,7 @@ class Ranks:
     hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no GPU
     # Whether weights lie in parts, so that a pass through the encoder is one of all ranks.
     lockstep: bool = False
+    reader: int = 0  # the first rank of this one's node, which reads for all there
 
     @classmethod
     @contextmanager
@@ -81,7 +85,9 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)  # the next training needs it once more
         ranks = cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
-        ranks.meet()  # else rank 0 may be gone, and its store, before the others have the group
+        # They meet: else rank 0 may be gone, and its store, before the others have the group.
+        nodes = ranks.objects(_node())
+        ranks = dataclasses.replace(ranks, reader=nodes.index(nodes[ranks.rank]))
         try:
             yield ranks
         except BaseException:  # the process may end, and must not wait for others then
@@ -100,6 +106,11 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def reads(self) -> bool:
+        """Whether it is the one of its node that reads."""
+        return self.rank == self.reader
+
     def say(self, text: str) -> None:
         if self.first:
             print(text, file=sys.stderr, flush=True)
@@ -113,26 +124,28 @@ class Ranks:
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
         """Rank 0 does it before the others: it fills caches, and says once what is wrong for all.
+        Then those that read for other nodes, then the rest.
 
-        Nobody goes on before all have done it. An InputError of the first is one of all: the others
-        have it as a copy, whose `copied` is True.
+        Nobody goes on before all have done it. An InputError of the first, or of one that reads, is
+        one of all: the others have it as a copy, whose `copied` is True.
         """
-        if not self.first:
+        turn = 0 if self.first else 1 if self.reads else 2
+        for _ in range(turn):
             self._raise_if_told()
         try:
             yield
         except InputError as error:
-            if self.first:
+            if turn < 2:
                 self.objects((str(error), error.name))
             raise
-        if self.first:
-            self.objects(None)
+        for _ in range(turn, 2):
+            self._raise_if_told()
         self.meet()
 
     def _raise_if_told(self) -> None:
-        of_first, *_ = self.objects(None)
-        if of_first is not None:
-            error = InputError(*of_first)
+        told = [report for report in self.objects(None) if report is not None]
+        if told:
+            error = InputError(*told[0])
             error.copied = True
             raise error
 
@@ -285,6 +298,12 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
         dealt[hand].append(text)
         heapq.heapreplace(heap, (so_far + cost, hand))
     return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
+
+
+def _node() -> tuple[str, str]:
+    """What the processes of one running system have in common."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
 def _of_connection(error: RuntimeError) -> bool:

@@ -202,6 +202,12 @@ class ContrastiveData:
         data._guide = queries, passages
         return data
 
+    def without_texts(self) -> "ContrastiveData":
+        """The same batches, where nobody needs the texts any more, nor `merged`."""
+        data = copy.copy(self)
+        data.query_texts, data.passage_texts, data._own = [], [], []
+        return data
+
     @property
     def batch_size(self) -> int:
         return self._order.batch_size
@@ -299,6 +305,12 @@ class PreferenceData:
         self._reference_margins: Tensor | None = None
         if reference_margins is not None:
             self._set_margins(reference_margins)
+
+    def without_texts(self) -> "PreferenceData":
+        """The same batches, where nobody needs the texts any more."""
+        data = copy.copy(self)
+        data.query_texts, data.passage_texts = [], []
+        return data
 
     @property
     def batch_size(self) -> int:

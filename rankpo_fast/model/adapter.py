@@ -20,11 +20,11 @@ from rankpo_fast.model.directories import (
     find_directory,
     has_weights,
 )
-from rankpo_fast.model.lora import LENGTHS, as_trained, changes_nothing
+from rankpo_fast.model.lora import LENGTHS, NAME, as_trained, changes_nothing
 from rankpo_fast.model.modules import backbone_folder, read_json
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -56,10 +56,15 @@ class Adapter:
                              f"weights {kind} --weights_dtype nf4")  # fmt: skip
 
     def put_on(self, backbone: "PreTrainedModel", *, trained: bool = False) -> None:
-        """Put it into the backbone's layers, in place. InputError as below, and where it changes
-        nothing."""
-        self._opened(backbone, trained=trained)
-        self._check_changes(backbone)
+        """Put it into the backbone's layers, in place; on the meta device its places alone.
+        InputError as below, and where it changes nothing."""
+        if backbone.device.type == "meta":
+            from peft import inject_adapter_in_model
+
+            inject_adapter_in_model(self._config(trained), backbone, adapter_name=NAME)
+        else:
+            self._opened(backbone, trained=trained)
+            self._check_changes(backbone)
         if trained:
             as_trained(backbone)
 
@@ -76,8 +81,17 @@ class Adapter:
             parameter.requires_grad_(True)
         return merged
 
+    def _config(self, trained: bool) -> "PeftConfig":
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(str(self.folder))
+        # A task brings peft's wrapper for its head (CAUSAL_LM: generation): there is none here.
+        config.task_type = None
+        config.inference_mode = not trained
+        return config
+
     def _opened(self, backbone: "PreTrainedModel", *, trained: bool = False) -> "PeftModel":
-        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+        from peft import PeftModel, get_peft_model_state_dict
 
         with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
             names = {re.sub(rf"({LENGTHS})\.weight$", r"\1", name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -87,12 +101,10 @@ class Adapter:
             names = {PREFIX + name.removeprefix(PREFIX + place) for name in names}
             mapping = {f"^{re.escape(place)}": ""}
         try:
-            config = PeftConfig.from_pretrained(str(self.folder))
-            # A task brings peft's wrapper for its head (CAUSAL_LM: generation): there is none here.
-            config.task_type = None
             model = PeftModel.from_pretrained(
-                backbone, str(self.folder), config=config, key_mapping=mapping, is_trainable=trained
-            )
+                backbone, str(self.folder), config=self._config(trained), key_mapping=mapping,
+                is_trainable=trained,
+            )  # fmt: skip
             unfit = sorted(names ^ get_peft_model_state_dict(model).keys())
             if not unfit:
                 return model

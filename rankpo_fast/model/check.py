@@ -6,7 +6,8 @@ S texts of T tokens in all, D dims.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import MicroBatch, pack
@@ -102,16 +103,35 @@ def _small_gradients(encoder: Encoder, batch: MicroBatch, way: Checkpointing) ->
     with torch.random.fork_rng(devices=gpus):  # dropout draws the same each time
         torch.manual_seed(0)
         vectors = encoder(batch)
+    loss, parts = vectors.square().sum(), lies_in_parts(encoder.backbone)
+    if parts:  # whose gradients nothing but a backward pass of all ranks brings together
+        loss.backward()
     trained = [p for p in encoder.backbone.parameters() if p.requires_grad]
     small = [p for p in trained if p.numel() <= SMALL] or trained
-    gradients = torch.autograd.grad(vectors.square().sum(), small, allow_unused=True)
-    return [gradient.double() for gradient in gradients if gradient is not None]
+    if parts:
+        gradients = [whole(p.grad) for p in small if p.grad is not None]
+        encoder.zero_grad(set_to_none=True)
+    else:
+        found = torch.autograd.grad(loss, small, allow_unused=True)
+        gradients = [gradient for gradient in found if gradient is not None]
+    return [gradient.double() for gradient in gradients]
 
 
 def broken_weights(encoder: Encoder) -> list[str]:
-    """The names of the backbone's tensors that hold NaN or inf."""
+    """The names of the backbone's tensors that hold NaN or inf; all ranks must ask of weights that
+    lie in parts."""
     tensors = encoder.backbone.state_dict().items()
-    return [name for name, tensor in tensors if not tensor.isfinite().all()]
+    return [name for name, tensor in tensors if not whole(tensor).isfinite().all()]
+
+
+def lies_in_parts(module: nn.Module) -> bool:
+    """Whether its weights lie in parts on several ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts; then all ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _check_finite(encoder: Encoder, states: Tensor) -> None:

@@ -5,7 +5,7 @@ S texts of a micro-batch, T tokens of all of them, L of the longest; D dims, n t
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +57,7 @@ class Encoder(nn.Module):
         lora: of an adapter in training, else None.
         name: of the model it was loaded from.
         trimmed: what --trim_vocabulary has left of its tokens, in words; empty: all.
+        waiting: what of its loading waits for `on_device`, if anything.
         origins: the directories it was loaded from, its own before that of an adapter's base; none
             for one that was made otherwise.
     """
@@ -80,6 +81,7 @@ class Encoder(nn.Module):
         self.layers = Layers(backbone)
         self.name = "an encoder in memory"
         self.trimmed = ""
+        self.waiting: Callable[[], None] | None = None
         self.origins: list[Path] = []
         self.lora: Lora | None = None
         self.register_parameter("log_scale", None)
@@ -117,6 +119,15 @@ class Encoder(nn.Module):
         self.backbone.set_attn_implementation(name)
         self.packed = kernel is not None
         self.attention = name if kernel is None else kernel.name
+
+    def on_device(self) -> None:
+        """Its weights are where they compute: finish its loading, which tries it out.
+
+        InputError: packed texts get other states, or its layers cannot be as asked for.
+        """
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            waiting()
 
     @property
     def dim(self) -> int:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +66,25 @@ if TYPE_CHECKING:
 ATTENTION_DROPOUTS = ["attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"]
 
 
-def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) -> Encoder:
+META = torch.device("meta")
+
+
+def load_encoder(
+    config: EncoderConfig,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    weights: torch.device | None = None,
+) -> Encoder:
     """Load the encoder that `config` describes, in eval mode, weights in fp32.
 
     Args:
         config: what to load; a ModelConfig also says how it is to be trained.
-        device: where the weights go.
+        device: where it computes.
         seed: of weights that no file gives: new tokens, or all of them from scratch.
+        weights: where they lie first, if not there: on the host, to be moved part by part; on the
+            meta device, which has none, so that no file is read: another process sends them. What
+            only computing finds out then waits for `Encoder.on_device`.
 
     Raises:
         InputError: no such model or tokenizer, unsafe or incomplete files, or settings that this
@@ -95,7 +108,7 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         origins += [adapter.base_directory, folder]
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
-    weights = [] if from_scratch else check_weights(folder, MODEL_FLAG)
+    files = [] if from_scratch else check_weights(folder, MODEL_FLAG)
     backbone_config = load_config(folder)
     if training is not None:
         reshape(backbone_config, training)
@@ -114,22 +127,23 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
     if settings.append_eos:
         append_eos(tokenizer, asked=config.append_eos is True)
 
-    storage = _storage(training, device, precision)
+    lie = device if weights is None else weights
+    storage = _storage(training, lie, precision)
     lora = None if training is None else Lora.of(training, adapter, folder, storage["dtype"])
     with _seeded(seed, device):
-        if from_scratch:  # where it will be: a large one takes minutes, and the host may lack room
-            backbone = _new_backbone(backbone_config, attention, device, storage["dtype"])
+        if from_scratch or lie == META:  # where it will be: the host may be slow, or lack room
+            backbone = _new_backbone(backbone_config, attention, lie, storage["dtype"])
         else:
             backbone = _load_backbone(
                 folder, backbone_config, attention, storage, fewer=backbone_is_cut(training)
             )
             check_vocabulary(tokenizer, backbone, tokenizer_flag(config))
-            if adapter is not None and lora is not None:
-                adapter.put_on(backbone, trained=True)
-            elif adapter is not None:
-                backbone = _merge(adapter, backbone, lambda dtype: _load_backbone(
-                    folder, backbone_config, attention, four_bits(device, dtype)
-                ))  # fmt: skip
+        if adapter is not None and lora is not None:
+            adapter.put_on(backbone, trained=True)
+        elif adapter is not None and lie != META:
+            backbone = _merge(adapter, backbone, lambda dtype: _load_backbone(
+                folder, backbone_config, attention, four_bits(lie, dtype)
+            ))  # fmt: skip
         if training is not None:
             add_special_tokens(tokenizer, training.special_tokens)
         new_tokens = _fit_embedding(backbone, tokenizer)
@@ -139,18 +153,25 @@ def load_encoder(config: EncoderConfig, *, device: torch.device, seed: int = 0) 
         freeze(backbone, training)
         _check_new_tokens(backbone, new_tokens)
         use_float8(backbone, training, device)
-    encoder = Encoder(backbone, tokenizer, settings, bf16=precision.bf16).to(device).eval()
+    encoder = Encoder(backbone, tokenizer, settings, bf16=precision.bf16).to(lie).eval()
     if lora is not None:  # new rows of the embedding are in no directory
         encoder.lora = dataclasses.replace(lora, base=None) if new_tokens else lora
-    encoder.save_dtype, encoder.origins = _save_dtype(training, weights), origins
+    encoder.save_dtype, encoder.origins = _save_dtype(training, files), origins
     encoder.name = config.model_name_or_path
     if training is not None:
         use_liger(backbone, training.use_liger_kernel, device)
+    encoder.waiting = partial(_try_out, encoder, kernels, config)
+    if weights is None:
+        encoder.on_device()
+    return encoder
+
+
+def _try_out(encoder: Encoder, kernels: list[Kernel], config: EncoderConfig) -> None:
+    """What takes passes through the encoder to find out."""
     if kernels:
         _pack(encoder, kernels, config)
-    if training is not None:
-        set_layers(encoder, training)
-    return encoder
+    if isinstance(config, ModelConfig):
+        set_layers(encoder, config)
 
 
 # --- the backbone ---

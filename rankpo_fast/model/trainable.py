@@ -67,14 +67,15 @@ def check_offload(offload: Sequence[str], config: ModelConfig, device: torch.dev
                          "--gradient_checkpointing true, selective or auto")  # fmt: skip
 
 
-def set_offload(encoder: Encoder, offload: Sequence[str]) -> None:
-    """Of an encoder that has been loaded. InputError: its layers cannot be checkpointed."""
+def set_offload(encoder: Encoder, offload: Sequence[str], device: torch.device) -> None:
+    """Of an encoder that has been loaded and computes on `device`. InputError: its layers cannot
+    be checkpointed."""
     wanted = "activations" in offload
     if wanted and not encoder.layers.can_checkpoint:
         kind = encoder.backbone.config.model_type
         raise InputError(f"--offload activations: it moves what goes into checkpointed layers, and "
                          f"{kind} does not have them: leave it out")  # fmt: skip
-    encoder.layers.offload(encoder.device if wanted else None)
+    encoder.layers.offload(device if wanted else None)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ queries of a batch, D dims.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.guide import guide_vectors
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.node import reading_once
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.result import TrainingResult
@@ -81,33 +82,41 @@ def train_contrastive(
             model, training, ranks, negatives=data.num_negatives, lent=encoder is not None
         )
         precision = shared_precision(model, training, ranks)
-        with ranks.first_ahead():
-            rows = training.per_device_train_batch_size * ranks.size
-            batches = read_batches(
-                data.train_data, rows, data.num_negatives, training.seed, data.train_data_weights,
-                own_negatives=loss.own_negatives,
-            )  # fmt: skip
+        # Which tokens are kept of a vocabulary follows from texts, so that all must have them.
+        once = reading_once(ranks, compute.cache_path, wanted=not model.trim_vocabulary)
+        with once as node, ranks.first_ahead():
+            task, read = node.given(), []
+            if task is None:
+                rows = training.per_device_train_batch_size * ranks.size
+                batches = read_batches(
+                    data.train_data, rows, data.num_negatives, training.seed,
+                    data.train_data_weights, own_negatives=loss.own_negatives,
+                )  # fmt: skip
+                read = [batches]
             run = prepare_run(
                 "contrastive", ranks, precision, model, data, loss, training, evaluation, compute,
                 encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
-            encoder = prepare_encoder(run, encoder, batches)
-            batches, texts = tokenized(batches, encoder, compute)
+            encoder = prepare_encoder(run, encoder, *read)
             _check_dims(loss, encoder)
-            if (guide := loss.guide_model_name_or_path) is not None:
-                of_guide = guide_vectors(guide, run.model, batches, run.device, compute)
-                batches = batches.with_guide(*of_guide)
+            if task is None:
+                batches, texts = tokenized(batches, encoder, compute)
+                if (guide := loss.guide_model_name_or_path) is not None:
+                    of_guide = guide_vectors(guide, run.model, batches, run.device, compute)
+                    batches = batches.with_guide(*of_guide)
+                task = node.hand(ContrastiveTask(batches, texts, loss).without_texts())
+                del read, batches, texts  # strings, which nobody needs any more
         about = {
-            "rows": describe_rows(batches),
+            "rows": describe_rows(task.data),
             "loss": describe_loss(loss),
             "negatives": describe_negatives(
-                batches, training.gradient_accumulation_steps, own=loss.own_negatives
+                task.data, training.gradient_accumulation_steps, own=loss.own_negatives
             ),
         }
-        with temperature_learnt(encoder, loss) as log_scale:
-            task = ContrastiveTask(batches, texts, loss, log_scale)
+        with temperature_learnt(encoder, loss, run.device) as log_scale:
+            task = replace(task, log_scale=log_scale)
             return train(run, encoder, [task], about, callbacks)
 
 
@@ -204,7 +213,7 @@ def _check_dims(loss: ContrastiveLossConfig, encoder: Encoder) -> None:
 
 @contextmanager
 def temperature_learnt(
-    encoder: Encoder, loss: ContrastiveLossConfig
+    encoder: Encoder, loss: ContrastiveLossConfig, device: torch.device
 ) -> Iterator[nn.Parameter | None]:
     """Inside, log(1 / temperature) is a parameter of the encoder, if it is to be learnt: trained,
     and in checkpoints."""
@@ -212,7 +221,7 @@ def temperature_learnt(
         yield None
         return
     dtype = torch.promote_types(torch.float32, encoder.backbone.dtype)
-    start = torch.tensor(-math.log(loss.temperature), dtype=dtype, device=encoder.device)
+    start = torch.tensor(-math.log(loss.temperature), dtype=dtype, device=device)
     encoder.log_scale = nn.Parameter(start)
     try:
         yield encoder.log_scale

@@ -156,23 +156,27 @@ class Replicated(Engine):
 class Sharded(Engine):
     """FSDP2: a layer's weights are whole while it computes; parts of its gradients are summed after
     each of its backward passes. Forward and backward passes are those of all ranks, so every rank
-    must do as many, in the same order."""
+    must do as many, in the same order.
+
+    Weights come to the devices module by module, each cut into its parts before the next: the first
+    rank has them on its host, others need have none (`load_encoder`'s meta device).
+    """
 
     def __init__(self, encoder: Encoder, ranks: Ranks, shard: str, micro_batch: MicroBatch):
         self._ranks, self._keeps_weights = ranks, shard == "grad"
         self._root = encoder.backbone
         assert ranks.group is not None
-        _broadcast(self._root, ranks)
+        arrival = _Arrival(self._root, ranks)
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
         embeddings = [m for m in [self._root.get_input_embeddings()] if isinstance(m, nn.Embedding)]
         for module in [*embeddings, *outermost_layers(self._root), self._root]:
-            own = [p for p in module.parameters() if not isinstance(p, DTensor)]
+            arrival.of(module)
             fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=shard == "full",
                 # Sums of bf16 gradients are fp32's; others are those of the weights' dtype.
-                mp_policy=MixedPrecisionPolicy(reduce_dtype=_reduced_in(own)),
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=_reduced_in(module)),
                 ignored_params={p for p in module.parameters() if not p.is_floating_point()},
             )
         for sharded in self._modules():
@@ -180,6 +184,8 @@ class Sharded(Engine):
             sharded.set_force_sum_reduction_for_comms(True)
             # An embedding's gradient needs no weights.
             sharded.set_unshard_in_backward(not isinstance(sharded, nn.Embedding))
+        encoder.on_device()
+        self.settle()
         _pass_nothing(self, encoder, micro_batch)
         encoder.zero_grad(set_to_none=True)
         release(ranks.device)
@@ -223,6 +229,54 @@ class Sharded(Engine):
         return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
 
 
+class _Arrival:
+    """The first rank's weights and buffers, which come to the device of every rank."""
+
+    def __init__(self, root: nn.Module, ranks: Ranks):
+        self._ranks = ranks
+        self._names = {module: name for name, module in root.named_modules()}
+        self._there: set[str] = set()
+        own = {
+            f"{name}.{key}": (tensor.shape, tensor.dtype)
+            for module, name in self._names.items()
+            for key, tensor in {**module._parameters, **module._buffers}.items()
+            if tensor is not None
+        }
+        self._of_first, *_ = ranks.objects(own if ranks.first else None)
+        if {n: shape for n, (shape, _) in own.items()} != {
+            n: shape for n, (shape, _) in self._of_first.items()
+        }:
+            raise RuntimeError(f"rank {ranks.rank} has built another model than the first")
+
+    def of(self, module: nn.Module) -> None:
+        """Those of a module that have not come yet, whole."""
+        come: dict[Tensor, Tensor] = {}  # one each of those that several modules share
+        for inside in module.modules():
+            kinds: list[dict[str, Any]] = [inside._parameters, inside._buffers]
+            for tensors in kinds:
+                for key, tensor in tensors.items():
+                    name = f"{self._names[inside]}.{key}"
+                    if tensor is not None and name not in self._there:
+                        self._there.add(name)
+                        if tensor not in come:
+                            come[tensor] = self._come(name, tensor)
+                        tensors[key] = come[tensor]
+
+    @torch.no_grad()
+    def _come(self, name: str, tensor: Tensor) -> Tensor:
+        _, dtype = self._of_first[name]
+        if not tensor.is_floating_point() and tensor.device == self._ranks.device:
+            come = tensor  # 4-bit weights, which are more than their numbers
+        else:
+            come = torch.empty_like(tensor, dtype=dtype, device=self._ranks.device)
+            if self._ranks.first:
+                come.copy_(tensor)
+            if isinstance(tensor, nn.Parameter):
+                come = nn.Parameter(come, requires_grad=tensor.requires_grad)
+        dist.broadcast(come.detach(), 0, group=self._ranks.group)
+        return come
+
+
 class _Vectors(nn.Module):
     """The vectors as they are, and the parameters that made them."""
 
@@ -253,6 +307,7 @@ def _pass_nothing(engine: Engine, encoder: Encoder, micro_batch: MicroBatch) -> 
         engine.backward(vectors, torch.zeros_like(vectors), last=True)
 
 
-def _reduced_in(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    half = any(t.dtype == torch.bfloat16 and t.requires_grad for t in tensors)
+def _reduced_in(module: nn.Module) -> torch.dtype | None:
+    own = (p for p in module.parameters() if not isinstance(p, DTensor))
+    half = any(p.dtype == torch.bfloat16 and p.requires_grad for p in own)
     return torch.float32 if half else None

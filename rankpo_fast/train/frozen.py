@@ -12,6 +12,7 @@ from torch import Tensor
 from rankpo_fast.config import EncoderConfig, ModelConfig
 from rankpo_fast.data.files import tensor_bytes
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.check import whole
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 
@@ -48,9 +49,10 @@ def ask_frozen(
 
 
 def key_of(encoder: Encoder, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of what decides an encoder's vectors, and of `tensors`."""
+    """sha256 of what decides an encoder's vectors, and of `tensors`; all ranks must ask it of
+    weights that lie in parts."""
     digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())
     for name, tensor in {**tensors, **encoder.backbone.state_dict()}.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor_bytes(tensor))
+        digest.update(tensor_bytes(whole(tensor)))
     return digest.hexdigest()

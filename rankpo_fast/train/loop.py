@@ -66,11 +66,13 @@ def train(
     total = schedule.total_steps
     profiled = config.profile_steps if run.ranks.first else 0
     profile = Profile(run.path / output.PROFILE, profiled, total - first)
-    introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     compare_ranks(run)
     run = replace(run, ranks=replace(run.ranks, lockstep=run.sharded))
     ranks = run.ranks
     engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
+    introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
+    tasks = [task.ready(run, encoder) for task in tasks]
+    engine.settle()
     optimizer = _start(run, encoder, tasks)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks], engine)
     pack = partial(pack_step, tasks, encoder, ranks)

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from rankpo_fast.data.packing import MicroBatch, default_budget, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.check import selective_is_exact
+from rankpo_fast.model.check import lies_in_parts, selective_is_exact
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.model.precision import zero_gradient
@@ -187,7 +186,7 @@ def checkpoint_more(encoder: Encoder) -> Checkpointing | None:
     if layers.checkpointed is True or not layers.can_checkpoint:
         return None
     way: Checkpointing = True
-    parts = any(isinstance(parameter, DTensor) for parameter in encoder.parameters())
+    parts = lies_in_parts(encoder)
     # Of weights in parts there is no gradient of one rank by which to see whether it is exact.
     if not parts and not layers.checkpointed and layers.why_not_selective() is None:
         try:

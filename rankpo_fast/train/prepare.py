@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from rankpo_fast.config import (
     ComputeConfig,
     ContrastiveDataConfig,
@@ -23,7 +25,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
 from rankpo_fast.model.directories import MODEL_FLAG
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.model.load import load_encoder
+from rankpo_fast.model.load import META, load_encoder
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.model.trainable import check_offload, fit_to_train, set_offload
@@ -114,10 +116,12 @@ def prepare_encoder(
         read: all rows that it will be trained on.
     """
     if encoder is None:
-        encoder = load_encoder(run.model, device=run.device, seed=run.training.seed)
+        encoder = load_encoder(
+            run.model, device=run.device, seed=run.training.seed, weights=_place_of_weights(run)
+        )
     else:
         encoder = fit_to_train(encoder, run.model, run.device)
-    set_offload(encoder, run.training.offload)
+    set_offload(encoder, run.training.offload, run.device)
     if run.model.trim_vocabulary:
         _trim(run, encoder, read)
     if run.evaluation.asked:  # which will find these token ids in the cache
@@ -125,6 +129,13 @@ def prepare_encoder(
         queries, passages = evaluation_texts(data.retrieval, data.preferences)
         Texts.tokenize(encoder, queries, passages, run.compute)
     return encoder
+
+
+def _place_of_weights(run: Run) -> torch.device | None:
+    """Where they are loaded, if not where they compute: see train/engine.py of those in parts."""
+    if not run.sharded or run.model.weights_dtype == "nf4":  # which stay whole on every rank
+        return None
+    return torch.device("cpu") if run.ranks.first else META
 
 
 def _trim(run: Run, encoder: Encoder, read: Iterable[ContrastiveData | PreferenceData]) -> None:

@@ -5,9 +5,9 @@ B pairs, U and N distinct queries and passages of a batch, D dims.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from rankpo_fast.config import (
     ReplayConfig,
     TrainingConfig,
 )
-from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
+from rankpo_fast.data.batches import ContrastiveData, PreferenceBatch, PreferenceData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.model.encoder import Encoder
@@ -33,12 +33,18 @@ from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
+from rankpo_fast.train.node import reading_once
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
-from rankpo_fast.train.reference import other_model_similarities, reference_similarities
+from rankpo_fast.train.reference import (
+    other_model_similarities,
+    reference_similarities,
+    similarities_by_ranks,
+)
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.run import Run
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
 
 
@@ -67,9 +73,17 @@ def train_rankpo(
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
         model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
-        with ranks.first_ahead():
-            pairs, number = _read_pairs(data, training, ranks)
-            replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
+        # Which tokens are kept of a vocabulary follows from texts, so that all must have them.
+        once = reading_once(ranks, compute.cache_path, wanted=not model.trim_vocabulary)
+        with once as node, ranks.first_ahead():
+            given = node.given()
+            read: list[PreferenceData | ContrastiveData] = []
+            if given is None:
+                pairs, number = _read_pairs(data, training, ranks)
+                replayed = []
+                if replay.replay_data:
+                    replayed.append(replay_batches(replay, training, ranks.size))
+                read = [pairs, *replayed]
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
                 replay, encoder=None if named else encoder,
@@ -77,25 +91,25 @@ def train_rankpo(
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
             other, reference = loss.reference_model_name_or_path, None
-            if loss.uses_reference and other is not None:
+            if given is None and loss.uses_reference and other is not None:
                 reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            read = [pairs] if replayed is None else [pairs, replayed]
             encoder = prepare_encoder(run, encoder, *read)
-            pairs, texts = _tokenized(pairs, number, encoder, compute)
-            number -= pairs.equal_pairs
-            rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
-            about = {"rows": rows, "loss": _describe(loss)}
-            replays = []
-            if replayed is not None:
-                replays.append(replay_task(replay, replayed, encoder, compute))
-                about["replay"] = describe_replay(replay, replays[0].data)
-            if loss.uses_reference and other is None:
-                reference = reference_similarities(encoder, texts, pairs, compute)
-            if reference is not None:
-                chosen, rejected = reference
-                pairs = pairs.with_reference(chosen - rejected)
-                reference = reference.to(run.device)
-        tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference), *replays]
+            if given is None:
+                pairs, texts = _tokenized(pairs, number, encoder, compute)
+                number -= pairs.equal_pairs
+                rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
+                about = {"rows": rows, "loss": _describe(loss)}
+                if loss.uses_reference and other is None and not run.sharded:
+                    reference = reference_similarities(encoder, texts, pairs, compute)
+                tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference)]
+                for batches in replayed:
+                    task = replay_task(replay, batches, encoder, compute)
+                    about["replay"] = describe_replay(replay, task.data)
+                    tasks.append(task)
+                    del task, batches
+                given = node.hand((about, [one.without_texts() for one in tasks]))
+                del read, pairs, replayed, texts, tasks  # strings, which nobody needs any more
+        about, tasks = given
         return train(run, encoder, tasks, about, callbacks)
 
 
@@ -136,7 +150,20 @@ class RankPOTask(TrainingTask[PreferenceBatch]):
 
     data: PreferenceData
     config: RankPOLossConfig
-    reference: Tensor | None  # [2, rows] similarities of chosen and rejected, on the device
+    reference: Tensor | None  # [2, rows] similarities of chosen and rejected
+
+    def ready(self, run: Run, encoder: Encoder) -> Self:
+        """With the margins of its reference, which is on the device. An encoder in parts that is
+        its own reference is asked now, by all ranks."""
+        if not self.config.uses_reference:
+            return self
+        reference = self.reference
+        if reference is None:
+            reference = similarities_by_ranks(
+                encoder, self.texts, self.data, run.compute, run.ranks
+            )
+        data = self.data.with_reference(reference[0] - reference[1])
+        return replace(self, data=data, reference=reference.to(run.device))
 
     def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> LossOutput:
         config = self.config

@@ -16,9 +16,11 @@ from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.rankpo import pair_similarities
+from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.train.frozen import ask_frozen, key_of
 
 PAIRS_AT_ONCE = 4096
+KIND, SIMILARITIES = "reference", "similarities"  # in the cache
 
 
 def other_model_similarities(
@@ -41,20 +43,55 @@ def reference_similarities(
     encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig
 ) -> Tensor:
     """Similarities [2, rows] fp32 on the CPU: of chosen and of rejected, without dropout."""
+    find_key = partial(_key, encoder, texts, data)
+    make = partial(_similarities, encoder, texts, data, compute, ALONE)
+    return cached(compute.cache_path, KIND, find_key, make)[SIMILARITIES]
 
-    def make() -> dict[str, Tensor]:
-        max_tokens = compute.max_tokens_per_micro_batch
-        vectors = encode_texts(
-            encoder, texts.table, max_tokens=max_tokens, progress="reference",
-            texts=texts.strings(data.query_texts, data.passage_texts),
-        )  # fmt: skip
-        parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
-        similarities = torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)
-        return {"similarities": similarities}
 
+def similarities_by_ranks(
+    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig, ranks: Ranks
+) -> Tensor:
+    """The same by an encoder whose weights lie in parts, for which all ranks must call it. The
+    first has the cache, and tells the others whether they are asked."""
+    key = "" if compute.cache_path is None else _key(encoder, texts, data)
+    make = partial(_similarities, encoder, texts, data, compute, ranks)
+    if not ranks.first:
+        missing, *_ = ranks.objects(None)
+        if missing:
+            make()
+        similarities, *_ = ranks.objects(None)
+        return similarities
+    told = []
+
+    def make_with_others() -> dict[str, Tensor]:
+        told.append(ranks.objects(True))
+        return make()
+
+    kept = cached(compute.cache_path, KIND, lambda: key, make_with_others)[SIMILARITIES]
+    if not told:
+        ranks.objects(False)
+    ranks.objects(kept)
+    return kept
+
+
+def _similarities(
+    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Nothing where other ranks have the vectors."""
+    named = texts.strings(data.query_texts, data.passage_texts) if data.query_texts else ()
+    vectors = encode_texts(
+        encoder, texts.table, max_tokens=compute.max_tokens_per_micro_batch,
+        progress="reference" if ranks.first else None, texts=named, ranks=ranks,
+    )  # fmt: skip
+    if not ranks.first:
+        return {}
+    parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
+    return {SIMILARITIES: torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)}
+
+
+def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
-    find_key = partial(key_of, encoder, tensors)
-    return cached(compute.cache_path, "reference", find_key, make)["similarities"]
+    return key_of(encoder, tensors)
 
 
 def _pairs(texts: Texts, data: PreferenceData) -> Tensor:

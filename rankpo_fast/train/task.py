@@ -7,8 +7,8 @@ U and N distinct query and passage texts of a batch, D dims.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,9 @@ from rankpo_fast.data.batches import (
     PreferenceBatch,
     PreferenceData,
 )
+from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
+from rankpo_fast.train.run import Run
 
 BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch)
 
@@ -52,6 +54,14 @@ class TrainingTask(ABC, Generic[BatchT]):
     def rates(self) -> dict[str, float]:
         """Peak learning rates of parameters, by their names in the encoder, that have their own."""
         return {}
+
+    def without_texts(self) -> Self:
+        """It, with token ids alone."""
+        return replace(self, data=self.data.without_texts())
+
+    def ready(self, run: Run, encoder: Encoder) -> Self:
+        """It, once all ranks have the encoder as it starts; they all call it."""
+        return self
 
     @abstractmethod
     def loss(self, queries: Tensor, passages: Tensor, batch: BatchT) -> LossOutput:

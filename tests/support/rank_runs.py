@@ -4,6 +4,7 @@ What a function returns, says on stderr and exits with comes back from every ran
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import multiprocessing
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,9 +28,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rankpo_fast import cli
+from rankpo_fast.config import ComputeConfig
+from rankpo_fast.data.packing import one_token
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.load import META, load_encoder
+from rankpo_fast.model.vocabulary import trim_vocabulary
 from rankpo_fast.ops import ranks
+from rankpo_fast.plan.counter import Meter
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import contrastive, output, prepare, step
 from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
@@ -380,3 +387,77 @@ def connected(stage, **flags):
         patches.enter_context(mock.patch.object(Memory, "measure", measured))
         stages.run(stage, **flags)
     return used
+
+
+def _noted(most, meter, waiting):
+    most.append(max(meter.peaks.values()))
+    waiting()
+
+
+def in_parts(*configs, trimmed=()):
+    """Of each encoder, loaded for --shard full: `read`, the weights that this rank has from files;
+    `weights` as they come to all; `most`, bytes that lived at once until then; `own`, its parts'.
+    """
+    cpu, answers = torch.device("cpu"), []
+    with Ranks.joined(ComputeConfig(device="cpu")) as ranks:
+        for config in configs:
+            encoder = load_encoder(config, device=cpu, weights=cpu if ranks.first else META)
+            if trimmed:
+                trim_vocabulary(encoder, trimmed, trimmed)
+            state = encoder.backbone.state_dict().items()
+            read = {name: x.clone() for name, x in state if not x.is_meta}
+            micro_batch = one_token(encoder.tokenize_passages(["a nurse"]))
+            most: list[int] = []
+            with Meter() as meter:
+                encoder.waiting = functools.partial(_noted, most, meter, encoder.waiting)
+                Sharded(encoder, replace(ranks, lockstep=True), "full", micro_batch)
+            parts = encoder.backbone.state_dict()
+            own = sum(getattr(x, "_local_tensor", x).nbytes for x in parts.values())
+            weights = {name: whole(x) for name, x in parts.items()}
+            answers.append({"read": read, "weights": weights, "most": most[0], "own": own})
+    return answers
+
+
+def _two_nodes():
+    """In a place of its own for each half of the ranks."""
+    half = int(os.environ["RANK"]) * 2 // int(os.environ["WORLD_SIZE"])
+    return mock.patch("rankpo_fast.ranks._node", lambda: (f"node {half}", ""))
+
+
+def on_two_nodes(stage, **flags):
+    """How often the rank has read rows, whether its token ids lie in a file without a name, how
+    many texts it has, and its gradients."""
+    answer = {}
+    read, trained = mock.Mock(wraps=contrastive.read_contrastive), contrastive.train
+
+    def noted(run, encoder, tasks, *args):
+        [task] = tasks
+        start = task.texts.table.ids.data_ptr()
+        answer["mapped"] = any(
+            int(begin, 16) <= start < int(end, 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith("(deleted)")
+            for begin, end in [line.split()[0].split("-")]
+        )
+        answer["texts"] = len(task.data.query_texts) + len(task.data.passage_texts)
+        return trained(run, encoder, tasks, *args)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(_two_nodes())
+        patches.enter_context(mock.patch.object(contrastive, "read_contrastive", read))
+        patches.enter_context(mock.patch.object(contrastive, "train", noted))
+        gradients, *_ = descend(stage, **flags)
+    return answer | {"reads": read.call_count, "gradients": gradients}
+
+
+def refused_on_two_nodes(reader, stage, **flags):
+    """The rank `reader` finds no rows."""
+
+    def missing(*_):
+        raise InputError("rows are not there")
+
+    rank = int(os.environ["RANK"])
+    read = missing if rank == reader else contrastive.read_contrastive
+    with _two_nodes(), mock.patch.object(contrastive, "read_contrastive", read):
+        said, copied = refused(stage, **flags)
+    return [said, bool(copied)]
