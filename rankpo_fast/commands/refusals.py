@@ -1,18 +1,22 @@
 """What commands refuse by their settings alone, before they are imported: InputError each."""
 
+from pathlib import Path
+
 from rankpo_fast.config import (
     ComputeConfig,
     EncodeConfig,
     EncoderConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
+    LabelConfig,
     MineConfig,
     MineOutputConfig,
     ModelConfig,
     PlanConfig,
 )
+from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_output
+from rankpo_fast.paths import check_output, check_writable
 
 
 def check_evaluate(
@@ -38,6 +42,20 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+
+
+def check_label(config: LabelConfig) -> None:
+    from rankpo_fast.label.write import outputs
+
+    require_extra("label", "label")
+    if config.engine == "spark":
+        require_extra("--engine spark", "spark")
+    check_writable("--output_dir", config.output_dir, directory=True)
+    for path in outputs(Path(config.output_dir)):
+        check_output("--output_dir", path, config)
+        if path.exists() and not config.overwrite_output_dir:
+            raise InputError(f"{path} is there already: choose another --output_dir, or give "
+                             f"--overwrite_output_dir")  # fmt: skip
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

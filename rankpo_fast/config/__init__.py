@@ -7,6 +7,7 @@ InputError naming flag and value.
 """
 
 from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.model import (
     PAPER_MAX_PASSAGE_LENGTH,
@@ -44,6 +45,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluateOutputConfig",
     "EvaluationConfig",
+    "LabelConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
