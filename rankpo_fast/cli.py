@@ -177,7 +177,7 @@ def _run_command(name: str, flags: list[str]) -> int:
 def _program(name: str) -> Callable[[list[str]], int]:
     """What takes the flags; InputError where its package is not installed."""
     if name == "demo":
-        require_extra(name, "train", "plots")
+        require_extra(name, "train", "plots", "label")
         from rankpo_fast.demo.run import main as demo
 
         return demo

@@ -6,7 +6,7 @@
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,8 +83,9 @@ def rules_met(
     """
     rules = RuleFile.read(rule_file)
     number = len(rules.rules)
-    config = LabelConfig(str(rule_file), str(queries), str(items), "", memory_gb=2, seed=seed)
-    with tempfile.TemporaryDirectory() as folder, _staged(rules, config, Path(folder)) as staged:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        config = LabelConfig(str(rule_file), str(queries), str(items), folder, seed=seed)
+        staged = stack.enter_context(_staged(rules, config, Path(folder)))
         found = find_pairs(
             staged.engine, rules, staged.groups, max_pairs=config.max_pairs,
             max_near=config.max_pairs, near_required=number > 1, seed=seed,
