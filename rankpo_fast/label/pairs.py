@@ -144,7 +144,8 @@ def _evaluated(groups: Groups, alternative: Alternative, rules: RuleFile) -> "Ta
     cases = [(weight >= least - SLACK, ibis.literal(grade, "int64")) for least, grade in rules.grades]
     grade = ibis.cases(*cases, else_=ibis.literal(0, "int64"))
     number = functools.reduce(operator.add, ((1 - v) * n for n, v in enumerate(values)))
-    failed = ibis.ifelse((met == len(values) - 1), number, ibis.null("int64"))
+    one_missing = (met == len(values) - 1) & (len(values) > 1)  # of one rule none is left
+    failed = ibis.ifelse(one_missing, number, ibis.null("int64"))
     pairs = pairs.mutate(grade=grade, failed=failed)
     pairs = pairs.filter((pairs.grade > 0) | pairs.failed.notnull())
     return pairs.select("sq", "si", "nq", "ni", "grade", "failed")

@@ -205,13 +205,11 @@ class _Stage:
             **{c.field: self.rules.columns.where[c] for c in columns.values()},
         }
         for field, one in self.settings.derived.items():
-            if field not in named:
-                raise InputError(f"{one.where}: neither a rule nor the text reads {field}")
-            named.pop(field)
-            named.setdefault(one.of, one.where)
+            if named.pop(field, None):
+                named.setdefault(one.of, one.where)
         for field, where in self.settings.lists_where.items():
             if field not in named:
-                raise InputError(f"{where}: neither a rule nor the text reads {field}")
+                raise InputError(f"{where}: neither a rule nor the text reads the list {field}")
         counts = ", ".join(f"count({self._json(field)})" for field in named)
         found = self.con.execute(f"SELECT {counts} FROM records").fetchone()
         assert found is not None
@@ -300,6 +298,8 @@ class _Stage:
     def _unmapped(self) -> dict[str, tuple[int, int]]:
         found = {}
         for field, one in self.settings.derived.items():
+            if one.of not in self._fields():  # nothing reads it
+                continue
             values = f"(SELECT unnest({self._elements(one.of)}) AS v FROM records)"
             distinct, count = self.con.execute(
                 f"SELECT count(DISTINCT v), count(*) FROM {values} "
