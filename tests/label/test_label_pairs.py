@@ -6,8 +6,7 @@ import math
 import pytest
 from label.conftest import COUNTRIES, HEAD, LADDER, RULES, records
 
-from rankpo_fast.label import run
-from rankpo_fast.label.pairs import find_pairs
+from rankpo_fast.cli import main
 from rankpo_fast.label.run import rules_met
 
 DATES = HEAD.replace("  fields:", "  dates: [until]\n  fields:", 1)
@@ -150,12 +149,15 @@ def test_near_misses_meet_all_rules_but_one(make):
     assert rules_met(*files.inputs) == expected
 
 
-def test_queries_times_items_is_never_joined(make, monkeypatch):
-    """Keys drive every join: what they let through is far less than all pairs."""
-    seen = []
-    monkeypatch.setattr(run, "find_pairs", lambda *a, **k: seen.append(find_pairs(*a, **k)) or seen[-1])
-    queries = [record | {"title": str(n)} for n, record in enumerate(records(300, 5, "q "))]
-    items = [record | {"title": str(n)} for n, record in enumerate(records(300, 6, "i "))]
-    files = make("  - same: title\n  - within: {field: [lat, lon], km: 20000}\n", queries, items)
-    rules_met(*files.inputs)
-    assert 300 <= seen[0].candidates
+def test_rules_join_by_all_their_keys_at_once(make, capsys):
+    """Places alone are near each other in all 90,000 pairs; with the titles 300 are left."""
+    queries, items = (
+        [record | {"title": str(n)} for n, record in enumerate(records(300, seed, prefix))]
+        for seed, prefix in ((5, "q "), (6, "i "))
+    )
+    places = "  - within: {field: [lat, lon], km: 20000}\n"
+    files = make(places, queries, items)
+    assert main([*files.command, "--max_pairs", "300"]) == 2
+    assert "would make 90,000 pairs, more than --max_pairs 300" in capsys.readouterr().err
+    files = make(places + "  - same: title\n", queries, items)
+    assert main([*files.command, "--max_pairs", "300", "--test_share", "0"]) == 0
