@@ -67,7 +67,9 @@ rules:
   - name: research area
     in: {{query: field, item: fields}}
 """
-Labels = Sequence[Mapping[int, int]]  # for each job {row of a talent: rules met}, of all or all but one
+Labels = Sequence[
+    Mapping[int, int]
+]  # for each job {row of a talent: rules met}, of all or all but one
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def preference_probability(quality_a: float, quality_b: float) -> float:
 # ---- rows in the project's own formats ----
 
 
-def contrastive_rows(split: Split, labels: Labels, *, num_negatives: int, seed: int) -> Iterable[dict]:
+def contrastive_rows(
+    split: Split, labels: Labels, *, num_negatives: int, seed: int
+) -> Iterable[dict]:
     """Stage 1: all who fit are positives, `num_negatives` random others negatives.
 
     Jobs that nobody fits are left out.
@@ -244,7 +248,9 @@ def make_job(rng: random.Random) -> Job:
         *rng.sample(lexicon.JOB_PLACES, rng.randint(0, 1)),
     ]
     rng.shuffle(body)
-    return Job(field, region, rank, country, _fill([rng.choice(lexicon.JOB_OPENINGS), *body], words))
+    return Job(
+        field, region, rank, country, _fill([rng.choice(lexicon.JOB_OPENINGS), *body], words)
+    )
 
 
 def make_talent(rng: random.Random) -> Talent:

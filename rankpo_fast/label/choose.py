@@ -127,9 +127,7 @@ def _ranks(table: "Table", wanted: int, seed: int) -> "Table":
         rank=ibis.ifelse(all_of_them, table.draw.cast("int64"), hashed % table["count"]),
         order=ibis.ifelse(all_of_them, hashed, table.draw.cast("int64")),
     )
-    first = ibis.row_number().over(
-        ibis.window(group_by=["query", "cls", "rank"], order_by="order")
-    )
+    first = ibis.row_number().over(ibis.window(group_by=["query", "cls", "rank"], order_by="order"))
     table = table.mutate(seen=first).filter(ibis._.seen == 0)
     place = ibis.row_number().over(
         ibis.window(group_by=["query", "cls"], order_by=["order", "rank"])
@@ -137,9 +135,7 @@ def _ranks(table: "Table", wanted: int, seed: int) -> "Table":
     return table.mutate(turn=place).filter(ibis._.turn < wanted).drop("seen", "turn", "draw")
 
 
-def _located(
-    queries: "Table", starts: "Table", items: "Table", wanted: int, seed: int
-) -> "Table":
+def _located(queries: "Table", starts: "Table", items: "Table", wanted: int, seed: int) -> "Table":
     """Draws of every class: query, query_twin, item, item_twin, cls, grade, order."""
     import ibis
 

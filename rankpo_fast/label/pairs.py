@@ -1,9 +1,9 @@
 """Pairs of groups of records that match, or meet all rules but one.
 
-    sq, si   the groups: of queries and of items
-    nq, ni   how many records each has
-    grade    0 of what is no match
-    failed   the number of the rule that alone does not hold; null of others
+sq, si   the groups: of queries and of items
+nq, ni   how many records each has
+grade    0 of what is no match
+failed   the number of the rule that alone does not hold; null of others
 """
 
 import functools
@@ -141,7 +141,9 @@ def _evaluated(groups: Groups, alternative: Alternative, rules: RuleFile) -> "Ta
         operator.add,
         (v * r.weight for v, r in zip(values, rules.rules, strict=True)),
     )
-    cases = [(weight >= least - SLACK, ibis.literal(grade, "int64")) for least, grade in rules.grades]
+    cases = [
+        (weight >= least - SLACK, ibis.literal(grade, "int64")) for least, grade in rules.grades
+    ]
     grade = ibis.cases(*cases, else_=ibis.literal(0, "int64"))
     number = functools.reduce(operator.add, ((1 - v) * n for n, v in enumerate(values)))
     one_missing = (met == len(values) - 1) & (len(values) > 1)  # of one rule none is left
@@ -169,9 +171,7 @@ def _with_keys(
     return q, i, keys
 
 
-def _candidates(
-    engine: Engine, groups: Groups, alternative: Alternative, columns: Columns
-) -> int:
+def _candidates(engine: Engine, groups: Groups, alternative: Alternative, columns: Columns) -> int:
     """How many pairs of groups the join makes, from the sizes of its keys alone."""
     q, i, keys = _with_keys(groups, alternative, columns)
     q = q.group_by("split", *keys).agg(count_q=q.count())
@@ -252,7 +252,9 @@ def count_rule(
     names = [rules.columns.name(column) for column in _columns_of(rule.predicate)]
     q = _merged(groups.queries, "q", [n for n in names if n[0] == "q"])
     i = _merged(groups.items, "i", [n for n in names if n[0] == "i"])
-    merged = Groups(engine.keep(q, f"rule_{number}_queries"), engine.keep(i, f"rule_{number}_items"))
+    merged = Groups(
+        engine.keep(q, f"rule_{number}_queries"), engine.keep(i, f"rule_{number}_items")
+    )
     sizes = {
         side: engine.rows(table.group_by("split").agg(groups=table.count(), all=table[n].sum()))
         for side, table, n in (("q", merged.queries, "nq"), ("i", merged.items, "ni"))
@@ -310,5 +312,3 @@ def _sample(engine: Engine, groups: Groups, number: int, seed: int) -> tuple[Gro
     q, i = engine.keep(q, f"sample_{number}_queries"), engine.keep(i, f"sample_{number}_items")
     whole, part = engine.one(groups.items.ni.sum()), engine.one(i.ni.sum())
     return Groups(q, i), whole / part
-
-

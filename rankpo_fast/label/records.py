@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 COMPRESSED = (".gz", ".zst")
+OFFSET = r":[0-9.:]+([+-])([0-9]{2}):?([0-9]{2})?$"
 NAMED_KEYS = 1000  # records whose keys a message may suggest
 PLURAL: dict[Side, str] = {"query": "queries", "item": "items"}
 
@@ -374,7 +375,7 @@ class _Stage:
         if column.kind == "number":
             return f"TRY_CAST({text} AS DOUBLE)"
         if column.kind == "date":
-            return f"(epoch(TRY_CAST({text} AS TIMESTAMP)) / 86400)"
+            return f"((epoch(TRY_CAST({text} AS TIMESTAMP)) - {_offset(text)}) / 86400)"
         return text
 
     def _slot(self, slot: Slot) -> str:
@@ -391,6 +392,13 @@ class _Stage:
             else:
                 parts.append(_literal(part) if isinstance(part, str) else self._slot(part))
         return f"trim({' || '.join(parts)})"
+
+
+def _offset(text: str) -> str:
+    """Seconds that a time is ahead of UTC, by the +02:00 behind it, which a cast reads over."""
+    sign, hours, minutes = (f"regexp_extract({text}, '{OFFSET}', {n})" for n in (1, 2, 3))
+    seconds = f"(3600 * TRY_CAST({hours} AS INT) + 60 * TRY_CAST('0' || {minutes} AS INT))"
+    return f"coalesce(TRY_CAST({sign} || '1' AS INT) * {seconds}, 0)"
 
 
 def _map(name: str) -> str:

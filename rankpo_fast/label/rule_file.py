@@ -126,9 +126,7 @@ class _Reader:
         for (side, name), node in self.date_lines.items():
             if all(c != Column(side, name, "date") for c in self.columns.where):
                 raise node.fault(f"no rule reads the date {name}")
-        return RuleFile(
-            self.path, sides, maps, tuple(rules), grades, "grades" in top, self.columns
-        )
+        return RuleFile(self.path, sides, maps, tuple(rules), grades, "grades" in top, self.columns)
 
     # --- records ---
 
@@ -326,7 +324,9 @@ def _range(reader: _Reader, node: Node) -> Leaf:
     other: Side = "item" if side == "query" else "query"
     value = reader._column(side, found[side], "number")
     if "from" not in found and "to" not in found:
-        raise node.fault("range needs from, to or both: numbers, dates, or fields of the other side")
+        raise node.fault(
+            "range needs from, to or both: numbers, dates, or fields of the other side"
+        )
 
     def bound(name: str) -> Column | float | None:
         if name not in found:

@@ -42,7 +42,7 @@ def refusal(make, capsys):
          "values, or share, a part of them"),
         ("  - overlap: {field: skills, share: 40}\n", "rules.yaml:17: share must be from 1e-06 to "
          "1, got 40"),
-        ("  - same: region\n  - same: region\n", "rules.yaml:18: two rules are called same region: "
+        ("  - same: region\n  - same: region\n", "rules.yaml:17: two rules are called same region: "
          "give each a name"),
         ("  - same: region\n    weight: 2\n", "rules.yaml:17: a weight means nothing without "
          "grades"),
@@ -53,10 +53,10 @@ def refusal(make, capsys):
          "be a list, got one value"),
         ("  - within: {field: [lat, lon]}\n", "rules.yaml:17: within needs km"),
         ("  - same: [a\n", "rules.yaml:18: malformed YAML: expected ',' or ']'"),
-        ("  - same: skills\n", "jobs.jsonl:3: skills must be one value, got"),
+        ("  - same: skills\n", "jobs.jsonl:1: skills must be one value, got"),
         ("  - same: title\n", "rules.yaml:17: rule 'same title' matches nothing: no item, for any "
          "query, so there is no match at all"),
-        ("  - range: {item: pay, from: start}\n  - same: region\n", "jobs.jsonl:2: start must be a "
+        ("  - range: {item: pay, from: start}\n  - same: region\n", "jobs.jsonl:1: start must be a "
          "number, got 2024-"),
     ],
 )  # fmt: skip

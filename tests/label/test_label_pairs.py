@@ -137,6 +137,18 @@ def test_a_rule_matches_what_it_says(name, make):
     assert [set(row) for row in rules_met(*files.inputs)] == expected
 
 
+def test_times_of_other_zones_are_compared_in_utc(make):
+    times = ["2024-06-30T23:30:00-02:00", "2024-07-01T01:30:00", "2024-07-01 03:00:00+01:30"]
+    queries = [{"id": n, "title": "q", "start": time} for n, time in enumerate(times)]
+    side = '  id: id\n  text: "{title}"\n  dates: [start]\n'
+    head = f"queries:\n{side}items:\n{side}rules:\n"
+    rules = (
+        "  - same: title\n  - range: {item: start, from: start, to: 2024-07-01T03:30:00+02:00}\n"
+    )
+    files = make(rules, queries, queries, head)
+    assert rules_met(*files.inputs) == [{0: 2, 1: 2, 2: 2}] * 3
+
+
 def test_near_misses_meet_all_rules_but_one(make):
     queries, items = records(40, 3, "q "), records(80, 4, "i ")
     files = make(RULES, queries, items)

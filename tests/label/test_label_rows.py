@@ -13,7 +13,9 @@ from rankpo_fast.data.rows import read_contrastive
 
 SHARES = ["--validation_share", "0.3", "--test_share", "0.3"]
 LOOSE = RULES.replace("at_least: 2", "at_least: 1")
-GRADED = LOOSE.replace("same: region", "same: region\n    weight: 2") + "grades: {1: 2, 2: 3, 3: 4}\n"
+GRADED = (
+    LOOSE.replace("same: region", "same: region\n    weight: 2") + "grades: {1: 2, 2: 3, 3: 4}\n"
+)
 
 
 def held(query: dict, item: dict) -> dict[str, bool]:
@@ -40,7 +42,9 @@ def world(make):
     return files, {r["id"]: r for r in queries}, {r["id"]: r for r in items}
 
 
-@pytest.mark.parametrize("negatives", ["random", "near_misses"])
+@pytest.mark.parametrize(
+    "negatives", [pytest.param("random", marks=pytest.mark.long), "near_misses"]
+)
 def test_rows_hold_what_fits_and_nothing_that_fits_as_a_negative(negatives, world):
     files, queries, items = world
     flags = ["--negatives", negatives, "--max_positives", "4"]
@@ -100,6 +104,7 @@ def test_evaluation_sets_have_every_positive_and_share_no_query_with_training(wo
     assert report["records"]["queries without a match, left out"] == len(queries) - answered
 
 
+@pytest.mark.long
 def test_splits_can_share_no_item_either(world):
     files, queries, items = world
     assert main([*files.command, *SHARES, "--disjoint_items"]) == 0
@@ -147,6 +152,7 @@ def written(files) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir() if p.suffix == ".jsonl"}
 
 
+@pytest.mark.long
 def test_the_seed_decides_every_draw(world):
     files, *_ = world
     flags = ["--negatives", "near_misses", "--max_positives", "2", "--overwrite_output_dir"]
@@ -157,6 +163,7 @@ def test_the_seed_decides_every_draw(world):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.long
 def test_csv_and_parquet_are_read_as_jsonl_is(world):
     import duckdb
 
@@ -177,6 +184,7 @@ def test_csv_and_parquet_are_read_as_jsonl_is(world):
     assert written(files) == expected
 
 
+@pytest.mark.long
 def test_what_an_earlier_run_wrote_is_replaced_only_where_that_is_asked_for(world, capsys):
     files, *_ = world
     assert main([*files.command, *SHARES]) == 0
@@ -199,14 +207,18 @@ def test_the_report_tells_of_every_rule_and_shows_examples(world, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("negatives", ["random", "near_misses"])
-def test_spark_writes_the_same_files(negatives, world, make):
+def test_spark_writes_the_same_files(world, make, tmp_path, monkeypatch):
     pytest.importorskip("pyspark")
+    (tmp_path / "spark-defaults.conf").write_text(
+        "spark.master local[2]\nspark.sql.shuffle.partitions 2\nspark.ui.enabled false\n"
+    )
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
     files, queries, items = world
     places = "  - within: {field: [lat, lon], km: 9000}\n    weight: 0.5\n"
     rules = GRADED.replace("grades:", places + "grades:")
     make(rules, [*queries.values()], [*items.values()], HEAD)
-    flags = [*SHARES, "--overwrite_output_dir", "--negatives", negatives, "--max_positives", "3"]
+    flags = [*SHARES, "--overwrite_output_dir", "--negatives", "near_misses",
+             "--max_positives", "3"]  # fmt: skip
     assert main([*files.command, *flags]) == 0
     expected = written(files)
     assert main([*files.command, *flags, "--engine", "spark"]) == 0
