@@ -1,9 +1,9 @@
 """What does `rankpo-fast label` take for 100,000 jobs and 1,000,000 talents?
 
-    python -m bench.labels [--jobs N] [--talents N] [--negatives near_misses] [--engine spark]
+    python -m bench.labels [--jobs N] [--talents N] [flags of label]
 
-Records of the demo's world are written, without the demo's search for equal texts, and labelled in a
-process of its own by the demo's rules: seconds, peak memory and bytes on the disk.
+Records of the demo's world are written, equal texts among them, and labelled by its rules in a
+process of its own: seconds, peak memory and bytes on the disk.
 """
 
 import argparse

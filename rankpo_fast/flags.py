@@ -150,7 +150,7 @@ def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParse
 
 
 def _has_own_config(classes: Sequence[Any]) -> bool:
-    """Whether --config is a setting of the command, as of `label` the rules, and no file of flags."""
+    """Whether --config is a setting of the command, as the rules of `label`: no file of flags."""
     return any(field.name == "config" for cls in classes for field in dataclasses.fields(cls))
 
 

@@ -1,4 +1,4 @@
-"""`rankpo-fast label`: rows of stage 1 and evaluation sets, of records and rules that match them."""
+"""`rankpo-fast label`: rows of stage 1 and evaluation sets, of records and rules."""
 
 from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.label.run import label

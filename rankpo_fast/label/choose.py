@@ -6,9 +6,9 @@
     grade         of a positive; 0 of a negative
     failed        the rule that a near miss does not meet; null of others
 
-A draw is a rank r among the c matches of a query. Where c is small all ranks are drawn, in the order
+A draw is a rank among the matches of a query. Where these are few all ranks are drawn, in the order
 of their hashes; else some more than needed, of which those drawn twice count once. Which match has
-rank r is found in the running sum of group sizes.
+a rank is found in the running sum of group sizes.
 """
 
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def _starts(engine: Engine, classes: "Table") -> "Table":
 
 
 def _positives(queries: "Table", starts: "Table", items: "Table", choice: Choice) -> "Table":
-    """The best grades first where there are more than are taken."""
+    """Of those drawn the best grades first."""
     drawn = _located(queries, starts.filter(starts.cls == POSITIVE), items,
                      2 * choice.positives, choice.seed)  # fmt: skip
     best = _best(drawn.mutate(order=drawn.order - drawn.grade * 2**40), choice.positives)
@@ -115,7 +115,7 @@ def _random(engine: Engine, queries: "Table", items: "Table", choice: Choice) ->
 
 
 def _ranks(table: "Table", wanted: int, seed: int) -> "Table":
-    """Some of 0 ... count - 1 for each row of query, cls and count: `rank`, and `order` of draws."""
+    """Some of 0 ... count - 1 for each row of query, cls and count: `rank`, and its `order`."""
     import ibis
 
     few = 4 * wanted + 16

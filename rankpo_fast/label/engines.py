@@ -26,7 +26,7 @@ class Engine:
 
     @classmethod
     def spark(cls, folder: Path, memory_gb: float) -> "Engine":
-        """The session that SPARK_HOME and spark-defaults.conf describe; else one in this process."""
+        """The session that spark-defaults.conf describes; without one Spark runs here."""
         import ibis
         from pyspark.sql import SparkSession
 

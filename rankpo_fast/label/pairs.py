@@ -167,7 +167,8 @@ def _with_keys(
     q, i = groups.queries, groups.items
     keys = [f"k{number}" for number in range(len(alternative.leaves))]
     for key, leaf in zip(keys, alternative.leaves, strict=True):
-        q, i = leaf.expand(q, "query", key, columns), leaf.expand(i, "item", key, columns)  # type: ignore[assignment]
+        q = leaf.expand(q, "query", key, columns)
+        i = leaf.expand(i, "item", key, columns)
     return q, i, keys
 
 

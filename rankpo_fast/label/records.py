@@ -178,7 +178,7 @@ class _Stage:
                 "parquet": "parquet"}.get(name.rpartition(".")[2].lower())  # fmt: skip
         if kind is None:
             raise InputError(f"--{PLURAL[self.side]} {self.source}: the name must end in .jsonl, "
-                             f".csv, .tsv or .parquet (.gz and .zst behind the first three)")  # fmt: skip
+                             f".csv, .tsv or .parquet (also .jsonl.gz and the like)")  # fmt: skip
         return kind
 
     def _data(self) -> str:

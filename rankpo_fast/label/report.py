@@ -1,5 +1,7 @@
 """What the rules did, for a person: report.md, and the same figures in report.json."""
 
+import bisect
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -100,16 +102,12 @@ def described(count: RuleCount) -> dict[str, Any]:
 
 def quantiles(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Of (value, how often), ascending: the least value that so many per cent do not exceed."""
-    total = sum(often for _, often in counts)
-    found = {}
+    up_to = list(itertools.accumulate(often for _, often in counts))
+    found: dict[str, float] = {}
     for percent in QUANTILES:
-        seen = 0
-        for value, often in counts:
-            seen += often
-            if seen >= percent / 100 * total:
-                break
+        place = bisect.bisect_left(up_to, max(1, percent / 100 * up_to[-1]))
         name = {0: "min", 50: "median", 100: "max"}.get(percent, f"{percent} %")
-        found[name] = value
+        found[name] = counts[place][0]
     return found
 
 

@@ -154,11 +154,11 @@ class _Reader:
             chosen = parts["map"].text("map")
             if chosen not in maps:
                 raise parts["map"].fault(f"there is no map {chosen}{near(chosen, maps)}")
-            default = parts["else"].text("else") if "else" in parts else None
-            derived[_field(key)] = Derived(chosen, _field(parts["of"]), default, value.where)
-        for key, one in derived.items():
+            other = parts["else"].text("else") if "else" in parts else None
+            derived[_field(key)] = Derived(chosen, _field(parts["of"]), other, value.where)
+        for name, one in derived.items():
             if one.of in derived:
-                raise InputError(f"{one.where}: {key} is made of {one.of}, which is made itself: "
+                raise InputError(f"{one.where}: {name} is made of {one.of}, which is made itself: "
                                  f"name the field of the records")  # fmt: skip
         return SideSettings(
             _field(found["id"]), found["id"].where, template, found["text"].where,
@@ -231,7 +231,7 @@ class _Reader:
         return self.columns.add(Column(side, name, kind, limit), node.where)
 
     def _both(self, kind: str, node: Node, *others: str) -> tuple[dict[str, Node], Node, Node]:
-        """The settings of a predicate, and the fields of both sides: `same: region` for one name."""
+        """The settings of a predicate, and the fields of both sides; `same: region` is short."""
         if not node.is_mapping():
             return {}, node, node
         found = node.mapping(kind, ("field", "query", "item", *others))
@@ -351,7 +351,7 @@ def _within(reader: _Reader, node: Node) -> Leaf:
     if "km" not in found:
         raise node.fault("within needs km")
     km = found["km"].number("km", low=0.1, high=20_100)
-    columns = []
+    columns: list[Column] = []
     sides: list[tuple[Side, Node]] = [("query", query), ("item", item)]
     for side, place in sides:
         pair = place.items(f"within: {side}")
@@ -359,7 +359,7 @@ def _within(reader: _Reader, node: Node) -> Leaf:
             raise place.fault("a place is [latitude, longitude], the names of two fields")
         limits = zip(pair, (90.0, 180.0), strict=True)
         columns += [reader._column(side, one, "number", limit) for one, limit in limits]
-    return Within(*columns, km)
+    return Within(*columns, km=km)
 
 
 PREDICATES: dict[str, Callable[[_Reader, Node], Leaf]] = {

@@ -94,8 +94,9 @@ def rules_met(
         met: list[dict[int, int]] = [{} for _ in range(staged.queries.count)]
         for query, item, failed in rows_of(
             staged.connection,
-            f"SELECT q.row, i.row, p.failed FROM '{pairs}' p JOIN '{staged.engine.glob('queries')}' q "
-            f"ON q.grp = p.sq JOIN '{staged.engine.glob('items')}' i ON i.grp = p.si "
+            f"SELECT q.row, i.row, p.failed FROM '{pairs}' p "
+            f"JOIN '{staged.engine.glob('queries')}' q ON q.grp = p.sq "
+            f"JOIN '{staged.engine.glob('items')}' i ON i.grp = p.si "
             f"ORDER BY q.row, i.row",
         ):
             met[query][item] = number - (failed is not None)
@@ -231,13 +232,12 @@ def _notes(
     if written.short:
         notes.append(f"{written.short:,} rows have fewer than --num_negatives "
                      f"{config.num_negatives}: too few items are no match")  # fmt: skip
-    if config.negatives == "near_misses":
-        random = written.negatives - written.failed.total()
-        if random:
-            notes.append(f"{random:,} negatives are random: there were not enough near misses")
-        if found.share_of_items < 1:
-            notes.append(f"near misses are drawn among {found.share_of_items:.1%} of the items: all "
-                         f"would take more pairs than --max_pairs {config.max_pairs:,}")  # fmt: skip
+    random = written.negatives - written.failed.total()
+    if config.negatives == "near_misses" and random:
+        notes.append(f"{random:,} negatives are random: there were not enough near misses")
+    if config.negatives == "near_misses" and found.share_of_items < 1:
+        notes.append(f"near misses are drawn among {found.share_of_items:.1%} of the items: all "
+                     f"would take more pairs than --max_pairs {config.max_pairs:,}")  # fmt: skip
     for records in (staged.queries, staged.items):
         for field, (values, count) in records.unmapped.items():
             notes.append(f"{field} of {records.path.stem}: {count:,} values, {values:,} different "

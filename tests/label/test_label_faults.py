@@ -1,4 +1,4 @@
-"""Bad rules and bad records: one line that names file, line and what is wrong; nothing is written."""
+"""Bad rules and bad records: one line names file, line and what is wrong; nothing is written."""
 
 import json
 

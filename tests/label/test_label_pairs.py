@@ -142,11 +142,10 @@ def test_times_of_other_zones_are_compared_in_utc(make):
     queries = [{"id": n, "title": "q", "start": time} for n, time in enumerate(times)]
     side = '  id: id\n  text: "{title}"\n  dates: [start]\n'
     head = f"queries:\n{side}items:\n{side}rules:\n"
-    rules = (
-        "  - same: title\n  - range: {item: start, from: start, to: 2024-07-01T03:30:00+02:00}\n"
-    )
+    bounds = "range: {item: start, from: start, to: 2024-07-01T03:30:00+02:00}"
+    rules = f"  - all: [{{same: title}}, {{{bounds}}}]\n"
     files = make(rules, queries, queries, head)
-    assert rules_met(*files.inputs) == [{0: 2, 1: 2, 2: 2}] * 3
+    assert rules_met(*files.inputs) == [{0: 1, 1: 1, 2: 1}] * 3
 
 
 def test_near_misses_meet_all_rules_but_one(make):

@@ -13,9 +13,8 @@ from rankpo_fast.data.rows import read_contrastive
 
 SHARES = ["--validation_share", "0.3", "--test_share", "0.3"]
 LOOSE = RULES.replace("at_least: 2", "at_least: 1")
-GRADED = (
-    LOOSE.replace("same: region", "same: region\n    weight: 2") + "grades: {1: 2, 2: 3, 3: 4}\n"
-)
+GRADES = "grades: {1: 2, 2: 3, 3: 4}\n"
+GRADED = LOOSE.replace("same: region", "same: region\n    weight: 2") + GRADES
 
 
 def held(query: dict, item: dict) -> dict[str, bool]:
