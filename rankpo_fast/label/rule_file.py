@@ -359,7 +359,8 @@ def _within(reader: _Reader, node: Node) -> Leaf:
             raise place.fault("a place is [latitude, longitude], the names of two fields")
         limits = zip(pair, (90.0, 180.0), strict=True)
         columns += [reader._column(side, one, "number", limit) for one, limit in limits]
-    return Within(*columns, km=km)
+    q_lat, q_lon, i_lat, i_lon = columns
+    return Within(q_lat, q_lon, i_lat, i_lon, km)
 
 
 PREDICATES: dict[str, Callable[[_Reader, Node], Leaf]] = {

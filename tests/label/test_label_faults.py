@@ -1,11 +1,14 @@
 """Bad rules and bad records: one line names file, line and what is wrong; nothing is written."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from label.conftest import HEAD, RULES, records
 
 from rankpo_fast.cli import main
+from rankpo_fast.label.rule_file import RuleFile
 from rankpo_fast.label.templates import Template
 
 PLACES = "  - within: {field: [lat, lon], km: 30}\n"
@@ -147,6 +150,17 @@ def test_inputs_are_never_written_over(make, capsys):
     words = [w.replace("talents", "corpus").removesuffix("/out") for w in files.command]
     assert main([*words, "--overwrite_output_dir"]) == 2
     assert "corpus.jsonl is also read (--items" in capsys.readouterr().err
+
+
+def test_the_rule_file_of_the_documentation_can_be_read(tmp_path):
+    page = Path(__file__).parents[2] / "docs/labels.md"
+    [rules] = re.findall("^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "rules.yaml").write_text(rules)
+    read = RuleFile.read(tmp_path / "rules.yaml")
+    assert [rule.name for rule in read.rules] == [
+        "geography", "seniority", "research area", "free in time",
+    ]  # fmt: skip
+    assert read.grades == ((5, 3), (4, 2), (3, 1))
 
 
 @pytest.mark.parametrize(
