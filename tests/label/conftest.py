@@ -84,7 +84,8 @@ def records(count: int, seed: int, prefix: str = "") -> list[dict]:
             "rank": rng.choice([*LADDER, None]),
             "skills": rng.sample(SKILLS, rng.randrange(5)),
             "lat": max(-90, min(90, lat + rng.uniform(-1, 1))),
-            "lon": (lon + rng.uniform(-2, 2) + 180) % 360 - 180,
+            # around the pole a step is any number of degrees
+            "lon": (lon + rng.uniform(-1, 1) * (180 if lat > 80 else 2) + 180) % 360 - 180,
             "pay": rng.choice([None, rng.randrange(100)]),
             "least": rng.choice([None, rng.randrange(60)]),
             "start": rng.choice([None, f"2024-0{rng.randint(1, 9)}-15"]),
