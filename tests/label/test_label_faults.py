@@ -135,6 +135,7 @@ def test_rules_that_no_item_meets_together_are_told_apart_from_dead_ones(refusal
     )
 
 
+@pytest.mark.long
 def test_a_rule_that_decides_nothing_is_said(make, capsys):
     queries, items = records(20, 1, "q"), records(20, 2, "i")
     for record in queries + items:

@@ -124,7 +124,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("same", "ordinal", "overlap", "within-a-little", "range-of-dates", "not")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in CASES]
+)
 def test_a_rule_matches_what_it_says(name, make):
     rule, holds = CASES[name]
     queries, items = records(40, 1, "q "), records(60, 2, "i ")
@@ -160,6 +165,7 @@ def test_near_misses_meet_all_rules_but_one(make):
     assert rules_met(*files.inputs) == expected
 
 
+@pytest.mark.long
 def test_rules_join_by_all_their_keys_at_once(make, capsys):
     """Places alone are near each other in all 90,000 pairs; with the titles 300 are left."""
     queries, items = (

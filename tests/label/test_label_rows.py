@@ -122,6 +122,7 @@ def test_splits_can_share_no_item_either(world):
     assert sum(map(len, corpora)) == len(set.union(*corpora))
 
 
+@pytest.mark.long
 def test_grades_are_of_the_weights_of_the_rules_that_hold(world, make):
     files, queries, items = world
     make(GRADED, [*queries.values()], [*items.values()])
@@ -194,6 +195,7 @@ def test_what_an_earlier_run_wrote_is_replaced_only_where_that_is_asked_for(worl
     assert "test_queries.jsonl" not in written(files)
 
 
+@pytest.mark.long
 def test_the_report_tells_of_every_rule_and_shows_examples(world, capsys):
     files, *_ = world
     assert main([*files.command, "--negatives", "near_misses"]) == 0
