@@ -17,7 +17,7 @@ COPY kernels kernels
 COPY rankpo_fast rankpo_fast
 # torch and Triton are the image's own, which fit each other.
 RUN python -m pip freeze | grep -iE '^(torch|triton)==' > /tmp/constraints.txt \
-    && PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir --constraint /tmp/constraints.txt '.[train,plots,liger]' \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir --constraint /tmp/constraints.txt '.[train,plots,label,liger]' \
     && rm /tmp/constraints.txt
 
 # Triton's and torch's compiled kernels, the hub's models and prepared texts are kept in the home directory.

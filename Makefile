@@ -102,7 +102,7 @@ $(MADE):
 NATIVE := setup.py CMakeLists.txt $(wildcard kernels/native/*)
 
 $(READY_DEMO): $(MADE) pyproject.toml $(NATIVE)
-	$(INSTALL) "$(TORCH)" --editable ".[train,plots]"
+	$(INSTALL) "$(TORCH)" --editable ".[train,plots,label]"
 	touch $@
 
 # rankpo-fast is there: by its name it is not built again.

@@ -20,15 +20,15 @@ def small_world(directory: str | Path = "outputs/examples") -> SmallWorld:
     demo.make_world()
     model = demo.path / "model"
     demo.load("untrained").save(model)
-    train = demo.world["train"]
-    rows = world.contrastive_rows(train, num_negatives=1, seed=0)
+    train, labels = demo.world["train"], demo.labels["train"]
+    rows = world.contrastive_rows(train, labels, num_negatives=1, seed=0)
     triplets = [
         {"query": row["query"], "positive": positive, "negative": row["negatives"][0]}
         for row in rows
         for positive in row["positives"]
     ]
     everyone = [range(len(train.talents))] * len(train.jobs)
-    preferences = world.preference_rows(train, everyone, pairs_per_job=4, seed=0)
+    preferences = world.preference_rows(train, labels, everyone, pairs_per_job=4, seed=0)
     return SmallWorld(str(model), triplets, list(preferences))
 
 

@@ -46,6 +46,11 @@ COMMANDS = {
         [configs.ClicksConfig],
         refusals.check_clicks,
     ),
+    "label": Command(
+        "make rows of stage 1 and evaluation sets of records, by rules that say what fits what",
+        [configs.LabelConfig],
+        refusals.check_label,
+    ),
     "contrastive": Command(
         "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
         configs.STAGES["contrastive"],
@@ -155,15 +160,15 @@ def _run_command(name: str, flags: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    for model, *settings in runs:
+    for first, *settings in runs:
         if len(runs) > 1:
-            print(f"{model.model_name_or_path}:")
+            print(f"{first.model_name_or_path}:")
         if command.check is not None:
-            command.check(model, *settings)
+            command.check(first, *settings)
         body = importlib.import_module(f"rankpo_fast.commands.{name}")
         try:
-            with texts_located(model, *settings) if _is_first_rank() else nullcontext():
-                body.run(model, *settings)
+            with texts_located(first, *settings) if _is_first_rank() else nullcontext():
+                body.run(first, *settings)
         except NotFiniteVectors:  # which all ranks raise
             if _is_first_rank():
                 raise
@@ -174,7 +179,7 @@ def _run_command(name: str, flags: list[str]) -> int:
 def _program(name: str) -> Callable[[list[str]], int]:
     """What takes the flags; InputError where its package is not installed."""
     if name == "demo":
-        require_extra(name, "train", "plots")
+        require_extra(name, "train", "plots", "label")
         from rankpo_fast.demo.run import main as demo
 
         return demo

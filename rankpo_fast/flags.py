@@ -77,7 +77,8 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     strays, spelled = split(flags)
     lists = {action.dest for action in parser._actions if action.nargs == "+"}
     given = _named(spelled, options, Origin(), lists)
-    path = " ".join(given.pop("config").values) if "config" in given else None
+    own = _has_own_config(classes)
+    path = " ".join(given.pop("config").values) if "config" in given and not own else None
     file, in_file = Origin(f"--config {path}: ", "", "key"), {}
     if path is not None:
         fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
@@ -88,7 +89,7 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
     in_file, given = _ours(in_file, line, file), _ours(given, line, Origin())
     arguments = [text for one in (in_file | given).values() for text in one.arguments()]
     try:
-        *settings, _, rest = parser.parse_args_into_dataclasses(
+        *settings, rest = parser.parse_args_into_dataclasses(
             [*strays, *arguments], return_remaining_strings=True, look_for_args_file=False
         )
     except InputError as error:
@@ -97,7 +98,7 @@ def parse(name: str, summary: str, classes: Sequence[type], flags: list[str]) ->
         raise InputError(f"{file.where}{error}") from None
     if rest:
         raise InputError(f"what is {rest[0]!r}? See rankpo-fast {name} --help")
-    return tuple(settings)
+    return tuple(settings[: len(classes)])  # behind them comes what is of no class
 
 
 def split(flags: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -134,16 +135,23 @@ def _parser(name: str, summary: str, classes: Sequence[Any]) -> "HfArgumentParse
             field.type = NAMED.get(field.type, field.type)
             HfArgumentParser._parse_dataclass_field(parser, field)
 
+    own = _has_own_config(classes)
     parser = Parser(
         classes,
         prog=f"rankpo-fast {name}",
-        usage="%(prog)s [--config FILE.yaml] --flag value ...",
+        usage=f"%(prog)s {'' if own else '[--config FILE.yaml] '}--flag value ...",
         description=summary[0].upper() + summary[1:] + ".",
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML file of flags and values; those given here win.")
+    if not own:
+        parser.add_argument("--config", help="YAML file of flags and values; those given here win.")
     return parser
+
+
+def _has_own_config(classes: Sequence[Any]) -> bool:
+    """Whether --config is a setting of the command, as the rules of `label`: no file of flags."""
+    return any(field.name == "config" for cls in classes for field in dataclasses.fields(cls))
 
 
 def _add_words_or_bool(

@@ -182,7 +182,7 @@ def test_nothing_is_importable_as_kernels_but_a_bare_folder():
 def test_one_version_is_named_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert PROJECT["version"] == __version__ == citation["version"] == BENCH["project"]["version"]
-    assert f"rankpo-fast[train,plots]=={__version__}" in BENCH["project"]["dependencies"]
+    assert f"rankpo-fast[train,plots,label]=={__version__}" in BENCH["project"]["dependencies"]
     assert OPTIONAL["bench"] == [f"rankpo-bench=={__version__}"]
 
 

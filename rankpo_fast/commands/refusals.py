@@ -1,5 +1,7 @@
 """What commands refuse by their settings alone, before they are imported: InputError each."""
 
+from pathlib import Path
+
 from rankpo_fast.config import (
     ClicksConfig,
     ComputeConfig,
@@ -7,6 +9,7 @@ from rankpo_fast.config import (
     EncoderConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
+    LabelConfig,
     MergeConfig,
     MineConfig,
     MineOutputConfig,
@@ -15,7 +18,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_new_directory, check_output, same_file
+from rankpo_fast.paths import check_new_directory, check_output, check_writable, same_file
 
 
 def check_evaluate(
@@ -52,6 +55,20 @@ def check_clicks(config: ClicksConfig) -> None:
     if same_file(config.output_file, config.propensity):
         raise InputError(f"--output_file {config.output_file} is also read (--propensity "
                          f"{config.propensity}): choose another name")  # fmt: skip
+
+
+def check_label(config: LabelConfig) -> None:
+    from rankpo_fast.label.write import outputs
+
+    require_extra("label", "label")
+    if config.engine == "spark":
+        require_extra("--engine spark", "spark")
+    check_writable("--output_dir", config.output_dir, directory=True)
+    for path in outputs(Path(config.output_dir)):
+        check_output("--output_dir", path, config)
+        if path.exists() and not config.overwrite_output_dir:
+            raise InputError(f"{path} is there already: choose another --output_dir, or give "
+                             f"--overwrite_output_dir")  # fmt: skip
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

@@ -100,6 +100,7 @@ HINTS = {
 }
 
 COMMANDS = {
+    "label": "labels labelling labeling",
     "contrastive": "run_contrastive stage1 stage_1 info_nce infonce",
     "rankpo": "run_rankpo stage2 stage_2 simrankpo align",
     "evaluate": "eval evaluation test run_evaluate",

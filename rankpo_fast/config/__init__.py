@@ -8,6 +8,7 @@ InputError naming flag and value.
 
 from rankpo_fast.config.clicks import ClicksConfig
 from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.merge import MergeConfig
 from rankpo_fast.config.model import (
@@ -57,6 +58,7 @@ __all__ = [
     "EvaluateOutputConfig",
     "EvaluationConfig",
     "MergeConfig",
+    "LabelConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",

@@ -118,17 +118,25 @@ class Demo:
         self.compute = ComputeConfig("cpu", MAX_TOKENS, cache_dir=str(path / "cache"))
         self.models = (UNTRAINED, RANDOM, STAGE1, *scale.methods)
         self.world: dict[str, Split] = {}
+        self.labels: dict[str, world.Labels] = {}
         self.training_seconds = 0.0
 
     def make_world(self) -> None:
+        """Records of every split, and what `rankpo_fast.label` makes of them by the rules."""
         from rankpo_fast.data.rows import write_jsonl
 
         self.world = world.make_world(self.seed, self.scale.splits)
-        train = self.world["train"]
-        rows = world.contrastive_rows(train, num_negatives=NEGATIVES_PER_JOB, seed=self.seed)
+        for name, split in self.world.items():
+            write_jsonl(self._data(f"{name}_jobs"), world.job_records(split.jobs))
+            write_jsonl(self._data(f"{name}_talents"), world.talent_records(split.talents))
+            self.labels[name] = self._labels(name)
+        train, labels = self.world["train"], self.labels["train"]
+        rows = world.contrastive_rows(
+            train, labels, num_negatives=NEGATIVES_PER_JOB, seed=self.seed
+        )
         write_jsonl(self._data(RANDOM), rows)
         for name in ("validation", "test"):
-            queries, corpus = world.retrieval_rows(self.world[name])
+            queries, corpus = world.retrieval_rows(self.world[name], self.labels[name])
             write_jsonl(self._data(f"{name}_queries"), queries)
             write_jsonl(self._data(f"{name}_corpus"), corpus)
         _write_untrained_model(
@@ -137,11 +145,18 @@ class Demo:
             self.scale.hidden_size,
         )
 
+    def _labels(self, split: str) -> world.Labels:
+        from rankpo_fast.label.run import rules_met
+
+        rules = self.path / "data" / "rules.yaml"
+        rules.write_text(world.RULES, encoding="utf-8")
+        return rules_met(rules, self._data(f"{split}_jobs"), self._data(f"{split}_talents"))
+
     def example(self) -> tuple[str, str]:
         """A job and a talent who fits it."""
         train = self.world["train"]
-        for job in train.jobs:
-            for row in world.positives(job, train.talents):
+        for job, met in zip(train.jobs, self.labels["train"], strict=True):
+            for row in world.positives(met):
                 return job.text, train.talents[row].text
         raise AssertionError("nobody fits any job")
 
@@ -175,6 +190,7 @@ class Demo:
         for number, (name, split) in enumerate(self.world.items()):
             rows = world.preference_rows(
                 split,
+                self.labels[name],
                 _retrieve(encoder, split, name),
                 pairs_per_job=PAIRS_PER_JOB,
                 seed=1000 * self.seed + number,

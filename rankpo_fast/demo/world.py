@@ -1,8 +1,9 @@
 """A synthetic job-talent world: jobs, talents, the rules that match them, the judge who prefers.
 
-Three rules decide who fits, as in the paper's labels: job and talent lie in one region (geography),
-the talent holds the job's rank or the one below (seniority), and the job's field is the talent's
-first or second (research area). The rules do not see how well a profile is evidenced. The judge
+RULES decide who fits, as in the paper's labels: job and talent lie in one region (geography), the
+talent holds the job's rank or the one below (seniority), and the job's field is the talent's first
+or second (research area). `rankpo-fast label` reads them and the records of jobs and talents; here
+stands what it finds (`Labels`). The rules do not see how well a profile is evidenced. The judge
 does: quality is the share of a profile's statements that are evidence rather than phrase, and
 
     P(judge prefers a to b) = sigmoid(JUDGE_SHARPNESS * (quality_a - quality_b))    (Bradley-Terry)
@@ -11,10 +12,11 @@ Everything is drawn from one seed. The splits (train, validation, test) share no
 what a model shows on the test split it has learnt from words, not from having met the people.
 """
 
+import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +43,33 @@ CITIES = [
     for city in cities
 ]
 HIGHEST_RANK = len(lexicon.RANKS) - 1
+RULES = f"""\
+queries:
+  id: id
+  text: "{{text}}"
+  fields:
+    region: {{map: regions, of: country}}
+    level: {{map: ladder, of: rank}}
+items:
+  id: id
+  text: "{{text}}"
+  fields:
+    region: {{map: regions, of: country}}
+    level: {{map: ladder, of: rank}}
+maps:
+  regions: {json.dumps({city.country: f"region {city.region}" for city in CITIES})}
+  ladder: {json.dumps([rank.titles[0] for rank in lexicon.RANKS])}
+rules:
+  - name: geography
+    same: region
+  - name: seniority
+    ordinal_distance: {{field: level, below: 1, above: 0}}
+  - name: research area
+    in: {{query: field, item: fields}}
+"""
+Labels = Sequence[
+    Mapping[int, int]
+]  # for each job {row of a talent: rules met}, of all or all but one
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,7 @@ class Job:
     field: int
     region: int
     rank: int
+    country: str
     text: str
 
 
@@ -61,6 +91,7 @@ class Talent:
     second_field: int | None
     region: int
     rank: int
+    country: str
     quality: float
     text: str
 
@@ -90,18 +121,26 @@ def make_world(seed: int, sizes: dict[str, SplitSize]) -> dict[str, Split]:
     }
 
 
-def rules_met(job: Job, talent: Talent) -> int:
-    """How many of the three rules hold: geography, seniority, research area."""
-    return (
-        (job.region == talent.region)
-        + (talent.rank in (job.rank, job.rank - 1))
-        + (job.field in (talent.field, talent.second_field))
-    )
+def job_records(jobs: Iterable[Job]) -> Iterator[dict]:
+    """Jobs as RULES read them."""
+    for number, job in enumerate(jobs):
+        yield _record(number, job) | {"field": FIELDS[job.field].names[0]}
 
 
-def positives(job: Job, talents: Sequence[Talent]) -> list[int]:
-    """Row numbers of the talents who fit the job by all three rules."""
-    return [i for i, talent in enumerate(talents) if rules_met(job, talent) == NUM_RULES]
+def talent_records(talents: Iterable[Talent]) -> Iterator[dict]:
+    for number, talent in enumerate(talents):
+        fields = [field for field in (talent.field, talent.second_field) if field is not None]
+        yield _record(number, talent) | {"fields": [FIELDS[field].names[0] for field in fields]}
+
+
+def _record(number: int, item: Job | Talent) -> dict:
+    rank = lexicon.RANKS[item.rank].titles[0]
+    return {"id": number, "text": item.text, "country": item.country, "rank": rank}
+
+
+def positives(met: Mapping[int, int]) -> list[int]:
+    """Row numbers of the talents who meet all rules, ascending."""
+    return [i for i, rules in sorted(met.items()) if rules == NUM_RULES]
 
 
 def preference_probability(quality_a: float, quality_b: float) -> float:
@@ -112,14 +151,16 @@ def preference_probability(quality_a: float, quality_b: float) -> float:
 # ---- rows in the project's own formats ----
 
 
-def contrastive_rows(split: Split, *, num_negatives: int, seed: int) -> Iterable[dict]:
+def contrastive_rows(
+    split: Split, labels: Labels, *, num_negatives: int, seed: int
+) -> Iterable[dict]:
     """Stage 1: all who fit are positives, `num_negatives` random others negatives.
 
     Jobs that nobody fits are left out.
     """
     rng = random.Random(seed)
-    for job in split.jobs:
-        fits = positives(job, split.talents)
+    for job, met in zip(split.jobs, labels, strict=True):
+        fits = positives(met)
         if fits:
             others = sorted(set(range(len(split.talents))) - set(fits))
             yield {
@@ -129,12 +170,12 @@ def contrastive_rows(split: Split, *, num_negatives: int, seed: int) -> Iterable
             }
 
 
-def retrieval_rows(split: Split) -> tuple[list[dict], list[dict]]:
+def retrieval_rows(split: Split, labels: Labels) -> tuple[list[dict], list[dict]]:
     """Evaluation: queries with the row numbers of their positives, and the corpus.
 
     Jobs that nobody fits are left out.
     """
-    fits = ((job, positives(job, split.talents)) for job in split.jobs)
+    fits = ((job, positives(met)) for job, met in zip(split.jobs, labels, strict=True))
     queries = [
         {"query": {"text": job.text}, "positives": {"index": found}} for job, found in fits if found
     ]
@@ -142,7 +183,12 @@ def retrieval_rows(split: Split) -> tuple[list[dict], list[dict]]:
 
 
 def preference_rows(
-    split: Split, candidates: Sequence[Sequence[int]], *, pairs_per_job: int, seed: int
+    split: Split,
+    labels: Labels,
+    candidates: Sequence[Sequence[int]],
+    *,
+    pairs_per_job: int,
+    seed: int,
 ) -> Iterable[dict]:
     """Stage 2: the judge compares candidates retrieved for each job.
 
@@ -153,10 +199,10 @@ def preference_rows(
         candidates: for each job of the split the rows of talents that a model retrieved.
     """
     rng = random.Random(seed)
-    for job, found in zip(split.jobs, candidates, strict=True):
+    for job, met, found in zip(split.jobs, labels, candidates, strict=True):
         pairs: list[tuple[int, int]] = []
         for rules in (NUM_RULES, NUM_RULES - 1):
-            alike = [i for i in found if rules_met(job, split.talents[i]) == rules]
+            alike = [i for i in found if met.get(i) == rules]
             rng.shuffle(alike)
             pairs += zip(alike[::2], alike[1::2], strict=False)
         rng.shuffle(pairs)
@@ -202,7 +248,9 @@ def make_job(rng: random.Random) -> Job:
         *rng.sample(lexicon.JOB_PLACES, rng.randint(0, 1)),
     ]
     rng.shuffle(body)
-    return Job(field, region, rank, _fill([rng.choice(lexicon.JOB_OPENINGS), *body], words))
+    return Job(
+        field, region, rank, country, _fill([rng.choice(lexicon.JOB_OPENINGS), *body], words)
+    )
 
 
 def make_talent(rng: random.Random) -> Talent:
@@ -229,7 +277,7 @@ def make_talent(rng: random.Random) -> Talent:
         body.append(_fill([rng.choice(lexicon.PROFILE_SECOND)], second_words))
     rng.shuffle(body)
     text = " ".join([_fill([rng.choice(lexicon.PROFILE_OPENINGS)], words), *body])
-    return Talent(field, second_field, region, rank, evidence / STATEMENTS, text)
+    return Talent(field, second_field, region, rank, country, evidence / STATEMENTS, text)
 
 
 def _distinct(make: Callable, count: int, rng: random.Random, seen: set[str]) -> Iterable:

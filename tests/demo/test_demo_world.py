@@ -5,20 +5,25 @@ from itertools import product
 
 import pytest
 
+from bench.training.corpus import rules_met as rules_by_bench
 from rankpo_fast.data.retrieval import read_retrieval
 from rankpo_fast.data.rows import read_contrastive, read_preferences, write_jsonl
 from rankpo_fast.demo import lexicon
 from rankpo_fast.demo.world import (
     FIELDS,
     JUDGE_SHARPNESS,
+    RULES,
     SplitSize,
     contrastive_rows,
+    job_records,
     judge_ceiling,
     make_world,
     preference_probability,
     preference_rows,
     retrieval_rows,
+    talent_records,
 )
+from rankpo_fast.label.run import rules_met
 
 SIZES = {"train": SplitSize(80, 300), "test": SplitSize(40, 200)}
 
@@ -29,19 +34,50 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def judged(world):
+def labels(world, tmp_path_factory):
+    """What `rankpo-fast label` finds."""
+    folder = tmp_path_factory.mktemp("records")
+    (folder / "rules.yaml").write_text(RULES)
+    found = {}
+    for name, split in world.items():
+        write_jsonl(folder / f"{name}_jobs.jsonl", job_records(split.jobs))
+        write_jsonl(folder / f"{name}_talents.jsonl", talent_records(split.talents))
+        records = (folder / f"{name}_{kind}.jsonl" for kind in ("jobs", "talents"))
+        found[name] = rules_met(folder / "rules.yaml", *records)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged(world, labels):
     """Every talent of the test split is a candidate of every job."""
     split = world["test"]
     everyone = [range(len(split.talents))] * len(split.jobs)
-    return list(preference_rows(split, everyone, pairs_per_job=50, seed=0))
+    return list(preference_rows(split, labels["test"], everyone, pairs_per_job=50, seed=0))
 
 
-def fits(job, talent) -> bool:
+def held(job, talent) -> int:
     """The rules once more, from their description."""
     same_place = job.region == talent.region
     rank_or_one_below = 0 <= job.rank - talent.rank <= 1
     works_on_it = job.field in {talent.field, talent.second_field}
-    return same_place and rank_or_one_below and works_on_it
+    return same_place + rank_or_one_below + works_on_it
+
+
+def fits(job, talent) -> bool:
+    return held(job, talent) == 3
+
+
+def test_labels_are_those_of_every_job_held_against_every_talent(world, labels):
+    for name, split in world.items():
+        for job, met in zip(split.jobs, labels[name], strict=True):
+            by_hand = {i: held(job, talent) for i, talent in enumerate(split.talents)}
+            assert met == {i: rules for i, rules in by_hand.items() if rules >= 2}
+
+
+def test_the_bench_which_has_no_engine_counts_the_same_rules(world):
+    split = world["test"]
+    for job, talent in product(split.jobs, split.talents):
+        assert rules_by_bench(job, talent) == held(job, talent)
 
 
 def test_the_seed_decides_the_world(world):
@@ -54,9 +90,10 @@ def test_no_text_occurs_twice_within_or_across_splits(world):
     assert len(set(texts)) == len(texts) == 620
 
 
-def test_stage_1_rows_follow_the_rules(world, tmp_path):
+def test_stage_1_rows_follow_the_rules(world, labels, tmp_path):
     split = world["train"]
-    write_jsonl(tmp_path / "rows.jsonl", contrastive_rows(split, num_negatives=4, seed=0))
+    rows = contrastive_rows(split, labels["train"], num_negatives=4, seed=0)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     rows = {row.query: row for row in read_contrastive([tmp_path / "rows.jsonl"])}
     for job in split.jobs:
         fitting = {talent.text for talent in split.talents if fits(job, talent)}
@@ -67,9 +104,9 @@ def test_stage_1_rows_follow_the_rules(world, tmp_path):
             assert not fitting & set(rows[job.text].negatives)
 
 
-def test_retrieval_rows_follow_the_rules(world, tmp_path):
+def test_retrieval_rows_follow_the_rules(world, labels, tmp_path):
     split = world["test"]
-    queries, corpus = retrieval_rows(split)
+    queries, corpus = retrieval_rows(split, labels["test"])
     write_jsonl(tmp_path / "queries.jsonl", queries)
     write_jsonl(tmp_path / "corpus.jsonl", corpus)
     read = read_retrieval(tmp_path / "queries.jsonl", tmp_path / "corpus.jsonl")
