@@ -77,7 +77,10 @@ setup(
     ],
     package_dir={"rankpo_kernels": "kernels/rankpo_kernels", "rankpo_fast": "rankpo_fast"},
     include_package_data=False,  # pictures stay in the repository
-    package_data={"rankpo_kernels": ["py.typed"], "rankpo_fast": ["py.typed"]},
+    package_data={
+        "rankpo_kernels": ["py.typed"],
+        "rankpo_fast": ["py.typed", "judge/prompts/*.txt"],
+    },
     setup_requires=cmake_to_install() if WANTED else [],  # read by pip's build isolation
     ext_modules=[
         Extension(

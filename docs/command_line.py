@@ -11,7 +11,18 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).with_name("command-line.md")
-COMMANDS = ("contrastive", "mine", "rankpo", "evaluate", "encode", "plan", "demo", "bench")
+COMMANDS = (
+    "contrastive",
+    "mine",
+    "rankpo",
+    "evaluate",
+    "encode",
+    "pairs",
+    "annotate",
+    "plan",
+    "demo",
+    "bench",
+)
 HEAD = """\
 # Command line
 

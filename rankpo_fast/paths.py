@@ -17,7 +17,19 @@ MODELS = (
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path",
     "guide_model_name_or_path",
 )  # fmt: skip
-DATA = ("train_data", "replay_data", "query_data", "corpus_data", "preference_data", "input")
+DATA = (
+    "train_data",
+    "replay_data",
+    "query_data",
+    "corpus_data",
+    "preference_data",
+    "input",
+    "pairs",
+    "prompt",
+    "judges",
+    "batch_in",
+    "report_on",
+)
 # What in a model's directory decides its vectors; others keep figures and notes there.
 MODEL_FILES = (
     "*config*.json", "modules.json", "rankpo_fast.json", "*.safetensors",

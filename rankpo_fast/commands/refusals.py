@@ -1,18 +1,24 @@
 """What commands refuse by their settings alone, before they are imported: InputError each."""
 
+from pathlib import Path
+
 from rankpo_fast.config import (
+    AnnotateConfig,
     ComputeConfig,
     EncodeConfig,
     EncoderConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
+    JudgeConfig,
     MineConfig,
     MineOutputConfig,
     ModelConfig,
+    PairsConfig,
     PlanConfig,
 )
+from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_output
+from rankpo_fast.paths import check_output, same_file
 
 
 def check_evaluate(
@@ -38,6 +44,33 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+
+
+def check_pairs(model: EncoderConfig, config: PairsConfig, compute: ComputeConfig) -> None:
+    _check_cache(compute)
+    check_output("--output_file", config.output_file, model, config)
+
+
+def check_annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
+    if config.write_prompt is not None:
+        check_output("--write_prompt", config.write_prompt, judging, config)
+        return
+    outputs: dict[str, str | Path | None] = {
+        "--report": config.report_path,
+        "--report's picture": config.picture_path,
+    }
+    if config.report_on is None:
+        require_extra("annotate", "judge")
+        outputs |= {
+            "--output": config.output, "--journal": config.journal_path,
+            "--ties_file": config.ties_file, "--batch_out": config.batch_out,
+        }  # fmt: skip
+    given = {flag: path for flag, path in outputs.items() if path is not None}
+    for flag, path in given.items():
+        check_output(flag, path, judging, config)
+        for other, used in given.items():
+            if other != flag and same_file(path, used):
+                raise InputError(f"{flag} and {other} are both {path}: give two names")
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

@@ -7,6 +7,7 @@ InputError naming flag and value.
 """
 
 from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PairsConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.model import (
     PAPER_MAX_PASSAGE_LENGTH,
@@ -37,6 +38,7 @@ __all__ = [
     "PAPER_MAX_QUERY_LENGTH",
     "PAPER_SPECIAL_TOKENS",
     "REPORTERS",
+    "AnnotateConfig",
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
@@ -44,9 +46,11 @@ __all__ = [
     "EncoderConfig",
     "EvaluateOutputConfig",
     "EvaluationConfig",
+    "JudgeConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
+    "PairsConfig",
     "PlanConfig",
     "RankPODataConfig",
     "RankPOLossConfig",

@@ -115,7 +115,7 @@ class Journal:
             was, is_now = given.get(name), self._asked.get(name)
             if was != is_now:
                 raise InputError(f"{self.path}: its answers were asked with {name} {was!r}, now it "
-                                 f"is {is_now!r}: give another --journal, or delete it")  # fmt: skip
+                                 f"is {is_now!r}: give another --journal")  # fmt: skip
 
     def _append(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:

@@ -6,7 +6,7 @@ in whatever markup. An answer that names two verdicts, or none, does not parse.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -42,16 +42,18 @@ RANKING = re.compile(
     rf"{START}(?:final\s+)?(?:ranking|order)\b{MARKS}[:=](?P<value>[^A-Za-z\n]+)$",
     re.IGNORECASE | re.MULTILINE,
 )
+KEYS = {"pair": "preferred", "grade": "grade", "list": "ranking"}  # of JSON
+ONLY_GRADE = re.compile(rf"{MARKS}(?P<value>[0-3]){MARKS}\.?\s*")
 ONLY_NUMBERS = re.compile(r"\s*[\[\d][\[\]\d>,\s]*")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Attributes:
-        value: "A", "B" (the first and the second shown) or "tie"; a grade; or a ranking, places of
-            the list shown, from 0, the best first. None: it does not parse.
-        confidence: from 0 to 100, if one is stated.
-        place: where in the answer the letter or the digit of the verdict stands.
+    value: "A", "B" (the first and the second shown) or "tie"; a grade; or a ranking, places of
+        the list shown, from 0, the best first. None: it does not parse.
+    confidence: from 0 to 100, if one is stated.
+    place: where in the answer the letter or the digit of the verdict stands.
     """
 
     value: str | int | tuple[int, ...] | None
@@ -66,6 +68,9 @@ def parse(mode: Mode, answer: str, count: int = 2) -> Verdict:
     """The verdict on `count` passages."""
     # Thoughts become spaces, so that places stay what they are in the answer.
     said = THOUGHTS.sub(lambda found: " " * len(found[0]), answer)
+    structured = _of_json(mode, said, count)
+    if structured is not None:
+        return structured
     spans = list(_spans(mode, said, count))
     values = {value for value, _ in spans}
     if len(values) != 1:
@@ -73,30 +78,56 @@ def parse(mode: Mode, answer: str, count: int = 2) -> Verdict:
     return Verdict(values.pop(), _confidence(said), spans[-1][1])
 
 
+def _of_json(mode: Mode, said: str, count: int) -> Verdict | None:
+    """Of the last object in the text that has the mode's key; None where there is none whole."""
+    name, decoder = KEYS[mode], json.JSONDecoder()
+    for brace in reversed([match.start() for match in re.finditer(r"\{", said)]):
+        try:
+            found, _ = decoder.raw_decode(said, brace)
+        except (ValueError, RecursionError):
+            continue
+        if name in found:
+            break
+    else:
+        return None
+    value = found[name]
+    if mode == "pair":
+        match = ALONE.fullmatch(value) if isinstance(value, str) else None
+        value = _letter(match["value"]) if match else None
+    elif mode == "grade":
+        value = value if type(value) is int and 0 <= value <= HIGHEST_GRADE else None
+    else:
+        items = value if isinstance(value, list) else []
+        value = _places([item for item in items if type(item) is int], count)
+    if value is None:
+        return UNPARSED
+    stated = found.get("confidence", found.get("confidence_score"))
+    confidence = _confidence(f"confidence: {stated}") if stated is not None else None
+    opening = re.compile(rf'"{name}"\s*:\s*{MARKS}{NOUN}', re.IGNORECASE).search(said, brace)
+    return Verdict(value, confidence, opening.end() if opening else None)
+
+
 def _spans(mode: Mode, said: str, count: int) -> Iterator[tuple[Any, int]]:
-    """Every verdict in the text, and where it stands."""
+    """Every verdict in a text that is no JSON, and where it stands."""
     if mode == "pair":
         found = [*PREFERRED.finditer(said), *BRACKETED.finditer(said)]
         for match in found or filter(None, [ALONE.fullmatch(said)]):
             yield _letter(match["value"]), match.start("value")
     elif mode == "grade":
-        alone = re.fullmatch(rf"{MARKS}(?P<value>[0-3]){MARKS}\.?\s*", said)
-        for match in [*GRADE.finditer(said)] or filter(None, [alone]):
+        for match in [*GRADE.finditer(said)] or filter(None, [ONLY_GRADE.fullmatch(said)]):
             yield int(match["value"]), match.start("value")
     else:
-        alone = ONLY_NUMBERS.fullmatch(said)
-        texts = [(m["value"], m.start("value")) for m in RANKING.finditer(said)]
-        texts += [(text, place) for text, place in _json_lists(said)]
-        for text, place in texts or ([(said, 0)] if alone else []):
-            places = tuple(int(number) - 1 for number in re.findall(r"\d+", text))
-            if sorted(places) == list(range(count)):
+        lines = [(match["value"], match.start("value")) for match in RANKING.finditer(said)]
+        for text, place in lines or ([(said, 0)] if ONLY_NUMBERS.fullmatch(said) else []):
+            places = _places(map(int, re.findall(r"\d+", text)), count)
+            if places is not None:
                 yield places, place
 
 
-def _json_lists(said: str) -> Iterator[tuple[str, int]]:
-    """Of a "ranking" in JSON that goes over several lines."""
-    for match in re.finditer(r'"ranking"\s*:\s*\[(?P<value>[\d\s,"\[\]]*?)\]', said):
-        yield match["value"], match.start("value")
+def _places(numbers: Iterable[int], count: int) -> tuple[int, ...] | None:
+    """From 0, if all of 1 to `count` are there once."""
+    places = tuple(number - 1 for number in numbers)
+    return places if sorted(places) == list(range(count)) else None
 
 
 def _letter(word: str) -> str:
@@ -119,15 +150,14 @@ def _confidence(said: str) -> float | None:
 def schema(mode: Mode, count: int) -> dict[str, Any]:
     """What `response_format` asks a server for, so that `parse` understands it."""
     reasons = {"type": "string", "description": "two to four sentences that name the evidence"}
-    verdicts: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "pair": ("comparison", "preferred", {"type": "string", "enum": ["A", "B", "tie"]}),
-        "grade": ("assessment", "grade", {"type": "integer", "enum": [0, 1, 2, HIGHEST_GRADE]}),
-        "list": ("comparison", "ranking", {"type": "array", "items": {"type": "integer"}}),
+    numbers = f"the numbers 1 to {count}, each once, the best first"
+    kinds: dict[str, dict[str, Any]] = {
+        "pair": {"type": "string", "enum": ["A", "B", "tie"]},
+        "grade": {"type": "integer", "enum": [*range(HIGHEST_GRADE + 1)]},
+        "list": {"type": "array", "items": {"type": "integer"}, "description": numbers},
     }
-    first, name, kind = verdicts[mode]
-    if mode == "list":
-        kind["description"] = f"the numbers 1 to {count}, each once, the best first"
-    properties = {first: reasons, name: kind, "confidence": {"type": "integer"}}
+    first = "assessment" if mode == "grade" else "comparison"
+    properties = {first: reasons, KEYS[mode]: kinds[mode], "confidence": {"type": "integer"}}
     return {
         "type": "json_schema",
         "json_schema": {
@@ -143,7 +173,9 @@ def schema(mode: Mode, count: int) -> dict[str, Any]:
     }
 
 
-def probability(place: int, tokens: Sequence[dict[str, Any]], choices: Sequence[str]) -> float | None:
+def probability(
+    place: int, tokens: Sequence[dict[str, Any]], choices: Sequence[str]
+) -> float | None:
     """Of the verdict at `place` in the answer, among `choices`, by the token that holds it.
 
     Args:
