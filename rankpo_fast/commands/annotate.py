@@ -69,10 +69,10 @@ def _annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
             outcome = ask(todo, judges, prompt, journal, judging, tokens,
                           retry_unparsed=config.retry_unparsed)  # fmt: skip
         _say(outcome)
-        if outcome.signal is not None:
+        if outcome.came is not None:
             raise QuestionsLeft(
                 f"{outcome.why}: {outcome.left.total():,} questions are left; all answers are in "
-                f"{journal.path}, and the same command goes on", 128 + outcome.signal,
+                f"{journal.path}, and the same command goes on", 128 + outcome.came,
             )  # fmt: skip
         _write(items, everything, journal, judges, outcome, config)
     if left := outcome.left.total():

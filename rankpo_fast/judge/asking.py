@@ -43,7 +43,7 @@ class Outcome:
         left: questions without an answer, by the kind of their last trouble; "not asked" where
             the run ended before.
         why: what ended it early.
-        signal: which one did.
+        came: the signal that did.
     """
 
     answered: int = 0
@@ -51,7 +51,7 @@ class Outcome:
     troubles: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
     why: str | None = None
-    signal: signal.Signals | None = None
+    came: signal.Signals | None = None
 
 
 class Pace:
@@ -160,8 +160,8 @@ class _Asking:
         loop = asyncio.get_running_loop()
 
         def stopped(number: signal.Signals) -> None:
-            loop.call_later(GRACE if self.outcome.signal is None else 0, cut.set)
-            self.outcome.signal = self.outcome.signal or number
+            loop.call_later(GRACE if self.outcome.came is None else 0, cut.set)
+            self.outcome.came = self.outcome.came or number
             self._end(f"{number.name} came")
 
         watched = (signal.SIGINT, signal.SIGTERM)
