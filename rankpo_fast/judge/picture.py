@@ -129,7 +129,7 @@ def _draw_ends(axes: "Axes", judges: Mapping[str, Any], mode: str) -> None:
     axes.set_ylim(len(labels) - 0.2, -0.8)
     axes.set_xlim(0, 1)
     axes.set_title("Verdicts end as", loc="left", fontsize=10)
-    axes.legend(loc="lower left", fontsize=8, frameon=False, ncols=2)
+    axes.legend(loc="lower left", fontsize=8, frameon=False)
 
 
 def _draw_confidence(axes: "Axes", judges: Mapping[str, Any]) -> None:
