@@ -6,7 +6,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from rankpo_fast.cli import main
-from support.judge_server import KEY, MODEL, JudgeServer
+from support.judge_server import KEY, MODEL, JudgeServer, write_pairs
 
 
 @pytest.fixture
@@ -21,14 +21,16 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def write_pairs(path, count):
-    rows = [
-        {"query": f"query {i}", "passage1": f"{'ba'[i % 2]} {i}", "passage2": f"{'ab'[i % 2]} {i}",
-         "query_id": f"q{i}", "passage_rank1": 2, "passage_rank2": 5}
-        for i in range(count)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """It takes longer than all the rest; a test that looks at it is marked so."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("rankpo_fast.judge.picture.png", lambda figures: b"")
+
+
+@pytest.fixture
+def draws():
+    """For tests that want the picture."""
 
 
 @pytest.fixture

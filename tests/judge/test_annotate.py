@@ -50,7 +50,7 @@ def test_one_order_takes_the_row_as_it_is(annotate, server, rows):
 def test_the_prompt_is_the_users_and_a_journal_of_another_is_refused(annotate, server, tmp_path,
                                                                      capsys):  # fmt: skip
     mine = tmp_path / "mine.txt"
-    mine.write_text("Which fits {query}?\nA: {passage_a}\nB: {passage_b}\n{\"x\": 1}\n")
+    mine.write_text('Which fits {query}?\nA: {passage_a}\nB: {passage_b}\n{"x": 1}\n')
     server.answering = lambda body: reply("B")
     assert annotate("--prompt", mine) == 0
     asked = {body["messages"][0]["content"] for body in server.bodies}
@@ -100,6 +100,7 @@ def test_grades_are_graded_rows_by_query(annotate, server, rows, tmp_path):
 def test_a_list_is_ranked_in_both_orders_and_the_places_are_averaged(annotate, server, rows,
                                                                      tmp_path):  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"query": "q", "passages": ["a", "b", "c"]}))
+
     # c is always last; of a and b the one that is shown first is the best: they are equal.
     def answering(body):
         order = sorted(range(3), key=lambda i: (shown(body)[i] == "c", i))
@@ -138,10 +139,8 @@ def test_confidence_is_the_probability_of_the_verdict_where_it_is_served(annotat
 
 
 def test_several_judges_agree_to_a_degree_and_have_a_consensus(annotate, server, rows, tmp_path):
-    server.http.clear()
-    server.__init__(server.http)
-    server.http.clear_all_handlers()
     names = ("one", "two", "three")
+    server.http.clear_all_handlers()
     server.http.expect_request("/v1/models").respond_with_json(
         {"data": [{"id": name, "object": "model"} for name in names]}
     )
@@ -220,7 +219,7 @@ def test_the_key_stands_in_no_file_and_no_message(annotate, server, tmp_path, ca
     assert any(b"[key]" in path.read_bytes() for path in files)
 
 
-def test_rows_that_are_judged_get_a_report_and_a_picture(tmp_path, capsys):
+def test_rows_that_are_judged_get_a_report_and_a_picture(draws, tmp_path, capsys):
     from rankpo_fast.cli import main
 
     rows = [

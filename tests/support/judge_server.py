@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
@@ -75,3 +76,13 @@ class JudgeServer:
         self.bodies.append(body)
         self.asked[tuple(shown(body))] += 1
         return self.answering(body)
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """Pairs whose better passage, by the alphabet, is the second and the first in turn."""
+    rows = [
+        {"query": f"query {i}", "passage1": f"{'ba'[i % 2]} {i}", "passage2": f"{'ab'[i % 2]} {i}",
+         "query_id": f"q{i}", "passage_rank1": 2, "passage_rank2": 5}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
