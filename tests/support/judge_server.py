@@ -1,4 +1,4 @@
-"""A judge that answers as the tests want, over HTTP on this machine, and counts what it is asked."""
+"""A judge over HTTP on this machine that answers as a test wants, and counts what it is asked."""
 
 import json
 import re
