@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import openai  # noqa: F401 - before processes are forked, each of which would import it
 import pytest
 
 from rankpo_fast.cli import main
