@@ -92,6 +92,10 @@ class Journal:
             self._append([{"journal": FORMAT, "asked": self._asked}])
             return []
         head, *answers = (self._parsed(line, number) for number, line in enumerate(lines, 1))
+        if not answers and head.get("journal") == FORMAT:  # of a run that asked nothing
+            self._file.truncate(0)
+            self._append([{"journal": FORMAT, "asked": self._asked}])
+            return []
         self._check_head(head)
         for number, answer in enumerate(answers, 2):
             if not isinstance(answer.get("key"), str):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rankpo_fast.cli import main
 from rankpo_fast.data.rows import read_preferences
 from support.judge_server import KEY, MODEL, always_first, by_alphabet, reply, shown
 
@@ -220,8 +221,6 @@ def test_the_key_stands_in_no_file_and_no_message(annotate, server, tmp_path, ca
 
 
 def test_rows_that_are_judged_get_a_report_and_a_picture(draws, tmp_path, capsys):
-    from rankpo_fast.cli import main
-
     rows = [
         {"query": "q", "passage1": f"a{i}", "passage2": "b", "model": "m", "confidence_score": 90,
          "preferred": "A" if i < 65 else "B", "passage_rank1": 1, "passage_rank2": 2}
@@ -233,3 +232,76 @@ def test_rows_that_are_judged_get_a_report_and_a_picture(draws, tmp_path, capsys
     figures = json.loads((tmp_path / "judged.jsonl.report.json").read_text())
     assert figures["judges"]["m"]["confidence"]["histogram"][9] == 100
     assert (tmp_path / "judged.jsonl.report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_judges_of_a_file_have_their_own_names_and_prices(annotate, server, tmp_path):
+    judges = [
+        {"model": MODEL, "base_url": server.url, "name": "cheap", "price_in": 1, "price_out": 1},
+        {"model": MODEL, "base_url": server.url, "name": "dear", "price_in": 10, "price_out": 20},
+    ]
+    write(tmp_path / "pairs.jsonl", [{"query": "q", "passage1": "a", "passage2": "b"}])
+    write(tmp_path / "judges.yaml", judges, "- {}\n")  # JSON is YAML
+    argv = ["annotate", "--judges", tmp_path / "judges.yaml", "--pairs", tmp_path / "pairs.jsonl",
+            "--output", tmp_path / "prefs.jsonl"]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    found = report(tmp_path)
+    assert {name: one["cost"] for name, one in found["judges"].items()} == {
+        "cheap": 220e-6, "dear": 2400e-6}  # fmt: skip
+    assert found["agreement"]["alpha"] is None  # all said one thing
+    assert set(server.asked.values()) == {2}
+
+
+def write(path, rows, line="{}\n"):
+    path.write_text("".join(line.format(json.dumps(row)) for row in rows))
+
+
+REFUSED = [
+    (["--mode", "grade", "--orders", "one"], "--orders needs --mode pair or list"),
+    (["--mode", "list", "--ties_file", "t"], "--ties_file needs --mode pair"),
+    (["--orders", "one", "--flips", "drop"], "--flips drop needs --orders both"),
+    (["--price_in", "1"], "--price_in and --price_out go together"),
+    (["--max_cost", "1"], "--max_cost needs --price_in"),
+    (["--dry_run", "--batch_out", "b"], "--batch_out and --dry_run exclude each other"),
+    (["--report", "r.txt"], "--report must be a .json file"),
+    (["--journal", "pairs.jsonl"], "pairs.jsonl is also read"),
+    (["--ties_file", "prefs.jsonl"], "are both"),
+    (["--report_on", "x.jsonl"], "--report_on stands alone"),
+    (["--base_url", "localhost:8000"], "must be as http://localhost:8000/v1"),
+    (["--judges", "none.yaml", "--model", "x"], "leave those out"),
+    (["--pairs", "bad.jsonl"], 'bad.jsonl:2: missing key "passage2"'),
+    (["--batch_in", "bad.jsonl"], 'bad.jsonl:1: missing key "custom_id"'),
+    (["--tokenizer", "no/such/tokenizer"], "--tokenizer no/such/tokenizer"),
+]
+
+
+@pytest.mark.parametrize("flags, named", REFUSED, ids=lambda x: str(x)[:40])
+def test_what_cannot_be_done_is_refused_by_name(flags, named, annotate, server, tmp_path,
+                                                monkeypatch, capsys):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    row = {"query": "q", "passage1": "a", "passage2": "b"}
+    write(tmp_path / "bad.jsonl", [row, {"query": "q", "passage1": "a"}])
+    assert annotate(*flags) == 2
+    said = capsys.readouterr().err
+    assert named in said and "Traceback" not in said
+    assert not server.bodies and not (tmp_path / "prefs.jsonl").exists()
+
+
+def test_equal_passages_are_left_out_and_a_pair_that_comes_twice_is_asked_once(
+    annotate, server, rows, tmp_path, capsys
+):
+    row = {"query": "q", "passage1": "a", "passage2": "b"}
+    write(tmp_path / "pairs.jsonl", [row, row | {"passage2": "a"}, row])
+    assert annotate() == 0
+    assert len(rows()) == 2 and sum(server.asked.values()) == 2
+    assert "1 pairs of equal passages are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["pair", "grade", "list"])
+def test_the_default_prompt_that_is_written_is_the_one_that_is_used(mode, annotate, server,
+                                                                    tmp_path):  # fmt: skip
+    mine = tmp_path / "mine.txt"
+    assert main(["annotate", "--write_prompt", str(mine), "--mode", mode]) == 0
+    assert annotate("--mode", mode, "--prompt", mine, "--batch_out", tmp_path / "one") == 0
+    assert annotate("--mode", mode, "--batch_out", tmp_path / "two") == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
