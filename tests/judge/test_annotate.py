@@ -267,7 +267,7 @@ REFUSED = [
     (["--ties_file", "prefs.jsonl"], "are both"),
     (["--report_on", "x.jsonl"], "--report_on stands alone"),
     (["--base_url", "localhost:8000"], "must be as http://localhost:8000/v1"),
-    (["--judges", "none.yaml", "--model", "x"], "leave those out"),
+    (["--judges", "none.yaml"], "leave those out"),
     (["--pairs", "bad.jsonl"], 'bad.jsonl:2: missing key "passage2"'),
     (["--batch_in", "bad.jsonl"], 'bad.jsonl:1: missing key "custom_id"'),
     (["--tokenizer", "no/such/tokenizer"], "--tokenizer no/such/tokenizer"),
