@@ -79,7 +79,12 @@ setup(
     include_package_data=False,  # pictures stay in the repository
     package_data={
         "rankpo_kernels": ["py.typed"],
-        "rankpo_fast": ["py.typed", "judge/page.html", "sweep/paper.csv"],
+        "rankpo_fast": [
+            "py.typed",
+            "judge/page.html",
+            "judge/prompts/*.txt",
+            "sweep/paper.csv",
+        ],
     },
     setup_requires=cmake_to_install() if WANTED else [],  # read by pip's build isolation
     ext_modules=[

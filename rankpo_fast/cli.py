@@ -2,7 +2,8 @@
 
 Flags are read here, what a command does stands in commands/. Exit codes: 0; 1 for a run that
 failed; 2 for what the user can put right (bad flags, bad data, with a message that names it); in
-training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved.
+training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved, and so in
+`annotate`, whose answers are on the disk as they come.
 
 On N GPUs: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
 evaluate, to encode and to mine.
@@ -21,7 +22,13 @@ from rankpo_fast import config as configs
 from rankpo_fast.commands import refusals
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
-from rankpo_fast.errors import InputError, NotFiniteVectors, RankLost, TrainingStopped
+from rankpo_fast.errors import (
+    InputError,
+    NotFiniteVectors,
+    QuestionsLeft,
+    RankLost,
+    TrainingStopped,
+)
 from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
@@ -41,15 +48,25 @@ class Command:
 
 
 COMMANDS = {
-    "clicks": Command(
-        "turn logs of clicks into preferences, debiased by position",
-        [configs.ClicksConfig],
-        refusals.check_clicks,
-    ),
     "label": Command(
         "make rows of stage 1 and evaluation sets of records, by rules that say what fits what",
         [configs.LabelConfig],
         refusals.check_label,
+    ),
+    "pairs": Command(
+        "pairs of passages that a model finds for a query, to be judged",
+        [configs.EncoderConfig, configs.PairsConfig, configs.ComputeConfig],
+        refusals.check_pairs,
+    ),
+    "annotate": Command(
+        "preferences, grades or rankings of language models, over OpenAI's protocol",
+        [configs.JudgeConfig, configs.AnnotateConfig],
+        refusals.check_annotate,
+    ),
+    "clicks": Command(
+        "turn logs of clicks into preferences, debiased by position",
+        [configs.ClicksConfig],
+        refusals.check_clicks,
     ),
     "contrastive": Command(
         "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
@@ -117,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return BAD_INPUT if error.copied else _fail(error, BAD_INPUT)
         except TrainingStopped as stop:  # which has been said
             return stop.exit_code
+        except QuestionsLeft as left:
+            return _fail(left, left.exit_code)
         except FloatingPointError as error:  # which all ranks raise
             return _fail(error, FAILED) if _is_first_rank() else FAILED
         except (OSError, RankLost) as error:

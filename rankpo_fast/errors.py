@@ -45,6 +45,18 @@ class TrainingStopped(Exception):
         self.signal, self.step, self.exit_code = signal, step, 128 + signal
 
 
+class QuestionsLeft(Exception):
+    """Questions to judges have no answer; all answers are in the journal.
+
+    Attributes:
+        exit_code: 1, or after a signal 143 or 130.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class RankLost(RuntimeError):
     """Another process of the run is gone, which has said why: this one cannot go on alone."""
 

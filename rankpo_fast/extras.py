@@ -43,5 +43,10 @@ def require_extra(needed_by: str, *extras: str) -> None:
         raise InputError(f"{needed_by} needs {words}: pip install 'rankpo-fast[{install}]'")
 
 
+def lacks(extra: str) -> bool:
+    """Whether something of an extra is not installed."""
+    return not all(map(_can_be_imported, EXTRAS[extra].values()))
+
+
 def _can_be_imported(module: str) -> bool:
     return importlib.util.find_spec(module) is not None

@@ -19,7 +19,7 @@ MODELS = (
 )  # fmt: skip
 DATA = (
     "train_data", "replay_data", "query_data", "corpus_data", "preference_data", "clicks_data",
-    "input", "config", "queries", "items",
+    "input", "config", "queries", "items", "pairs", "prompt", "judges", "batch_in", "report_on",
 )  # fmt: skip
 # What in a model's directory decides its vectors; others keep figures and notes there.
 MODEL_FILES = (

@@ -3,17 +3,20 @@
 from pathlib import Path
 
 from rankpo_fast.config import (
+    AnnotateConfig,
     ClicksConfig,
     ComputeConfig,
     EncodeConfig,
     EncoderConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
+    JudgeConfig,
     LabelConfig,
     MergeConfig,
     MineConfig,
     MineOutputConfig,
     ModelConfig,
+    PairsConfig,
     PlanConfig,
 )
 from rankpo_fast.errors import InputError
@@ -69,6 +72,33 @@ def check_label(config: LabelConfig) -> None:
         if path.exists() and not config.overwrite_output_dir:
             raise InputError(f"{path} is there already: choose another --output_dir, or give "
                              f"--overwrite_output_dir")  # fmt: skip
+
+
+def check_pairs(model: EncoderConfig, config: PairsConfig, compute: ComputeConfig) -> None:
+    _check_cache(compute)
+    check_output("--output_file", config.output_file, model, config)
+
+
+def check_annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
+    if config.write_prompt is not None:
+        check_output("--write_prompt", config.write_prompt, judging, config)
+        return
+    outputs: dict[str, str | Path | None] = {
+        "--report": config.report_path,
+        "--report's picture": config.picture_path,
+    }
+    if config.report_on is None:
+        require_extra("annotate", "judge")
+        outputs |= {
+            "--output": config.output, "--journal": config.journal_path,
+            "--ties_file": config.ties_file, "--batch_out": config.batch_out,
+        }  # fmt: skip
+    given = {flag: path for flag, path in outputs.items() if path is not None}
+    for flag, path in given.items():
+        check_output(flag, path, judging, config)
+        for other, used in given.items():
+            if other != flag and same_file(path, used):
+                raise InputError(f"{flag} and {other} are both {path}: give two names")
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

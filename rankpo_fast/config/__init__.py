@@ -8,6 +8,7 @@ InputError naming flag and value.
 
 from rankpo_fast.config.clicks import ClicksConfig
 from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PairsConfig
 from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.merge import MergeConfig
@@ -50,6 +51,7 @@ __all__ = [
     "REPORTERS",
     "STAGES",
     "ClicksConfig",
+    "AnnotateConfig",
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
@@ -59,9 +61,11 @@ __all__ = [
     "EvaluationConfig",
     "MergeConfig",
     "LabelConfig",
+    "JudgeConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
+    "PairsConfig",
     "PlanConfig",
     "RankPODataConfig",
     "RankPOLossConfig",

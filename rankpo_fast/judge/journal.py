@@ -92,6 +92,10 @@ class Journal:
             self._append([{"journal": FORMAT, "asked": self._asked}])
             return []
         head, *answers = (self._parsed(line, number) for number, line in enumerate(lines, 1))
+        if not answers and head.get("journal") == FORMAT:  # of a run that asked nothing
+            self._file.truncate(0)
+            self._append([{"journal": FORMAT, "asked": self._asked}])
+            return []
         self._check_head(head)
         for number, answer in enumerate(answers, 2):
             if not isinstance(answer.get("key"), str):
@@ -115,7 +119,7 @@ class Journal:
             was, is_now = given.get(name), self._asked.get(name)
             if was != is_now:
                 raise InputError(f"{self.path}: its answers were asked with {name} {was!r}, now it "
-                                 f"is {is_now!r}: give another name, or delete it")  # fmt: skip
+                                 f"is {is_now!r}: give another --journal")  # fmt: skip
 
     def _append(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:

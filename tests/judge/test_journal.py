@@ -50,6 +50,15 @@ def test_a_journal_of_another_prompt_is_refused(tmp_path):
         Journal(path, {"prompt": "who?"})
 
 
+def test_a_journal_without_answers_takes_any_prompt(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    add(path)
+    for _ in range(2):
+        with Journal(path, {"prompt": "who?"}) as journal:
+            assert journal.answers == []
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_two_processes_do_not_write_one_journal(tmp_path):
     path = tmp_path / "answers.jsonl"
     with Journal(path, ASKED), pytest.raises(InputError, match="another process"):
