@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from rankpo_kernels.problem import InfoNCEOptions, MarginOptions, MixtureOptions, ScoreOptions
 
-Form = Literal["pairs", "plackett_luce"]
+Form = Literal["pairs", "plackett_luce", "lambda"]
 Reduction = Literal["mean", "sum", "none"]
 ListPerQuery = tuple[
     Tensor, Tensor
@@ -149,8 +149,7 @@ class RankPOGroupOptions(MarginOptions):
     reduction: Reduction = "mean"
 
     def check(self) -> None:
-        if self.form not in ("pairs", "plackett_luce"):
-            raise ValueError(f"form must be 'pairs' or 'plackett_luce', got {self.form!r}")
+        self.check_one_of("form", ("pairs", "plackett_luce", "lambda"))
         neutral = {"gamma_beta_ratio": 0, "label_smoothing": 0, "loss_type": "sigmoid"}
         for name, nothing in neutral.items():
             if self.form == "plackett_luce" and (value := getattr(self, name)) != nothing:

@@ -19,6 +19,8 @@ FORMS = {
     "smoothed": {"label_smoothing": 0.1, "gamma_beta_ratio": 0.3},
     "dots": {"normalize": False},
     "plackett-luce": {"form": "plackett_luce"},
+    "lambda": {"form": "lambda"},
+    "lambda-hinge": {"form": "lambda", "loss_type": "hinge", "gamma_beta_ratio": 0.2},
 }
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -233,8 +235,8 @@ def test_more_passages_than_the_library_takes_go_through_torch():
 def test_opcheck():
     q, p, grades, reference = draw(5, 4, 6, torch.float32)
     leaves = q.requires_grad_(), [p.requires_grad_()]
-    for listwise in (0.0, 1.0):
-        settings = RankPOSettings(listwise=listwise).text()
+    for form in ({}, {"listwise": True}, {"by_ndcg": True}):
+        settings = RankPOSettings(**form).text()
         arguments = (*leaves, grades.float(), reference.float(), settings)
         torch.library.opcheck(_rankpo, arguments)
         torch.library.opcheck(
@@ -272,7 +274,10 @@ def test_module_equals_the_function():
 
 
 BAD = {
-    "form": (dict(form="listnet"), "form must be 'pairs' or 'plackett_luce', got 'listnet'"),
+    "form": (
+        dict(form="listnet"),
+        "form must be one of 'pairs', 'plackett_luce', 'lambda', got 'listnet'",
+    ),
     "gamma": (dict(form="plackett_luce", gamma_beta_ratio=0.1), "gamma_beta_ratio=0.1 belongs to"),
     "smoothing": (dict(form="plackett_luce", label_smoothing=0.1), "label_smoothing=0.1 belongs"),
     "hinge": (dict(form="plackett_luce", loss_type="hinge"), "loss_type='hinge' belongs to"),
