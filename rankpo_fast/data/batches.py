@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.distinct import DistinctTexts, first_places
 from rankpo_fast.data.moving import Movable
-from rankpo_fast.data.order import DRAW, RowOrder
+from rankpo_fast.data.order import DRAW, Ordered, RowOrder
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 from rankpo_fast.data.shares import Share
 from rankpo_fast.errors import InputError
@@ -100,7 +101,7 @@ class PreferenceBatch(Movable):
         )
 
 
-class ContrastiveData:
+class ContrastiveData(Ordered):
     """Batches of queries with one positive and up to `num_negatives` negatives each.
 
     A positive of a query in any row is known as such in all its rows, and so is the query itself
@@ -131,7 +132,7 @@ class ContrastiveData:
         self._own_negatives = own_negatives
         self._guide: tuple[Tensor, Tensor] | None = None
         self.known_negatives = 0
-        queries, passages = _Texts(), _Texts()
+        queries, passages = DistinctTexts(), DistinctTexts()
         query_ids = [queries.id(row.query) for row in rows]
         positives = [passages.ids(row.positives) for row in rows]
         negatives = [passages.ids(row.negatives) for row in rows]
@@ -177,7 +178,7 @@ class ContrastiveData:
             own_rows: [queries] and of each query text's as a passage; one that no passage has if
                 it is none.
         """
-        queries, passages = _firsts(query_rows), _firsts(passage_rows)
+        queries, passages = first_places(query_rows), first_places(passage_rows)
         passage_of = dict(zip(passage_rows.tolist(), passages, strict=True))
         own = [
             (queries[id], passage_of[row])
@@ -201,19 +202,6 @@ class ContrastiveData:
         data = copy.copy(self)
         data._guide = queries, passages
         return data
-
-    @property
-    def batch_size(self) -> int:
-        return self._order.batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._order.batches_per_epoch
-
-    @property
-    def shares(self) -> list[Share]:
-        """The files of the rows that come, and how often they do."""
-        return self._order.shares
 
     def batch(self, epoch: int, index: int) -> ContrastiveBatch:
         """Batch `index` (0 to batches_per_epoch - 1) of `epoch`."""
@@ -269,7 +257,7 @@ class ContrastiveData:
         )
 
 
-class PreferenceData:
+class PreferenceData(Ordered):
     """Batches of preference pairs, with the margins of a reference model once they are known.
 
     `query_ids`, `chosen_ids`, `rejected_ids` [rows] are the rows' places in `query_texts` and
@@ -288,7 +276,7 @@ class PreferenceData:
     ):
         """`shares`: which rows come how often; None: each once an epoch."""
         self._order = RowOrder(np.arange(len(rows)), batch_size, seed, shares)
-        queries, passages = _Texts(), _Texts()
+        queries, passages = DistinctTexts(), DistinctTexts()
         self.query_ids = torch.tensor([queries.id(row.query) for row in rows])
         self.chosen_ids = torch.tensor([passages.id(row.chosen) for row in rows])
         self.rejected_ids = torch.tensor([passages.id(row.rejected) for row in rows])
@@ -300,19 +288,6 @@ class PreferenceData:
         if reference_margins is not None:
             self._set_margins(reference_margins)
 
-    @property
-    def batch_size(self) -> int:
-        return self._order.batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._order.batches_per_epoch
-
-    @property
-    def shares(self) -> list[Share]:
-        """The files of the rows that come, and how often they do."""
-        return self._order.shares
-
     def merged(self, query_rows: Tensor, passage_rows: Tensor) -> "PreferenceData":
         """The same pairs, with texts of equal token ids as one: the first of them.
 
@@ -323,7 +298,7 @@ class PreferenceData:
         Raises:
             InputError: the two passages of every pair are equal.
         """
-        queries, passages = (torch.tensor(_firsts(rows)) for rows in (query_rows, passage_rows))
+        queries, passages = (torch.tensor(first_places(rows)) for rows in (query_rows, passage_rows))
         data = copy.copy(self)
         data.query_ids = queries[self.query_ids]
         data.chosen_ids, data.rejected_ids = passages[self.chosen_ids], passages[self.rejected_ids]
@@ -365,23 +340,6 @@ class PreferenceData:
             reference_margins=None if margins is None else margins[rows],
             rows=rows,
         )
-
-
-def _firsts(rows: Tensor) -> list[int]:
-    """For each text the first one with the same row: its own place if that is itself."""
-    first: dict[int, int] = {}
-    return [first.setdefault(row, place) for place, row in enumerate(rows.tolist())]
-
-
-class _Texts(dict[str, int]):
-    """Distinct texts, numbered as they come; iterates in that order."""
-
-    def id(self, text: str) -> int:
-        return self.setdefault(text, len(self))
-
-    def ids(self, texts: Collection[str]) -> list[int]:
-        """The ids of the distinct ones among `texts`."""
-        return list(dict.fromkeys(map(self.id, texts)))
 
 
 class _Lists:

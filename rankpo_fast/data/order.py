@@ -15,6 +15,25 @@ class _Epoch(NamedTuple):
     rows: np.ndarray  # in its order
 
 
+class Ordered:
+    """Rows whose batches a RowOrder makes."""
+
+    _order: "RowOrder"
+
+    @property
+    def batch_size(self) -> int:
+        return self._order.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._order.batches_per_epoch
+
+    @property
+    def shares(self) -> list[Share]:
+        """The files of the rows that come, and how often they do."""
+        return self._order.shares
+
+
 class RowOrder:
     """Which rows make which batch: a new order every epoch, and no short batch but an only one."""
 

@@ -9,6 +9,7 @@ M queries, N passages, H own negatives, B pairs, D dims, G dims of a guide or re
 
 import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rankpo_kernels.problem import InfoNCEOptions, MarginOptions, MixtureOptions, ScoreOptions
+from rankpo_kernels.problem import (
+    InfoNCEOptions,
+    MarginOptions,
+    MixtureOptions,
+    ScoreOptions,
+    Settings,
+)
 
 Form = Literal["pairs", "plackett_luce", "lambda"]
 Reduction = Literal["mean", "sum", "none"]
@@ -161,6 +168,35 @@ class RankPOGroupOptions(MarginOptions):
         _warn_of_smoothing(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillKLOptions(Settings):
+    """Of similarities that follow a teacher's scores."""
+
+    temperature: float = 0.02
+    teacher_temperature: float = 1.0
+    normalize: bool = True
+    reduction: Reduction = "mean"
+
+    def check(self) -> None:
+        super().check()
+        for name in ("temperature", "teacher_temperature"):
+            self.check_no_tensor(name)
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        _check_reduction(self.reduction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginMSEOptions(DistillKLOptions):
+    """Of their margins."""
+
+    pairs: Literal["all", "first"] = "all"
+
+    def check(self) -> None:
+        super().check()
+        self.check_one_of("pairs", ("all", "first"))
+
+
 def _check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -233,6 +269,25 @@ class RankPOGroupCall(RankPOGroupOptions):
     weights: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class DistillKLCall(DistillKLOptions):
+    queries: Tensor
+    passages: Tensor
+    scores: Tensor
+    _: KW_ONLY
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MarginMSECall(MarginMSEOptions):
+    queries: Tensor
+    passages: Tensor
+    scores: Tensor
+    _: KW_ONLY
+    weights: Tensor | None = None
+
+
+DistillationCall = DistillKLCall | MarginMSECall
 ScoreCall = InfoNCECall | InBatchRankPOCall | SigLIPCall
 
 

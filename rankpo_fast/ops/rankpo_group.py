@@ -7,8 +7,8 @@
 
 The second is the likelihood of the ranking under Plackett and Luce's model (Rafailov et al. 2023,
 appendix A.3), in which ties are not compared with each other. The third is LambdaLoss (Wang et al.
-2018), as LiPO-lambda has it for preferences (Liu et al. 2024): of places by the similarities as they
-are, which have no gradient in the weights. B queries, K passages, D dims.
+2018), as LiPO-lambda has it for preferences (Liu et al. 2024): places are those by similarity, and
+the weights have no gradient. B queries, K passages, D dims.
 """
 
 from typing import Any
