@@ -52,13 +52,15 @@ COMMANDS = {
         ],
     ),
     "rankpo": Command(
-        "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
+        "stage 2: align it with preferred passages (RankPO, SimRankPO, SFT), grades, a teacher",
         [
             configs.ModelConfig,
             configs.RankPODataConfig,
             configs.RankPOLossConfig,
             *TRAINING,
             configs.ReplayConfig,
+            configs.GradedConfig,
+            configs.TeacherConfig,
         ],
     ),
     "evaluate": Command(

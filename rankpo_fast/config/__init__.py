@@ -29,10 +29,13 @@ from rankpo_fast.config.rows import (
     RankPODataConfig,
     ReplayConfig,
 )
+from rankpo_fast.config.supervision import NO_GRADES, NO_TEACHER, GradedConfig, TeacherConfig
 from rankpo_fast.config.training import REPORTERS, TrainingConfig
 
 __all__ = [
+    "NO_GRADES",
     "NO_REPLAY",
+    "NO_TEACHER",
     "PAPER_MAX_PASSAGE_LENGTH",
     "PAPER_MAX_QUERY_LENGTH",
     "PAPER_SPECIAL_TOKENS",
@@ -44,6 +47,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluateOutputConfig",
     "EvaluationConfig",
+    "GradedConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
@@ -51,5 +55,6 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "TeacherConfig",
     "TrainingConfig",
 ]

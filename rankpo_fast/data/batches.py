@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankpo_fast.data.distinct import DistinctTexts, first_places
 from rankpo_fast.data.moving import Movable
-from rankpo_fast.data.order import DRAW, Ordered, RowOrder
+from rankpo_fast.data.order import DRAW, BatchData, RowOrder
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 from rankpo_fast.data.shares import Share
 from rankpo_fast.errors import InputError
@@ -101,7 +101,7 @@ class PreferenceBatch(Movable):
         )
 
 
-class ContrastiveData(Ordered):
+class ContrastiveData(BatchData):
     """Batches of queries with one positive and up to `num_negatives` negatives each.
 
     A positive of a query in any row is known as such in all its rows, and so is the query itself
@@ -136,8 +136,8 @@ class ContrastiveData(Ordered):
         query_ids = [queries.id(row.query) for row in rows]
         positives = [passages.ids(row.positives) for row in rows]
         negatives = [passages.ids(row.negatives) for row in rows]
-        self.query_texts: list[str] = list(queries)
-        self.passage_texts: list[str] = list(passages)
+        self.query_texts = list(queries)
+        self.passage_texts = list(passages)
         own = [(id, passages[query]) for query, id in queries.items() if query in passages]
         self._fill(query_ids, positives, negatives, own)
 
@@ -257,12 +257,12 @@ class ContrastiveData(Ordered):
         )
 
 
-class PreferenceData(Ordered):
+class PreferenceData(BatchData):
     """Batches of preference pairs, with the margins of a reference model once they are known.
 
     `query_ids`, `chosen_ids`, `rejected_ids` [rows] are the rows' places in `query_texts` and
     `passage_texts`, in data order: what it takes to compute those margins. Pairs of one and the
-    same passage, once texts are `merged`, are in no batch: `equal_pairs` counts them.
+    same passage, once texts are `merged`, are in no batch: `equal_pairs` of `num_rows`.
     """
 
     def __init__(
@@ -276,12 +276,13 @@ class PreferenceData(Ordered):
     ):
         """`shares`: which rows come how often; None: each once an epoch."""
         self._order = RowOrder(np.arange(len(rows)), batch_size, seed, shares)
+        self.num_rows = len(rows)
         queries, passages = DistinctTexts(), DistinctTexts()
         self.query_ids = torch.tensor([queries.id(row.query) for row in rows])
         self.chosen_ids = torch.tensor([passages.id(row.chosen) for row in rows])
         self.rejected_ids = torch.tensor([passages.id(row.rejected) for row in rows])
-        self.query_texts: list[str] = list(queries)
-        self.passage_texts: list[str] = list(passages)
+        self.query_texts = list(queries)
+        self.passage_texts = list(passages)
         self.equal_pairs = 0
         self._weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         self._reference_margins: Tensor | None = None
@@ -298,7 +299,8 @@ class PreferenceData(Ordered):
         Raises:
             InputError: the two passages of every pair are equal.
         """
-        queries, passages = (torch.tensor(first_places(rows)) for rows in (query_rows, passage_rows))
+        both = (query_rows, passage_rows)
+        queries, passages = (torch.tensor(first_places(rows)) for rows in both)
         data = copy.copy(self)
         data.query_ids = queries[self.query_ids]
         data.chosen_ids, data.rejected_ids = passages[self.chosen_ids], passages[self.rejected_ids]
@@ -312,6 +314,10 @@ class PreferenceData(Ordered):
         if data.equal_pairs:
             data._order = self._order.of(differ.numpy())
         return data
+
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Places [2 rows] in `query_texts` and `passage_texts`: of the chosen, of the rejected."""
+        return self.query_ids.repeat(2), torch.cat([self.chosen_ids, self.rejected_ids])
 
     def with_reference(self, margins: Tensor) -> "PreferenceData":
         """The same batches carrying `margins` [rows] (any float dtype, data order)."""

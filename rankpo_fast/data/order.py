@@ -15,14 +15,21 @@ class _Epoch(NamedTuple):
     rows: np.ndarray  # in its order
 
 
-class Ordered:
-    """Rows whose batches a RowOrder makes."""
+class BatchData:
+    """Rows as batches, and the distinct texts of all rows."""
 
+    query_texts: list[str]
+    passage_texts: list[str]
     _order: "RowOrder"
 
     @property
     def batch_size(self) -> int:
         return self._order.batch_size
+
+    @property
+    def wanted_batch_size(self) -> int:
+        """Rows that a batch would have, if there were so many."""
+        return self._order.wanted
 
     @property
     def batches_per_epoch(self) -> int:
@@ -46,7 +53,7 @@ class RowOrder:
     ):
         """`rows` [n] are numbers of rows, `shares` the files they come from."""
         assert len(rows) > 0 and batch_size > 0 and seed >= 0
-        self._rows, self._seed, self._wanted = rows, seed, batch_size
+        self._rows, self._seed, self.wanted = rows, seed, batch_size
         self.shares = [Share("", len(rows))] if shares is None else list(shares)
         assert sum(share.rows for share in self.shares) == len(rows)
         per_epoch = sum(share.per_epoch for share in self.shares)
@@ -59,7 +66,7 @@ class RowOrder:
         """Of the rows [n] marked in `kept` alone."""
         parts = np.split(kept, self._starts[1:])
         shares = [share.of(int(p.sum())) for share, p in zip(self.shares, parts, strict=True)]
-        return RowOrder(self._rows[kept], self._wanted, self._seed, shares)
+        return RowOrder(self._rows[kept], self.wanted, self._seed, shares)
 
     @property
     def _starts(self) -> np.ndarray:

@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.config import (
+    NO_GRADES,
     NO_REPLAY,
+    NO_TEACHER,
     ComputeConfig,
     EvaluationConfig,
+    GradedConfig,
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
     ReplayConfig,
+    TeacherConfig,
     TrainingConfig,
 )
 from rankpo_fast.data.batches import PreferenceBatch, PreferenceData
+from rankpo_fast.data.group_batches import GroupData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.model.encoder import Encoder
@@ -39,7 +44,22 @@ from rankpo_fast.train.reference import other_model_similarities, reference_simi
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.run import Run
+from rankpo_fast.train.supervision import (
+    GRADED,
+    TEACHER,
+    check_mixture,
+    describe_graded,
+    describe_teacher,
+    graded_batches,
+    graded_task,
+    teacher_batches,
+    teacher_task,
+    tokenized_groups,
+)
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
+
+PAIRS = "--train_data"
 
 
 def train_rankpo(
@@ -50,6 +70,8 @@ def train_rankpo(
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
     replay: ReplayConfig = NO_REPLAY,
+    graded: GradedConfig = NO_GRADES,
+    teacher: TeacherConfig = NO_TEACHER,
     *,
     encoder: Encoder | None = None,
     named: bool = True,
@@ -58,8 +80,10 @@ def train_rankpo(
     """Run stage 2; the output directory holds the model.
 
     The reference is the model as it starts, unless the loss config names another one, which is gone
-    again before the model to train is loaded. What is replayed goes through the model beside the
-    pairs, batch by batch. Raises InputError for what the user can put right.
+    again before the model to train is loaded. Graded passages, a teacher's scores and what is
+    replayed go through the model beside the pairs, batch by batch; of the first three those that
+    are given make the run, whose steps and epochs are counted in the first of them. Raises
+    InputError for what the user can put right.
 
     Args:
         encoder, named, callbacks: as of `train_contrastive`.
@@ -68,54 +92,95 @@ def train_rankpo(
         model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
         with ranks.first_ahead():
-            pairs, number = _read_pairs(data, training, ranks)
+            check_mixture(data, loss, graded, teacher)
+            pairs = _read_pairs(data, training, ranks) if data.train_data else None
+            grades = graded_batches(graded, training, ranks.size) if graded.graded_data else None
+            scores = (
+                teacher_batches(teacher, training, ranks.size) if teacher.teacher_data else None
+            )
             replayed = replay_batches(replay, training, ranks.size) if replay.replay_data else None
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
-                replay, encoder=None if named else encoder,
+                replay, graded, teacher, encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
-            other, reference = loss.reference_model_name_or_path, None
-            if loss.uses_reference and other is not None:
-                reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            read = [pairs] if replayed is None else [pairs, replayed]
-            encoder = prepare_encoder(run, encoder, *read)
-            pairs, texts = _tokenized(pairs, number, encoder, compute)
-            number -= pairs.equal_pairs
-            rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
-            about = {"rows": rows, "loss": _describe(loss)}
-            replays = []
+            other = _other_references(loss, run, pairs, grades)
+            read = (pairs, grades, scores, replayed)
+            encoder = prepare_encoder(run, encoder, *(rows for rows in read if rows is not None))
+            tasks: list[TrainingTask[Any]] = []
+            about = {}
+            if pairs is not None:
+                task = _pair_task(pairs, loss, encoder, run, other)
+                tasks.append(task)
+                about |= {"rows": _describe_rows(task.data), "loss": _describe(loss)}
+            if grades is not None:
+                grades, texts = tokenized_groups(grades, encoder, compute, GRADED)
+                if not loss.reference_free:
+                    reference = other.get(GRADED)
+                    if reference is None:
+                        reference = reference_similarities(encoder, texts, grades, compute)
+                    grades = grades.with_reference(reference)
+                tasks.append(graded_task(graded, loss, grades, texts))
+                about["graded"] = describe_graded(graded, loss, grades)
+            if scores is not None:
+                scores, texts = tokenized_groups(scores, encoder, compute, TEACHER)
+                tasks.append(teacher_task(teacher, scores, texts))
+                about["teacher"] = describe_teacher(teacher, scores)
             if replayed is not None:
-                replays.append(replay_task(replay, replayed, encoder, compute))
-                about["replay"] = describe_replay(replay, replays[0].data)
-            if loss.uses_reference and other is None:
-                reference = reference_similarities(encoder, texts, pairs, compute)
-            if reference is not None:
-                chosen, rejected = reference
-                pairs = pairs.with_reference(chosen - rejected)
-                reference = reference.to(run.device)
-        tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference), *replays]
+                again = replay_task(replay, replayed, encoder, compute)
+                tasks.append(again)
+                about["replay"] = describe_replay(replay, again.data)
         return train(run, encoder, tasks, about, callbacks)
 
 
-def _read_pairs(
-    data: RankPODataConfig, training: TrainingConfig, ranks: Ranks
-) -> tuple[PreferenceData, int]:
-    """Pairs as batches, and the number of pairs."""
+def _read_pairs(data: RankPODataConfig, training: TrainingConfig, ranks: Ranks) -> PreferenceData:
     read = partial(read_preferences, use_confidence=data.use_confidence)
     rows, shares = read_shares(read, data.train_data, data.train_data_weights)
-    pairs = PreferenceData(
+    return PreferenceData(
         rows,
         batch_size=training.per_device_train_batch_size * ranks.size,
         seed=training.seed,
         shares=shares,
     )
-    return pairs, len(rows)
+
+
+def _other_references(
+    loss: RankPOLossConfig, run: Run, pairs: PreferenceData | None, grades: GroupData | None
+) -> dict[str, Tensor]:
+    """`reference_similarities` of what compares with those of another model, by its flag."""
+    other = loss.reference_model_name_or_path
+    compared: dict[str, PreferenceData | GroupData] = {}
+    if other is not None and pairs is not None and loss.uses_reference:
+        compared[PAIRS] = pairs
+    if other is not None and grades is not None:
+        compared[GRADED] = grades
+    if other is None or not compared:
+        return {}
+    found = other_model_similarities(
+        other, run.model, [*compared.values()], run.device, run.compute
+    )
+    return dict(zip(compared, found, strict=True))
+
+
+def _pair_task(
+    pairs: PreferenceData, loss: RankPOLossConfig, encoder: Encoder, run: Run,
+    other: dict[str, Tensor],
+) -> "RankPOTask":  # fmt: skip
+    """Their part of the loss."""
+    pairs, texts = _tokenized(pairs, encoder, run.compute)
+    if not loss.uses_reference:
+        return RankPOTask(pairs, texts, loss, None)
+    reference = other.get(PAIRS)
+    if reference is None:
+        reference = reference_similarities(encoder, texts, pairs, run.compute)
+    chosen, rejected = reference = reference.view(2, -1)
+    pairs = pairs.with_reference(chosen - rejected)
+    return RankPOTask(pairs, texts, loss, reference.to(run.device))
 
 
 def _tokenized(
-    pairs: PreferenceData, number: int, encoder: Encoder, compute: ComputeConfig
+    pairs: PreferenceData, encoder: Encoder, compute: ComputeConfig
 ) -> tuple[PreferenceData, Texts]:
     """The batches with texts of equal token ids as one, and their texts; says of how many pairs
     nothing is left to tell apart."""
@@ -123,7 +188,7 @@ def _tokenized(
     pairs = pairs.merged(texts.query_rows, texts.passage_rows)
     if pairs.equal_pairs:
         warnings.warn(
-            f"--train_data: {pairs.equal_pairs:,} of {number:,} pairs are left out: "
+            f"--train_data: {pairs.equal_pairs:,} of {pairs.num_rows:,} pairs are left out: "
             f"their two passages have the same tokens, up to --max_passage_length",
             stacklevel=3,
         )
@@ -167,6 +232,10 @@ class RankPOTask(TrainingTask[PreferenceBatch]):
         if self.reference is not None:
             reference = torch.stack([*map(mean, self.reference[:, batch.rows])])
         return stats.metrics(self.config.beta, reference)
+
+
+def _describe_rows(pairs: PreferenceData) -> str:
+    return f"{pairs.num_rows - pairs.equal_pairs:,} pairs{describe_shares(pairs.shares)}"
 
 
 def _describe(loss: RankPOLossConfig) -> str:
