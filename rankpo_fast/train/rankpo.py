@@ -109,7 +109,7 @@ def train_rankpo(
             read = (pairs, grades, scores, replayed)
             encoder = prepare_encoder(run, encoder, *(rows for rows in read if rows is not None))
             tasks: list[TrainingTask[Any]] = []
-            about = {}
+            about: dict[str, str] = {}
             if pairs is not None:
                 task = _pair_task(pairs, loss, encoder, run, other)
                 tasks.append(task)

@@ -110,7 +110,7 @@ def find_checkpoint(
     was = _of_ranks(checkpoint.settings, settings)
     check_same(f"--resume: {checkpoint.path}", was, settings)
     if was != checkpoint.settings:
-        names = [name for name in OF_RANKS if checkpoint.settings.get(name) != settings[name]]
+        names = [n for n in OF_RANKS if checkpoint.settings.get(n) != settings.get(n)]
         changes = [_change(name, checkpoint.settings.get(name), settings[name]) for name in names]
         dropout = "; dropout is drawn anew" if PROCESSES in names else ""
         warnings.warn(
@@ -136,7 +136,7 @@ def _of_ranks(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
     same = rows(was) == rows(now) and was.get("device") == now["device"]
     same = same and not now.get("--gradient_filter")  # which each rank takes of its own queries
-    return {**was, **{name: now[name] for name in OF_RANKS}} if same else was
+    return {**was, **{name: now[name] for name in OF_RANKS if name in now}} if same else was
 
 
 def settings_before(training: TrainingConfig) -> dict[str, Any]:

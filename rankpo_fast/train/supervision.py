@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,19 +101,17 @@ class GroupTask(TrainingTask[GroupBatch]):
     group_loss: Callable[[Tensor, Tensor, GroupBatch], Tensor]
 
     def loss(self, queries: Tensor, passages: Tensor, batch: GroupBatch) -> LossOutput:
-        leaves = [
-            x.detach().requires_grad_()
-            for x in (queries[batch.query_rows], passages[batch.passage_rows])
-        ]
+        q_BD = queries[batch.query_rows].detach().requires_grad_()
+        p_BKD = passages[batch.passage_rows].detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.group_loss(*leaves, batch)
-        d_queries, d_passages = torch.autograd.grad(loss, leaves)
+            loss = self.group_loss(q_BD, p_BKD, batch)
+        d_queries, d_passages = torch.autograd.grad(loss, (q_BD, p_BKD))
         places = batch.passage_rows.flatten()
         return LossOutput(
             loss.detach(),
             scatter_sum(len(queries), (batch.query_rows, d_queries)),
             scatter_sum(len(passages), (places, d_passages.flatten(0, 1))),
-            {"accuracy": _accuracy(similarities(*leaves).detach(), batch.values)},
+            {"accuracy": _accuracy(similarities(q_BD, p_BKD).detach(), batch.values)},
         )
 
 
@@ -145,14 +144,16 @@ def graded_task(
 
 def teacher_task(config: TeacherConfig, data: GroupData, texts: Texts) -> GroupTask:
     """Their part of the loss."""
-    temperatures = config.student_temperature, config.teacher_temperature
-    options = dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
-    follow = partial(distill_kl_loss, **options)
+    follow, options = distill_kl_loss, dict[str, Any]()
     if config.teacher_loss == "margin_mse":
-        follow = partial(margin_mse_loss, pairs=config.teacher_pairs, **options)
+        follow, options = margin_mse_loss, {"pairs": config.teacher_pairs}
 
     def group_loss(queries: Tensor, passages: Tensor, batch: GroupBatch) -> Tensor:
-        return follow(queries, passages, batch.values, weights=batch.weights)
+        return follow(
+            queries, passages, batch.values, weights=batch.weights,
+            temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature, **options,
+        )  # fmt: skip
 
     return GroupTask(
         data, texts, group_loss, weight=config.teacher_weight, prefix="teacher/", flag=TEACHER
