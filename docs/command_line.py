@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).with_name("command-line.md")
-COMMANDS = ("contrastive", "mine", "rankpo", "evaluate", "encode", "plan", "demo", "bench")
+COMMANDS = ("contrastive", "mine", "rankpo", "evaluate", "encode", "score", "plan", "demo", "bench")
 HEAD = """\
 # Command line
 

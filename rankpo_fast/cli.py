@@ -88,6 +88,11 @@ COMMANDS = {
         [configs.EncoderConfig, configs.EncodeConfig, configs.ComputeConfig],
         refusals.check_encode,
     ),
+    "score": Command(
+        "let a cross-encoder score the passages of rows, for stage 2 to learn from",
+        [configs.ScoreConfig, configs.DeviceConfig],
+        refusals.check_score,
+    ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",
         [configs.ModelConfig, configs.PlanConfig],

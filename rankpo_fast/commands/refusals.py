@@ -2,6 +2,7 @@
 
 from rankpo_fast.config import (
     ComputeConfig,
+    DeviceConfig,
     EncodeConfig,
     EncoderConfig,
     EvaluateOutputConfig,
@@ -10,6 +11,7 @@ from rankpo_fast.config import (
     MineOutputConfig,
     ModelConfig,
     PlanConfig,
+    ScoreConfig,
 )
 from rankpo_fast.extras import require_extra
 from rankpo_fast.paths import check_output
@@ -38,6 +40,10 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+
+
+def check_score(config: ScoreConfig, compute: DeviceConfig) -> None:
+    check_output("--output_file", config.output_file, config)
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

@@ -6,7 +6,7 @@ what holds where a default is None. Every class checks its own values: what cann
 InputError naming flag and value.
 """
 
-from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.compute import ComputeConfig, DeviceConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.model import (
     PAPER_MAX_PASSAGE_LENGTH,
@@ -22,6 +22,7 @@ from rankpo_fast.config.retrieval import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    ScoreConfig,
 )
 from rankpo_fast.config.rows import (
     NO_REPLAY,
@@ -43,6 +44,7 @@ __all__ = [
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
+    "DeviceConfig",
     "EncodeConfig",
     "EncoderConfig",
     "EvaluateOutputConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "ScoreConfig",
     "TeacherConfig",
     "TrainingConfig",
 ]

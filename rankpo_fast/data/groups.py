@@ -92,11 +92,16 @@ def _scored(row: dict, where: str) -> GroupRow:
     return GroupRow(query, positives + negatives, scores, _weight(row, where))
 
 
-def read_candidates(source: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
+def read_candidates(
+    source: Source, split: str | None = None
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Query and passages of each row of whatever kind: stage 1, pairs, graded, a teacher's; of a
     BEIR directory what it judges. Raises InputError, in mid-file."""
     if is_directory(source):
-        yield from ((query, passages) for query, passages, _ in read_judged(Path(str(source))))
+        yield from (
+            (query, passages)
+            for query, passages, _ in read_judged(Path(str(source)), split, "--split")
+        )
         return
     for where, row in objects(source):
         if "passages" in row:

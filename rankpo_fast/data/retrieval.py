@@ -187,7 +187,7 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
 
 
 def read_judged(
-    directory: Path, split: str | None = None
+    directory: Path, split: str | None = None, flag: str = "--graded_split"
 ) -> list[tuple[str, tuple[str, ...], tuple[float, ...]]]:
     """Query, documents and grades, 0 and below too, of what a BEIR directory judges, to train on.
 
@@ -195,12 +195,13 @@ def read_judged(
 
     Args:
         split: None: train, or the only one.
+        flag: through which it is given.
     """
     splits = _splits(directory / "qrels")
     there = ", ".join(sorted(splits))
     name = split or ("train" if "train" in splits else next(iter(splits)))
     if name not in splits or (split is None and name != "train" and len(splits) > 1):
-        named = f"--graded_split {split}" if split else "--graded_split must be given, not train"
+        named = f"{flag} {split}" if split else f"{flag} must be given, as there is no train"
         raise InputError(f"{named}: {directory} has {there}")
     if split is None and len(splits) == 1 and name != "train":
         _warn(f"{directory} has {name} alone: its judgements are trained on")
