@@ -1,6 +1,8 @@
 """Graded groups: the definition, `rankpo_loss` as their smallest case, padding, and what torch
 expects of an op."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,3 +317,23 @@ def test_bad_arguments_are_named(case):
     arguments = {name: torch.ones(shape) for name, shape in tensors.items()} | change
     with pytest.raises(ValueError, match=message):
         rankpo_group_loss(*[arguments.pop(name) for name in tensors], **arguments)
+
+
+def test_lambda_weighs_pairs_by_the_change_in_ndcg(path):
+    """By hand: padding takes no place though all are below it, of equals the first is ahead, and
+    large grades do not overflow."""
+    place = [1 / math.log2(1 + rank) for rank in (1, 2, 3)]
+    cosines = [[-0.5, 0.9, -0.9, -0.9], [0.3, 0.3, 0.1, 0.9], [0.1, 0.2, 0.9, 0.9]]
+    nan = torch.nan
+    grades = torch.tensor([[1.0, nan, 0.0, nan], [0, 1, 0, nan], [1000, -5, nan, nan]])
+    sines = (1 - torch.tensor(cosines) ** 2).sqrt()
+    p = torch.stack([torch.tensor(cosines), sines], 2)
+    q = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    got = rankpo_group_loss(q, p, grades, form="lambda", reduction="none", beta=1, temperature=1)
+    cost = [math.log1p(math.exp(-advantage)) for advantage in (0.4, 0.0, 0.2, -0.1)]
+    want = [
+        (place[0] - place[1]) * cost[0],
+        (place[0] - place[1]) * cost[1] + (place[1] - place[2]) * cost[2],
+        (place[0] - place[1]) * cost[3],
+    ]
+    torch.testing.assert_close(got, torch.tensor(want))
