@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.extras import require_extra
 from rankpo_fast.losses import (
+    DistillKLLoss,
     InBatchRankPOLoss,
     InfoNCELoss,
+    MarginMSELoss,
     RankPOGroupLoss,
     RankPOLoss,
     SigLIPLoss,
 )
+from rankpo_fast.ops.distillation import distill_kl_loss, margin_mse_loss
 from rankpo_fast.ops.in_batch import (
     in_batch_rankpo_loss,
     in_batch_rankpo_loss_and_grads,
@@ -57,15 +60,19 @@ __all__ = [
     "merge_models",
     "mine_hard_negatives",
     "search",
+    "DistillKLLoss",
     "InBatchRankPOLoss",
     "InfoNCELoss",
+    "MarginMSELoss",
     "RankPOGroupLoss",
     "RankPOLoss",
     "SigLIPLoss",
+    "distill_kl_loss",
     "in_batch_rankpo_loss",
     "in_batch_rankpo_loss_and_grads",
     "info_nce_loss",
     "info_nce_loss_and_grads",
+    "margin_mse_loss",
     "rankpo_group_loss",
     "rankpo_loss",
     "rankpo_loss_and_grads",

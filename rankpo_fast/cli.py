@@ -83,7 +83,7 @@ COMMANDS = {
         refusals.check_mine,
     ),
     "rankpo": Command(
-        "stage 2: align it with pairs of passages, one of them preferred (RankPO, SimRankPO, SFT)",
+        "stage 2: align it with preferred passages (RankPO, SimRankPO, SFT), grades, a teacher",
         configs.STAGES["rankpo"],
     ),
     "evaluate": Command(
@@ -109,6 +109,11 @@ COMMANDS = {
     "sweep": Command(
         "train a grid of settings from one file; choose on validation, compare on both axes",
         [configs.SweepConfig],
+    ),
+    "score": Command(
+        "let a cross-encoder score the passages of rows, for stage 2 to learn from",
+        [configs.ScoreConfig, configs.DeviceConfig],
+        refusals.check_score,
     ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",

@@ -10,12 +10,15 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from rankpo_fast.ops.distillation import distill_kl_loss, margin_mse_loss
 from rankpo_fast.ops.in_batch import in_batch_rankpo_loss, siglip_loss
 from rankpo_fast.ops.info_nce import info_nce_loss
 from rankpo_fast.ops.options import (
     CommonOptions,
+    DistillKLOptions,
     InBatchRankPOOptions,
     InfoNCELossOptions,
+    MarginMSEOptions,
     RankPOGroupOptions,
     RankPOOptions,
 )
@@ -121,6 +124,36 @@ class RankPOGroupLoss(nn.Module):
             "weights": weights,
         }
         return rankpo_group_loss(queries, passages, grades, **self.options, **rows)
+
+
+class MarginMSELoss(nn.Module):
+    """`margin_mse_loss` with its settings, the fields of
+    `rankpo_fast.ops.options.MarginMSEOptions`. Wrong ones raise ValueError here."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = asdict(_named(MarginMSEOptions, margin_mse_loss, options))
+
+    def forward(
+        self, queries: Tensor, passages: Tensor, scores: Tensor, *, weights: Tensor | None = None
+    ) -> Tensor:
+        """queries [B, D], passages [B, K, D], a teacher's scores [B, K]; weights [B]."""
+        return margin_mse_loss(queries, passages, scores, weights=weights, **self.options)
+
+
+class DistillKLLoss(nn.Module):
+    """`distill_kl_loss` with its settings, the fields of
+    `rankpo_fast.ops.options.DistillKLOptions`. Wrong ones raise ValueError here."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = asdict(_named(DistillKLOptions, distill_kl_loss, options))
+
+    def forward(
+        self, queries: Tensor, passages: Tensor, scores: Tensor, *, weights: Tensor | None = None
+    ) -> Tensor:
+        """queries [B, D], passages [B, K, D], a teacher's scores [B, K]; weights [B]."""
+        return distill_kl_loss(queries, passages, scores, weights=weights, **self.options)
 
 
 class InBatchRankPOLoss(nn.Module):

@@ -15,11 +15,12 @@ from rankpo_fast.errors import InputError, NotFiniteVectors
 # Settings whose values are files or directories that are read; those of models may be hub names.
 MODELS = (
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path",
-    "guide_model_name_or_path", "base_model_name_or_path",
+    "guide_model_name_or_path", "base_model_name_or_path", "reranker",
 )  # fmt: skip
 DATA = (
-    "train_data", "replay_data", "query_data", "corpus_data", "preference_data", "clicks_data",
-    "input", "config", "queries", "items", "pairs", "prompt", "judges", "batch_in", "report_on",
+    "train_data", "replay_data", "graded_data", "teacher_data", "query_data", "corpus_data",
+    "preference_data", "clicks_data", "input", "config", "queries", "items", "pairs", "prompt",
+    "judges", "batch_in", "report_on",
 )  # fmt: skip
 # What in a model's directory decides its vectors; others keep figures and notes there.
 MODEL_FILES = (

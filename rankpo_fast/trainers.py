@@ -21,10 +21,12 @@ from rankpo_fast.config import (
     ContrastiveLossConfig,
     EncoderConfig,
     EvaluationConfig,
+    GradedConfig,
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
     ReplayConfig,
+    TeacherConfig,
     TrainingConfig,
 )
 from rankpo_fast.errors import InputError
@@ -57,7 +59,7 @@ class Trainer:
     def __init__(
         self,
         model: str | os.PathLike[str] | Encoder,
-        train_data: Any,
+        train_data: Any = (),
         *settings: Config,
         callbacks: Callback | Sequence[Callback] = (),
         **keywords: Any,
@@ -67,7 +69,8 @@ class Trainer:
             model: an Encoder, which is trained in place, or the name of one on the Hub, or its
                 directory.
             train_data: rows, as a list of dicts or a datasets.Dataset; a path or several, as the
-                command line takes them; or a list of paths and data sets.
+                command line takes them; or a list of paths and data sets. Stage 2 does without
+                where it has `graded_data` or `teacher_data`.
             settings: objects of the classes of `rankpo_fast.config`, at most one of each.
             callbacks: called while it trains, on the first rank.
             keywords: single settings by their names, which are the flags of the command; they go
@@ -78,6 +81,8 @@ class Trainer:
                 What only data and model can tell is raised by `train`.
         """
         caller = type(self).__name__
+        if isinstance(train_data, Config):  # settings that follow the model
+            settings, train_data = (train_data, *settings), ()
         given = model if isinstance(model, Encoder) else None
         own = {"train_data": train_data, "model_name_or_path": model}
         if given is not None:
@@ -199,14 +204,15 @@ class ContrastiveTrainer(Trainer):
 
 
 class RankPOTrainer(Trainer):
-    """Stage 2: RankPO, SimRankPO or SFT of pairs of passages of which one was preferred.
+    """Stage 2: RankPO, SimRankPO or SFT of pairs of passages of which one was preferred, of graded
+    passages, and distillation of a teacher's scores.
 
     `rankpo-fast rankpo --help` lists the settings.
     """
 
     settings = (
         ModelConfig, RankPODataConfig, RankPOLossConfig, TrainingConfig, EvaluationConfig,
-        ComputeConfig, ReplayConfig,
+        ComputeConfig, ReplayConfig, GradedConfig, TeacherConfig,
     )  # fmt: skip
 
     def _train(self, *configs: Any, **more: Any) -> TrainingResult:

@@ -118,6 +118,10 @@ BAD_FLAGS = [
     ("rankpo", ["--replay_data", "none.jsonl"], "none.jsonl"),
     ("rankpo", ["--train_data_weights", "0"], "--train_data_weights must be finite numbers > 0"),
     ("rankpo", ["--replay_data", " "], "--replay_data must be a name, not empty"),
+    ("rankpo", ["--graded_data", "none.jsonl"], "none.jsonl"),
+    ("rankpo", ["--teacher_data", "x", "--teacher_temperature", 0], "--teacher_temperature must"),
+    ("rankpo", ["--graded_form", "lambda"], "--graded_form needs --graded_data"),
+    ("contrastive", ["--teacher_data", "x"], "unknown flag --teacher_data"),
     ("contrastive", ["--replay_data", "x"], "unknown flag --replay_data"),
 ]  # fmt: skip
 

@@ -313,6 +313,7 @@ class RankPOSettings(MixtureOptions):
     """Of passages ranked for a query, see `chunked.rankpo`."""
 
     listwise: bool = False  # plackett_luce
+    by_ndcg: bool = False  # lambda
     normalize: bool = True
 
     @property

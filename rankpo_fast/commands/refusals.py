@@ -6,6 +6,7 @@ from rankpo_fast.config import (
     AnnotateConfig,
     ClicksConfig,
     ComputeConfig,
+    DeviceConfig,
     EncodeConfig,
     EncoderConfig,
     EvaluateOutputConfig,
@@ -18,6 +19,7 @@ from rankpo_fast.config import (
     ModelConfig,
     PairsConfig,
     PlanConfig,
+    ScoreConfig,
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
@@ -99,6 +101,10 @@ def check_annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
         for other, used in given.items():
             if other != flag and same_file(path, used):
                 raise InputError(f"{flag} and {other} are both {path}: give two names")
+
+
+def check_score(config: ScoreConfig, compute: DeviceConfig) -> None:
+    check_output("--output_file", config.output_file, config)
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

@@ -93,9 +93,9 @@ RULES: dict[str, Rule] = {
     "examples_instruction_format": unneeded("acts only with examples, see --query_prefix"),
     "train_n_passages": rules.group_size,
     "knowledge_distillation": refused(
-        "scores of a teacher are not learned; rankpo learns its preferences between passages"
+        "scores of a teacher are learned by rankpo, from --teacher_data"
     ),
-    "kd_loss_type": unneeded("acts only with knowledge distillation, which is not offered"),
+    "kd_loss_type": unneeded("acts only with knowledge distillation, see --teacher_loss of rankpo"),
     "use_mrl": refused("--matryoshka_dims of contrastive trains vectors cut short"),
     "mrl_dims": unneeded("acts only with use_mrl, for which --matryoshka_dims is here"),
     "normalize": only("true", "vectors have length 1", "vectors always have length 1"),

@@ -7,7 +7,7 @@ InputError naming flag and value.
 """
 
 from rankpo_fast.config.clicks import ClicksConfig
-from rankpo_fast.config.compute import ComputeConfig
+from rankpo_fast.config.compute import ComputeConfig, DeviceConfig
 from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PairsConfig
 from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
@@ -26,6 +26,7 @@ from rankpo_fast.config.retrieval import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    ScoreConfig,
 )
 from rankpo_fast.config.rows import (
     NO_REPLAY,
@@ -33,6 +34,7 @@ from rankpo_fast.config.rows import (
     RankPODataConfig,
     ReplayConfig,
 )
+from rankpo_fast.config.supervision import NO_GRADES, NO_TEACHER, GradedConfig, TeacherConfig
 from rankpo_fast.config.sweep import SweepConfig
 from rankpo_fast.config.training import REPORTERS, TrainingConfig
 
@@ -40,11 +42,21 @@ from rankpo_fast.config.training import REPORTERS, TrainingConfig
 _RUN: list[type] = [TrainingConfig, EvaluationConfig, ComputeConfig]
 STAGES: dict[str, list[type]] = {
     "contrastive": [ModelConfig, ContrastiveDataConfig, ContrastiveLossConfig, *_RUN],
-    "rankpo": [ModelConfig, RankPODataConfig, RankPOLossConfig, *_RUN, ReplayConfig],
+    "rankpo": [
+        ModelConfig,
+        RankPODataConfig,
+        RankPOLossConfig,
+        *_RUN,
+        ReplayConfig,
+        GradedConfig,
+        TeacherConfig,
+    ],  # fmt: skip
 }
 
 __all__ = [
+    "NO_GRADES",
     "NO_REPLAY",
+    "NO_TEACHER",
     "PAPER_MAX_PASSAGE_LENGTH",
     "PAPER_MAX_QUERY_LENGTH",
     "PAPER_SPECIAL_TOKENS",
@@ -55,6 +67,7 @@ __all__ = [
     "ComputeConfig",
     "ContrastiveDataConfig",
     "ContrastiveLossConfig",
+    "DeviceConfig",
     "EncodeConfig",
     "EncoderConfig",
     "EvaluateOutputConfig",
@@ -62,6 +75,7 @@ __all__ = [
     "MergeConfig",
     "LabelConfig",
     "JudgeConfig",
+    "GradedConfig",
     "MineConfig",
     "MineOutputConfig",
     "ModelConfig",
@@ -71,5 +85,7 @@ __all__ = [
     "RankPOLossConfig",
     "ReplayConfig",
     "SweepConfig",
+    "ScoreConfig",
+    "TeacherConfig",
     "TrainingConfig",
 ]

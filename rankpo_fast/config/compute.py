@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ComputeConfig(Config):
-    """Device, memory, and caches."""
+class DeviceConfig(Config):
+    """Device and memory."""
 
     _argument_group_name = "compute"
 
@@ -25,18 +25,10 @@ class ComputeConfig(Config):
         "[found by trying on a GPU, 4096 on the CPU; the longest text in any case]", None,
         metavar="TOKENS",
     )  # fmt: skip
-    cache_dir: str = flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
-    no_cache: bool = flag("Keep neither, and read none that was kept.", False)
 
     def check(self) -> None:
-        check_names(self, "device", "cache_dir")
+        check_names(self, "device")
         check_at_least(self, 1, "max_tokens_per_micro_batch")
-
-    @property
-    def cache_path(self) -> Path | None:
-        """None: nothing is kept, with --no_cache or where ~ is nobody's home."""
-        path = os.path.expanduser(self.cache_dir)  # Path's own raises for an unknown ~user
-        return None if self.no_cache or path.startswith("~") else Path(path)
 
     def torch_device(self) -> "torch.device":
         """The device to compute on; InputError where there is no such device."""
@@ -51,3 +43,21 @@ class ComputeConfig(Config):
         if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
             raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
         return torch.device(name)
+
+
+@dataclass(frozen=True)
+class ComputeConfig(DeviceConfig):
+    """Device, memory, and caches."""
+
+    cache_dir: str = flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
+    no_cache: bool = flag("Keep neither, and read none that was kept.", False)
+
+    def check(self) -> None:
+        super().check()
+        check_names(self, "cache_dir")
+
+    @property
+    def cache_path(self) -> Path | None:
+        """None: nothing is kept, with --no_cache or where ~ is nobody's home."""
+        path = os.path.expanduser(self.cache_dir)  # Path's own raises for an unknown ~user
+        return None if self.no_cache or path.startswith("~") else Path(path)

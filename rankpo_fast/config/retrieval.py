@@ -149,3 +149,33 @@ class MineOutputConfig(Config):
 
     def check(self) -> None:
         check_names(self, "output_file")
+
+
+@dataclass(frozen=True)
+class ScoreConfig(Config):
+    """Scores by a cross-encoder, for stage 2 to learn from."""
+
+    _argument_group_name = "score"
+
+    reranker: str = flag(
+        "Cross-encoder of transformers, a directory or owner/name of the hub, whose head has one "
+        "label or two."
+    )
+    train_data: list[Source] = flag(
+        "Rows of either stage, graded or scored ones, whose passages are scored; or BEIR "
+        "directories: what they judge."
+    )
+    output_file: str = flag('The rows {"query", "passages", "scores"}, as JSONL.')
+    max_length: int | None = flag("Tokens of query and passage together. [the model's]", None)
+    split: str | None = flag(
+        "Which qrels/SPLIT.tsv of a BEIR directory. [train, or the only one]", None
+    )
+    bf16: bool = flag("Weights and activations in bf16 rather than fp32.", False)
+
+    def check(self) -> None:
+        check_names(self, "reranker", "train_data", "output_file", "split")
+        require(self, "train_data", "at least one file or row", len(self.train_data) > 0)
+        check_at_least(self, 1, "max_length")
+        directories = (not isinstance(x, Rows) and Path(x).is_dir() for x in self.train_data)
+        if self.split is not None and not any(directories):
+            raise InputError("--split needs --train_data to be a BEIR directory")

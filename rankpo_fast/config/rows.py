@@ -18,7 +18,6 @@ from rankpo_fast.fields import (
 
 def _check_data(config: Any) -> None:
     check_names(config, "train_data")
-    require(config, "train_data", "at least one file or row", len(config.train_data) > 0)
     weights, files = config.train_data_weights, len(config.train_data)
     if weights is None:
         return
@@ -44,19 +43,22 @@ class ContrastiveDataConfig(Config):
     num_negatives: int = flag("Sampled per query and epoch, besides the batch's other passages.", 5)
 
     def check(self) -> None:
+        require(self, "train_data", "at least one file or row", len(self.train_data) > 0)
         _check_data(self)
         check_at_least(self, 0, "num_negatives")
 
 
 @dataclass(frozen=True)
 class RankPODataConfig(Config):
-    """Rows of stage 2."""
+    """Rows of stage 2: preference pairs, which may be left out where grades or a teacher's scores
+    are given."""
 
     _argument_group_name = "data"
 
     train_data: list[Source] = flag(
         'JSONL files of {"query", "passage1", "passage2", "preferred": "A" or "B"}, or of '
-        '{"prompt", "chosen", "rejected"}; also .gz, .zst, .parquet, -, owner/name of the hub.'
+        '{"prompt", "chosen", "rejected"}; also .gz, .zst, .parquet, -, owner/name of the hub.',
+        [],
     )
     train_data_weights: list[float] | None = flag(
         "How often a row of each file comes in an epoch, 0.5: every other time. [1 each]", None
@@ -65,6 +67,8 @@ class RankPODataConfig(Config):
 
     def check(self) -> None:
         _check_data(self)
+        if self.use_confidence and not self.train_data:
+            raise InputError("--use_confidence needs --train_data")
 
 
 @dataclass(frozen=True)

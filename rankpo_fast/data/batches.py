@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data.distinct import DistinctTexts, first_places
 from rankpo_fast.data.moving import Movable
-from rankpo_fast.data.order import DRAW, RowOrder
+from rankpo_fast.data.order import DRAW, BatchData, RowOrder
 from rankpo_fast.data.rows import ContrastiveRow, PreferenceRow
 from rankpo_fast.data.shares import Share
 from rankpo_fast.errors import InputError
@@ -100,7 +101,7 @@ class PreferenceBatch(Movable):
         )
 
 
-class ContrastiveData:
+class ContrastiveData(BatchData):
     """Batches of queries with one positive and up to `num_negatives` negatives each.
 
     A positive of a query in any row is known as such in all its rows, and so is the query itself
@@ -131,12 +132,12 @@ class ContrastiveData:
         self._own_negatives = own_negatives
         self._guide: tuple[Tensor, Tensor] | None = None
         self.known_negatives = 0
-        queries, passages = _Texts(), _Texts()
+        queries, passages = DistinctTexts(), DistinctTexts()
         query_ids = [queries.id(row.query) for row in rows]
         positives = [passages.ids(row.positives) for row in rows]
         negatives = [passages.ids(row.negatives) for row in rows]
-        self.query_texts: list[str] = list(queries)
-        self.passage_texts: list[str] = list(passages)
+        self.query_texts = list(queries)
+        self.passage_texts = list(passages)
         own = [(id, passages[query]) for query, id in queries.items() if query in passages]
         self._fill(query_ids, positives, negatives, own)
 
@@ -177,7 +178,7 @@ class ContrastiveData:
             own_rows: [queries] and of each query text's as a passage; one that no passage has if
                 it is none.
         """
-        queries, passages = _firsts(query_rows), _firsts(passage_rows)
+        queries, passages = first_places(query_rows), first_places(passage_rows)
         passage_of = dict(zip(passage_rows.tolist(), passages, strict=True))
         own = [
             (queries[id], passage_of[row])
@@ -203,23 +204,9 @@ class ContrastiveData:
         return data
 
     def without_texts(self) -> "ContrastiveData":
-        """The same batches, where nobody needs the texts any more, nor `merged`."""
-        data = copy.copy(self)
-        data.query_texts, data.passage_texts, data._own = [], [], []
+        data = super().without_texts()
+        data._own = []
         return data
-
-    @property
-    def batch_size(self) -> int:
-        return self._order.batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._order.batches_per_epoch
-
-    @property
-    def shares(self) -> list[Share]:
-        """The files of the rows that come, and how often they do."""
-        return self._order.shares
 
     def batch(self, epoch: int, index: int) -> ContrastiveBatch:
         """Batch `index` (0 to batches_per_epoch - 1) of `epoch`."""
@@ -275,12 +262,12 @@ class ContrastiveData:
         )
 
 
-class PreferenceData:
+class PreferenceData(BatchData):
     """Batches of preference pairs, with the margins of a reference model once they are known.
 
     `query_ids`, `chosen_ids`, `rejected_ids` [rows] are the rows' places in `query_texts` and
     `passage_texts`, in data order: what it takes to compute those margins. Pairs of one and the
-    same passage, once texts are `merged`, are in no batch: `equal_pairs` counts them.
+    same passage, once texts are `merged`, are in no batch: `equal_pairs` of `num_rows`.
     """
 
     def __init__(
@@ -294,36 +281,18 @@ class PreferenceData:
     ):
         """`shares`: which rows come how often; None: each once an epoch."""
         self._order = RowOrder(np.arange(len(rows)), batch_size, seed, shares)
-        queries, passages = _Texts(), _Texts()
+        self.num_rows = len(rows)
+        queries, passages = DistinctTexts(), DistinctTexts()
         self.query_ids = torch.tensor([queries.id(row.query) for row in rows])
         self.chosen_ids = torch.tensor([passages.id(row.chosen) for row in rows])
         self.rejected_ids = torch.tensor([passages.id(row.rejected) for row in rows])
-        self.query_texts: list[str] = list(queries)
-        self.passage_texts: list[str] = list(passages)
+        self.query_texts = list(queries)
+        self.passage_texts = list(passages)
         self.equal_pairs = 0
         self._weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         self._reference_margins: Tensor | None = None
         if reference_margins is not None:
             self._set_margins(reference_margins)
-
-    def without_texts(self) -> "PreferenceData":
-        """The same batches, where nobody needs the texts any more."""
-        data = copy.copy(self)
-        data.query_texts, data.passage_texts = [], []
-        return data
-
-    @property
-    def batch_size(self) -> int:
-        return self._order.batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._order.batches_per_epoch
-
-    @property
-    def shares(self) -> list[Share]:
-        """The files of the rows that come, and how often they do."""
-        return self._order.shares
 
     def merged(self, query_rows: Tensor, passage_rows: Tensor) -> "PreferenceData":
         """The same pairs, with texts of equal token ids as one: the first of them.
@@ -335,7 +304,8 @@ class PreferenceData:
         Raises:
             InputError: the two passages of every pair are equal.
         """
-        queries, passages = (torch.tensor(_firsts(rows)) for rows in (query_rows, passage_rows))
+        both = (query_rows, passage_rows)
+        queries, passages = (torch.tensor(first_places(rows)) for rows in both)
         data = copy.copy(self)
         data.query_ids = queries[self.query_ids]
         data.chosen_ids, data.rejected_ids = passages[self.chosen_ids], passages[self.rejected_ids]
@@ -349,6 +319,10 @@ class PreferenceData:
         if data.equal_pairs:
             data._order = self._order.of(differ.numpy())
         return data
+
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Places [2 rows] in `query_texts` and `passage_texts`: of the chosen, of the rejected."""
+        return self.query_ids.repeat(2), torch.cat([self.chosen_ids, self.rejected_ids])
 
     def with_reference(self, margins: Tensor) -> "PreferenceData":
         """The same batches carrying `margins` [rows] (any float dtype, data order)."""
@@ -377,23 +351,6 @@ class PreferenceData:
             reference_margins=None if margins is None else margins[rows],
             rows=rows,
         )
-
-
-def _firsts(rows: Tensor) -> list[int]:
-    """For each text the first one with the same row: its own place if that is itself."""
-    first: dict[int, int] = {}
-    return [first.setdefault(row, place) for place, row in enumerate(rows.tolist())]
-
-
-class _Texts(dict[str, int]):
-    """Distinct texts, numbered as they come; iterates in that order."""
-
-    def id(self, text: str) -> int:
-        return self.setdefault(text, len(self))
-
-    def ids(self, texts: Collection[str]) -> list[int]:
-        """The ids of the distinct ones among `texts`."""
-        return list(dict.fromkeys(map(self.id, texts)))
 
 
 class _Lists:

@@ -29,7 +29,7 @@ PAIRS = ("passage1", "chosen")
 
 # What means something in one of the formats and is not used in any: key -> why.
 _PROMPT = "--query_prefix puts one before every query"
-NO_DISTILLATION = "there is no distillation from scores"
+NO_DISTILLATION = "stage 2 learns scores, from --teacher_data"
 _LABELS = "a positive is one, whatever its score"
 UNUSED = {
     "prompt": _PROMPT, "instruction": _PROMPT, "type": "rows of all types are batched alike",
@@ -41,6 +41,7 @@ UNUSED_OF_PAIRS = {
     "prompt": _PROMPT, "instruction": _PROMPT,
     **dict.fromkeys(("margin", "score_chosen", "score_rejected"), "all pairs count alike"),
 }  # fmt: skip
+UNUSED_OF_GROUPS = dict.fromkeys(("prompt", "instruction"), _PROMPT)
 LIKE_NEGATIVES = re.compile(r"(hard_?)?neg(s|atives?)?(_?[0-9]+|_.*)?", re.IGNORECASE)
 ELSEWHERE = {  # what a row has instead of passages -> what would work
     "positive_document_ids": "put the texts of those documents under positive_passages",

@@ -1,7 +1,8 @@
 """Which rows make which batch, in every epoch in a new order that (seed, epoch) alone decide."""
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -13,6 +14,38 @@ ORDER, DRAW = 0, 1  # what a random stream is for, so that no two share one
 class _Epoch(NamedTuple):
     number: int
     rows: np.ndarray  # in its order
+
+
+class BatchData:
+    """Rows as batches, and the distinct texts of all rows."""
+
+    query_texts: list[str]
+    passage_texts: list[str]
+    _order: "RowOrder"
+
+    def without_texts(self) -> Self:
+        """The same batches, where nobody needs the texts any more, nor merges them."""
+        data = copy.copy(self)
+        data.query_texts, data.passage_texts = [], []
+        return data
+
+    @property
+    def batch_size(self) -> int:
+        return self._order.batch_size
+
+    @property
+    def wanted_batch_size(self) -> int:
+        """Rows that a batch would have, if there were so many."""
+        return self._order.wanted
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._order.batches_per_epoch
+
+    @property
+    def shares(self) -> list[Share]:
+        """The files of the rows that come, and how often they do."""
+        return self._order.shares
 
 
 class RowOrder:
@@ -27,7 +60,7 @@ class RowOrder:
     ):
         """`rows` [n] are numbers of rows, `shares` the files they come from."""
         assert len(rows) > 0 and batch_size > 0 and seed >= 0
-        self._rows, self._seed, self._wanted = rows, seed, batch_size
+        self._rows, self._seed, self.wanted = rows, seed, batch_size
         self.shares = [Share("", len(rows))] if shares is None else list(shares)
         assert sum(share.rows for share in self.shares) == len(rows)
         per_epoch = sum(share.per_epoch for share in self.shares)
@@ -40,7 +73,7 @@ class RowOrder:
         """Of the rows [n] marked in `kept` alone."""
         parts = np.split(kept, self._starts[1:])
         shares = [share.of(int(p.sum())) for share, p in zip(self.shares, parts, strict=True)]
-        return RowOrder(self._rows[kept], self._wanted, self._seed, shares)
+        return RowOrder(self._rows[kept], self.wanted, self._seed, shares)
 
     @property
     def _starts(self) -> np.ndarray:

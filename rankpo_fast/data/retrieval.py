@@ -186,6 +186,53 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
     )
 
 
+def read_judged(
+    directory: Path, split: str | None = None, flag: str = "--graded_split"
+) -> list[tuple[str, tuple[str, ...], tuple[float, ...]]]:
+    """Query, documents and grades, 0 and below too, of what a BEIR directory judges, to train on.
+
+    Raises InputError. Warns of what is absent, empty or a query's own document: left out.
+
+    Args:
+        split: None: train, or the only one.
+        flag: through which it is given.
+    """
+    splits = _splits(directory / "qrels")
+    there = ", ".join(sorted(splits))
+    name = split or ("train" if "train" in splits else next(iter(splits)))
+    if name not in splits or (split is None and name != "train" and len(splits) > 1):
+        named = f"{flag} {split}" if split else f"{flag} must be given, as there is no train"
+        raise InputError(f"{named}: {directory} has {there}")
+    if split is None and len(splits) == 1 and name != "train":
+        _warn(f"{directory} has {name} alone: its judgements are trained on")
+    qrels = _read_qrels(splits[name])
+    corpus_file, query_file = text_files(directory)
+    queries, wanted = _read_queries(query_file, qrels), _distinct(qrels.values())
+    corpus = {
+        key: document_text(row, where)
+        for key, where, row in _rows_with_ids(corpus_file)
+        if key in wanted
+    }
+    rows, own = [], 0
+    for key, query in queries.items():
+        judged = {document: g for document, g in qrels[key].items() if corpus.get(document)}
+        own += judged.pop(key, None) is not None
+        if judged:
+            texts = tuple(corpus[document] for document in judged)
+            rows.append((query, texts, tuple(map(float, judged.values()))))
+    for count, what in [
+        (len(qrels) - len(queries), "queries that it judges are not in queries.jsonl"),
+        (len(wanted) - len(corpus), "documents that it judges are not in corpus.jsonl"),
+        ([*corpus.values()].count(""), "documents that it judges have no text"),
+        (own, "queries judge the document of their own id"),
+    ]:
+        if count:
+            _warn(f"{splits[name]}: {count:,} {what}: left out")
+    if not rows:
+        raise InputError(f"{splits[name]}: nothing that it judges is there")
+    return rows
+
+
 def _splits(directory: Path) -> dict[str, Path]:
     """The qrels file of each split, by name."""
     # Not those that begin with a dot, which macOS leaves beside its files.
@@ -304,6 +351,11 @@ def _rows_with_ids(path: Path) -> Iterable[tuple[str, str, dict]]:
 def text_files(directory: Path) -> list[Path]:
     """Those of a BEIR directory that texts are read from."""
     return [_file(directory, name) for name in ("corpus.jsonl", "queries.jsonl")]
+
+
+def beir_files(directory: Path) -> list[Path]:
+    """All that is read of a BEIR directory, whatever the split."""
+    return [*text_files(directory), *sorted(_splits(directory / "qrels").values())]
 
 
 def _file(directory: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ M queries, N passages, H own negatives, B pairs, D dims, G dims of a guide or re
 
 import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,9 +20,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rankpo_kernels.problem import InfoNCEOptions, MarginOptions, MixtureOptions, ScoreOptions
+from rankpo_kernels.problem import (
+    InfoNCEOptions,
+    MarginOptions,
+    MixtureOptions,
+    ScoreOptions,
+    Settings,
+)
 
-Form = Literal["pairs", "plackett_luce"]
+Form = Literal["pairs", "plackett_luce", "lambda"]
 Reduction = Literal["mean", "sum", "none"]
 ListPerQuery = tuple[
     Tensor, Tensor
@@ -149,8 +156,7 @@ class RankPOGroupOptions(MarginOptions):
     reduction: Reduction = "mean"
 
     def check(self) -> None:
-        if self.form not in ("pairs", "plackett_luce"):
-            raise ValueError(f"form must be 'pairs' or 'plackett_luce', got {self.form!r}")
+        self.check_one_of("form", ("pairs", "plackett_luce", "lambda"))
         neutral = {"gamma_beta_ratio": 0, "label_smoothing": 0, "loss_type": "sigmoid"}
         for name, nothing in neutral.items():
             if self.form == "plackett_luce" and (value := getattr(self, name)) != nothing:
@@ -160,6 +166,35 @@ class RankPOGroupOptions(MarginOptions):
         super().check()
         _check_reduction(self.reduction)
         _warn_of_smoothing(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillKLOptions(Settings):
+    """Of similarities that follow a teacher's scores."""
+
+    temperature: float = 0.02
+    teacher_temperature: float = 1.0
+    normalize: bool = True
+    reduction: Reduction = "mean"
+
+    def check(self) -> None:
+        super().check()
+        for name in ("temperature", "teacher_temperature"):
+            self.check_no_tensor(name)
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        _check_reduction(self.reduction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginMSEOptions(DistillKLOptions):
+    """Of their margins."""
+
+    pairs: Literal["all", "first"] = "all"
+
+    def check(self) -> None:
+        super().check()
+        self.check_one_of("pairs", ("all", "first"))
 
 
 def _check_reduction(reduction: str) -> None:
@@ -234,6 +269,25 @@ class RankPOGroupCall(RankPOGroupOptions):
     weights: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class DistillKLCall(DistillKLOptions):
+    queries: Tensor
+    passages: Tensor
+    scores: Tensor
+    _: KW_ONLY
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MarginMSECall(MarginMSEOptions):
+    queries: Tensor
+    passages: Tensor
+    scores: Tensor
+    _: KW_ONLY
+    weights: Tensor | None = None
+
+
+DistillationCall = DistillKLCall | MarginMSECall
 ScoreCall = InfoNCECall | InBatchRankPOCall | SigLIPCall
 
 

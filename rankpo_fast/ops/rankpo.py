@@ -103,9 +103,9 @@ def _launch(
 
 
 def launcher_of(problem: RankPOProblem) -> Callable[..., RankPOResult]:
-    """Triton on CUDA, except in fp64 and for groups that do not fit a tile."""
+    """Triton on CUDA, except in fp64, for weights by nDCG and groups that do not fit a tile."""
     q = problem.q_BD
-    if q.device.type != "cuda" or q.dtype == torch.float64:
+    if q.device.type != "cuda" or q.dtype == torch.float64 or problem.settings.by_ndcg:
         return chunked.rankpo
     from rankpo_kernels.triton import rankpo as triton  # Linux alone has it
 
@@ -224,7 +224,7 @@ def check_pairs(call: RankPOCall) -> RankPOProblem:
         raise ValueError(
             "queries, chosen and rejected must all be [B, D], got {}, {}, {}".format(*shapes)
         )
-    settings = RankPOSettings.of(call, listwise=False)
+    settings = RankPOSettings.of(call, listwise=False, by_ndcg=False)
     passages = {"chosen": chosen, "rejected": rejected}
     reference = ("reference_margins", call.reference_margins)
     return check_ranking(queries, passages, None, reference, settings)

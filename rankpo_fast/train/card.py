@@ -13,7 +13,7 @@ from rankpo_fast import __version__
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.run import Run
 
-DATA = ("--train_data", "--replay_data")
+DATA = ("--train_data", "--replay_data", "--graded_data", "--teacher_data")
 LIBRARIES = ("torch", "transformers")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 USE = """\

@@ -126,9 +126,12 @@ def _plans(
     saves: SaveSchedule,
 ) -> dict[str, str]:
     """Of what the run is made, for the user."""
-    batch_size = run.training.per_device_train_batch_size * run.ranks.size
     texts = {f"{task.prefix}texts": task.texts.summary() for task in tasks}
-    return {**texts, "steps": schedule.summary(batch_size), "checkpoints": saves.summary()}
+    return {
+        **texts,
+        "steps": schedule.summary(tasks[0].data.wanted_batch_size),
+        "checkpoints": saves.summary(),
+    }
 
 
 def _start(run: Run, encoder: Encoder, tasks: Sequence[TrainingTask[Any]]) -> Optimizer:

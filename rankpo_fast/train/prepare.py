@@ -16,11 +16,11 @@ from rankpo_fast.config import (
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
-    ReplayConfig,
     TrainingConfig,
 )
-from rankpo_fast.data.batches import ContrastiveData, PreferenceData
+from rankpo_fast.data.batches import ContrastiveData
 from rankpo_fast.data.cache import check_cache
+from rankpo_fast.data.order import BatchData
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
 from rankpo_fast.model.directories import MODEL_FLAG
@@ -54,13 +54,14 @@ def prepare_run(
     training: TrainingConfig,
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
-    *replay: ReplayConfig,
+    *more: Config,
     encoder: Encoder | None = None,
 ) -> Run:
     """Evaluation data, output directory and checkpoint; InputError if one will not do.
 
     Args:
         precision: what all ranks compute in, of `shared_precision`.
+        more: settings of further rows.
         encoder: the one to train, where it is not loaded: its name is no directory that is read.
     """
     model = replace(model, bf16=precision.bf16)
@@ -69,7 +70,7 @@ def prepare_run(
     chosen(training.report_to)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
-    configs: tuple[Config, ...] = (model, data, *replay, loss, training, compute)
+    configs: tuple[Config, ...] = (model, data, *more, loss, training, compute)
     resume, overwrite = training.resume is not None, training.overwrite_output_dir
     read = [one for one in inputs(*configs, evaluation) if encoder is None or one[0] != MODEL_FLAG]
     output.check(path, read, resume=resume, overwrite=overwrite)
@@ -106,9 +107,7 @@ def nothing_left(run: Run) -> bool:
     return done
 
 
-def prepare_encoder(
-    run: Run, encoder: Encoder | None, *read: ContrastiveData | PreferenceData
-) -> Encoder:
+def prepare_encoder(run: Run, encoder: Encoder | None, *read: BatchData) -> Encoder:
     """Loaded, or the one given; InputError if a text of the evaluation does not fit into a
     micro-batch.
 
@@ -138,7 +137,7 @@ def _place_of_weights(run: Run) -> torch.device | None:
     return torch.device("cpu") if run.ranks.first else META
 
 
-def _trim(run: Run, encoder: Encoder, read: Iterable[ContrastiveData | PreferenceData]) -> None:
+def _trim(run: Run, encoder: Encoder, read: Iterable[BatchData]) -> None:
     """Leave the encoder the tokens of all texts that it will meet."""
     data = run.evaluation_data
     of_queries, of_passages = evaluation_texts(data.retrieval, data.preferences)

@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.config import (
+    NO_GRADES,
     NO_REPLAY,
+    NO_TEACHER,
     ComputeConfig,
     EvaluationConfig,
+    GradedConfig,
     ModelConfig,
     RankPODataConfig,
     RankPOLossConfig,
     ReplayConfig,
+    TeacherConfig,
     TrainingConfig,
 )
 from rankpo_fast.data.batches import ContrastiveData, PreferenceBatch, PreferenceData
+from rankpo_fast.data.group_batches import GroupData
+from rankpo_fast.data.order import BatchData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.model.encoder import Encoder
@@ -45,7 +51,21 @@ from rankpo_fast.train.replay import describe_replay, replay_batches, replay_tas
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.run import Run
+from rankpo_fast.train.supervision import (
+    GRADED,
+    TEACHER,
+    check_mixture,
+    describe_graded,
+    describe_teacher,
+    graded_batches,
+    graded_task,
+    teacher_batches,
+    teacher_task,
+    tokenized_groups,
+)
 from rankpo_fast.train.task import LossOutput, TrainingTask, scatter_sum
+
+PAIRS = "--train_data"
 
 
 def train_rankpo(
@@ -56,6 +76,8 @@ def train_rankpo(
     evaluation: EvaluationConfig,
     compute: ComputeConfig,
     replay: ReplayConfig = NO_REPLAY,
+    graded: GradedConfig = NO_GRADES,
+    teacher: TeacherConfig = NO_TEACHER,
     *,
     encoder: Encoder | None = None,
     named: bool = True,
@@ -64,8 +86,10 @@ def train_rankpo(
     """Run stage 2; the output directory holds the model.
 
     The reference is the model as it starts, unless the loss config names another one, which is gone
-    again before the model to train is loaded. What is replayed goes through the model beside the
-    pairs, batch by batch. Raises InputError for what the user can put right.
+    again before the model to train is loaded. Graded passages, a teacher's scores and what is
+    replayed go through the model beside the pairs, batch by batch; of the first three those that
+    are given make the run, whose steps and epochs are counted in the first of them. Raises
+    InputError for what the user can put right.
 
     Args:
         encoder, named, callbacks: as of `train_contrastive`.
@@ -73,63 +97,127 @@ def train_rankpo(
     with Ranks.joined(compute) as ranks, claimed(training, ranks):
         model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
+        check_mixture(data, loss, graded, teacher)
         # Which tokens are kept of a vocabulary follows from texts, so that all must have them.
         once = reading_once(ranks, compute.cache_path, wanted=not model.trim_vocabulary)
         with once as node, ranks.first_ahead():
             given = node.given()
-            read: list[PreferenceData | ContrastiveData] = []
+            read = None
             if given is None:
-                pairs, number = _read_pairs(data, training, ranks)
-                replayed = []
-                if replay.replay_data:
-                    replayed.append(replay_batches(replay, training, ranks.size))
-                read = [pairs, *replayed]
+                read = _read(data, graded, teacher, replay, training, ranks)
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
-                replay, encoder=None if named else encoder,
+                replay, graded, teacher, encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
-            other, reference = loss.reference_model_name_or_path, None
-            if given is None and loss.uses_reference and other is not None:
-                reference = other_model_similarities(other, run.model, pairs, run.device, compute)
-            encoder = prepare_encoder(run, encoder, *read)
-            if given is None:
-                pairs, texts = _tokenized(pairs, number, encoder, compute)
-                number -= pairs.equal_pairs
-                rows = f"{number:,} pairs{describe_shares(pairs.shares)}"
-                about = {"rows": rows, "loss": _describe(loss)}
-                if loss.uses_reference and other is None and not run.sharded:
-                    reference = reference_similarities(encoder, texts, pairs, compute)
-                tasks: list[TrainingTask[Any]] = [RankPOTask(pairs, texts, loss, reference)]
-                for batches in replayed:
-                    task = replay_task(replay, batches, encoder, compute)
-                    about["replay"] = describe_replay(replay, task.data)
-                    tasks.append(task)
-                    del task, batches
-                given = node.hand((about, [one.without_texts() for one in tasks]))
-                del read, pairs, replayed, texts, tasks  # strings, which nobody needs any more
+            other = {} if read is None else _other_references(loss, run, read)
+            encoder = prepare_encoder(run, encoder, *([] if read is None else read.all))
+            if read is not None:
+                about, tasks = _tasks(read, run, encoder, loss, graded, teacher, replay, other)
+                given = node.hand((about, [task.without_texts() for task in tasks]))
+                del read, tasks  # strings, which nobody needs any more
         about, tasks = given
         return train(run, encoder, tasks, about, callbacks)
 
 
-def _read_pairs(
-    data: RankPODataConfig, training: TrainingConfig, ranks: Ranks
-) -> tuple[PreferenceData, int]:
-    """Pairs as batches, and the number of pairs."""
+@dataclass(frozen=True)
+class _Rows:
+    """What was read; None: nothing of the kind was given."""
+
+    pairs: PreferenceData | None
+    grades: GroupData | None
+    scores: GroupData | None
+    replayed: ContrastiveData | None
+
+    @property
+    def all(self) -> list[BatchData]:
+        every = (self.pairs, self.grades, self.scores, self.replayed)
+        return [rows for rows in every if rows is not None]
+
+
+def _read(
+    data: RankPODataConfig, graded: GradedConfig, teacher: TeacherConfig, replay: ReplayConfig,
+    training: TrainingConfig, ranks: Ranks,
+) -> _Rows:  # fmt: skip
+    return _Rows(
+        _read_pairs(data, training, ranks) if data.train_data else None,
+        graded_batches(graded, training, ranks.size) if graded.graded_data else None,
+        teacher_batches(teacher, training, ranks.size) if teacher.teacher_data else None,
+        replay_batches(replay, training, ranks.size) if replay.replay_data else None,
+    )
+
+
+def _read_pairs(data: RankPODataConfig, training: TrainingConfig, ranks: Ranks) -> PreferenceData:
     read = partial(read_preferences, use_confidence=data.use_confidence)
     rows, shares = read_shares(read, data.train_data, data.train_data_weights)
-    pairs = PreferenceData(
+    return PreferenceData(
         rows,
         batch_size=training.per_device_train_batch_size * ranks.size,
         seed=training.seed,
         shares=shares,
     )
-    return pairs, len(rows)
+
+
+def _other_references(loss: RankPOLossConfig, run: Run, read: _Rows) -> dict[str, Tensor]:
+    """`reference_similarities` of what compares with those of another model, by its flag."""
+    other = loss.reference_model_name_or_path
+    compared: dict[str, PreferenceData | GroupData] = {}
+    if other is not None and read.pairs is not None and loss.uses_reference:
+        compared[PAIRS] = read.pairs
+    if other is not None and read.grades is not None:
+        compared[GRADED] = read.grades
+    if other is None or not compared:
+        return {}
+    found = other_model_similarities(
+        other, run.model, [*compared.values()], run.device, run.compute
+    )
+    return dict(zip(compared, found, strict=True))
+
+
+def _tasks(
+    read: _Rows, run: Run, encoder: Encoder, loss: RankPOLossConfig, graded: GradedConfig,
+    teacher: TeacherConfig, replay: ReplayConfig, other: dict[str, Tensor],
+) -> tuple[dict[str, str], list[TrainingTask[Any]]]:  # fmt: skip
+    """The parts of the loss, and what the start says of each.
+
+    Args:
+        other: similarities under another model; where there are none the encoder is asked, now or,
+            where its weights will lie in parts, by the task once they do.
+    """
+
+    def reference(flag: str, texts: Texts, rows: PreferenceData | GroupData) -> Tensor | None:
+        if flag in other or run.sharded:
+            return other.get(flag)
+        return reference_similarities(encoder, texts, rows, run.compute)
+
+    about: dict[str, str] = {}
+    tasks: list[TrainingTask[Any]] = []
+    if read.pairs is not None:
+        pairs, texts = _tokenized(read.pairs, encoder, run.compute)
+        found = reference(PAIRS, texts, pairs) if loss.uses_reference else None
+        tasks.append(RankPOTask(pairs, texts, loss, found))
+        about |= {"rows": _describe_rows(pairs), "loss": _describe(loss)}
+    if read.grades is not None:
+        grades, texts = tokenized_groups(read.grades, encoder, run.compute, GRADED)
+        found = None if loss.reference_free else reference(GRADED, texts, grades)
+        if found is not None:
+            grades = grades.with_reference(found)
+        tasks.append(graded_task(graded, loss, grades, texts))
+        about["graded"] = describe_graded(graded, loss, grades)
+    if read.scores is not None:
+        scores, texts = tokenized_groups(read.scores, encoder, run.compute, TEACHER)
+        tasks.append(teacher_task(teacher, scores, texts))
+        about["teacher"] = describe_teacher(teacher, scores)
+    if read.replayed is not None:
+        again = replay_task(replay, read.replayed, encoder, run.compute)
+        tasks.append(again)
+        about["replay"] = describe_replay(replay, again.data)
+    return about, tasks
 
 
 def _tokenized(
-    pairs: PreferenceData, number: int, encoder: Encoder, compute: ComputeConfig
+    pairs: PreferenceData, encoder: Encoder, compute: ComputeConfig
 ) -> tuple[PreferenceData, Texts]:
     """The batches with texts of equal token ids as one, and their texts; says of how many pairs
     nothing is left to tell apart."""
@@ -137,7 +225,7 @@ def _tokenized(
     pairs = pairs.merged(texts.query_rows, texts.passage_rows)
     if pairs.equal_pairs:
         warnings.warn(
-            f"--train_data: {pairs.equal_pairs:,} of {number:,} pairs are left out: "
+            f"--train_data: {pairs.equal_pairs:,} of {pairs.num_rows:,} pairs are left out: "
             f"their two passages have the same tokens, up to --max_passage_length",
             stacklevel=3,
         )
@@ -150,19 +238,19 @@ class RankPOTask(TrainingTask[PreferenceBatch]):
 
     data: PreferenceData
     config: RankPOLossConfig
-    reference: Tensor | None  # [2, rows] similarities of chosen and rejected
+    # Of chosen and rejected, [2 rows], on the device [2, rows] once it is ready.
+    reference: Tensor | None
 
     def ready(self, run: Run, encoder: Encoder) -> Self:
         """With the margins of its reference, which is on the device. An encoder in parts that is
         its own reference is asked now, by all ranks."""
         if not self.config.uses_reference:
             return self
-        reference = self.reference
-        if reference is None:
-            reference = similarities_by_ranks(
-                encoder, self.texts, self.data, run.compute, run.ranks
-            )
-        data = self.data.with_reference(reference[0] - reference[1])
+        found = self.reference
+        if found is None:
+            found = similarities_by_ranks(encoder, self.texts, self.data, run.compute, run.ranks)
+        chosen, rejected = reference = found.view(2, -1)
+        data = self.data.with_reference(chosen - rejected)
         return replace(self, data=data, reference=reference.to(run.device))
 
     def loss(self, queries: Tensor, passages: Tensor, batch: PreferenceBatch) -> LossOutput:
@@ -194,6 +282,10 @@ class RankPOTask(TrainingTask[PreferenceBatch]):
         if self.reference is not None:
             reference = torch.stack([*map(mean, self.reference[:, batch.rows])])
         return stats.metrics(self.config.beta, reference)
+
+
+def _describe_rows(pairs: PreferenceData) -> str:
+    return f"{pairs.num_rows - pairs.equal_pairs:,} pairs{describe_shares(pairs.shares)}"
 
 
 def _describe(loss: RankPOLossConfig) -> str:

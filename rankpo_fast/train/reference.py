@@ -1,9 +1,12 @@
-"""What the frozen reference model thinks of each pair: two similarities, computed once and kept.
+"""What the frozen reference model thinks of the passages compared: similarities, computed once and
+kept.
 
 They depend on the token ids of the texts (hence on data, tokenizer, prefixes and length limits), on
-the weights and on pooling and precision; a sha256 of all that names the file in the cache.
+the weights and on pooling and precision; a sha256 of all that names the file in the cache. E pairs
+of query and passage.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,44 +15,51 @@ from torch import Tensor
 from rankpo_fast.config import ComputeConfig, ModelConfig
 from rankpo_fast.data.batches import PreferenceData
 from rankpo_fast.data.cache import cached
+from rankpo_fast.data.group_batches import GroupData
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
-from rankpo_fast.ops.rankpo import pair_similarities
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.train.frozen import ask_frozen, key_of
 
 PAIRS_AT_ONCE = 4096
 KIND, SIMILARITIES = "reference", "similarities"  # in the cache
+Compared = PreferenceData | GroupData
 
 
 def other_model_similarities(
     name: str,
     model: ModelConfig,
-    data: PreferenceData,
+    read: Sequence[Compared],
     device: torch.device,
     compute: ComputeConfig,
-) -> Tensor:
-    """`reference_similarities` of the model `name`, which is loaded for it and gone afterwards."""
+) -> list[Tensor]:
+    """`reference_similarities` of each by the model `name`, which is loaded for it and gone
+    afterwards."""
 
-    def ask(encoder: Encoder) -> Tensor:
-        texts = Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute)
-        return reference_similarities(encoder, texts, data, compute)
+    def ask(encoder: Encoder) -> list[Tensor]:
+        tokenized = [
+            Texts.tokenize(encoder, data.query_texts, data.passage_texts, compute) for data in read
+        ]
+        return [
+            reference_similarities(encoder, texts, data, compute)
+            for texts, data in zip(tokenized, read, strict=True)
+        ]
 
     return ask_frozen("--reference_model_name_or_path", name, model, device, ask, alike=True)
 
 
 def reference_similarities(
-    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig
+    encoder: Encoder, texts: Texts, data: Compared, compute: ComputeConfig
 ) -> Tensor:
-    """Similarities [2, rows] fp32 on the CPU: of chosen and of rejected, without dropout."""
+    """Cosines [E] fp32 on the CPU, of what `data` compares, without dropout."""
     find_key = partial(_key, encoder, texts, data)
     make = partial(_similarities, encoder, texts, data, compute, ALONE)
     return cached(compute.cache_path, KIND, find_key, make)[SIMILARITIES]
 
 
 def similarities_by_ranks(
-    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig, ranks: Ranks
+    encoder: Encoder, texts: Texts, data: Compared, compute: ComputeConfig, ranks: Ranks
 ) -> Tensor:
     """The same by an encoder whose weights lie in parts, for which all ranks must call it. The
     first has the cache, and tells the others whether they are asked."""
@@ -75,7 +85,7 @@ def similarities_by_ranks(
 
 
 def _similarities(
-    encoder: Encoder, texts: Texts, data: PreferenceData, compute: ComputeConfig, ranks: Ranks
+    encoder: Encoder, texts: Texts, data: Compared, compute: ComputeConfig, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Nothing where other ranks have the vectors."""
     named = texts.strings(data.query_texts, data.passage_texts) if data.query_texts else ()
@@ -86,15 +96,15 @@ def _similarities(
     if not ranks.first:
         return {}
     parts = _pairs(texts, data).split(PAIRS_AT_ONCE, dim=1)
-    return {SIMILARITIES: torch.cat([pair_similarities(*vectors[part]) for part in parts], dim=1)}
+    return {SIMILARITIES: torch.cat([vectors[part].prod(0).sum(1) for part in parts])}
 
 
-def _key(encoder: Encoder, texts: Texts, data: PreferenceData) -> str:
+def _key(encoder: Encoder, texts: Texts, data: Compared) -> str:
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
     return key_of(encoder, tensors)
 
 
-def _pairs(texts: Texts, data: PreferenceData) -> Tensor:
-    """Rows [3, rows] of the table: of query, chosen and rejected."""
-    passages = torch.stack([data.chosen_ids, data.rejected_ids])
-    return torch.cat([texts.query_rows[data.query_ids][None], texts.passage_rows[passages]])
+def _pairs(texts: Texts, data: Compared) -> Tensor:
+    """Rows [2, E] of the table: of query and passage."""
+    queries, passages = data.compared()
+    return torch.stack([texts.query_rows[queries], texts.passage_rows[passages]])

@@ -16,6 +16,9 @@ import torch
 
 from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.files import sha256_of, tensor_bytes
+from rankpo_fast.data.groups import is_directory
+from rankpo_fast.data.memory import Source
+from rankpo_fast.data.retrieval import beir_files
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import find_directory
@@ -41,9 +44,10 @@ FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 MET_FOR = ("save_steps", "eval_steps", "activation_memory_gb")
 PROCESSES, ROWS = "processes", "--per_device_train_batch_size"
 # May change together, so long as as many rows make a batch.
-OF_RANKS = (PROCESSES, ROWS, "--shard")
+BATCHES = (ROWS, "--replay_batch_size", "--graded_batch_size", "--teacher_batch_size")
+OF_RANKS = (PROCESSES, *BATCHES, "--shard")
 MODEL = "model_name_or_path"
-TRAINED_ON = ("train_data", "replay_data")
+TRAINED_ON = ("train_data", "replay_data", "graded_data", "teacher_data")
 CONTENT = "content of "
 # Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
 NAME, ARITHMETIC = "name of ", "arithmetic"
@@ -67,7 +71,7 @@ def settings_of(
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
-                settings[_content(name)] = [digest(path) for path in value]
+                settings[_content(name)] = [_digest(path) for path in value]
             elif name in MODELS:
                 if name == MODEL and encoder is not None:
                     settings[_content(name)] = _encoder_content(encoder)
@@ -106,7 +110,7 @@ def find_checkpoint(
     was = _of_ranks(checkpoint.settings, settings)
     check_same(f"--resume: {checkpoint.path}", was, settings)
     if was != checkpoint.settings:
-        names = [name for name in OF_RANKS if checkpoint.settings.get(name) != settings[name]]
+        names = [n for n in OF_RANKS if checkpoint.settings.get(n) != settings.get(n)]
         changes = [_change(name, checkpoint.settings.get(name), settings[name]) for name in names]
         dropout = "; dropout is drawn anew" if PROCESSES in names else ""
         warnings.warn(
@@ -128,11 +132,11 @@ def _of_ranks(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """`was`, with the ranks of `now` if their batches are the same."""
 
     def rows(settings: dict[str, Any]) -> Any:
-        return settings.get(PROCESSES, 0) * settings.get(ROWS, 0)
+        return [settings.get(PROCESSES, 0) * (settings.get(name) or 0) for name in BATCHES]
 
     same = rows(was) == rows(now) and was.get("device") == now["device"]
     same = same and not now.get("--gradient_filter")  # which each rank takes of its own queries
-    return {**was, **{name: now[name] for name in OF_RANKS}} if same else was
+    return {**was, **{name: now[name] for name in OF_RANKS if name in now}} if same else was
 
 
 def settings_before(training: TrainingConfig) -> dict[str, Any]:
@@ -206,6 +210,14 @@ def _change(name: str, was: Any, now: Any) -> str | None:
 
 
 # --- what is recorded ---
+
+
+def _digest(source: Source) -> str:
+    """Of a BEIR directory that of all its files."""
+    if not is_directory(source):
+        return digest(source)
+    files = beir_files(Path(str(source)))
+    return hashlib.sha256(" ".join(map(digest, map(str, files))).encode()).hexdigest()
 
 
 def _content(name: str) -> str:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from rankpo_fast.config import TrainingConfig
-from rankpo_fast.data.batches import ContrastiveData, PreferenceData
+from rankpo_fast.data.order import BatchData
 
 DEFAULT_MINUTES = 10.0
 YOUNG = 60.0  # seconds: no epoch's end is saved so soon after another checkpoint, or the start
@@ -28,7 +28,7 @@ class StepSchedule:
     total_batches: int
 
     @classmethod
-    def of(cls, config: TrainingConfig, data: ContrastiveData | PreferenceData) -> "StepSchedule":
+    def of(cls, config: TrainingConfig, data: BatchData) -> "StepSchedule":
         per_step = config.gradient_accumulation_steps
         total = max(1, round(config.num_train_epochs * data.batches_per_epoch))
         if config.max_steps is not None:

@@ -18,11 +18,12 @@ from rankpo_fast.data.batches import (
     PreferenceBatch,
     PreferenceData,
 )
+from rankpo_fast.data.group_batches import GroupBatch, GroupData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.train.run import Run
 
-BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch)
+BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch, GroupBatch)
 
 
 class LossOutput(NamedTuple):
@@ -39,7 +40,7 @@ class LossOutput(NamedTuple):
 class TrainingTask(ABC, Generic[BatchT]):
     """Rows as batches, their texts, and what is asked of the encoder on them."""
 
-    data: ContrastiveData | PreferenceData
+    data: ContrastiveData | PreferenceData | GroupData
     texts: Texts
     weight: float = field(default=1.0, kw_only=True)
     prefix: str = field(default="", kw_only=True)  # of its metrics, to tell them from another's

@@ -138,7 +138,7 @@ ANSWERED = [
     ("contrastive", "--dropout 0.2", "--disable_dropout"),
     ("rankpo", "--label_smoothing_factor 0.1", "share of wrong preferences in rankpo"),
     ("contrastive", "--label_smoothing_factor 0.1", "smooths labels of classes"),
-    ("contrastive", "--knowledge_distillation True", "scores of a teacher are not learned"),
+    ("contrastive", "--knowledge_distillation True", "scores of a teacher are learned by rankpo"),
     ("contrastive", "--normalize False", "vectors always have length 1"),
     ("contrastive", "--lora --lora_target_modules q_proj", "give --lora_rank"),
     ("contrastive", "--use_lora False --lora_r 8", "contradicts --lora_rank"),

@@ -212,7 +212,7 @@ def test_scores_of_passages_are_said(jsonl):
     passages = [{"docid": "1", "text": "n", "score": 0.5}, {"docid": "2", "text": "m"}]
     row = {"query": "q", "positive_passages": [{"text": "p"}], "negative_passages": passages}
     [said] = said_of(read_contrastive, jsonl(row, row))
-    assert '"negative_passages[].score" of 2 rows is not used: there is no dist' in said
+    assert '"negative_passages[].score" of 2 rows is not used: stage 2 learns scores' in said
 
 
 def test_margins_of_pairs_and_unasked_confidence_are_said(jsonl):

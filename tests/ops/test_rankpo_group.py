@@ -1,6 +1,8 @@
 """Graded groups: the definition, `rankpo_loss` as their smallest case, padding, and what torch
 expects of an op."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +21,8 @@ FORMS = {
     "smoothed": {"label_smoothing": 0.1, "gamma_beta_ratio": 0.3},
     "dots": {"normalize": False},
     "plackett-luce": {"form": "plackett_luce"},
+    "lambda": {"form": "lambda"},
+    "lambda-hinge": {"form": "lambda", "loss_type": "hinge", "gamma_beta_ratio": 0.2},
 }
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -233,8 +237,8 @@ def test_more_passages_than_the_library_takes_go_through_torch():
 def test_opcheck():
     q, p, grades, reference = draw(5, 4, 6, torch.float32)
     leaves = q.requires_grad_(), [p.requires_grad_()]
-    for listwise in (0.0, 1.0):
-        settings = RankPOSettings(listwise=listwise).text()
+    for form in ({}, {"listwise": True}, {"by_ndcg": True}):
+        settings = RankPOSettings(**form).text()
         arguments = (*leaves, grades.float(), reference.float(), settings)
         torch.library.opcheck(_rankpo, arguments)
         torch.library.opcheck(
@@ -272,7 +276,10 @@ def test_module_equals_the_function():
 
 
 BAD = {
-    "form": (dict(form="listnet"), "form must be 'pairs' or 'plackett_luce', got 'listnet'"),
+    "form": (
+        dict(form="listnet"),
+        "form must be one of 'pairs', 'plackett_luce', 'lambda', got 'listnet'",
+    ),
     "gamma": (dict(form="plackett_luce", gamma_beta_ratio=0.1), "gamma_beta_ratio=0.1 belongs to"),
     "smoothing": (dict(form="plackett_luce", label_smoothing=0.1), "label_smoothing=0.1 belongs"),
     "hinge": (dict(form="plackett_luce", loss_type="hinge"), "loss_type='hinge' belongs to"),
@@ -310,3 +317,23 @@ def test_bad_arguments_are_named(case):
     arguments = {name: torch.ones(shape) for name, shape in tensors.items()} | change
     with pytest.raises(ValueError, match=message):
         rankpo_group_loss(*[arguments.pop(name) for name in tensors], **arguments)
+
+
+def test_lambda_weighs_pairs_by_the_change_in_ndcg(path):
+    """By hand: padding takes no place though all are below it, of equals the first is ahead, and
+    large grades do not overflow."""
+    place = [1 / math.log2(1 + rank) for rank in (1, 2, 3)]
+    cosines = [[-0.5, 0.9, -0.9, -0.9], [0.3, 0.3, 0.1, 0.9], [0.1, 0.2, 0.9, 0.9]]
+    nan = torch.nan
+    grades = torch.tensor([[1.0, nan, 0.0, nan], [0, 1, 0, nan], [1000, -5, nan, nan]])
+    sines = (1 - torch.tensor(cosines) ** 2).sqrt()
+    p = torch.stack([torch.tensor(cosines), sines], 2)
+    q = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    got = rankpo_group_loss(q, p, grades, form="lambda", reduction="none", beta=1, temperature=1)
+    cost = [math.log1p(math.exp(-advantage)) for advantage in (0.4, 0.0, 0.2, -0.1)]
+    want = [
+        (place[0] - place[1]) * cost[0],
+        (place[0] - place[1]) * cost[1] + (place[1] - place[2]) * cost[2],
+        (place[0] - place[1]) * cost[3],
+    ]
+    torch.testing.assert_close(got, torch.tensor(want))

@@ -15,6 +15,7 @@ STAGES = {
     ),
     "rankpo": (train_rankpo, configs.RankPODataConfig, configs.RankPOLossConfig),
 }
+OF_STAGE_2 = [configs.ReplayConfig, configs.GradedConfig, configs.TeacherConfig]
 SMALL = {
     "bf16": False,
     "gradient_checkpointing": False,
@@ -38,7 +39,7 @@ def run(stage: str, **flags) -> Path:
         configs.TrainingConfig,
         configs.EvaluationConfig,
         configs.ComputeConfig,
-        *([configs.ReplayConfig] if stage == "rankpo" else []),
+        *(OF_STAGE_2 if stage == "rankpo" else []),
     ]
     return train(*(_settings(cls, {**SMALL, **flags}) for cls in classes)).output_dir
 

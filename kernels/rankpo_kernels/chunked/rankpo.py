@@ -7,9 +7,10 @@
     pairs:          mean of pair(a, b) over the pairs of which a has the higher grade
     plackett_luce:  sum over a of softplus(logsumexp of r_b, b of lower grade, - r_a),
                     r = beta (s - ref) / T, over the a that have a lower-graded b
+    lambda:         sum of w_ab pair(a, b), w_ab the change in nDCG if a and b swapped their places
 
 B queries, K passages of each, D dims. On the CPU the native library takes a row at a time, in fp32,
-bf16 and fp16; fp64, and CUDA without Triton, is torch, a slab of rows at a time.
+bf16 and fp16; fp64, lambda, and CUDA without Triton, is torch, a slab of rows at a time.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ def rankpo(
     names, for queries and each of the passages."""
     problem, weights_B, result = problem.prepared(weights_B, needs, native.new_empty)
     q_BD, on_cpu = problem.q_BD, problem.q_BD.device.type == "cpu"
-    few = problem.K <= native.MOST_PASSAGES
-    if on_cpu and q_BD.dtype in native.TYPES and few and native.usable():
+    plain = problem.K <= native.MOST_PASSAGES and not problem.settings.by_ndcg
+    if on_cpu and q_BD.dtype in native.TYPES and plain and native.usable():
         q_BD, *passages = (
             x if x.stride(-1) == 1 else x.contiguous() for x in (q_BD, *problem.passages)
         )
@@ -139,7 +140,33 @@ def loss_and_slopes(
         x = advantage_RKK / settings.temperature
         loss_RKK += settings.sft_weight * softplus(-x)
         slope_RKK -= settings.sft_weight / settings.temperature * (-x).sigmoid()
-    share = 1 / above_RKK.sum((-2, -1)).clamp(min=1).to(s_RK.dtype)
+    share: Tensor | float = 1.0
+    if settings.by_ndcg and grades_RK is not None:
+        changes_RKK = ndcg_changes(s_RK, grades_RK)
+        loss_RKK, slope_RKK = changes_RKK * loss_RKK, changes_RKK * slope_RKK
+    else:
+        share = 1 / above_RKK.sum((-2, -1)).clamp(min=1).to(s_RK.dtype)[..., None]
     slope_RKK = slope_RKK.where(above_RKK, 0)
     slope_RK = slope_RKK.sum(2) - slope_RKK.sum(1)
-    return share * loss_RKK.where(above_RKK, 0).sum((1, 2)), share.view(-1, 1) * slope_RK
+    loss_R1 = loss_RKK.where(above_RKK, 0).sum((1, 2))[:, None]
+    return (share * loss_R1)[:, 0], share * slope_RK
+
+
+def ndcg_changes(s_RK: Tensor, grades_RK: Tensor) -> Tensor:
+    """|nDCG as ranked by s - nDCG with a and b in each other's places| [R, K, K]; of equal s the
+    earlier ranks higher. Gains are 2^grade - 1, of a grade below 0 none."""
+    K = s_RK.shape[1]
+    there_RK = ~grades_RK.isnan()
+    grades_RK = grades_RK.where(there_RK, 0).clamp(min=0)
+    # Divided by 2^highest, as large grades would overflow; it cancels against the ideal's.
+    top_R1 = grades_RK.amax(1, keepdim=True)
+    gain_RK = (grades_RK - top_R1).exp2() - (-top_R1).exp2()
+    places_K = torch.arange(K, device=s_RK.device)
+    discount_K = 1 / (places_K + 2).to(s_RK.dtype).log2()
+    ideal_R1 = (gain_RK.sort(1, descending=True).values * discount_K).sum(1, keepdim=True)
+    ahead_RKK = s_RK[:, None] > s_RK[:, :, None]  # b of a
+    ahead_RKK |= (s_RK[:, None] == s_RK[:, :, None]) & (places_K < places_K[:, None])
+    discount_RK = discount_K[(ahead_RKK & there_RK[:, None]).sum(2)]
+    gain_RK = gain_RK / ideal_R1.masked_fill(ideal_R1 == 0, torch.inf)
+    between = [(x[:, :, None] - x[:, None]).abs() for x in (gain_RK, discount_RK)]
+    return between[0] * between[1]
