@@ -62,9 +62,9 @@ COMMANDS = {
         ],
     ),
     "evaluate": Command(
-        "measure an encoder: nDCG, MRR and recall, and its agreement with preferences",
+        "measure an encoder, or compare two: nDCG, MRR and recall, agreement with preferences",
         [
-            configs.EncoderConfig,
+            configs.EvaluatedConfig,
             configs.EvaluationConfig,
             configs.EvaluateOutputConfig,
             configs.ComputeConfig,

@@ -19,6 +19,7 @@ from rankpo_fast.config.model import (
 from rankpo_fast.config.plan import PlanConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
+    EvaluatedConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
     MineConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "EncodeConfig",
     "EncoderConfig",
     "EvaluateOutputConfig",
+    "EvaluatedConfig",
     "EvaluationConfig",
     "MergeConfig",
     "MineConfig",

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rankpo_fast.config.model import EncoderConfig
 from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.errors import InputError
-from rankpo_fast.fields import Config, check_at_least, check_names, check_seed, flag, require
+from rankpo_fast.fields import (
+    Config,
+    check_above,
+    check_at_least,
+    check_names,
+    check_seed,
+    flag,
+    require,
+)
 from rankpo_fast.paths import same_file
 
 
@@ -58,6 +67,35 @@ class EvaluationConfig(Config):
 
 
 @dataclass(frozen=True)
+class EvaluatedConfig(EncoderConfig):
+    """What is measured: a model, two that are compared, or rankings without one."""
+
+    model_name_or_path: str | None = flag("Hub name or directory of the model.", None)  # type: ignore[assignment]
+    compare: list[str] = flag("Models to measure on the same data, two in all.", [])
+    run_files: list[str] = flag("Rankings in TREC's format, measured without a model.", [])
+
+    def check(self) -> None:
+        super().check()
+        check_names(self, "compare", "run_files")
+        names = [name for name, _ in self.systems]
+        if not names:
+            raise InputError("one of these is required: --model_name_or_path, --compare, "
+                             "--run_files")  # fmt: skip
+        if len(names) > 2 or len(set(names)) < len(names):
+            raise InputError(f"two different models or runs can be compared, got "
+                             f"{', '.join(names)}")  # fmt: skip
+
+    @property
+    def systems(self) -> list[tuple[str, bool]]:
+        """What is measured, in order, and whether it is a model."""
+        models = [self.model_name_or_path] if self.model_name_or_path is not None else []
+        return [
+            *((name, True) for name in [*models, *self.compare]),
+            *((name, False) for name in self.run_files),
+        ]
+
+
+@dataclass(frozen=True)
 class EvaluateOutputConfig(Config):
     """What `evaluate` leaves on disk."""
 
@@ -65,9 +103,18 @@ class EvaluateOutputConfig(Config):
 
     output: str | None = flag("Also write the figures to this JSON file.", None)
     output_run: str | None = flag("Write the rankings there, in TREC's format.", None)
+    report: str | None = flag("New directory for a report with a picture.", None)
+    group_key: str | None = flag(
+        "Key of query rows, or of their metadata: figures also of the queries of each value.", None
+    )
+    margin_scale: float = flag(
+        "beta / temperature of the training, by which margins become probabilities in the report.",
+        20.0,
+    )
 
     def check(self) -> None:
-        check_names(self, "output", "output_run")
+        check_names(self, "output", "output_run", "report", "group_key")
+        check_above(self, 0, "margin_scale")
         if self.output is None or self.output_run is None:
             return
         if same_file(self.output, self.output_run):
