@@ -149,8 +149,14 @@ class MineConfig(Config):
 
     train_data: list[Source] = flag("Rows of stage 1; their positives are kept.")
     corpus_data: Source | None = flag("JSONL of passages to search. [those of --train_data]", None)
-    method: Literal["topk", "sample"] = flag(
-        "The best ranked of the range, or drawn from it.", "sample"
+    method: Literal["topk", "sample", "cluster"] = flag(
+        "The best ranked of the range, drawn from it, or drawn with a part for all of its clusters.",
+        "sample",
+    )
+    clusters: int = flag("Of the candidates of a query, by k-means, for --method cluster.", 10)
+    decay: float = flag(
+        "Weight of a candidate for each better ranked one of its cluster, for --method cluster.",
+        0.5,
     )
     search_range: str = flag("Ranks to take from, first and one past the last.", "0-100")
     num_negatives: int = flag("Negatives per query.", 10)
@@ -162,11 +168,15 @@ class MineConfig(Config):
         "Likewise, in shares of that positive's cosine (of its size, where it is below 0).", None
     )
     combine: bool = flag("Keep the negatives a row has, before the mined ones.", False)
-    seed: int = flag("Of --method sample.", 42)
+    seed: int = flag("Of --method sample and cluster.", 42)
 
     def check(self) -> None:
         check_names(self, "train_data", "corpus_data")
-        check_at_least(self, 1, "num_negatives")
+        check_at_least(self, 1, "num_negatives", "clusters")
+        require(self, "decay", "in (0, 1]", 0 < self.decay <= 1)
+        for name in ("clusters", "decay"):
+            if name in self.changed() and self.method != "cluster":
+                raise InputError(f"--{name} is for --method cluster, not {self.method}")
         check_at_least(self, 0, "absolute_margin", "relative_margin")
         inside = self.max_score is None or -1 < self.max_score <= 1
         require(self, "max_score", "a cosine in (-1, 1]", inside)
