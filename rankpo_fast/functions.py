@@ -138,6 +138,7 @@ def mined(
         keep=config.combine,
         max_tokens=compute.max_tokens_per_micro_batch,
         cache_dir=compute.cache_path,
+        index_dir=None if config.index_dir is None else Path(config.index_dir).expanduser(),
         progress=progress,
         ranks=ranks,
     )

@@ -17,7 +17,7 @@ from rankpo_fast.config import (
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
-from rankpo_fast.paths import check_new_directory, check_output, lies_in
+from rankpo_fast.paths import check_new_directory, check_output, check_writable, lies_in
 
 
 def check_evaluate(
@@ -60,6 +60,8 @@ def check_mine(
 ) -> None:
     _check_cache(compute)
     check_output("--output_file", output.output_file, model, config)
+    if config.index_dir is not None:
+        check_writable("--index_dir", config.index_dir, directory=True)
 
 
 def check_merge(config: MergeConfig) -> None:

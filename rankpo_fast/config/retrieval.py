@@ -150,7 +150,7 @@ class MineConfig(Config):
     train_data: list[Source] = flag("Rows of stage 1; their positives are kept.")
     corpus_data: Source | None = flag("JSONL of passages to search. [those of --train_data]", None)
     method: Literal["topk", "sample", "cluster"] = flag(
-        "The best ranked of the range, drawn from it, or drawn with a part for all of its clusters.",
+        "The best ranked of the range, drawn from it, or drawn with a part for each cluster.",
         "sample",
     )
     clusters: int = flag("Of the candidates of a query, by k-means, for --method cluster.", 10)
@@ -169,9 +169,12 @@ class MineConfig(Config):
     )
     combine: bool = flag("Keep the negatives a row has, before the mined ones.", False)
     seed: int = flag("Of --method sample and cluster.", 42)
+    index_dir: str | None = flag(
+        "Directory for passage vectors, in fp16 on disk instead of in memory, and kept.", None
+    )
 
     def check(self) -> None:
-        check_names(self, "train_data", "corpus_data")
+        check_names(self, "train_data", "corpus_data", "index_dir")
         check_at_least(self, 1, "num_negatives", "clusters")
         require(self, "decay", "in (0, 1]", 0 < self.decay <= 1)
         for name in ("clusters", "decay"):

@@ -24,6 +24,7 @@ from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.draw import Drawing
+from rankpo_fast.retrieval.index import indexed
 from rankpo_fast.retrieval.search import search
 
 
@@ -120,6 +121,7 @@ def mine(
     keep: bool = False,
     max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
+    index_dir: Path | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
 ) -> Mined:
@@ -138,6 +140,7 @@ def mine(
         keep: put the mined ones, none of which repeats them, behind the negatives the row has.
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
+        index_dir: passage vectors lie there in fp16 instead of in memory in fp32.
         ranks: all encode, the first searches and has the rows, the others none.
 
     Raises:
@@ -157,7 +160,14 @@ def mine(
 
     queries = encode(texts.queries, "queries", texts.query_of)
     count = texts.with_positives if limits.compare else len(texts.corpus)
-    passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    if index_dir is None:
+        passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    else:
+        passages = indexed(
+            encoder, texts.passages.head(count), index_dir, max_tokens=max_tokens,
+            progress="encoding passages" if progress else None,
+            texts=first_of_each(texts.passage_of), ranks=ranks,
+        )  # fmt: skip
     if not ranks.first:
         return Mined([], len(texts.corpus), len(texts.queries), 0, {})
     searched = passages[: len(texts.corpus)]
@@ -166,7 +176,7 @@ def mine(
     lowest = np.full(len(queries), np.inf, np.float32)  # score of a positive
     if limits.compare:
         for query, ids in enumerate(texts.positives):
-            lowest[query] = (passages[list(ids)] @ queries[query]).min().item()
+            lowest[query] = (passages[list(ids)].float() @ queries[query]).min().item()
     left, dropped = _left(scores, found, texts, limits.ceilings(lowest))
 
     mined, origins, positive_negatives = [], [], 0
@@ -181,7 +191,7 @@ def mine(
         places = [i for i in left[query].nonzero()[0].tolist() if found[query][i] not in kept]
         vectors = None
         if drawing.method == "cluster":
-            vectors = searched[torch.from_numpy(found[query][places])].numpy()
+            vectors = searched[torch.from_numpy(found[query][places])].float().numpy()
         order = drawing.order(vectors, len(places), number)[:num_negatives]
         new = [places[i] for i in order]
         negatives = [texts.corpus[found[query][i]] for i in new]
