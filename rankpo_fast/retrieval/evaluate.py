@@ -211,8 +211,10 @@ def measure(
         weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
         figures["alignment"] = alignment(margins, weights)
         counts["preferences"] = {"pairs": len(preferences), "ties": int((margins == 0).sum())}
-        query_of = torch.unique(rows[0], return_inverse=True)[1]
-        of_pairs = Pairs(margins.double().numpy(), weights.double().numpy(), query_of.numpy())
+        # By their strings, not tokens: so that two models, of whatever tokenizers, can be compared.
+        numbers = {query: n for n, query in enumerate(dict.fromkeys(r.query for r in preferences))}
+        query_of = np.array([numbers[row.query] for row in preferences])
+        of_pairs = Pairs(margins.double().numpy(), weights.double().numpy(), query_of)
     return Evaluation(figures, counts, rankings, by_query, similarities, of_pairs)
 
 
