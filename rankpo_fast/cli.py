@@ -68,6 +68,11 @@ COMMANDS = {
         [configs.ClicksConfig],
         refusals.check_clicks,
     ),
+    "score": Command(
+        "let a cross-encoder score the passages of rows, for stage 2 to learn from",
+        [configs.ScoreConfig, configs.DeviceConfig],
+        refusals.check_score,
+    ),
     "contrastive": Command(
         "stage 1: train an encoder on queries with positive and negative passages (InfoNCE)",
         configs.STAGES["contrastive"],
@@ -87,9 +92,9 @@ COMMANDS = {
         configs.STAGES["rankpo"],
     ),
     "evaluate": Command(
-        "measure an encoder: nDCG, MRR and recall, and its agreement with preferences",
+        "measure an encoder, or compare two: nDCG, MRR and recall, agreement with preferences",
         [
-            configs.EncoderConfig,
+            configs.EvaluatedConfig,
             configs.EvaluationConfig,
             configs.EvaluateOutputConfig,
             configs.ComputeConfig,
@@ -109,11 +114,6 @@ COMMANDS = {
     "sweep": Command(
         "train a grid of settings from one file; choose on validation, compare on both axes",
         [configs.SweepConfig],
-    ),
-    "score": Command(
-        "let a cross-encoder score the passages of rows, for stage 2 to learn from",
-        [configs.ScoreConfig, configs.DeviceConfig],
-        refusals.check_score,
     ),
     "plan": Command(
         "what a training takes of a GPU's memory and time, and which settings fit it best",

@@ -22,6 +22,7 @@ from rankpo_fast.model.merge import merge
 from rankpo_fast.model.texts import check_lengths
 from rankpo_fast.paths import check_new_directory, texts_located
 from rankpo_fast.ranks import ALONE, Ranks
+from rankpo_fast.retrieval.draw import Drawing
 from rankpo_fast.retrieval.evaluate import (
     Evaluation,
     EvaluationData,
@@ -132,12 +133,12 @@ def mined(
         corpus,
         search_range=config.ranks,
         num_negatives=config.num_negatives,
-        method=config.method,
+        drawing=Drawing(config.method, config.seed, config.clusters, config.decay),
         limits=Limits(config.max_score, config.absolute_margin, config.relative_margin),
-        seed=config.seed,
         keep=config.combine,
         max_tokens=compute.max_tokens_per_micro_batch,
         cache_dir=compute.cache_path,
+        index_dir=None if config.index_dir is None else Path(config.index_dir).expanduser(),
         progress=progress,
         ranks=ranks,
     )

@@ -15,13 +15,14 @@ from rankpo_fast.errors import InputError, NotFiniteVectors
 # Settings whose values are files or directories that are read; those of models may be hub names.
 MODELS = (
     "model_name_or_path", "tokenizer_name", "reference_model_name_or_path",
-    "guide_model_name_or_path", "base_model_name_or_path", "reranker",
+    "guide_model_name_or_path", "base_model_name_or_path", "reranker", "compare",
 )  # fmt: skip
 DATA = (
     "train_data", "replay_data", "graded_data", "teacher_data", "query_data", "corpus_data",
     "preference_data", "clicks_data", "input", "config", "queries", "items", "pairs", "prompt",
     "judges", "batch_in", "report_on",
 )  # fmt: skip
+RUNS = ("run_files",)  # which hold no texts
 # What in a model's directory decides its vectors; others keep figures and notes there.
 MODEL_FILES = (
     "*config*.json", "modules.json", "rankpo_fast.json", "*.safetensors",
@@ -93,7 +94,7 @@ def inputs(*configs: Any) -> Iterator[tuple[str, str]]:
 def all_inputs(*configs: Any) -> Iterator[tuple[str, Source]]:
     """Rows in memory too."""
     for config in configs:
-        for name in (*MODELS, *DATA):
+        for name in (*MODELS, *DATA, *RUNS):
             value = getattr(config, name, None)
             for each in value if isinstance(value, list) else [value]:
                 if each is not None:
@@ -114,7 +115,7 @@ def _data(*configs: Any) -> Iterator[Path | Source]:
     from rankpo_fast.data.retrieval import text_files
 
     for flag, source in all_inputs(*configs):
-        if flag not in map(_flag, MODELS):
+        if flag not in map(_flag, (*MODELS, *RUNS)):
             is_directory = isinstance(source, str) and Path(source).is_dir()
             yield from text_files(Path(str(source))) if is_directory else [source]
 

@@ -337,6 +337,9 @@ def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path, capsys):
     assert main([*map(str, argv)]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["recall@2"] == 1
+    assert figures.pop("intervals")["recall@2"] == [1, 1]
+    assert figures.pop("similarities").keys() == {"positives", "hardest negatives", "edges"}
+    assert figures.pop("calibration")["scale"] == 20
     taken_of = figures.pop("retrieval") | figures.pop("preferences")
     assert taken_of == {"queries": 1, "documents": 2, "empty_documents": 0, "own_documents": 0,
                         "relevant_pairs": 1, "pairs": 1, "ties": 0}  # fmt: skip

@@ -39,6 +39,9 @@ def command_lines(flags: list[str]) -> list[list[str]]:
     if len(models) > 1 and "output" in given:
         raise InputError(f"--output is one file for the {len(models)} models below {root}: give "
                          "--output_dir DIRECTORY, where each gets its own")  # fmt: skip
+    if len(models) > 1 and "report" in given:
+        raise InputError(f"--report is one directory for the {len(models)} models below {root}: "
+                         f"report on one of them")  # fmt: skip
     each = [given | {"model_name_or_path": [str(model)]} for model in models]
     return [[*strays, *_arguments(one)] for one in each]
 

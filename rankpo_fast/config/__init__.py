@@ -22,6 +22,7 @@ from rankpo_fast.config.model import (
 from rankpo_fast.config.plan import PlanConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
+    EvaluatedConfig,
     EvaluateOutputConfig,
     EvaluationConfig,
     MineConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "EncodeConfig",
     "EncoderConfig",
     "EvaluateOutputConfig",
+    "EvaluatedConfig",
     "EvaluationConfig",
     "MergeConfig",
     "LabelConfig",

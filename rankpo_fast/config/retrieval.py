@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rankpo_fast.config.model import EncoderConfig
 from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.errors import InputError
-from rankpo_fast.fields import Config, check_at_least, check_names, check_seed, flag, require
+from rankpo_fast.fields import (
+    Config,
+    check_above,
+    check_at_least,
+    check_names,
+    check_seed,
+    flag,
+    require,
+)
 from rankpo_fast.paths import same_file
 
 
@@ -58,6 +67,35 @@ class EvaluationConfig(Config):
 
 
 @dataclass(frozen=True)
+class EvaluatedConfig(EncoderConfig):
+    """What is measured: a model, two that are compared, or rankings without one."""
+
+    model_name_or_path: str | None = flag("Hub name or directory of the model.", None)  # type: ignore[assignment]
+    compare: list[str] = flag("Models to measure on the same data, two in all.", [])
+    run_files: list[str] = flag("Rankings in TREC's format, measured without a model.", [])
+
+    def check(self) -> None:
+        super().check()
+        check_names(self, "compare", "run_files")
+        names = [name for name, _ in self.systems]
+        if not names:
+            raise InputError("one of these is required: --model_name_or_path, --compare, "
+                             "--run_files")  # fmt: skip
+        if len(names) > 2 or len(set(names)) < len(names):
+            raise InputError(f"two different models or runs can be compared, got "
+                             f"{', '.join(names)}")  # fmt: skip
+
+    @property
+    def systems(self) -> list[tuple[str, bool]]:
+        """What is measured, in order, and whether it is a model."""
+        models = [self.model_name_or_path] if self.model_name_or_path is not None else []
+        return [
+            *((name, True) for name in [*models, *self.compare]),
+            *((name, False) for name in self.run_files),
+        ]
+
+
+@dataclass(frozen=True)
 class EvaluateOutputConfig(Config):
     """What `evaluate` leaves on disk."""
 
@@ -65,9 +103,18 @@ class EvaluateOutputConfig(Config):
 
     output: str | None = flag("Also write the figures to this JSON file.", None)
     output_run: str | None = flag("Write the rankings there, in TREC's format.", None)
+    report: str | None = flag("New directory for a report with a picture.", None)
+    group_key: str | None = flag(
+        "Key of query rows, or of their metadata: figures also of the queries of each value.", None
+    )
+    margin_scale: float = flag(
+        "beta / temperature of the training, by which margins become probabilities in the report.",
+        20.0,
+    )
 
     def check(self) -> None:
-        check_names(self, "output", "output_run")
+        check_names(self, "output", "output_run", "report", "group_key")
+        check_above(self, 0, "margin_scale")
         if self.output is None or self.output_run is None:
             return
         if same_file(self.output, self.output_run):
@@ -102,8 +149,14 @@ class MineConfig(Config):
 
     train_data: list[Source] = flag("Rows of stage 1; their positives are kept.")
     corpus_data: Source | None = flag("JSONL of passages to search. [those of --train_data]", None)
-    method: Literal["topk", "sample"] = flag(
-        "The best ranked of the range, or drawn from it.", "sample"
+    method: Literal["topk", "sample", "cluster"] = flag(
+        "The best ranked of the range, drawn from it, or drawn with a part for each cluster.",
+        "sample",
+    )
+    clusters: int = flag("Of the candidates of a query, by k-means, for --method cluster.", 10)
+    decay: float = flag(
+        "Weight of a candidate for each better ranked one of its cluster, for --method cluster.",
+        0.5,
     )
     search_range: str = flag("Ranks to take from, first and one past the last.", "0-100")
     num_negatives: int = flag("Negatives per query.", 10)
@@ -115,11 +168,18 @@ class MineConfig(Config):
         "Likewise, in shares of that positive's cosine (of its size, where it is below 0).", None
     )
     combine: bool = flag("Keep the negatives a row has, before the mined ones.", False)
-    seed: int = flag("Of --method sample.", 42)
+    seed: int = flag("Of --method sample and cluster.", 42)
+    index_dir: str | None = flag(
+        "Directory for passage vectors, in fp16 on disk instead of in memory, and kept.", None
+    )
 
     def check(self) -> None:
-        check_names(self, "train_data", "corpus_data")
-        check_at_least(self, 1, "num_negatives")
+        check_names(self, "train_data", "corpus_data", "index_dir")
+        check_at_least(self, 1, "num_negatives", "clusters")
+        require(self, "decay", "in (0, 1]", 0 < self.decay <= 1)
+        for name in ("clusters", "decay"):
+            if name in self.changed() and self.method != "cluster":
+                raise InputError(f"--{name} is for --method cluster, not {self.method}")
         check_at_least(self, 0, "absolute_margin", "relative_margin")
         inside = self.max_score is None or -1 < self.max_score <= 1
         require(self, "max_score", "a cosine in (-1, 1]", inside)

@@ -52,6 +52,7 @@ class RetrievalSet:
             relevant documents that are not in the corpus: nothing can retrieve them.
         own: for each query the row of the document left out of its ranking, if there is one.
         query_ids, document_ids: their names; without, they are named by their row.
+        groups: of each query, where asked for.
         split: which of `splits` it is, of a BEIR directory.
         tally: what else the files held, and what of it was skipped.
     """
@@ -62,6 +63,7 @@ class RetrievalSet:
     own: list[int | None] | None = None
     query_ids: list[str] | None = None
     document_ids: list[str] | None = None
+    groups: list[str] | None = None
     split: str | None = None
     splits: tuple[str, ...] = ()
     tally: dict[str, int] = field(default_factory=dict)
@@ -85,6 +87,7 @@ def read_retrieval(
     *,
     split: str | None = None,
     keep_same_id: bool = False,
+    group_key: str | None = None,
 ) -> RetrievalSet:
     """Read queries, the corpus and which documents are relevant. Raises InputError.
 
@@ -95,11 +98,12 @@ def read_retrieval(
         corpus_data: rows of {"text"}; None with a BEIR directory, which has its own.
         split: of a BEIR directory; None: test, else dev, else the first by name.
         keep_same_id: a BEIR document with the query's own id is ranked like any other.
+        group_key: key of the row of a query, or of its metadata, whose value is its group.
     """
     if not isinstance(query_data, Rows) and Path(query_data).is_dir():
         if corpus_data is not None:
             raise InputError(f"{query_data}: a BEIR directory, so leave --corpus_data out")
-        return _read_beir(Path(query_data), split, keep_same_id)
+        return _read_beir(Path(query_data), split, keep_same_id, group_key)
     if corpus_data is None:
         raise InputError(f"{query_data}: needs --corpus_data, as it is no BEIR directory")
     if split is not None or keep_same_id:
@@ -107,11 +111,23 @@ def read_retrieval(
         raise InputError(f"{flag} needs a BEIR directory, but --query_data {query_data} is none")
     corpus = [document_text(row, where) for where, row in objects(corpus_data)]
     _check_corpus(corpus_data, corpus)
-    queries, grades = [], []
+    queries, grades, groups = [], [], []
     for where, row in objects(query_data):
         queries.append(text_at(row, "query", where))
+        groups.append(_group(row, group_key, where))
         grades.append(dict.fromkeys(_corpus_rows(row, len(corpus), where), 1))
-    return RetrievalSet(queries, corpus, grades)
+    return RetrievalSet(queries, corpus, grades, groups=groups if group_key is not None else None)
+
+
+def _group(row: dict, key: str | None, where: str) -> str:
+    """The value under `key`, in the row or in its metadata, as text."""
+    if key is None:
+        return ""
+    place = row if key in row else row.get("metadata")
+    found = value(place if isinstance(place, dict) else row, (key,), where)[1]
+    if not isinstance(found, str | int | float):
+        raise InputError(f'{where}: "{key}" must be a text or a number, got {shown(found)}')
+    return str(found)
 
 
 def _corpus_rows(row: dict, corpus_size: int, where: str) -> list[int]:
@@ -139,12 +155,14 @@ def _check_corpus(path: Path | Source, corpus: list[str]) -> None:
 # --- BEIR ---
 
 
-def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> RetrievalSet:
+def _read_beir(
+    directory: Path, split: str | None, keep_same_id: bool, group_key: str | None
+) -> RetrievalSet:
     splits = _splits(directory / "qrels")
     split = _chosen_split(directory / "qrels", list(splits), split)
     qrels = _read_qrels(splits[split])
     corpus_file, query_file = text_files(directory)
-    texts = _read_queries(query_file, qrels)
+    texts, groups = _read_queries(query_file, qrels, group_key)
     corpus = {key: document_text(row, where) for key, where, row in _rows_with_ids(corpus_file)}
     _check_corpus(corpus_file, list(corpus.values()))
 
@@ -175,6 +193,7 @@ def _read_beir(directory: Path, split: str | None, keep_same_id: bool) -> Retrie
         own=own,
         query_ids=measured,
         document_ids=list(corpus),
+        groups=None if group_key is None else [groups[query] for query in measured],
         split=split,
         splits=tuple(sorted(splits)),
         tally={
@@ -207,7 +226,7 @@ def read_judged(
         _warn(f"{directory} has {name} alone: its judgements are trained on")
     qrels = _read_qrels(splits[name])
     corpus_file, query_file = text_files(directory)
-    queries, wanted = _read_queries(query_file, qrels), _distinct(qrels.values())
+    (queries, _), wanted = _read_queries(query_file, qrels, None), _distinct(qrels.values())
     corpus = {
         key: document_text(row, where)
         for key, where, row in _rows_with_ids(corpus_file)
@@ -329,10 +348,15 @@ def _is_number(field: str) -> bool:
     return True
 
 
-def _read_queries(path: Path, wanted: dict[str, dict[str, int]]) -> dict[str, str]:
-    """{id: text} of the queries of a split; queries.jsonl holds those of every split."""
-    rows = _rows_with_ids(path)
-    return {key: text_at(row, "text", where) for key, where, row in rows if key in wanted}
+def _read_queries(
+    path: Path, wanted: dict[str, dict[str, int]], group_key: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """{id: text} and {id: group} of the queries of a split; queries.jsonl has those of every."""
+    texts, groups = {}, {}
+    for key, where, row in _rows_with_ids(path):
+        if key in wanted:
+            texts[key], groups[key] = text_at(row, "text", where), _group(row, group_key, where)
+    return texts, groups
 
 
 def _rows_with_ids(path: Path) -> Iterable[tuple[str, str, dict]]:

@@ -51,6 +51,11 @@ class TokenTable:
             self.ids[: self.offsets[count]], self.offsets[: count + 1], self.truncated
         )
 
+    def part(self, start: int, stop: int) -> "TokenTable":
+        """Its texts from `start` to before `stop`; how many of these were cut is not known."""
+        offsets = self.offsets[start : stop + 1]
+        return TokenTable(self.ids[offsets[0] : offsets[-1]], offsets - offsets[0], 0)
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each text, [n] int64."""

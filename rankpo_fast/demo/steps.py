@@ -166,6 +166,7 @@ class Demo:
 
     def train_with_mined_negatives(self) -> None:
         from rankpo_fast.data.rows import read_contrastive, write_jsonl
+        from rankpo_fast.retrieval.draw import Drawing
         from rankpo_fast.retrieval.mining import mine
 
         mined = mine(
@@ -174,7 +175,7 @@ class Demo:
             [talent.text for talent in self.world["train"].talents],
             search_range=MINING_RANGE,
             num_negatives=NEGATIVES_PER_JOB,
-            seed=self.seed,
+            drawing=Drawing(seed=self.seed),
             keep=True,
             max_tokens=MAX_TOKENS,
             progress=True,

@@ -4,6 +4,7 @@ S texts of a micro-batch, T tokens of all of them, L of the longest; D dims, n t
 """
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import open_to_umask
+from rankpo_fast.data.files import open_to_umask, tensor_bytes
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import (
     MicroBatch,
@@ -270,6 +271,15 @@ class Encoder(nn.Module):
             prefix=self.settings.passage_prefix,
             cache_dir=cache_dir,
         )
+
+    def digest(self) -> str:
+        """Hex digits that differ where vectors may: of the weights, the settings and the precision,
+        not of the tokenizer."""
+        digest = hashlib.sha256(f"{self.settings} bf16={self.bf16}".encode())
+        for name, tensor in self.backbone.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor_bytes(tensor))
+        return digest.hexdigest()[:16]
 
     def save(self, directory: str | Path) -> None:
         """Write a directory that `load_encoder`, transformers and sentence-transformers load; of an

@@ -4,11 +4,12 @@ Every distinct text has one vector, whatever number of documents and pairs it st
 the same text is decided by token ids, as the encoder gets them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,14 @@ from rankpo_fast.config import EvaluationConfig
 from rankpo_fast.data.retrieval import RetrievalSet, read_retrieval
 from rankpo_fast.data.rows import PreferenceRow, read_preferences
 from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE, Ranks
-from rankpo_fast.retrieval.metrics import alignment, retrieval_metrics
-from rankpo_fast.retrieval.ranking import Ranking, rank_documents
+from rankpo_fast.retrieval.metrics import alignment, query_metrics
+from rankpo_fast.retrieval.ranking import BELOW_ALL, Ranking, rank_documents, read_run
 from rankpo_fast.retrieval.report import table
+from rankpo_fast.retrieval.statistics import Sums, difference, intervals, p_values
 
 PAIRS_AT_ONCE = 4096
 
@@ -34,8 +37,11 @@ class EvaluationData:
     preferences: Sequence[PreferenceRow] = ()
 
 
-def read_evaluation_data(config: EvaluationConfig) -> EvaluationData:
-    """InputError names the file and line of what cannot be read."""
+def read_evaluation_data(config: EvaluationConfig, group_key: str | None = None) -> EvaluationData:
+    """`group_key`: of queries, see `read_retrieval`.
+
+    InputError names the file and line of what cannot be read.
+    """
     retrieval, preferences = None, []
     if config.query_data is not None:
         retrieval = read_retrieval(
@@ -43,10 +49,30 @@ def read_evaluation_data(config: EvaluationConfig) -> EvaluationData:
             config.corpus_data,
             split=config.split,
             keep_same_id=config.keep_same_id,
+            group_key=group_key,
         )
     if config.preference_data is not None:
         preferences = read_preferences(config.preference_data)
     return EvaluationData(retrieval, preferences)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Of B preference pairs."""
+
+    margins: np.ndarray  # [B] by how much more similar the chosen passage is
+    weights: np.ndarray  # [B]
+    query_of: np.ndarray  # [B] int64, which of the distinct queries
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two models."""
+
+    value: float
+    low: float  # of a 95 % interval by bootstrap over queries
+    high: float
+    p: float  # of a paired randomisation test, two-sided
 
 
 @dataclass(frozen=True)
@@ -58,14 +84,53 @@ class Evaluation:
         counts: of what they were taken of, "retrieval" and "preferences", as far as each was
             measured.
         rankings: of each query, to the last cutoff.
+        by_query: figures of retrieval of each query, by name, each [M].
+        similarities: cosines of queries with all their relevant documents ("positives"), and with
+            the best ranked that is not relevant ("hardest negatives").
+        pairs: what the alignment is taken of.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
+    by_query: dict[str, np.ndarray] = field(default_factory=dict)
+    similarities: dict[str, np.ndarray] = field(default_factory=dict)
+    pairs: Pairs | None = None
 
     def __str__(self) -> str:
         return table(self.figures, self.counts)
+
+    def intervals(self, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """Bounds of each figure by bootstrap over queries, 95 %."""
+        return {k: v for sums in self.sums() for k, v in intervals(sums, seed=seed).items()}
+
+    def against(self, other: "Evaluation", seed: int = 0) -> dict[str, Difference]:
+        """Of each figure, how far this one is from `other`, which was measured on the same data.
+
+        InputError where it was not.
+        """
+        found: dict[str, Difference] = {}
+        ours, theirs = self.sums(), other.sums()
+        if len(ours) != len(theirs):
+            raise InputError("models are compared on the same data, but these were not measured so")
+        for mine, of_other in zip(ours, theirs, strict=True):
+            change = difference(of_other, mine)
+            bounds, p = intervals(change, seed=seed), p_values(change, seed=seed)
+            for name, value in zip(change.names, change.figures.tolist(), strict=True):
+                found[name] = Difference(value, *bounds[name], p[name])
+        return found
+
+    def sums(self) -> list[Sums]:
+        """What the figures are ratios of, over queries: those of retrieval, then the alignment."""
+        sums = []
+        if self.by_query:
+            columns = np.stack([*self.by_query.values()], axis=1)
+            sums.append(Sums(tuple(self.by_query), columns, np.ones(len(columns))))
+        if self.pairs is not None:
+            weights, queries = self.pairs.weights, self.pairs.query_of
+            aligned = np.bincount(queries, weights * (self.pairs.margins > 0))
+            sums.append(Sums(("alignment",), aligned[:, None], np.bincount(queries, weights)))
+        return sums
 
 
 def measure(
@@ -106,7 +171,10 @@ def measure(
         return Evaluation()
     figures: dict[str, float] = {}
     counts: dict[str, dict[str, Any]] = {}
-    rankings = []
+    rankings: list[Ranking] = []
+    by_query: dict[str, np.ndarray] = {}
+    similarities: dict[str, np.ndarray] = {}
+    of_pairs = None
     if retrieval is not None:
         text_of = [passages.row_of.get(text) for text in retrieval.corpus]
         # The texts of the corpus come first among the passages.
@@ -120,11 +188,18 @@ def measure(
             retrieval.own,
             max(cutoffs),
         )
-        documents = [ranking.documents for ranking in rankings]
-        figures |= retrieval_metrics(documents, retrieval.grades, cutoffs, legacy=legacy)
-        counts["retrieval"] = dict(retrieval.counts)
-        if retrieval.split is not None:
-            counts["retrieval"] |= {"split": retrieval.split, "splits": list(retrieval.splits)}
+        by_query, counts["retrieval"] = _retrieved(rankings, retrieval, cutoffs, legacy)
+        figures |= {name: float(np.mean(values)) for name, values in by_query.items()}
+        relevant = [
+            (queries.row_of[query], text_of[document])
+            for query, grades in zip(retrieval.queries, retrieval.grades, strict=True)
+            for document in grades
+            if document < len(text_of) and text_of[document] is not None
+        ]
+        similarities = {
+            "positives": _cosines(query_vectors, passage_vectors, relevant),
+            "hardest negatives": _hardest(rankings, retrieval.grades),
+        }
     if preferences:
         rows = torch.stack([
             queries.rows([row.query for row in preferences]),
@@ -136,7 +211,53 @@ def measure(
         weights = torch.tensor([row.weight for row in preferences], dtype=torch.float32)
         figures["alignment"] = alignment(margins, weights)
         counts["preferences"] = {"pairs": len(preferences), "ties": int((margins == 0).sum())}
-    return Evaluation(figures, counts, rankings)
+        # By their strings, not tokens: so that two models, of whatever tokenizers, can be compared.
+        numbers = {query: n for n, query in enumerate(dict.fromkeys(r.query for r in preferences))}
+        query_of = np.array([numbers[row.query] for row in preferences])
+        of_pairs = Pairs(margins.double().numpy(), weights.double().numpy(), query_of)
+    return Evaluation(figures, counts, rankings, by_query, similarities, of_pairs)
+
+
+def measure_run(
+    path: Path, retrieval: RetrievalSet, cutoffs: Sequence[int], *, legacy: bool = False
+) -> Evaluation:
+    """Measure the rankings in a run file, without a model. InputError as of `read_run`."""
+    rankings = read_run(path, retrieval, max(cutoffs))
+    by_query, counts = _retrieved(rankings, retrieval, cutoffs, legacy)
+    figures = {name: float(np.mean(values)) for name, values in by_query.items()}
+    return Evaluation(figures, {"retrieval": counts}, rankings, by_query)
+
+
+def _retrieved(
+    rankings: Sequence[Ranking], retrieval: RetrievalSet, cutoffs: Sequence[int], legacy: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Figures of each query, and what they are taken of."""
+    documents = [ranking.documents for ranking in rankings]
+    by_query = query_metrics(documents, retrieval.grades, cutoffs, legacy=legacy)
+    counts: dict[str, Any] = dict(retrieval.counts)
+    if retrieval.split is not None:
+        counts |= {"split": retrieval.split, "splits": list(retrieval.splits)}
+    return by_query, counts
+
+
+def _cosines(
+    queries: Tensor, passages: Tensor, pairs: Sequence[tuple[int, int | None]]
+) -> np.ndarray:
+    """Of pairs of rows."""
+    rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    parts = [(queries[part[:, 0]] * passages[part[:, 1]]).sum(dim=1) for part in
+             rows.split(PAIRS_AT_ONCE)]  # fmt: skip
+    return torch.cat(parts).double().numpy() if parts else np.empty(0)
+
+
+def _hardest(rankings: Sequence[Ranking], grades: Sequence[Mapping[int, int]]) -> np.ndarray:
+    """The highest score of a document that is not relevant, of queries that have one retrieved."""
+    best = [
+        next((score for document, score in zip(*ranking, strict=True) if document not in relevant),
+             None)
+        for ranking, relevant in zip(rankings, grades, strict=True)
+    ]  # fmt: skip
+    return np.array([score for score in best if score is not None and score != BELOW_ALL])
 
 
 def evaluation_texts(

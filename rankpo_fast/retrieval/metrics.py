@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+NAMES = ("ndcg", "mrr", "recall")
+Figures = tuple[np.ndarray, np.ndarray, np.ndarray]  # nDCG, MRR and recall, each [M]
+
 
 def retrieval_metrics(
     rankings: Sequence[Sequence[int]],
@@ -26,7 +29,19 @@ def retrieval_metrics(
     *,
     legacy: bool = False,
 ) -> dict[str, float]:
-    """Means over the queries, under "ndcg@20", "mrr@20", "recall@20" for a cutoff of 20.
+    """The means of `query_metrics` over the queries."""
+    by_query = query_metrics(rankings, grades, cutoffs, legacy=legacy)
+    return {name: float(np.mean(values)) for name, values in by_query.items()}
+
+
+def query_metrics(
+    rankings: Sequence[Sequence[int]],
+    grades: Sequence[Mapping[int, int]],
+    cutoffs: Sequence[int],
+    *,
+    legacy: bool = False,
+) -> dict[str, np.ndarray]:
+    """Of each query [M], under "ndcg@20", "mrr@20", "recall@20" for a cutoff of 20.
 
     Args:
         rankings: for each query corpus rows, best first; a cutoff above their number counts what
@@ -38,10 +53,10 @@ def retrieval_metrics(
     assert len(rankings) == len(grades), (len(rankings), len(grades))
     assert all(grades), "a query without a relevant passage"
     measure = _legacy if legacy else _trec
-    metrics: dict[str, float] = {}
+    metrics: dict[str, np.ndarray] = {}
     for cutoff in cutoffs:
-        ndcg, mrr, recall = measure(rankings, grades, cutoff)
-        metrics |= {f"ndcg@{cutoff}": ndcg, f"mrr@{cutoff}": mrr, f"recall@{cutoff}": recall}
+        of_cutoff = zip(NAMES, measure(rankings, grades, cutoff), strict=True)
+        metrics |= {f"{name}@{cutoff}": values for name, values in of_cutoff}
     return metrics
 
 
@@ -59,7 +74,7 @@ def alignment(margins: Tensor, weights: Tensor | None = None) -> float:
 
 def _trec(
     rankings: Sequence[Sequence[int]], grades: Sequence[Mapping[int, int]], cutoff: int
-) -> tuple[float, float, float]:
+) -> Figures:
     import pytrec_eval
 
     judged = {
@@ -73,14 +88,15 @@ def _trec(
     }
     names = (f"ndcg_cut_{cutoff}", "recip_rank", f"recall_{cutoff}")
     evaluator = pytrec_eval.RelevanceEvaluator(judged, set(names))
-    rows = evaluator.evaluate(run).values()
-    ndcg, mrr, recall = (float(np.mean([row[name] for row in rows])) for name in names)
+    found = evaluator.evaluate(run)
+    rows = [found[str(query)] for query in range(len(rankings))]
+    ndcg, mrr, recall = (np.array([row[name] for row in rows]) for name in names)
     return ndcg, mrr, recall
 
 
 def _legacy(
     rankings: Sequence[Sequence[int]], grades: Sequence[Mapping[int, int]], cutoff: int
-) -> tuple[float, float, float]:
+) -> Figures:
     longest = max(map(len, rankings))
     hits = np.zeros((len(rankings), longest))  # [M, k]
     for row, ranking, of_query in zip(hits, rankings, grades, strict=True):
@@ -93,4 +109,4 @@ def _legacy(
     pairs = zip(rankings, grades, strict=True)
     wanted = np.array([max(1, min(cutoff, len(r), len(g))) for r, g in pairs])
     recall = hits[:, :cutoff].sum(axis=1) / wanted
-    return float(ndcg.mean()), float(reciprocal.mean()), float(recall.mean())
+    return ndcg, reciprocal, recall

@@ -6,7 +6,7 @@ queries that differ; s is the cosine of query and passage, in fp32.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE, Ranks
+from rankpo_fast.retrieval.draw import Drawing
+from rankpo_fast.retrieval.index import indexed
 from rankpo_fast.retrieval.search import search
 
 
@@ -56,7 +58,15 @@ class Limits:
         return ceilings
 
 
-NO_LIMITS = Limits()
+NO_LIMITS, SAMPLE = Limits(), Drawing()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of the mined negatives of a row, which are its last ones."""
+
+    ranks: list[int]  # as --search_range counts them, from 0
+    scores: list[float]  # cosines with the query
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,24 @@ class Mined:
     queries: int  # distinct ones
     candidates: int  # of all these queries
     dropped: dict[str, int]  # candidates by the first rule that left them out: "positives", ...
+    origins: list[Origin] = field(default_factory=list)  # of each row
+    method: str = ""
+    model: str = ""  # its digest
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows with their negatives, to train on: {"query", "positives", "negatives"}."""
+        """To train on: {"query", "positives", "negatives"}, and under "mined" where the last of the
+        negatives come from: ranks, scores, method, model."""
         return [
-            {"query": row.query, "positives": [*row.positives], "negatives": [*row.negatives]}
-            for row in self.examples
-        ]
+            {
+                "query": row.query,
+                "positives": [*row.positives],
+                "negatives": [*row.negatives],
+                "mined": {"method": self.method, "model": self.model, "ranks": origin.ranks,
+                          "scores": [round(score, 6) for score in origin.scores]},
+            }
+            for row, origin in zip(self.examples, self.origins, strict=True)
+        ]  # fmt: skip
 
     def summary(self) -> str:
         """What was searched and what was left out of it."""
@@ -96,12 +116,12 @@ def mine(
     *,
     search_range: tuple[int, int] = (0, 100),
     num_negatives: int = 10,
-    method: str = "sample",
+    drawing: Drawing = SAMPLE,
     limits: Limits = NO_LIMITS,
-    seed: int = 42,
     keep: bool = False,
     max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
+    index_dir: Path | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
 ) -> Mined:
@@ -114,18 +134,18 @@ def mine(
     none of the corpus texts.
 
     Args:
-        method: "topk" takes the best ranked candidates, "sample" draws them without repeats.
+        drawing: how negatives are chosen; a row's draw depends on the seed, its candidates and the
+            place of the row alone.
         limits: on the candidates' scores. Positives that the corpus lacks are encoded for it.
-        seed: of "sample"; a row's draw depends on it and on the place of the row alone.
         keep: put the mined ones, none of which repeats them, behind the negatives the row has.
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
+        index_dir: passage vectors lie there in fp16 instead of in memory in fp32.
         ranks: all encode, the first searches and has the rows, the others none.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens, or no row has a negative then.
     """
-    assert method in ("topk", "sample"), method
     first, last = search_range
     with ranks.first_ahead():
         texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
@@ -140,7 +160,14 @@ def mine(
 
     queries = encode(texts.queries, "queries", texts.query_of)
     count = texts.with_positives if limits.compare else len(texts.corpus)
-    passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    if index_dir is None:
+        passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+    else:
+        passages = indexed(
+            encoder, texts.passages.head(count), index_dir, max_tokens=max_tokens,
+            progress="encoding passages" if progress else None,
+            texts=first_of_each(texts.passage_of), ranks=ranks,
+        )  # fmt: skip
     if not ranks.first:
         return Mined([], len(texts.corpus), len(texts.queries), 0, {})
     searched = passages[: len(texts.corpus)]
@@ -149,10 +176,10 @@ def mine(
     lowest = np.full(len(queries), np.inf, np.float32)  # score of a positive
     if limits.compare:
         for query, ids in enumerate(texts.positives):
-            lowest[query] = (passages[list(ids)] @ queries[query]).min().item()
+            lowest[query] = (passages[list(ids)].float() @ queries[query]).min().item()
     left, dropped = _left(scores, found, texts, limits.ceilings(lowest))
 
-    mined, counts, positive_negatives = [], [], 0
+    mined, origins, positive_negatives = [], [], 0
     for number, row in enumerate(rows):
         query = texts.query_of[row.query]
         kept: dict[int, str] = {}
@@ -161,13 +188,15 @@ def mine(
                 positive_negatives += 1
             else:
                 kept.setdefault(texts.passage_of[text], text)
-        candidates = [id for id in found[query][left[query]].tolist() if id not in kept]
-        if method == "sample":
-            random = np.random.default_rng([seed, number])
-            candidates = [candidates[i] for i in random.permutation(len(candidates))]
-        new = [texts.corpus[id] for id in candidates[:num_negatives]]
-        mined.append(replace(row, negatives=(*kept.values(), *new)))
-        counts.append(len(new))
+        places = [i for i in left[query].nonzero()[0].tolist() if found[query][i] not in kept]
+        vectors = None
+        if drawing.method == "cluster":
+            vectors = searched[torch.from_numpy(found[query][places])].float().numpy()
+        order = drawing.order(vectors, len(places), number)[:num_negatives]
+        new = [places[i] for i in order]
+        negatives = [texts.corpus[found[query][i]] for i in new]
+        mined.append(replace(row, negatives=(*kept.values(), *negatives)))
+        origins.append(Origin([first + i for i in new], scores[query][new].tolist()))
     if positive_negatives:
         warnings.warn(
             f"{positive_negatives:,} negatives of the rows are positives of their query, or the "
@@ -177,8 +206,11 @@ def mine(
     where = f"ranks {first} to {last - 1} of {len(texts.corpus)} passages"
     if not any(row.negatives for row in mined):
         raise InputError(f"no row got a negative: {where} hold none that may be one")
-    _check_counts(counts, num_negatives, where)
-    return Mined(mined, len(texts.corpus), len(queries), found.size, dropped)
+    _check_counts([len(origin.ranks) for origin in origins], num_negatives, where)
+    return Mined(
+        mined, len(texts.corpus), len(queries), found.size, dropped, origins, drawing.method,
+        encoder.digest(),
+    )  # fmt: skip
 
 
 def searched_passages(rows: Sequence[ContrastiveRow], corpus_data: Source | None) -> list[str]:

@@ -4,6 +4,8 @@ Documents may share a text, have none, or be left out of the ranking of a query.
 documents of n distinct texts, D dims.
 """
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from rankpo_fast.data.files import whole_file
+from rankpo_fast.data.jsonl import lines, shown
+from rankpo_fast.data.retrieval import RetrievalSet
+from rankpo_fast.errors import InputError
 from rankpo_fast.retrieval.search import search
 
 BELOW_ALL = -2.0  # the score of a document without text: no cosine is below -1
@@ -81,3 +86,77 @@ def write_run(
             for rank, (document, score) in enumerate(zip(*ranking, strict=True), 1):
                 name = document if document_ids is None else document_ids[document]
                 file.write(f"{query} Q0 {name} {rank} {score:.9g} {RUN_NAME}\n")
+
+
+def read_run(path: Path, retrieval: RetrievalSet, k: int) -> list[Ranking]:
+    """The k best documents of each query of `retrieval`, as a run file of TREC's format has them:
+    by score, those of equal score by the rank column, which leaves a file of `write_run` as it was.
+
+    trec_eval orders equal scores by the documents' names instead; a warning counts the queries that
+    have some. It also counts what is left out: queries that are not measured, the documents of the
+    queries' own ids. Unknown documents keep their ranks and are relevant to nothing.
+
+    Raises:
+        InputError: a line that cannot be read, a document twice, or no query or document is known.
+    """
+    queries = _numbers(retrieval.query_ids, len(retrieval.queries))
+    documents = _numbers(retrieval.document_ids, len(retrieval.corpus))
+    found: list[dict[str, tuple[float, float]]] = [{} for _ in queries]
+    skipped: set[str] = set()
+    for where, line in lines(path):
+        query, document, rank, score = _run_line(line, where)
+        if query not in queries:
+            skipped.add(query)
+            continue
+        of_query = found[queries[query]]
+        if document in of_query:
+            raise InputError(f"{where}: document {shown(document)} stands twice for its query")
+        of_query[document] = (-score, rank)
+    if not any(found):
+        raise InputError(f"{path}: no line of a query that is measured ({len(queries):,} are)")
+    if all(document not in documents for of_query in found for document in of_query):
+        raise InputError(f"{path}: none of its documents is in the corpus")
+    own = retrieval.own or [None] * len(found)
+    rankings, unknown, tied, left_out = [], 0, 0, 0
+    for of_query, own_document in zip(found, own, strict=True):
+        ranking = Ranking([], [])
+        for document in sorted(of_query, key=of_query.__getitem__):
+            number = documents.get(document, -1 - unknown)
+            if number < 0:  # each its own, so that none counts as another
+                unknown += 1
+            elif number == own_document:
+                left_out += 1
+                continue
+            ranking.documents.append(number)
+            ranking.scores.append(-of_query[document][0])
+        tied += len({*ranking.scores}) < len(ranking.scores)
+        rankings.append(Ranking(ranking.documents[:k], ranking.scores[:k]))
+    for count, what in [
+        (len(skipped), "queries are none of those measured: skipped"),
+        (sum(not of_query for of_query in found), "queries that are measured have no line: all 0"),
+        (unknown, "documents are not in the corpus: they keep their ranks, relevant to nothing"),
+        (left_out, "documents with the id of their query are left out of its ranking"),
+        (tied, "queries have documents of equal scores: ordered by the rank column"),
+    ]:
+        if count:
+            warnings.warn(f"{path}: {count:,} {what}", stacklevel=2)
+    return rankings
+
+
+def _numbers(ids: Sequence[str] | None, count: int) -> dict[str, int]:
+    """Row numbers by the names that a run file has."""
+    names = map(str, range(count)) if ids is None else ids
+    return {name: number for number, name in enumerate(names)}
+
+
+def _run_line(line: str, where: str) -> tuple[str, str, float, float]:
+    """Query, document, rank and score."""
+    fields = line.split()
+    try:
+        query, _, document, rank, score = fields[:5]
+        numbers = float(rank), float(score)
+    except ValueError:
+        numbers = math.nan, math.nan
+    if len(fields) != 6 or not all(map(math.isfinite, numbers)):
+        raise InputError(f"{where}: must be query Q0 document rank score name, got {shown(line)}")
+    return query, document, *numbers

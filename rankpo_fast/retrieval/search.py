@@ -20,7 +20,7 @@ def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tup
 
     Args:
         queries: [M, D], finite; arrays will do.
-        corpus: [N, D], finite.
+        corpus: [N, D], finite; of another dtype, each chunk is brought to that of `queries`.
         chunk: rows of queries and of corpus to multiply at once.
 
     Returns:
@@ -36,7 +36,10 @@ def search(queries: Tensor, corpus: Tensor, k: int, *, chunk: int = 4096) -> tup
     if k < 1:
         raise InputError(f"k must be >= 1, got {k}", "k")
     for name, vectors in {"queries": queries, "corpus": corpus}.items():
-        if not vectors.sum().isfinite():  # NaN would rank first, or last, by its sign
+        # Part by part: a sum in fp16 overflows, and a corpus in a file is not to be copied.
+        if not all(
+            part.float().sum().isfinite() for part in vectors.split(chunk)
+        ):  # NaN would rank first, or last, by its sign
             raise InputError(f"{name} must be finite: some are NaN or inf", name)
     k = min(k, len(corpus))
     keys = torch.cat([_search(part, corpus, k, chunk) for part in queries.split(chunk)])
@@ -47,7 +50,7 @@ def _search(queries: Tensor, corpus: Tensor, k: int, chunk: int) -> Tensor:
     """The largest keys [chunk of M, k], the largest first."""
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start, part in zip(range(0, len(corpus), chunk), corpus.split(chunk), strict=True):
-        scores = queries @ part.to(queries.device).T  # [chunk of M, chunk of N]
+        scores = queries @ part.to(queries.device, queries.dtype).T  # [chunk of M, chunk of N]
         rows = torch.arange(start, start + len(part), device=queries.device)
         best = torch.cat([best, _keys(scores, rows)], dim=1)
         best = best.topk(min(k, best.shape[1]), dim=1).values

@@ -199,6 +199,8 @@ def test_shards_stay_as_the_tuned_model_has_them(base, tuned, tmp_path):
     made = merged(tmp_path, sharded, base=base, alpha=["1"])
     assert len(shards) > 1 and {path.name for path in made.glob("*.safetensors")} == shards
     assert torch.equal(vectors(made), vectors(tuned))
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    assert "total_size" not in index["metadata"]  # which was of the tuned model's dtype
 
 
 def test_a_base_with_a_head_is_read_as_the_transformer_in_it(base, tuned, tmp_path):

@@ -227,3 +227,11 @@ def test_encoding_goes_on_in_halves_where_memory_does_not_suffice(tiny_llama_dir
     monkeypatch.setattr(encoder, "states", at_most_three)
     torch.testing.assert_close(encode_texts(encoder, table), expected, rtol=0, atol=1e-5)
     assert sizes[0] == 13
+
+
+def test_models_are_compared_though_one_reads_queries_as_the_same(encoder, uncased_llama_dir):
+    uncased = load_encoder(EncoderConfig(str(uncased_llama_dir)), device=torch.device("cpu"))
+    pairs = [PreferenceRow(query, CORPUS[0], CORPUS[1], 1.0) for query in ("Nurse", "nurse", "x")]
+    one, two = (measure(e, preferences=pairs, max_tokens=64) for e in (encoder, uncased))
+    change = two.against(one)["alignment"]
+    assert change.value == pytest.approx(two.figures["alignment"] - one.figures["alignment"])

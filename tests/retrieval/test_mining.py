@@ -11,6 +11,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.retrieval import mining
+from rankpo_fast.retrieval.draw import Drawing
 from rankpo_fast.retrieval.mining import Limits
 
 CORPUS = [f"{title} in {place}" for title in ("nurse", "teacher", "cook") for place in "ABCDE"]
@@ -40,7 +41,9 @@ def mine(encoder, rows, corpus=CORPUS, **settings):
 
 
 def mine_all(encoder, rows, corpus=CORPUS, **settings):
-    return mining.mine(encoder, rows, corpus, max_tokens=64, **settings)
+    words = {key: settings.pop(key) for key in ("method", "seed", "clusters", "decay")
+             if key in settings}  # fmt: skip
+    return mining.mine(encoder, rows, corpus, max_tokens=64, drawing=Drawing(**words), **settings)
 
 
 def test_topk_takes_the_best_of_the_range_that_no_row_of_the_query_calls_positive(encoder, ranked):
@@ -137,6 +140,23 @@ def test_the_loss_of_mined_rows_can_fall_below_that_of_twins(uncased):
     [query] = encode_texts(uncased, uncased.tokenize_queries([QUERY]))
     floors = [math.log1p(math.exp(20 * (x - positive) @ query)) for x in (twin, negative)]
     assert floors[0] == pytest.approx(math.log(2)) and abs(floors[1] - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["topk", "sample", "cluster"])
+def test_rows_say_where_their_negatives_come_from(method, encoder, ranked, scores):
+    row = ContrastiveRow(QUERY, (ranked[3],), (ranked[0],))
+    found = mine_all(encoder, [row], search_range=(2, 9), num_negatives=4, method=method, keep=True)
+    [told] = found.rows
+    mined = told.pop("mined")
+    new = told["negatives"][1:]
+    assert [ranked[rank] for rank in mined["ranks"]] == new and len(new) == 4
+    assert mined["scores"] == pytest.approx([scores[text] for text in new], abs=1e-5)
+    assert mined["method"] == method and len(mined["model"]) == 16
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1
+        other = encoder.digest()
+        next(encoder.parameters())[0, 0] -= 1
+    assert other != mined["model"]
 
 
 # --- limits ---
