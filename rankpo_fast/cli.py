@@ -59,8 +59,8 @@ COMMANDS = {
         refusals.check_pairs,
     ),
     "annotate": Command(
-        "preferences, grades or rankings of language models, over OpenAI's protocol",
-        [configs.JudgeConfig, configs.AnnotateConfig],
+        "preferences, grades or rankings of language models, or of people on a page",
+        [configs.JudgeConfig, configs.PeopleConfig, configs.AnnotateConfig],
         refusals.check_annotate,
     ),
     "clicks": Command(

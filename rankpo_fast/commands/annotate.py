@@ -6,23 +6,36 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig
+from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PeopleConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.rows import write_jsonl
 from rankpo_fast.errors import InputError, QuestionsLeft
 from rankpo_fast.extras import EXTRAS, lacks
 from rankpo_fast.judge.asking import Outcome, ask
 from rankpo_fast.judge.batch import read_batch, write_batch
-from rankpo_fast.judge.consensus import agreement, answers_by_key, by_judges, results
+from rankpo_fast.judge.consensus import Said, agreement, answers_by_key, by_judges, results
 from rankpo_fast.judge.cost import Tokens
-from rankpo_fast.judge.journal import Journal
-from rankpo_fast.judge.questions import Item, Question, questions, read_items, verdict_in
+from rankpo_fast.judge.journal import Answer, Journal
+from rankpo_fast.judge.people import verdicts
+from rankpo_fast.judge.questions import (
+    OF_PAIRS,
+    Item,
+    Question,
+    questions,
+    read_items,
+    verdict_in,
+)
 from rankpo_fast.judge.report import as_text, judged_rows, report
 from rankpo_fast.judge.server import Judge, read_judges
-from rankpo_fast.judge.template import Prompt, default_prompt, read_prompt
+from rankpo_fast.judge.template import Prompt, default_prompt, read_prompt, read_text
+
+INSTRUCTIONS = (
+    "Which of the two answers the request better? Look for evidence in the texts: what was done, "
+    "and what of it the request asks for. Length and style do not count."
+)
 
 
-def run(judging: JudgeConfig, config: AnnotateConfig) -> None:
+def run(judging: JudgeConfig, people: PeopleConfig, config: AnnotateConfig) -> None:
     """Raises InputError for what the user can put right, most of it before a question is asked, and
     QuestionsLeft where some got no answer."""
     if config.write_prompt is not None:
@@ -31,6 +44,8 @@ def run(judging: JudgeConfig, config: AnnotateConfig) -> None:
         print(f"the prompt of --mode {config.mode} in {config.write_prompt}")
     elif config.report_on is not None:
         _report_on(config)
+    elif people.people:
+        _ask_people(people, config)
     else:
         _annotate(judging, config)
 
@@ -74,12 +89,43 @@ def _annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
                 f"{outcome.why}: {outcome.left.total():,} questions are left; all answers are in "
                 f"{journal.path}, and the same command goes on", 128 + outcome.came,
             )  # fmt: skip
-        _write(items, everything, journal, judges, outcome, config)
+        answers = answers_by_key(journal.answers, config.mode)
+        of_item: dict[str, list[Question]] = defaultdict(list)
+        for question in everything:
+            of_item[question.item.key].append(question)
+        said = [by_judges(of_item[item.key], answers, config) for item in items]
+        by_name = {judge.name: judge for judge in judges}
+        _write(items, said, journal.answers, by_name, outcome, config)
     if left := outcome.left.total():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in outcome.left.items())
         why = f" ({outcome.why})" if outcome.why else ""
         raise QuestionsLeft(f"{left:,} questions have no answer: {kinds}{why}; the same command "
                             f"asks them again", 1)  # fmt: skip
+
+
+def _ask_people(people: PeopleConfig, config: AnnotateConfig) -> None:
+    """Serve the page until it is stopped, then write what has been judged so far."""
+    from rankpo_fast.judge.page import serve_page
+
+    instructions = read_text("--prompt", config.prompt) if config.prompt else INSTRUCTIONS
+    assert config.pairs is not None  # of the settings' own check
+    items = read_items(config.pairs, "pair")
+    rows = [dict(zip(("query", *OF_PAIRS), (item.query, *item.passages), strict=True))
+            for item in items]  # fmt: skip
+    with Journal(config.journal_path, {"people": instructions}) as journal:
+        with serve_page(rows, journal, host=people.host, port=people.port,
+                        instructions=instructions) as server:  # fmt: skip
+            print(f"{len(items):,} pairs at {server.url}\nanswers are in {journal.path}; Ctrl-C "
+                  f"ends, and the same command goes on", flush=True)  # fmt: skip
+            server.serve_until(people.annotators)
+        said: dict[str, dict[str, Said]] = defaultdict(dict)
+        for answer in (answers := verdicts(journal.answers)):
+            verdict, sure = answer["preferred"], answer["confidence"]
+            state = "unparsed" if verdict is None else "verdict"  # None: skipped
+            said[answer["pair"]][answer["judge"]] = Said(state, verdict, sure)
+    names = {answer["judge"] for answer in answers}
+    judges = {name: Judge(name, name) for name in names}
+    _write(items, [said[item.key] for item in items], answers, judges, Outcome(), config)
 
 
 def _unit(config: AnnotateConfig) -> str:
@@ -128,15 +174,10 @@ def _say(outcome: Outcome) -> None:
 
 
 def _write(
-    items: Sequence[Item], everything: Sequence[Question], journal: Journal,
-    judges: Sequence[Judge], outcome: Outcome, config: AnnotateConfig,
+    items: Sequence[Item], said: Sequence[dict[str, Said]], answers: Sequence[Answer],
+    judges: dict[str, Judge], outcome: Outcome, config: AnnotateConfig,
 ) -> None:  # fmt: skip
     """The rows, the ties where they are wanted, and the report."""
-    answers = answers_by_key(journal.answers, config.mode)
-    of_item: dict[str, list[Question]] = defaultdict(list)
-    for question in everything:
-        of_item[question.item.key].append(question)
-    said = [by_judges(of_item[item.key], answers, config) for item in items]
     found = results(items, said, config)
     assert config.output is not None  # of the settings' own check
     write_jsonl(config.output, found.rows)
@@ -147,7 +188,7 @@ def _write(
         write_jsonl(config.ties_file, found.ties)
         print(f"{len(found.ties):,} ties in {config.ties_file}")
     figures = report(
-        config.mode, items, journal.answers, said, {judge.name: judge for judge in judges},
+        config.mode, items, answers, said, judges,
         agreement=agreement(said, config.mode), output=found.counts,
         troubles=dict(outcome.troubles), left=dict(outcome.left),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from rankpo_fast.config import (
     MineOutputConfig,
     ModelConfig,
     PairsConfig,
+    PeopleConfig,
     PlanConfig,
     ScoreConfig,
 )
@@ -101,7 +102,14 @@ def check_pairs(model: EncoderConfig, config: PairsConfig, compute: ComputeConfi
     check_output("--output_file", config.output_file, model, config)
 
 
-def check_annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
+OF_PEOPLE = {"pairs", "output", "prompt", "consensus", "ties_file", "journal", "report"}
+
+
+def check_annotate(judging: JudgeConfig, people: PeopleConfig, config: AnnotateConfig) -> None:
+    if people.people:
+        for name in [*judging.changed(), *config.changed()]:
+            if name not in OF_PEOPLE:
+                raise InputError(f"--{name} is not of --people: leave out one of them")
     if config.write_prompt is not None:
         check_output("--write_prompt", config.write_prompt, judging, config)
         return
@@ -114,6 +122,7 @@ def check_annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
         outputs |= {
             "--output": config.output, "--journal": config.journal_path,
             "--ties_file": config.ties_file, "--batch_out": config.batch_out,
+            "--journal's token": f"{config.journal_path}.token" if people.people else None,
         }  # fmt: skip
     given = {flag: path for flag, path in outputs.items() if path is not None}
     for flag, path in given.items():

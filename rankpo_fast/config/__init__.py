@@ -8,7 +8,7 @@ InputError naming flag and value.
 
 from rankpo_fast.config.clicks import ClicksConfig
 from rankpo_fast.config.compute import ComputeConfig, DeviceConfig
-from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PairsConfig
+from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PairsConfig, PeopleConfig
 from rankpo_fast.config.label import LabelConfig
 from rankpo_fast.config.losses import ContrastiveLossConfig, RankPOLossConfig
 from rankpo_fast.config.merge import MergeConfig
@@ -82,6 +82,7 @@ __all__ = [
     "MineOutputConfig",
     "ModelConfig",
     "PairsConfig",
+    "PeopleConfig",
     "PlanConfig",
     "RankPODataConfig",
     "RankPOLossConfig",

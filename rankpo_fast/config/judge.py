@@ -119,6 +119,28 @@ class JudgeConfig(Config):
 
 
 @dataclass(frozen=True)
+class PeopleConfig(Config):
+    """People as judges, on a page of this machine."""
+
+    _argument_group_name = "people"
+
+    people: bool = flag("Ask people, in place of models: serve the pairs on a page.", False)
+    host: str = flag("Where the page is served; another than this machine's own is warned of.",
+                     "127.0.0.1")  # fmt: skip
+    port: int = flag("Of the page; 0 takes a free one.", 8377)
+    annotators: int | None = flag(
+        "End once so many have judged every pair. [at Ctrl-C; the same command goes on]", None
+    )
+
+    def check(self) -> None:
+        check_names(self, "host")
+        require(self, "port", "in [0, 65535]", 0 <= self.port <= 65535)
+        check_at_least(self, 1, "annotators")
+        if not self.people and (others := [*self.changed()]):
+            raise InputError(f"--{others[0]} needs --people")
+
+
+@dataclass(frozen=True)
 class AnnotateConfig(Config):
     """What is judged, and what becomes of the answers."""
 
@@ -132,7 +154,9 @@ class AnnotateConfig(Config):
     mode: Mode = flag(
         "Which of two; a grade from 0 to 3 of each passage; or a ranking of a query's.", "pair"
     )
-    prompt: str | None = flag("Text file of the prompt. [the one of --write_prompt]", None)
+    prompt: str | None = flag(
+        "Text file of the prompt, or of what people are told. [the one of --write_prompt]", None
+    )
     orders: Literal["both", "one"] | None = flag(
         "Show the passages in both orders, or in the row's alone. [both; a grade has none]", None
     )

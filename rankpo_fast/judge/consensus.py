@@ -196,13 +196,13 @@ class Results:
 def results(
     items: Sequence[Item], said: Sequence[Mapping[str, Said]], config: AnnotateConfig
 ) -> Results:
-    """Rows of stage 2, or graded rows, of the items on which all judges were heard."""
+    """Rows of stage 2, or graded rows, of the items on which all who were asked were heard."""
     judges = len({name for one in said for name in one})
     way = config.consensus or ("bradley_terry" if judges > 1 else "majority")
     rows: list[dict[str, Any]] = []
     ties: list[dict[str, Any]] = []
     counts = {"rows": 0, "ties": 0, "without_verdict": 0, "open": 0}
-    is_open = [any(one.state == "open" for one in of_item.values()) for of_item in said]
+    is_open = [not one or any(x.state == "open" for x in one.values()) for one in said]
     counts["open"] = sum(is_open)
     whole = [i for i, waits in enumerate(is_open) if not waits]
     items, said = [items[i] for i in whole], [said[i] for i in whole]

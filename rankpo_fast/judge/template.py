@@ -52,14 +52,19 @@ def default_prompt(mode: Mode) -> str:
     return resources.files("rankpo_fast.judge").joinpath(f"prompts/{mode}.txt").read_text("utf-8")
 
 
+def read_text(flag: str, path: str) -> str:
+    """InputError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: {reason(error)}") from None
+
+
 def read_prompt(mode: Mode, path: str | None) -> Prompt:
     """The default, or the one in a file; InputError names the line of what cannot be filled in."""
     if path is None:
         return Prompt(mode, default_prompt(mode))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt {path}: {reason(error)}") from None
+    text = read_text("--prompt", path)
     known = (*NEEDED[mode], *OPTIONAL[mode])
     there_are = ", ".join(f"{{{name}}}" for name in known)
     for number, line in enumerate(text.splitlines(), 1):
