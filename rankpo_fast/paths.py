@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.data.files import temporary_name
 from rankpo_fast.data.memory import Source
 from rankpo_fast.errors import InputError, NotFiniteVectors
 
@@ -24,7 +25,7 @@ MODEL_FILES = (
     "*.safetensors.index.json", "token*.json", "vocab.*", "merges.txt", "*.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
-TEMPORARY = len(".") + len(".01234567.tmp")  # bytes that `whole_file` adds to a name
+TEMPORARY = len(temporary_name(Path("_")).name) + 8  # bytes that it adds to a name, at most
 
 
 def check_writable(flag: str, path: str | Path, *, directory: bool = False) -> None:

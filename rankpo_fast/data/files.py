@@ -1,13 +1,17 @@
 """Files that are either whole or not there: temporary file beside them, fsync, rename.
 
+A temporary name carries host and process, so that what a killed process left is known and goes.
 Tensors too: what safetensors raises over a full disk or a broken file becomes an OSError here.
 """
 
 import hashlib
 import os
+import re
 import secrets
+import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +24,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` when the block ends without an error.
 
     Missing parent directories are made. After an error `path` is as it was and the temporary
-    file is gone. OSError (no space, no permission) passes through.
+    file is gone; that of a process which was killed goes with the next one written in that
+    directory. OSError (no space, no permission) passes through.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sweep(path.parent)
+    temporary = temporary_name(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -35,6 +41,64 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     flush_to_disk(path.parent)  # the rename itself must reach the disk too
+
+
+# --- names of what is on its way in, or out ---
+
+_TEMPORARY = re.compile(r"\..*\.rankpo-([0-9a-f]{4})-([0-9a-f]{1,8})-[0-9a-f]{4}\.tmp", re.DOTALL)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process takes, and that tells whose it is."""
+    return path.with_name(
+        f".{path.name}.rankpo-{_host()}-{os.getpid():x}-{secrets.token_hex(2)}.tmp"
+    )
+
+
+def sweep(directory: Path) -> None:
+    """Remove what processes of this host that are gone left in `directory` under such names."""
+    with os.scandir(directory) as entries:
+        names = [match for entry in entries if (match := _TEMPORARY.fullmatch(entry.name))]
+    for match in names:
+        host, process = match.groups()
+        if host == _host() and not _lives(int(process, 16)):
+            with suppress(OSError):  # of another user's, say
+                remove(directory / match[0])
+
+
+def discard(path: Path) -> None:
+    """`remove`, after a rename: killed in between, nothing half deleted stands under the name."""
+    trash = temporary_name(path)
+    path.rename(trash)
+    remove(trash)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all in it; of a link the link alone. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Of the processes that one number can name: a container counts its own."""
+    counted = "/proc/self/ns/pid"
+    namespace = os.readlink(counted) if os.path.lexists(counted) else ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:4]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+# --- bytes and tensors ---
 
 
 def open_to_umask(folder: Path) -> None:

@@ -431,6 +431,41 @@ def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints
     assert checkpoints.newest(directory).step == 2
 
 
+@pytest.mark.parametrize("keep, left", [(1, "4"), (2, "1234"), (3, "1234")])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_no_good_checkpoint_is_deleted_for_a_bad_one(damage, keep, left, two_checkpoints):
+    """Of 1 to 4, 2 and 3 are damaged: what was damaged counts for nothing among those kept."""
+    directory, model, optimizer = two_checkpoints
+    checkpoints.save(directory, 3, model, optimizer, {}, 64)
+    for step in (2, 3):
+        damage(directory / f"step-0000000{step}")
+    checkpoints.save(directory, 4, model, optimizer, {}, 64, keep=keep)
+    there = "".join(sorted(path.name[-1] for path in directory.iterdir()))
+    assert there == left
+
+
+def test_a_run_that_goes_back_deletes_no_later_checkpoint(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    for step in (4, 5):
+        checkpoints.save(directory, step, model, optimizer, {}, 64)
+    checkpoints.save(directory, 3, model, optimizer, {}, 64, keep=1)
+    assert sorted(path.name[-1] for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_of_a_linked_checkpoint_the_link_alone_is_deleted(two_checkpoints, tmp_path_factory):
+    directory, model, optimizer = two_checkpoints
+    outside = tmp_path_factory.mktemp("outside") / "kept"
+    for step, again, keep in ((2, 2, None), (1, 3, 1)):  # written once more, and dropped
+        link = directory / f"step-0000000{step}"
+        kept = outside / str(step)
+        shutil.copytree(link, kept)
+        shutil.rmtree(link)
+        link.symlink_to(kept)
+        checkpoints.save(directory, again, model, optimizer, {}, 64, keep=keep)
+        assert len(list(kept.iterdir())) == 5
+    assert not any(path.is_symlink() for path in directory.iterdir())
+
+
 def test_later_ones_do_not_count_as_kept(two_checkpoints):
     """Of a run that went back, since they are broken: what it saves then is the newest."""
     directory, model, optimizer = two_checkpoints
