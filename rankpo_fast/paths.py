@@ -3,9 +3,10 @@
 What is read must not be written over: a path is known by where links lead, and a file by its inode.
 """
 
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,16 @@ def files_read(flag: str, name: str) -> list[Path]:
     """`name` itself, and of a directory the files in it that are read."""
     path = Path(os.path.expanduser(name))
     if flag in map(_flag, MODELS):
-        return [path, *(path / file for file in model_files(path))]
+        places = [path, *_bases(path)]
+        return [*places, *(place / file for place in places for file in model_files(place))]
     return [path, *path.glob("*"), *path.glob("*/*")]
+
+
+def _bases(directory: Path) -> Iterator[Path]:
+    """The directories of the models that an adapter there is for."""
+    for file in (*directory.glob("adapter_config.json"), *directory.glob("*/adapter_config.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            yield Path(json.loads(file.read_bytes())["base_model_name_or_path"])
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -55,6 +55,11 @@ def temporary_name(path: Path) -> Path:
     )
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of those."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
 def sweep(directory: Path) -> None:
     """Remove what processes of this host that are gone left in `directory` under such names."""
     with os.scandir(directory) as entries:
