@@ -109,7 +109,7 @@ def _lives(process: int) -> bool:
 def open_to_umask(folder: Path) -> None:
     """Give the safetensors files in `folder` the mode that the umask gives new files: the library
     lets nobody but their owner read them."""
-    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    probe = temporary_name(folder / "mode")
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()

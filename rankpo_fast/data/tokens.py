@@ -123,9 +123,28 @@ def tokenize(
         truncated = torch.tensor(table.truncated)
         return {"ids": table.ids, "offsets": table.offsets, "truncated": truncated}
 
+    def fits(kept: dict[str, Tensor]) -> bool:
+        return _is_table(kept, len(texts), max_length, max(tokenizer.get_vocab().values()))
+
     find_key = partial(_cache_key, texts, tokenizer, max_length, prefix)
-    kept = cached(cache_dir, "tokens", find_key, make)
+    kept = cached(cache_dir, "tokens", find_key, make, fits)
     return TokenTable(kept["ids"], kept["offsets"], int(kept["truncated"]))
+
+
+def _is_table(kept: dict[str, Tensor], texts: int, max_length: int, last_id: int) -> bool:
+    """Whether the tensors can be the table of so many texts: with others, a model would read memory
+    that is not its own."""
+    ids, offsets, cut = (kept.get(name) for name in ("ids", "offsets", "truncated"))
+    if ids is None or offsets is None or cut is None or len(kept) != 3:
+        return False
+    kinds = [(ids.dtype, ids.ndim), (offsets.dtype, tuple(offsets.shape)), (cut.dtype, cut.ndim)]
+    if kinds != [(torch.int32, 1), (torch.int64, (texts + 1,)), (torch.int64, 0)]:
+        return False
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or not 0 <= int(cut) <= texts:
+        return False
+    lengths, empty = offsets.diff(), texts == 0
+    in_limits = empty or 0 < int(lengths.min()) <= int(lengths.max()) <= max_length
+    return in_limits and (empty or 0 <= int(ids.min()) <= int(ids.max()) <= last_id)
 
 
 def _tokenize(

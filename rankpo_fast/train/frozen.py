@@ -47,6 +47,15 @@ def ask_frozen(
     return answer
 
 
+def are_cosines(kept: Mapping[str, Tensor], *, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether `kept` is one tensor of that name and shape, fp32, whose values are in [-1, 1] but
+    for rounding: similarities, or elements of vectors of length 1."""
+    tensor = kept.get(name)
+    if len(kept) != 1 or tensor is None or tensor.dtype != torch.float32:
+        return False
+    return tuple(tensor.shape) == shape and bool((tensor.abs() <= 1.001).all())
+
+
 def key_of(encoder: Encoder, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of what decides an encoder's vectors, and of `tensors`."""
     digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())

@@ -16,7 +16,7 @@ from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ops.rankpo import pair_similarities
-from rankpo_fast.train.frozen import ask_frozen, key_of
+from rankpo_fast.train.frozen import are_cosines, ask_frozen, key_of
 
 PAIRS_AT_ONCE = 4096
 
@@ -54,7 +54,8 @@ def reference_similarities(
 
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
     find_key = partial(key_of, encoder, tensors)
-    return cached(compute.cache_path, "reference", find_key, make)["similarities"]
+    fits = partial(are_cosines, name="similarities", shape=(2, len(data.query_ids)))
+    return cached(compute.cache_path, "reference", find_key, make, fits)["similarities"]
 
 
 def _pairs(texts: Texts, data: PreferenceData) -> Tensor:

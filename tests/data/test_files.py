@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from rankpo_fast.data.files import temporary_name, whole_file
+from rankpo_fast.data.files import save_tensors, temporary_name, whole_file
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -49,3 +50,14 @@ def test_after_an_error_the_file_is_as_it_was(tmp_path):
         temporary.write_text("half")
         raise OSError("full")
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"] and path.read_text() == "before"
+
+
+def test_tensors_are_readable_by_whom_the_umask_lets(tmp_path):
+    """safetensors alone lets nobody but their owner."""
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "kept.safetensors") as temporary:
+            save_tensors({"x": torch.ones(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "kept.safetensors").stat().st_mode & 0o777 == 0o640

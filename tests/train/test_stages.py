@@ -248,6 +248,20 @@ def test_reference_is_that_of_the_model_as_it_is(rankpo_task, tmp_path):
     assert not torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
 
 
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+def test_impossible_reference_is_computed_anew(value, rankpo_task, tmp_path, monkeypatch):
+    """Whatever its checksum."""
+    encoder, rankpo = rankpo_task()
+    texts, data = rankpo.texts, rankpo.data
+    with monkeypatch.context() as patches:
+        patches.setattr("rankpo_fast.train.reference.pair_similarities",
+                        lambda *_: torch.full((2, 24), value))  # fmt: skip
+        reference_similarities(encoder, texts, data, compute(tmp_path))
+    with pytest.warns(UserWarning, match="holds what cannot have been computed"):
+        found = reference_similarities(encoder, texts, data, compute(tmp_path))
+    assert float(found.abs().max()) <= 1.001
+
+
 def test_damaged_reference_is_computed_anew(rankpo_task, tmp_path):
     encoder, rankpo = rankpo_task()
     texts, data = rankpo.texts, rankpo.data
