@@ -154,11 +154,14 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
-    """Read a safetensors file; OSError where there is none, or it is not whole."""
-    from safetensors.torch import load_file
+    """Read a safetensors file; OSError where there is none, or it is not whole.
 
-    with disk_errors(path):
-        return load_file(path)
+    Nothing of it stays mapped: a deleted file would keep its room on the disk.
+    """
+    from safetensors import safe_open
+
+    with disk_errors(path), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def tensor_bytes(tensor: "Tensor") -> memoryview:

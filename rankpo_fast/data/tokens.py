@@ -8,7 +8,8 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLICE = 1024  # texts given to the tokenizer at once: enough for its threads, little to hold
+CHARACTERS = 2**19  # the same; a tokenizer takes some 200 bytes for each, whatever it cuts
+MOST_PER_TOKEN = 16  # characters that a token has on average, at most; those of words have 4
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 
 
@@ -152,11 +155,14 @@ def _tokenize(
 ) -> TokenTable:
     ids, truncated = [np.empty(0, np.int32)], 0
     lengths: list[int] = []
+    limit = max(CHARACTERS, MOST_PER_TOKEN * max_length)
+    _warn_of_long(texts, limit, max_length)
+    kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
     with progress("tokenising", len(texts), "text") as advance:
-        for start in range(0, len(texts), SLICE):
-            part = [prefix + text for text in texts[start : start + SLICE]]
+        for places in _slices(texts):
+            part = [prefix + texts[i][kept] for i in places]
             part_ids, part_truncated = _encode(part, tokenizer, max_length)
-            for number, tokens in enumerate(part_ids, start):
+            for number, tokens in zip(places, part_ids, strict=True):
                 if not tokens:
                     raise InputError(f"the tokenizer makes no token of the text {texts[number]!r}")
             lengths += map(len, part_ids)
@@ -165,6 +171,29 @@ def _tokenize(
             advance(len(part))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return TokenTable(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets), truncated)
+
+
+def _slices(texts: Sequence[str]) -> Iterator[range]:
+    """Places of texts, a few at a time, that together are not long; one alone may be."""
+    start = characters = 0
+    for end, text in enumerate(texts):
+        if end > start and (end - start == SLICE or characters + len(text) > CHARACTERS):
+            yield range(start, end)
+            start, characters = end, 0
+        characters += len(text)
+    if texts:
+        yield range(start, len(texts))
+
+
+def _warn_of_long(texts: Sequence[str], limit: int, max_length: int) -> None:
+    long = [text for text in texts if len(text) > limit]
+    if long:
+        warnings.warn(
+            f"{len(long):,} of {len(texts):,} texts have more than {limit:,} characters, the first "
+            f"{len(long[0]):,} ({long[0][:40]!r}...): they are cut there, before the tokenizer "
+            f"cuts to {max_length:,} tokens",
+            stacklevel=4,
+        )
 
 
 def _encode(

@@ -194,7 +194,7 @@ def read(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(
             path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a complete checkpoint ({error}); there should be {MANIFEST} and what it "
             f"names, as in OUTPUT_DIR/checkpoints/step-00000100"

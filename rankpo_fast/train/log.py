@@ -239,7 +239,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 damaged += 1
     if damaged:
         warnings.warn(f"{path}: dropped damaged lines, {damaged} of them", stacklevel=2)

@@ -220,7 +220,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """What we wrote; None where there is nothing of ours."""
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("program") != PROGRAM:
         return None
