@@ -21,7 +21,13 @@ from rankpo_fast import config as configs
 from rankpo_fast.commands import refusals
 from rankpo_fast.compatibility.checkpoints import command_lines
 from rankpo_fast.compatibility.names import meant_command
-from rankpo_fast.errors import InputError, NotFiniteVectors, RankLost, TrainingStopped
+from rankpo_fast.errors import (
+    InputError,
+    NotFiniteVectors,
+    RankLost,
+    TrainingStopped,
+    out_of_memory,
+)
 from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
@@ -114,6 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error, FAILED) if _is_first_rank() else FAILED
         except (OSError, RankLost) as error:
             return _fail(error, FAILED)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return _fail(f"out of memory: {str(error).partition('. Error code')[0]}", FAILED)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
 

@@ -45,6 +45,19 @@ class TrainingStopped(Exception):
         self.signal, self.step, self.exit_code = signal, step, 128 + signal
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, or on the host, for which torch has no error of its own."""
+    if isinstance(error, RuntimeError):
+        words = (
+            "can't allocate memory",
+            "not enough memory",
+            "bad_alloc",
+            "Cannot allocate memory",
+        )
+        return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
+    return isinstance(error, MemoryError)
+
+
 class RankLost(RuntimeError):
     """Another process of the run is gone, which has said why: this one cannot go on alone."""
 

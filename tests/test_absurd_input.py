@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-import rankpo_fast.commands.encode  # noqa: F401 - in the parent of all forks
+import rankpo_fast.commands.contrastive  # in the parent of all forks
+import rankpo_fast.commands.encode  # noqa: F401
 from rankpo_fast.model import load
 from support.bounded import Outcome, command
 
@@ -148,3 +151,63 @@ def test_weights_that_are_cut_later_end_no_process(model):
     maps = Path("/proc/self/maps").read_text()
     assert str(model) not in maps
     assert all(bool(p.isfinite().all()) for p in encoder.parameters())
+
+
+# --- nothing left: room on the disk, a place for temporary files, memory ---
+
+
+@pytest.fixture
+def train(model, tmp_path):
+    rows = tmp_path / "train.jsonl"
+    row = {"query": "a nurse", "positives": ["nurse"], "negatives": ["a cook"]}
+    rows.write_text("".join(json.dumps(row | {"query": f"a nurse {i}"}) + "\n" for i in range(8)))
+
+    def run(*flags, **options) -> Outcome:
+        return command(
+            *("contrastive", "--model_name_or_path", model, "--train_data", rows),
+            *("--output_dir", tmp_path / "out", "--no_cache", "true", "--device", "cpu"),
+            *("--max_steps", 2, "--save_steps", 1, "--num_negatives", 1, "--bf16", "false"),
+            *flags,
+            **options,
+        )
+
+    return run
+
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+
+def no_temporary_directory():
+    tempfile.tempdir = None
+    tempfile._candidate_tempdir_list = lambda: ["/nonexistent"]
+
+
+def test_a_full_disk_ends_training_in_one_line_and_no_half_model(train, tmp_path):
+    """Of files of more than 16 kB, as the weights and moments are, none can be written."""
+    outcome = train(before=limit)
+    assert outcome.code == 1 and "Traceback" not in outcome.said, outcome.said
+    assert "the checkpoint of step 1 could not be written" in outcome.said
+    assert outcome.complaint.startswith("rankpo-fast: error: ")
+    assert "File too large" in outcome.complaint
+    left = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert left == {"training.json", "metrics.jsonl", "checkpoints"}
+
+
+def test_without_a_temporary_directory_nothing_is_cached_and_said(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a nurse"}\n')
+    outcome = command(
+        *("encode", "--model_name_or_path", model, "--input", tmp_path / "rows.jsonl"),
+        *("--text_key", "text", "--output", tmp_path / "v.npy", "--cache_dir", tmp_path / "cache"),
+        *("--device", "cpu"),
+        before=no_temporary_directory,
+    )
+    assert outcome.code == 0 and "cannot be used (No usable temporary directory" in outcome.said
+
+
+def test_no_memory_ends_in_one_line(train, model, tmp_path):
+    config(vocab_size=10**11)(model)  # 12 TiB of weights
+    outcome = train("--from_scratch", "true")
+    assert outcome.code == 1 and "Traceback" not in outcome.said, outcome.said
+    assert outcome.complaint.startswith("rankpo-fast: error: out of memory: ")
+    assert not (tmp_path / "out").exists()

@@ -134,13 +134,16 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise as OSError, naming `path`, what safetensors raises inside over a disk or a file."""
+    """Raise as OSError, naming `path`, what safetensors and tokenizers raise inside over a disk or
+    a file: the second have no exception but Exception itself."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, SafetensorError):
+            raise
+        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def save_tensors(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.data.cache import cached
+from rankpo_fast.data.files import disk_errors
 from rankpo_fast.errors import InputError
 from rankpo_fast.progress import progress
 
@@ -229,7 +230,7 @@ def _add_tokenizer(digest: "hashlib._Hash", tokenizer: "PreTrainedTokenizerBase"
     import transformers
 
     _add(digest, f"{transformers.__version__} {tokenizers.__version__}".encode())
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, disk_errors(Path(directory)):
         tokenizer.save_pretrained(directory)
         for path in sorted(Path(directory).rglob("*")):
             if path.name == "tokenizer.json":  # holds what the last call asked for: not its nature

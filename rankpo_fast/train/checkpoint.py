@@ -95,15 +95,23 @@ def save(
     if not ranks.first and not parts:
         return target
     temporary = directory / f".{target.name}.tmp"
+    refused: str | None = None
     if ranks.first:
-        for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
-            remove(left)
-        for name in FOLDERS.values() if parts else [""]:
-            (temporary / name).mkdir(parents=True)
+        try:
+            for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
+                remove(left)
+            for name in FOLDERS.values() if parts else [""]:
+                (temporary / name).mkdir(parents=True)
+        except OSError as error:
+            refused = str(error)
+            shutil.rmtree(temporary, ignore_errors=True)
+    if parts:  # no rank is to wait for the parts of others
+        refused, *_ = ranks.objects(refused)
+    if refused is not None:
+        raise OSError(refused)
     try:
         manifest: dict[str, str] = {}
         if parts:
-            ranks.meet()  # the folders are there
             for name, folder in FOLDERS.items():
                 digests = save_parts(tensors[name], temporary / folder, ranks)
                 manifest |= {f"{folder}/{file}": digest for file, digest in digests.items()}

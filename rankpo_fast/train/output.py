@@ -19,7 +19,6 @@ from typing import Any
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import (
-    disk_errors,
     flush_to_disk,
     is_temporary,
     remove,
@@ -166,8 +165,7 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
     temporary = path / MODEL_ON_ITS_WAY
     remove(temporary)
     try:
-        with disk_errors(temporary):
-            encoder.save(temporary)
+        encoder.save(temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankpo_fast.errors import InputError
+from rankpo_fast.config import TrainingConfig
+from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.lock import held
+from rankpo_fast.train.schedule import SaveSchedule
 
 RECORD = {"stage": "rankpo", "settings": {}}
 FILES = ("1_Pooling/config.json", "model.safetensors", "config.json")
@@ -139,3 +142,65 @@ def test_reports_put_aside_by_a_run_that_was_killed_come_back(finished, monkeypa
     assert count > 1
     assert (finished / "tensorboard" / "earlier").exists()
     assert not (finished / ".reports.tmp").exists()
+
+
+# --- checkpoints that the disk refuses ---
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """refuse(steps, ...): the checkpoints of these find the disk full."""
+    real = checkpoints.save
+
+    def arm(*steps):
+        def save(directory, step, *args, **kwargs):
+            if step in steps:
+                raise OSError(28, "No space left on device")
+            return real(directory, step, *args, **kwargs)
+
+        monkeypatch.setattr(checkpoints, "save", save)
+
+    return arm
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_no_run(
+    refuse, tiny_llama_dir, run_stage, read_metrics, capsys
+):
+    refuse(2, 3)
+    path = run_stage("contrastive", tiny_llama_dir, "out", save_steps=1, max_steps=5)
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 2 could not be written ([Errno 28] No space" in said
+    lost = [line.get("steps_not_saved") for line in read_metrics(path)]
+    assert lost == [None, None, 2, 3, None]  # the line of a step precedes its checkpoint
+    assert said.count("NOT SAVED: the last ") == 2
+    assert checkpoints.newest(path / "checkpoints").step == 5
+
+
+def test_a_run_whose_last_checkpoint_is_missing_says_so_with_its_exit(
+    refuse, tiny_llama_dir, run_stage, tmp_path
+):
+    refuse(4)
+    with pytest.raises(OSError, match="checkpoint of step 4 could not .*; the model is saved"):
+        run_stage("contrastive", tiny_llama_dir, "out", save_steps=2, max_steps=4)
+    assert output.finished(tmp_path / "out")
+
+
+def test_a_stop_whose_checkpoint_fails_claims_nothing(
+    refuse, tiny_llama_dir, run_stage, stop_after
+):
+    refuse(2)
+    stop_after(2)
+    with pytest.raises(TrainingStopped, match="step 2, which is not saved: .*No space left"):
+        run_stage("contrastive", tiny_llama_dir, "out")
+
+
+def test_a_checkpoint_that_failed_is_tried_again_after_a_while(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rankpo_fast.train.schedule.time.monotonic", lambda: now[0])
+    saves = SaveSchedule(TrainingConfig(output_dir="out", save_steps=1000))
+    saves.failed()
+    assert not saves.due(1, ends_epoch=False, last=False)
+    now[0] = 61.0
+    assert saves.due(2, ends_epoch=False, last=False)
+    saves.saved()
+    assert not saves.due(3, ends_epoch=False, last=False)
