@@ -291,7 +291,7 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
     return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
 
 
-def _of_connection(error: RuntimeError) -> bool:
+def _of_connection(error: Exception) -> bool:
     """Whether torch.distributed raised it, of which gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 

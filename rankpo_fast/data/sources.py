@@ -79,7 +79,9 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
             raise InputError(f"{place(path)}: a damaged compressed file: {error}") from None
 
 
-def _unpacked(file: BufferedReader, name: str) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
+def _unpacked(
+    file: BufferedReader, name: str
+) -> tuple[IO[bytes] | gzip.GzipFile, tuple[type[Exception], ...]]:
     """What to read, and what reading it raises where it is damaged or cut off."""
     first = file.peek(len(ZSTD))
     if first.startswith(GZIP):

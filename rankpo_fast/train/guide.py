@@ -41,7 +41,7 @@ def guide_vectors(
             return {"vectors": vectors}
 
         ids = {"ids": texts.table.ids, "offsets": texts.table.offsets}
-        find_key = partial(key_of, encoder, ids)
+        find_key = partial(key_of, encoder, ids, compute.max_tokens_per_micro_batch)
         shape = (len(texts.table), encoder.dim)
         fits = partial(are_cosines, name="vectors", shape=shape)
         vectors = cached(compute.cache_path, "guide", find_key, make, fits)["vectors"]

@@ -1,7 +1,8 @@
 """What the frozen reference model thinks of each pair: two similarities, computed once and kept.
 
 They depend on the token ids of the texts (hence on data, tokenizer, prefixes and length limits), on
-the weights and on pooling and precision; a sha256 of all that names the file in the cache.
+the weights and on pooling and precision, and in their last bits on packing, kernel, budget, machine
+and versions; a sha256 of all that names the file in the cache.
 """
 
 from functools import partial
@@ -53,7 +54,7 @@ def reference_similarities(
         return {"similarities": similarities}
 
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
-    find_key = partial(key_of, encoder, tensors)
+    find_key = partial(key_of, encoder, tensors, compute.max_tokens_per_micro_batch)
     fits = partial(are_cosines, name="similarities", shape=(2, len(data.query_ids)))
     return cached(compute.cache_path, "reference", find_key, make, fits)["similarities"]
 

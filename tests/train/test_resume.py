@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.retrieval.evaluate import Evaluation
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.arithmetic import arithmetic
 from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.signals import StopSignal
@@ -137,11 +139,23 @@ def test_of_a_model_from_scratch_weights_do_not_matter(
 
 
 def test_another_arithmetic_is_said_and_goes_on(tiny_llama_dir, run_stage, stopped, monkeypatch):
-    """As where a cluster gives the run another kind of machine."""
+    """As where a cluster gives the run another kind of machine, or it was updated meanwhile."""
     stopped()
-    monkeypatch.setattr("rankpo_fast.train.resume._arithmetic", lambda device: "another machine")
-    with pytest.warns(UserWarning, match="is by another machine: .* not bit by bit"):
+    now = arithmetic(torch.device("cpu"))
+    other = {**now, "threads": "64", "torch": "3.0"}
+    monkeypatch.setattr("rankpo_fast.train.resume.arithmetic", lambda device: other)
+    expected = f"threads was {now['threads']}, is 64; torch was {now['torch']}, is 3.0: sums"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
         run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
+
+
+def test_all_that_changes_bits_is_recorded(tiny_llama_dir, run_stage, stopped, tmp_path):
+    stopped()
+    recorded = json.loads((tmp_path / "out/training.json").read_text())["settings"]["arithmetic"]
+    assert set(recorded) == {
+        "threads", "instruction set of torch", "losses", "native library", "torch",
+        "transformers", "rankpo-fast",
+    }  # fmt: skip
 
 
 def test_a_record_with_names_of_models_is_explained(tiny_llama_dir, run_stage, stopped, tmp_path):
