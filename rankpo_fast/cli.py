@@ -24,6 +24,7 @@ from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import (
     InputError,
     NotFiniteVectors,
+    NotSaved,
     RankLost,
     TrainingStopped,
     out_of_memory,
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return BAD_INPUT if error.copied else _fail(error, BAD_INPUT)
         except TrainingStopped as stop:  # which has been said
             return stop.exit_code
-        except FloatingPointError as error:  # which all ranks raise
+        except (FloatingPointError, NotSaved) as error:  # which all ranks raise
             return _fail(error, FAILED) if _is_first_rank() else FAILED
         except (OSError, RankLost) as error:
             return _fail(error, FAILED)

@@ -45,6 +45,10 @@ class TrainingStopped(Exception):
         self.signal, self.step, self.exit_code = signal, step, 128 + signal
 
 
+class NotSaved(OSError):
+    """The last checkpoint of a run could not be written, which all ranks raise; its model was."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: on a GPU, or on the host, for which torch has no error of its own."""
     if isinstance(error, RuntimeError):

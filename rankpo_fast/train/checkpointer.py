@@ -4,6 +4,7 @@ A disk that refuses one ends no run: it is said at once and in every line of the
 again, until one is written.
 """
 
+from rankpo_fast.errors import NotSaved
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
@@ -69,6 +70,6 @@ class Checkpointer:
         self._callbacks.checkpoint(step, path)
 
     def check(self) -> None:
-        """OSError where the last checkpoint was not written."""
+        """NotSaved where the last checkpoint was not written."""
         if self.trouble is not None:
-            raise OSError(f"{self.trouble}; the model is saved")
+            raise NotSaved(f"{self.trouble}; the model is saved")

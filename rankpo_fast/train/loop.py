@@ -56,7 +56,7 @@ def train(
 
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
-        OSError: the model could not be saved; or it was, but the last checkpoint could not be.
+        OSError: the model could not be saved; NotSaved: it was, but the last checkpoint could not.
         TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
         RankLost: another rank is gone; the last checkpoint is there.
     """
