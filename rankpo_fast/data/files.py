@@ -62,7 +62,8 @@ def is_temporary(name: str) -> bool:
 
 def sweep(directory: Path) -> None:
     """Remove what processes of this host that are gone left in `directory` under such names."""
-    with os.scandir(directory) as entries:
+    names = []
+    with suppress(PermissionError), os.scandir(directory) as entries:  # of one that is not listed
         names = [match for entry in entries if (match := _TEMPORARY.fullmatch(entry.name))]
     for match in names:
         host, process = match.groups()
