@@ -26,7 +26,7 @@ READY_DOCS := $(VENV)/.ready-docs
 READY := $(VENV)/.ready
 READY_LONG := $(VENV)/.ready-long
 
-.PHONY: help demo test test-all test-long test-isa lint docs wheel aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
+.PHONY: help demo test test-all test-long faults test-isa lint docs wheel aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
 
 help:  ## prints this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ test-all: test test-long test-isa  ## every test there is
 
 test-long: $(READY_LONG)  ## tests of compilers, of many processes and of long grids
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long
+
+faults: $(READY)  ## what goes wrong around a program: each fault, what it should end in, what it ends in
+	$(BIN)/python tests/faults.py
 
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
 	$(BIN)/python tests/support/instruction_sets.py -n $(JOBS) --dist worksteal

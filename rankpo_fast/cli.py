@@ -25,9 +25,11 @@ from rankpo_fast.compatibility.names import meant_command
 from rankpo_fast.errors import (
     InputError,
     NotFiniteVectors,
+    NotSaved,
     QuestionsLeft,
     RankLost,
     TrainingStopped,
+    out_of_memory,
 )
 from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
@@ -141,10 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return stop.exit_code
         except QuestionsLeft as left:
             return _fail(left, left.exit_code)
-        except FloatingPointError as error:  # which all ranks raise
+        except (FloatingPointError, NotSaved) as error:  # which all ranks raise
             return _fail(error, FAILED) if _is_first_rank() else FAILED
         except (OSError, RankLost) as error:
             return _fail(error, FAILED)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return _fail(f"out of memory: {str(error).partition('. Error code')[0]}", FAILED)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
 

@@ -57,6 +57,23 @@ class QuestionsLeft(Exception):
         self.exit_code = exit_code
 
 
+class NotSaved(OSError):
+    """The last checkpoint of a run could not be written, which all ranks raise; its model was."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, or on the host, for which torch has no error of its own."""
+    if isinstance(error, RuntimeError):
+        words = (
+            "can't allocate memory",
+            "not enough memory",
+            "bad_alloc",
+            "Cannot allocate memory",
+        )
+        return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
+    return isinstance(error, MemoryError)
+
+
 class RankLost(RuntimeError):
     """Another process of the run is gone, which has said why: this one cannot go on alone."""
 

@@ -3,12 +3,14 @@
 What is read must not be written over: a path is known by where links lead, and a file by its inode.
 """
 
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rankpo_fast.data.files import temporary_name
 from rankpo_fast.data.memory import Source
 from rankpo_fast.errors import InputError, NotFiniteVectors
 
@@ -29,7 +31,7 @@ MODEL_FILES = (
     "*.safetensors.index.json", "token*.json", "vocab.*", "merges.txt", "*.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
-TEMPORARY = len(".") + len(".01234567.tmp")  # bytes that `whole_file` adds to a name
+TEMPORARY = len(temporary_name(Path("_")).name) + 8  # bytes that it adds to a name, at most
 
 
 def check_writable(flag: str, path: str | Path, *, directory: bool = False) -> None:
@@ -124,8 +126,16 @@ def files_read(flag: str, name: str) -> list[Path]:
     """`name` itself, and of a directory the files in it that are read."""
     path = Path(os.path.expanduser(name))
     if flag in map(_flag, MODELS):
-        return [path, *(path / file for file in model_files(path))]
+        places = [path, *_bases(path)]
+        return [*places, *(place / file for place in places for file in model_files(place))]
     return [path, *path.glob("*"), *path.glob("*/*")]
+
+
+def _bases(directory: Path) -> Iterator[Path]:
+    """The directories of the models that an adapter there is for."""
+    for file in (*directory.glob("adapter_config.json"), *directory.glob("*/adapter_config.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            yield Path(json.loads(file.read_bytes())["base_model_name_or_path"])
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from rankpo_fast.config import ComputeConfig
-from rankpo_fast.errors import InputError, RankLost
+from rankpo_fast.errors import InputError, RankLost, out_of_memory
 from rankpo_fast.ops.ranks import gather_rows, sum_rows
 
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -197,7 +197,9 @@ class Ranks:
         failed = False
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             failed = True
         [anywhere] = self.highest([failed])
         if anywhere:
@@ -213,9 +215,15 @@ class Ranks:
         """
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
             if self.group is None:
                 raise
+            if not out_of_memory(error):
+                if not _of_connection(error):
+                    raise
+                raise RankLost(
+                    f"rank {self.rank} stops, since another is gone ({error})"
+                ) from error
             raise InputError(
                 f"out of memory on rank {self.rank} in a pass for which the others wait, so that "
                 f"the step cannot be done again with less; --resume goes on from the last "
@@ -223,10 +231,6 @@ class Ranks:
                 f"--gradient_checkpointing true, or train anew with a smaller "
                 f"--max_tokens_per_micro_batch"
             ) from error
-        except RuntimeError as error:
-            if self.group is None or not _of_connection(error):
-                raise
-            raise RankLost(f"rank {self.rank} stops, since another is gone ({error})") from error
 
     # --- a step ---
 
@@ -306,7 +310,7 @@ def _node() -> tuple[str, str]:
     return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
-def _of_connection(error: RuntimeError) -> bool:
+def _of_connection(error: Exception) -> bool:
     """Whether torch.distributed raised it, of which gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 

@@ -1,5 +1,6 @@
 """A path that cannot be written is refused by its flag, and asking leaves no trace."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -67,6 +68,17 @@ def test_output_over_what_is_read_is_refused_by_whatever_name(output, model, tmp
     )
     with pytest.raises(InputError, match=r"--output .* is also read \(--(model|train)"):
         check_output("--output", tmp_path / output, settings)
+
+
+@pytest.mark.parametrize("folder", [".", "0_Transformer"])
+def test_output_over_the_model_of_an_adapter_is_refused(folder, model, tmp_path):
+    place = tmp_path / "adapter" / folder
+    place.mkdir(parents=True)
+    (place / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    settings = SimpleNamespace(model_name_or_path=str(tmp_path / "adapter"))
+    for output in ("weights.safetensors", "model/config.json"):
+        with pytest.raises(InputError, match=r"--output .* is also read \(--model"):
+            check_output("--output", tmp_path / output, settings)
 
 
 def test_figures_may_lie_beside_the_model_they_are_of(model):

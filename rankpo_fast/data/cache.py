@@ -1,10 +1,13 @@
 """What need not be computed twice: tensors in files named by a sha256 of all they follow from.
 
 A cache saves time and decides nothing: where it cannot be read or written the run goes on without.
+Its checksums find damage, and whoever can write there can make them right: so what another user
+owns is not taken, and what is taken has to be possible.
 """
 
 import hashlib
 import os
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ def cached(
     kind: str,
     find_key: Callable[[], str],
     make: Callable[[], Tensors],
+    fits: Callable[[Tensors], bool] = lambda _: True,
 ) -> Tensors:
     """The tensors of `make()`, on the CPU: kept in `directory`, if any, and found again there.
 
@@ -34,13 +38,14 @@ def cached(
     Args:
         kind: begins the names of its files.
         find_key: gives a hexadecimal sha256 of all that the tensors follow from.
+        fits: whether tensors that were kept can be those of `make()`: shapes, and values in range.
     """
     if directory is None:
         return make()
     try:
         key = find_key()  # which may need room on the disk itself
         path = Path(directory) / f"{kind}-v{FORMAT}-{key[:32]}.safetensors"
-        tensors = _read(path, key)
+        tensors = _read(path, key, fits)
     except OSError as error:
         _say_once(str(directory), reason(error))
         return make()
@@ -68,20 +73,28 @@ def check_cache(compute: ComputeConfig) -> None:
         check_writable("--cache_dir", directory, directory=True)
 
 
-def _read(path: Path, key: str) -> Tensors | None:
-    """The tensors kept at `path`; None if there are none, or with a warning if they are damaged."""
+def _read(path: Path, key: str, fits: Callable[[Tensors], bool]) -> Tensors | None:
+    """The tensors kept at `path`; None if there are none, or with a warning if they are damaged.
+    Raises OSError, of what is no file of this user's too."""
     try:
-        path.stat()
+        there = path.stat()
+        if not stat.S_ISREG(there.st_mode):
+            raise OSError(f"{path.name} is no file")
+        if there.st_uid not in (os.geteuid(), 0):
+            raise OSError(f"{path.name} is another user's")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checksum = (file.metadata() or {}).get("sha256")
-        if checksum == _content_hash(key, tensors):
+        if checksum != _content_hash(key, tensors):
+            damage = "its checksum does not match"
+        elif not fits(tensors):
+            damage = "it holds what cannot have been computed"
+        else:
             return tensors
-        damage = "its checksum does not match"
     except FileNotFoundError:
         return None
-    except SafetensorError as error:
-        damage = str(error)
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        damage = str(error)  # LookupError and so on: a kind of numbers that torch does not have
     warnings.warn(f"{path}: damaged cache file, making it anew ({damage})", stacklevel=3)
     return None
 

@@ -1,5 +1,6 @@
 """Files, and directories, that are whole or not there: a temporary one beside them, fsync, rename.
 
+A temporary name carries host and process, so that what a killed process left is known and goes.
 Tensors too: what safetensors raises over a full disk or a broken file becomes an OSError here.
 """
 
@@ -9,8 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +25,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` when the block ends without an error.
 
     Missing parent directories are made. After an error `path` is as it was and the temporary
-    file is gone. OSError (no space, no permission) passes through.
+    file is gone; that of a process which was killed goes with the next one written in that
+    directory. OSError (no space, no permission) passes through.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sweep(path.parent)
+    temporary = temporary_name(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -49,7 +53,8 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sweep(path.parent)
+    temporary = temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -61,10 +66,74 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
+# --- names of what is on its way in, or out ---
+
+_TEMPORARY = re.compile(r"\..*\.rankpo-([0-9a-f]{4})-([0-9a-f]{1,8})-[0-9a-f]{4}\.tmp", re.DOTALL)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process takes, and that tells whose it is."""
+    return path.with_name(
+        f".{path.name}.rankpo-{_host()}-{os.getpid():x}-{secrets.token_hex(2)}.tmp"
+    )
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of those."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
+def sweep(directory: Path) -> None:
+    """Remove what processes of this host that are gone left in `directory` under such names."""
+    names = []
+    with suppress(PermissionError), os.scandir(directory) as entries:  # of one that is not listed
+        names = [match for entry in entries if (match := _TEMPORARY.fullmatch(entry.name))]
+    for match in names:
+        host, process = match.groups()
+        if host == _host() and not _lives(int(process, 16)):
+            with suppress(OSError):  # of another user's, say
+                remove(directory / match[0])
+
+
+def discard(path: Path) -> None:
+    """`remove`, after a rename: killed in between, nothing half deleted stands under the name."""
+    trash = temporary_name(path)
+    path.rename(trash)
+    remove(trash)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all in it; of a link the link alone. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Of the processes that one number can name: a container counts its own."""
+    counted = "/proc/self/ns/pid"
+    namespace = os.readlink(counted) if os.path.lexists(counted) else ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:4]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+# --- bytes and tensors ---
+
+
 def open_to_umask(folder: Path) -> None:
     """Give the safetensors files in `folder` the mode that the umask gives new files: the library
     lets nobody but their owner read them."""
-    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    probe = temporary_name(folder / "mode")
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
@@ -89,13 +158,16 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise as OSError, naming `path`, what safetensors raises inside over a disk or a file."""
+    """Raise as OSError, naming `path`, what safetensors and tokenizers raise inside over a disk or
+    a file: the second have no exception but Exception itself."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, SafetensorError):
+            raise
+        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def save_tensors(
@@ -148,11 +220,14 @@ def _bytes_of(kind: str) -> int:
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
-    """Read a safetensors file; OSError where there is none, or it is not whole."""
-    from safetensors.torch import load_file
+    """Read a safetensors file; OSError where there is none, or it is not whole.
 
-    with disk_errors(path):
-        return load_file(path)
+    Nothing of it stays mapped: a deleted file would keep its room on the disk.
+    """
+    from safetensors import safe_open
+
+    with disk_errors(path), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def tensor_bytes(tensor: "Tensor") -> memoryview:

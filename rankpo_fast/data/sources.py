@@ -13,16 +13,17 @@ import hashlib
 import json
 import os
 import re
+import select
 import shutil
 import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.errors import InputError
@@ -33,6 +34,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 FILE_NAME = re.compile(r".*\.(jsonl?|gz|zst|parquet|csv|tsv|txt)", re.IGNORECASE)
 ZSTD_WINDOW = 31  # log2 of the bytes looked back on: the most there is, what zstd --long=31 writes
 ROWS_AT_ONCE = 1000  # of a table
+PATIENCE = 0.5  # seconds for somebody to open a pipe at its other end
+LONGEST_LINE = 2**25  # bytes; no row is near it, but a file without line ends is one line
 
 
 def place(path: Path | Source) -> str:
@@ -66,14 +69,19 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
     with file:
         unpacked, damage = _unpacked(file, place(path))
         try:
-            yield from unpacked
+            for number, line in enumerate(iter(partial(unpacked.readline, LONGEST_LINE), b""), 1):
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    raise InputError(f"{place(path)}:{number}: a line of more than "
+                                     f"{LONGEST_LINE >> 20} MiB: every row stands on a line of its "
+                                     f"own (jq -c '.[]' writes them so)")  # fmt: skip
+                yield line
         except damage as error:
             raise InputError(f"{place(path)}: a damaged compressed file: {error}") from None
 
 
 def _unpacked(
     file: BufferedReader, name: str
-) -> tuple[Iterable[bytes], tuple[type[Exception], ...]]:
+) -> tuple[IO[bytes] | gzip.GzipFile, tuple[type[Exception], ...]]:
     """What to read, and what reading it raises where it is damaged or cut off."""
     first = file.peek(len(ZSTD))
     if first.startswith(GZIP):
@@ -119,10 +127,29 @@ def _kept(path: str) -> "tempfile._TemporaryFileWrapper[bytes]":
     if path == STANDARD_INPUT and sys.stdin is None:
         raise InputError(f"{name} is closed: give the name of a file")
     kept = tempfile.NamedTemporaryFile()  # noqa: SIM115 - deleted when the process ends
-    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as stream:
-        shutil.copyfileobj(stream, kept)
+    if path == STANDARD_INPUT:
+        shutil.copyfileobj(sys.stdin.buffer, kept)
+    else:
+        _copy_stream(path, kept)
     kept.flush()
     return kept
+
+
+def _copy_stream(path: str, kept: IO[bytes]) -> None:
+    """From a pipe that somebody writes into, or a terminal; InputError for what may have no end."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as stream:
+        pipe = stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+        if not pipe and not stream.isatty() and os.path.realpath(path) != os.devnull:
+            raise InputError(f"{path}: is a device, which may have no end: give a file or a pipe")
+        watched = select.poll()
+        watched.register(stream, select.POLLIN)
+        if pipe and not watched.poll(1000 * PATIENCE):
+            first = stream.read(1)  # None: there is a writer, that has written nothing yet
+            if first == b"":
+                raise InputError(f"{path}: is a pipe that nobody writes into")
+            kept.write(first or b"")
+        os.set_blocking(stream.fileno(), True)
+        shutil.copyfileobj(stream, kept)
 
 
 # --- tables ---

@@ -8,7 +8,8 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rankpo_fast.data.cache import cached
+from rankpo_fast.data.files import disk_errors
 from rankpo_fast.errors import InputError
 from rankpo_fast.progress import progress
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLICE = 1024  # texts given to the tokenizer at once: enough for its threads, little to hold
+CHARACTERS = 2**19  # the same; a tokenizer takes some 200 bytes for each, whatever it cuts
+MOST_PER_TOKEN = 16  # characters that a token has on average, at most; those of words have 4
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 
 
@@ -128,9 +132,28 @@ def tokenize(
         truncated = torch.tensor(table.truncated)
         return {"ids": table.ids, "offsets": table.offsets, "truncated": truncated}
 
+    def fits(kept: dict[str, Tensor]) -> bool:
+        return _is_table(kept, len(texts), max_length, max(tokenizer.get_vocab().values()))
+
     find_key = partial(_cache_key, texts, tokenizer, max_length, prefix)
-    kept = cached(cache_dir, "tokens", find_key, make)
+    kept = cached(cache_dir, "tokens", find_key, make, fits)
     return TokenTable(kept["ids"], kept["offsets"], int(kept["truncated"]))
+
+
+def _is_table(kept: dict[str, Tensor], texts: int, max_length: int, last_id: int) -> bool:
+    """Whether the tensors can be the table of so many texts: with others, a model would read memory
+    that is not its own."""
+    ids, offsets, cut = (kept.get(name) for name in ("ids", "offsets", "truncated"))
+    if ids is None or offsets is None or cut is None or len(kept) != 3:
+        return False
+    kinds = [(ids.dtype, ids.ndim), (offsets.dtype, tuple(offsets.shape)), (cut.dtype, cut.ndim)]
+    if kinds != [(torch.int32, 1), (torch.int64, (texts + 1,)), (torch.int64, 0)]:
+        return False
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or not 0 <= int(cut) <= texts:
+        return False
+    lengths, empty = offsets.diff(), texts == 0
+    in_limits = empty or 0 < int(lengths.min()) <= int(lengths.max()) <= max_length
+    return in_limits and (empty or 0 <= int(ids.min()) <= int(ids.max()) <= last_id)
 
 
 def _tokenize(
@@ -138,11 +161,14 @@ def _tokenize(
 ) -> TokenTable:
     ids, truncated = [np.empty(0, np.int32)], 0
     lengths: list[int] = []
+    limit = max(CHARACTERS, MOST_PER_TOKEN * max_length)
+    _warn_of_long(texts, limit, max_length)
+    kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
     with progress("tokenising", len(texts), "text") as advance:
-        for start in range(0, len(texts), SLICE):
-            part = [prefix + text for text in texts[start : start + SLICE]]
+        for places in _slices(texts):
+            part = [prefix + texts[i][kept] for i in places]
             part_ids, part_truncated = _encode(part, tokenizer, max_length)
-            for number, tokens in enumerate(part_ids, start):
+            for number, tokens in zip(places, part_ids, strict=True):
                 if not tokens:
                     raise InputError(f"the tokenizer makes no token of the text {texts[number]!r}")
             lengths += map(len, part_ids)
@@ -151,6 +177,29 @@ def _tokenize(
             advance(len(part))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return TokenTable(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(offsets), truncated)
+
+
+def _slices(texts: Sequence[str]) -> Iterator[range]:
+    """Places of texts, a few at a time, that together are not long; one alone may be."""
+    start = characters = 0
+    for end, text in enumerate(texts):
+        if end > start and (end - start == SLICE or characters + len(text) > CHARACTERS):
+            yield range(start, end)
+            start, characters = end, 0
+        characters += len(text)
+    if texts:
+        yield range(start, len(texts))
+
+
+def _warn_of_long(texts: Sequence[str], limit: int, max_length: int) -> None:
+    long = [text for text in texts if len(text) > limit]
+    if long:
+        warnings.warn(
+            f"{len(long):,} of {len(texts):,} texts have more than {limit:,} characters, the first "
+            f"{len(long[0]):,} ({long[0][:40]!r}...): they are cut there, before the tokenizer "
+            f"cuts to {max_length:,} tokens",
+            stacklevel=4,
+        )
 
 
 def _encode(
@@ -186,7 +235,7 @@ def _add_tokenizer(digest: "hashlib._Hash", tokenizer: "PreTrainedTokenizerBase"
     import transformers
 
     _add(digest, f"{transformers.__version__} {tokenizers.__version__}".encode())
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, disk_errors(Path(directory)):
         tokenizer.save_pretrained(directory)
         for path in sorted(Path(directory).rglob("*")):
             if path.name == "tokenizer.json":  # holds what the last call asked for: not its nature

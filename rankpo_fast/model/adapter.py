@@ -15,6 +15,7 @@ from safetensors import safe_open
 from rankpo_fast.config import ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.directories import (
+    blaming,
     check_config,
     check_weights,
     find_directory,
@@ -93,7 +94,8 @@ class Adapter:
     def _opened(self, backbone: "PreTrainedModel", *, trained: bool = False) -> "PeftModel":
         from peft import PeftModel, get_peft_model_state_dict
 
-        with safe_open(self.folder / WEIGHTS_FILE, "pt") as file:
+        path = self.folder / WEIGHTS_FILE
+        with blaming(str(path)), safe_open(path, "pt") as file:
             names = {re.sub(rf"({LENGTHS})\.weight$", r"\1", name) for name in file.keys()}  # noqa: SIM118 - no mapping
         # Those of a model with a head have one level more, the backbone's place in it.
         place, mapping = f"{backbone.base_model_prefix}.", None

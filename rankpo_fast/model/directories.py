@@ -11,11 +11,15 @@ import torch
 from safetensors import safe_open
 
 from rankpo_fast.errors import InputError
+from rankpo_fast.paths import model_files
 
 MODEL_FLAG = "--model_name_or_path"
 SMALL_FILES = ["*.json", "*.txt", "*.model", "README.md"]
 WEIGHT_FILES = [f"{place}{name}.safetensors"
                 for place in ("", "*/") for name in ("model*", "adapter_model")]  # fmt: skip
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+MOST_LAYERS = 2_000  # the deepest models have some hundred
+MOST_PER_NUMBER, SMALL = 16, 10**7  # packed weights have up to 16 to a number; parameters
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 OTHER_FORMATS = ["onnx/*", "openvino/*"]
 
@@ -33,6 +37,7 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
+        _check_ordinary(Path(path), flag)
         return Path(path)
     if os.path.exists(path):
         raise InputError(f"{flag} {name}: is a file, but a directory is needed")
@@ -49,10 +54,60 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
     return Path(copy)
 
 
+def _check_ordinary(directory: Path, flag: str) -> None:
+    """InputError for a pipe or a device among a model's files: reading it may never end."""
+    for file in model_files(directory):
+        path = directory / file
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{flag} {path}: is no ordinary file")
+
+
 def check_config(folder: Path, flag: str) -> None:
-    """Raise InputError unless there is a config.json."""
-    if not (folder / "config.json").is_file():
+    """Raise InputError unless there is a config.json, of a model that can be built in a moment."""
+    path = folder / "config.json"
+    if not path.is_file():
         raise InputError(f"{flag} {folder}: no config.json there, so this is no model directory")
+    with blaming(f"{flag} {path}"):
+        content = json.loads(path.read_bytes())
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    for part in (part for part in parts if isinstance(part, dict)):
+        for name, value in part.items():
+            if name in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+                raise InputError(f"{flag} {path}: {name} is {value:,}, and no model has more than "
+                                 f"{MOST_LAYERS:,} layers")  # fmt: skip
+
+
+def check_size(files: list[Path], parameters: int, flag: str) -> None:
+    """InputError where a config asks for far more parameters than `files` hold numbers, which
+    would be made before anybody compares shapes."""
+    there = 0
+    for path in files:
+        with blaming(f"{flag} {path}"), safe_open(path, "pt") as file:
+            slices = (file.get_slice(name) for name in file.keys())  # noqa: SIM118 - no mapping
+            there += sum(prod(part.get_shape()) for part in slices)
+    if parameters > MOST_PER_NUMBER * there + SMALL:
+        raise InputError(f"{flag} {files[0].parent}: config.json asks for {parameters:,} "
+                         f"parameters, but the weights there are {there:,}")  # fmt: skip
+
+
+def check_whole(files: list[Path], flag: str) -> None:
+    """InputError where a file is not as long as its header says: to read what is mapped and is no
+    longer there ends a process without a word."""
+    for path in files:
+        with blaming(f"{flag} {path}"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            actual, most = os.fstat(file.fileno()).st_size, 0
+            if length > actual - 8:
+                raise ValueError("is cut off in its header")
+            header = json.loads(file.read(length))
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    most = max(most, tensor["data_offsets"][1])
+            if actual != 8 + length + most:
+                raise ValueError(
+                    f"has {actual:,} bytes, but its header is for {8 + length + most:,}: cut off, "
+                    f"or still being written"
+                )
 
 
 def check_no_code(path: Path, kind: str, flag: str) -> None:
@@ -104,6 +159,8 @@ def check_weights(folder: Path, flag: str) -> list[Path]:
         raise InputError(f"{flag} {index}: weight_map must name the file of each tensor")
     shards = sorted(set(files.values()))
     for shard in shards:
+        if not shard.endswith(".safetensors"):  # which others would unpickle
+            raise InputError(f"{flag} {index}: the shard {shard!r} is no .safetensors file")
         if Path(shard).name != shard:
             raise InputError(f"{flag} {index}: the shard {shard!r} lies outside the directory")
         if not (folder / shard).is_file():
@@ -138,8 +195,8 @@ def blaming(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        known = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError,
-                 SafetensorError, StrictDataclassError)  # fmt: skip
+        known = (OSError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError,
+                 ImportError, RecursionError, SafetensorError, StrictDataclassError)  # fmt: skip
         # The tokenizers library raises Exception itself, whatever is wrong with its file.
         if type(error) is not Exception and not isinstance(error, known):
             raise

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankpo_fast.data.packing import one_token, pack
 from rankpo_fast.data.tokens import TokenTable
-from rankpo_fast.errors import NotFiniteVectors
+from rankpo_fast.errors import NotFiniteVectors, out_of_memory
 from rankpo_fast.model.check import broken_weights
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.progress import progress as shown
@@ -80,8 +80,8 @@ def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor, ranks: Ranks)
     for it and no rank waits for one pass."""
     try:
         return encoder(pack(table, text_ids))
-    except torch.OutOfMemoryError:
-        if len(text_ids) == 1 or ranks.lockstep:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(text_ids) == 1 or ranks.lockstep:
             raise
     torch.cuda.empty_cache()  # of blocks cut for the larger one
     return torch.cat([_encode(encoder, table, half, ranks) for half in text_ids.tensor_split(2)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import open_to_umask, tensor_bytes
+from rankpo_fast.data.files import disk_errors, open_to_umask, tensor_bytes
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import (
     MicroBatch,
@@ -292,13 +292,14 @@ class Encoder(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_backbone(self.backbone, directory, self.save_dtype)
-        self._save_reading(directory)
-        if self.lora is not None and self.lora.base is not None:
-            adapter = directory / FOLDER
-            save_adapter(self.backbone, adapter, self.lora)
-            self._save_reading(adapter, model_args(self.lora))
-            open_to_umask(adapter)
+        with disk_errors(directory):
+            save_backbone(self.backbone, directory, self.save_dtype)
+            self._save_reading(directory)
+            if self.lora is not None and self.lora.base is not None:
+                adapter = directory / FOLDER
+                save_adapter(self.backbone, adapter, self.lora)
+                self._save_reading(adapter, model_args(self.lora))
+                open_to_umask(adapter)
 
     def _save_reading(self, directory: Path, loading: dict[str, Any] | None = None) -> None:
         """The tokenizer, and what tells others how text becomes a vector."""

@@ -33,7 +33,9 @@ from rankpo_fast.model.directories import (
     blaming,
     check_config,
     check_no_code,
+    check_size,
     check_weights,
+    check_whole,
     find_directory,
     has_tokenizer,
     weights_dtype,
@@ -109,12 +111,15 @@ def load_encoder(
         directory = directory if has_settings(directory) else adapter.base_directory
     check_config(folder, MODEL_FLAG)
     files = [] if from_scratch else check_weights(folder, MODEL_FLAG)
+    check_whole(files, MODEL_FLAG)
     backbone_config = load_config(folder)
     if training is not None:
         reshape(backbone_config, training)
         if training.disable_dropout:
             drop_nothing(backbone_config)
     skeleton = _skeleton(backbone_config, config)
+    if files:
+        check_size(files, sum(p.numel() for p in skeleton.parameters()), MODEL_FLAG)
     if training is not None:
         check_bidirectional(skeleton, is_causal(skeleton), training)
     attention, kernels = _choose_attention(backbone_config, config, skeleton, device)
@@ -137,6 +142,8 @@ def load_encoder(
             backbone = _load_backbone(
                 folder, backbone_config, attention, storage, fewer=backbone_is_cut(training)
             )
+            _unmap(backbone)
+            check_whole(files, MODEL_FLAG)  # it may have been written over meanwhile
             check_vocabulary(tokenizer, backbone, tokenizer_flag(config))
         if adapter is not None and lora is not None:
             adapter.put_on(backbone, trained=True)
@@ -273,6 +280,14 @@ def _load_backbone(
     if not fewer:
         _check_surplus(folder, backbone, report["unexpected_keys"])
     return backbone
+
+
+def _unmap(backbone: "PreTrainedModel") -> None:
+    """Weights on the host leave the mapped file for memory of their own: whoever cuts that file
+    later would end this process."""
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _check_surplus(folder: Path, backbone: "PreTrainedModel", names: Iterable[str]) -> None:

@@ -179,7 +179,7 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: malformed JSON: {error}") from None
     if not isinstance(content, type(default)):
         raise InputError(f"{path}: must hold a JSON {type(default).__name__}")

@@ -10,10 +10,12 @@ Either kind is read by any number of ranks, whole or in parts.
 """
 
 import json
+import os
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,14 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 
 from rankpo_fast.data.files import (
+    discard,
     flush_to_disk,
     load_tensors,
     open_to_umask,
+    remove,
     save_tensors,
     sha256_of,
+    temporary_name,
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.ranks import ALONE, Ranks
@@ -78,8 +83,8 @@ def save(
     keep: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `directory/step-XXXXXXXX`, then drop all before it but the newest `keep`, of which it
-    is one; raises OSError.
+    """Write `directory/step-XXXXXXXX`, then drop what is older than the newest `keep` complete
+    ones, of which it is one; raises OSError, and then all are as they were.
 
     All ranks must call it; the first one writes, the others their parts of tensors.
     """
@@ -90,15 +95,23 @@ def save(
     if not ranks.first and not parts:
         return target
     temporary = directory / f".{target.name}.tmp"
+    refused: str | None = None
     if ranks.first:
-        for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(left, ignore_errors=True)
-        for name in FOLDERS.values() if parts else [""]:
-            (temporary / name).mkdir(parents=True)
+        try:
+            for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
+                remove(left)
+            for name in FOLDERS.values() if parts else [""]:
+                (temporary / name).mkdir(parents=True)
+        except OSError as error:
+            refused = str(error)
+            shutil.rmtree(temporary, ignore_errors=True)
+    if parts:  # no rank is to wait for the parts of others
+        refused, *_ = ranks.objects(refused)
+    if refused is not None:
+        raise OSError(refused)
     try:
         manifest: dict[str, str] = {}
         if parts:
-            ranks.meet()  # the folders are there
             for name, folder in FOLDERS.items():
                 digests = save_parts(tensors[name], temporary / folder, ranks)
                 manifest |= {f"{folder}/{file}": digest for file, digest in digests.items()}
@@ -123,19 +136,57 @@ def save(
         open_to_umask(temporary)
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)  # a broken one of the same step
-        temporary.rename(target)
+        old = temporary_name(target)
+        if os.path.lexists(target):  # of the same step: broken, or of a run that went back
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if os.path.lexists(old):
+                old.rename(target)
+            raise
+        remove(old)
         flush_to_disk(directory)
+        _verified[target] = _stamps(target, manifest)
     finally:
         if ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)
-    # Later ones are of a run that went back: broken, or the same again when their step comes.
-    done = [old for old in _steps(directory) if old.name <= target.name]
-    whole = [old for old in done if (old / MANIFEST).exists()]
-    for old in done:
-        if keep and old not in whole[-keep:]:
-            shutil.rmtree(old)
+    if keep:
+        _drop_older(directory, target, keep)
     return target
+
+
+def _drop_older(directory: Path, target: Path, keep: int) -> None:
+    """Those before the newest `keep` complete ones, of which `target` is one. Later ones are of a
+    run that went back: broken, or the same again when their step comes."""
+    complete = 1
+    for old in reversed([old for old in _steps(directory) if old.name < target.name]):
+        if complete < keep:
+            complete += _is_complete(old)
+            continue
+        try:
+            discard(old)
+        except OSError as error:
+            warnings.warn(f"{old} cannot be deleted: {error.strerror}", stacklevel=3)
+
+
+Stamps = dict[str, tuple[int, int, int]]  # of files: size, time, inode
+_verified: dict[Path, Stamps] = {}  # in this process: as they were when their sums were right
+
+
+def _stamps(path: Path, names: Iterable[str]) -> Stamps:
+    stats = {name: os.stat(path / name) for name in {*names, MANIFEST}}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether `read` takes it, which is asked again only once a file has changed."""
+    with suppress(InputError, OSError):
+        stamps = _verified.get(path)
+        if stamps is None or _stamps(path, stamps) != stamps:
+            read(path)
+        return True
+    return False
 
 
 def read(path: Path) -> Checkpoint:
@@ -151,7 +202,7 @@ def read(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(
             path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a complete checkpoint ({error}); there should be {MANIFEST} and what it "
             f"names, as in OUTPUT_DIR/checkpoints/step-00000100"
@@ -164,6 +215,7 @@ def read(path: Path) -> Checkpoint:
                 pass
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path / name}: cannot be read ({error})") from error
+    _verified[path] = _stamps(path, manifest)
     return checkpoint
 
 

@@ -15,6 +15,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.model.check import whole
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.train.arithmetic import arithmetic
 
 Answer = TypeVar("Answer")
 COMPUTING = ("attn_implementation", "packing", "bf16")  # settings that say nothing of texts
@@ -48,10 +49,25 @@ def ask_frozen(
     return answer
 
 
-def key_of(encoder: Encoder, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of what decides an encoder's vectors, and of `tensors`; all ranks must ask it of
-    weights that lie in parts."""
-    digest = hashlib.sha256(f"{encoder.settings.pooling} bf16={encoder.bf16}".encode())
+def are_cosines(kept: Mapping[str, Tensor], *, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether `kept` is one tensor of that name and shape, fp32, whose values are in [-1, 1] but
+    for rounding: similarities, or elements of vectors of length 1."""
+    tensor = kept.get(name)
+    if len(kept) != 1 or tensor is None or tensor.dtype != torch.float32:
+        return False
+    return tuple(tensor.shape) == shape and bool((tensor.abs() <= 1.001).all())
+
+
+def key_of(encoder: Encoder, tensors: Mapping[str, Tensor], max_tokens: int | None) -> str:
+    """sha256 of what decides an encoder's vectors to the last bit, and of `tensors`; all ranks
+    must ask it of weights that lie in parts.
+
+    Args:
+        max_tokens: of a micro-batch.
+    """
+    computing = (encoder.bf16, encoder.packed, encoder.attention, max_tokens)
+    said = [encoder.settings.pooling, *computing, *arithmetic(encoder.device).items()]
+    digest = hashlib.sha256(repr(said).encode())
     for name, tensor in {**tensors, **encoder.backbone.state_dict()}.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor_bytes(whole(tensor)))

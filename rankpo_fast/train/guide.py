@@ -15,7 +15,7 @@ from rankpo_fast.data.cache import cached
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
-from rankpo_fast.train.frozen import ask_frozen, key_of
+from rankpo_fast.train.frozen import are_cosines, ask_frozen, key_of
 
 FLAG = "--guide_model_name_or_path"
 
@@ -41,8 +41,10 @@ def guide_vectors(
             return {"vectors": vectors}
 
         ids = {"ids": texts.table.ids, "offsets": texts.table.offsets}
-        find_key = partial(key_of, encoder, ids)
-        vectors = cached(compute.cache_path, "guide", find_key, make)["vectors"]
+        find_key = partial(key_of, encoder, ids, compute.max_tokens_per_micro_batch)
+        shape = (len(texts.table), encoder.dim)
+        fits = partial(are_cosines, name="vectors", shape=shape)
+        vectors = cached(compute.cache_path, "guide", find_key, make, fits)["vectors"]
         return vectors[texts.query_rows], vectors[texts.passage_rows]
 
     return ask_frozen(FLAG, name, model, device, ask, alike=False)

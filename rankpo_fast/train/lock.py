@@ -66,7 +66,7 @@ class _File:
     """An open file that no other program and no fork of this one inherits: it would hold on."""
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._open = True
         os.register_at_fork(after_in_child=self.close)
 

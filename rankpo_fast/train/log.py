@@ -60,6 +60,7 @@ class MetricsLog:
         self._means = _Means()  # since the last line
         self._last_read = 0.0
         self._last: _Read | None = None
+        self.unsaved_since: int | None = None  # the last step that is safe, where saving fails
 
     def __enter__(self) -> "MetricsLog":
         if not self._silent:
@@ -110,6 +111,7 @@ class MetricsLog:
         memory, speed = peak_memory(), metrics.tokens / seconds
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.4f}, {speed:,.0f} tok/s, {memory / 2**30:.1f} GiB"
+            f"{self._warning(step)}"
         )
         self._bar.update()
         self._began = metrics.began if self._began is None else self._began
@@ -137,7 +139,13 @@ class MetricsLog:
             "tokens_per_second": self._means.tokens / self._means.seconds,
             "queries_per_second": self._means.queries / self._means.seconds,
             "peak_memory_bytes": peak_memory(),
+            **self._unsaved(last.step),
         }
+
+    def _unsaved(self, step: int) -> dict[str, float]:
+        """How many steps would be lost, in every line for as long as checkpoints fail."""
+        since = self.unsaved_since
+        return {} if since is None else {"steps_not_saved": float(step - since)}
 
     def _print(self, step: int, line: Mapping[str, float], seconds: float) -> None:
         """What the bar would show, and of the steps since the last line of metrics.jsonl.
@@ -151,8 +159,12 @@ class MetricsLog:
             f"step {step:,} of {self.total_steps:,}: loss {line['loss']:.4f}"
             f"{f' (mean of {many} steps)' if many > 1 else ''}, rate {line['learning_rate']:.2e}, "
             f"{line['tokens_per_second']:,.0f} tok/s, {line['peak_memory_bytes'] / 2**30:.1f} GiB, "
-            f"{duration(left)} left"
+            f"{duration(left)} left{self._warning(step)}"
         )
+
+    def _warning(self, step: int) -> str:
+        lost = self._unsaved(step).get("steps_not_saved")
+        return "" if lost is None else f"; NOT SAVED: the last {lost:,.0f} steps"
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -239,7 +251,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 damaged += 1
     if damaged:
         warnings.warn(f"{path}: dropped damaged lines, {damaged} of them", stacklevel=2)

@@ -56,6 +56,7 @@ def train(
 
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
+        OSError: the model could not be saved; NotSaved: it was, but the last checkpoint could not.
         TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
         RankLost: another rank is gone; the last checkpoint is there.
     """
@@ -108,6 +109,8 @@ def train(
             if agreed.stop is not None:
                 checkpointer.save(done)
                 said = f" after step {done}, which is saved; --resume continues"
+                if checkpointer.trouble is not None:
+                    said = f" after step {done}, which is not saved: {checkpointer.trouble}"
                 raise _stopped(log, agreed.stop, done, said)
             if agreed.end:
                 log.say(f"step {done} is the last: a callback asked for the end")
@@ -115,6 +118,7 @@ def train(
         log.finish()
         measured = figures if measured_at == done else None
         _finish(run, encoder, about, log, signals, done, measured, engine)
+    checkpointer.check()
     encoder.name = str(run.path)
     return TrainingResult.of(run.path, None if ranks.lockstep else encoder)
 

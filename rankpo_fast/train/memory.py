@@ -25,7 +25,7 @@ import torch
 
 from rankpo_fast.data.packing import MicroBatch, default_budget, pack
 from rankpo_fast.data.tokens import TokenTable
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, out_of_memory
 from rankpo_fast.model.check import lies_in_parts, selective_is_exact
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
@@ -191,7 +191,9 @@ def checkpoint_more(encoder: Encoder) -> Checkpointing | None:
     if not parts and not layers.checkpointed and layers.why_not_selective() is None:
         try:
             way = "selective" if selective_is_exact(encoder) else True
-        except torch.OutOfMemoryError:  # with a few tokens: no text would fit
+        except (RuntimeError, MemoryError) as error:  # with a few tokens: no text would fit
+            if not out_of_memory(error):
+                raise
             release(encoder.device)
     layers.checkpoint(way)
     return way
@@ -380,7 +382,9 @@ def _try(encoder: Encoder, table: TokenTable, max_tokens: int, meter: Meter) -> 
             if meter.warns or (isinstance(meter, Agreed) and meter.counts_backward):
                 vectors.backward(torch.zeros_like(vectors))
             return _Trial(max_tokens, sum(batch.lengths), graph, meter.peak(), host)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         return None
 
 

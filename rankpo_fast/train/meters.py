@@ -6,6 +6,7 @@ watched, and what is free is the least that the machine and the groups around th
 
 import gc
 import os
+import resource
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,7 +172,19 @@ def host_free_bytes(root: Path = Path("/")) -> int:
     if not meminfo.exists():  # macOS does not tell what is free of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = 1024 * _numbers(meminfo)["MemAvailable:"]
-    return max(0, min([machine, *_free_in_groups(root)]))
+    return max(0, min([machine, *_free_in_groups(root), *_free_in_limits(root)]))
+
+
+def _free_in_limits(root: Path) -> list[int]:
+    """Of the limits of the process (ulimit -v, ulimit -d) that are set."""
+    free = []
+    status = root / "proc/self/status"
+    for limit, name in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most, _ = resource.getrlimit(limit)
+        for line in status.read_text().splitlines() if status.exists() else []:
+            if most != resource.RLIM_INFINITY and line.startswith(name):
+                free.append(most - 1024 * int(line.split()[1]))
+    return free
 
 
 # Of versions 1 and 2: where the groups of memory are, and the names of three files.

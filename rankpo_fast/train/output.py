@@ -5,7 +5,8 @@
 
 While a run is there, it holds the directory by a lock (train/lock.py).
 training.json makes a directory ours and lists the model's files; config.json is the last of them to
-arrive, so that a directory without it holds no finished model. Nothing else there is ever touched.
+arrive, so that a directory without it holds no finished model. Nothing else there is ever touched,
+and nothing outside: of a link there the link alone goes, and none is followed.
 """
 
 import json
@@ -17,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast.config import TrainingConfig
-from rankpo_fast.data.files import disk_errors, flush_to_disk, whole_file
+from rankpo_fast.data.files import (
+    flush_to_disk,
+    is_temporary,
+    remove,
+    whole_file,
+)
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
@@ -27,6 +33,7 @@ from rankpo_fast.train.reporters import About, Reporters, chosen
 from rankpo_fast.train.run import Run
 
 RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tmp"
+TRASH = ".rankpo-fast.trash"
 REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
 CARD = "README.md"  # one of the model's files
 METRICS = "metrics.jsonl"
@@ -49,7 +56,7 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
         ):
             raise InputError(f"{flag} {name} lies in --output_dir {path}: choose another")
     there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    there = [name for name in there if not name.startswith(LOCK)]
+    there = [name for name in there if not (name.startswith((LOCK, TRASH)) or is_temporary(name))]
     if there and read_record(path) is None:
         damaged = f", or a run whose {RECORD} is damaged" if RECORD in there else ""
         raise InputError(
@@ -61,6 +68,12 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
         raise InputError(
             f"--output_dir {path} holds {state} run: choose another, or --overwrite_output_dir"
         )
+    for name in (*WRITTEN_WHILE_TRAINING, *REPORTS):
+        if resume and (path / name).is_symlink():
+            raise InputError(
+                f"--resume: {path / name} is a link to {(path / name).readlink()}, and a run "
+                f"writes nothing outside --output_dir: put there what it leads to"
+            )
 
 
 @contextmanager
@@ -112,6 +125,7 @@ def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     if overwrite and earlier is not None:
         _clear(path, earlier)
     path.mkdir(parents=True, exist_ok=True)
+    remove(path / TRASH)  # of a run that was killed while it cleared
     _write_record(path, {"program": PROGRAM, **record, "model_files": []})
 
 
@@ -119,31 +133,39 @@ def start(path: Path, record: dict[str, Any], *, overwrite: bool) -> None:
 def reports_aside(path: Path, *, overwrite: bool) -> Iterator[None]:
     """Inside, reporters start. `overwrite` puts the folders that an earlier run's had aside, for
     `start` to delete; after an exception they are back, and what was begun is gone."""
-    aside, there = path / REPORTS_ASIDE, {name for name in REPORTS if (path / name).exists()}
+    aside = path / REPORTS_ASIDE
+    _put_back(aside)  # of a run that was killed in here
+    there = {name for name in REPORTS if os.path.lexists(path / name)}
     if overwrite and read_record(path) is not None:
-        aside.mkdir(exist_ok=True)
+        aside.mkdir()
         for name in there:
             (path / name).rename(aside / name)
     try:
         yield
     except BaseException:
         for name in REPORTS:
-            if (aside / name).exists() or name not in there:
-                shutil.rmtree(path / name, ignore_errors=True)
-        if aside.exists():
-            for old in aside.iterdir():
-                old.rename(path / old.name)
-            aside.rmdir()
+            if name not in there:
+                remove(path / name)
+        _put_back(aside)
         raise
+
+
+def _put_back(aside: Path) -> None:
+    """What lies aside, in the place of what came there since."""
+    if aside.is_symlink() or not aside.is_dir():
+        return
+    for old in aside.iterdir():
+        remove(aside.parent / old.name)
+        old.rename(aside.parent / old.name)
+    aside.rmdir()
 
 
 def save_model(path: Path, encoder: Encoder, card: str) -> None:
     """Save beside the place, then move file by file. After an OSError no half model is there."""
     temporary = path / MODEL_ON_ITS_WAY
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     try:
-        with disk_errors(temporary):
-            encoder.save(temporary)
+        encoder.save(temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
@@ -153,6 +175,8 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         _write_record(path, {**(read_record(path) or {}), "model_files": of_model})
         (path / LAST_FILE).unlink(missing_ok=True)  # of a model that had lost another file
         for folder in folders:
+            if (path / folder).is_symlink():
+                (path / folder).unlink()
             (path / folder).mkdir(parents=True, exist_ok=True)
         for file in files:
             flush_to_disk(temporary / file)
@@ -169,27 +193,32 @@ def write_card(path: Path, card: str) -> None:
 
 
 def _clear(path: Path, record: dict[str, Any]) -> None:
-    """config.json goes first, training.json last: what is half cleared is no model, but ours."""
+    """config.json goes first, and training.json stays: what is half cleared is no model, but ours.
+    Everything loses its name before anything is deleted."""
     model_files = [Path(name) for name in record.get("model_files", [])]
     for file in model_files:
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"{path / RECORD} names {file}, which lies outside the directory")
-    for entry in (path / name for name in reversed(model_files)):
-        if not entry.is_dir():
-            entry.unlink(missing_ok=True)
-        elif not any(entry.iterdir()):
-            entry.rmdir()
-    for name in WRITTEN_WHILE_TRAINING:
+    trash = path / TRASH
+    remove(trash)  # of a run that was killed in here
+    trash.mkdir()
+    for number, name in enumerate([*reversed(model_files), *map(Path, WRITTEN_WHILE_TRAINING)]):
         entry = path / name
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-    (path / RECORD).unlink()
+        if not os.path.lexists(entry) or any((path / p).is_symlink() for p in name.parents[:-1]):
+            continue
+        if name in model_files and entry.is_dir() and not entry.is_symlink():
+            if not any(entry.iterdir()):  # else something of the user's is in there
+                entry.rmdir()
+        else:
+            entry.rename(trash / str(number))
+    remove(trash)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """What we wrote; None where there is nothing of ours."""
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("program") != PROGRAM:
         return None

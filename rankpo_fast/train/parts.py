@@ -44,10 +44,19 @@ def save_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> dic
         open_to_umask(folder)
     ranks.meet()
     own = sorted(folder.glob("*.safetensors"))[ranks.rank :: ranks.size]
-    for path in own:
-        flush_to_disk(path)
-    digests = ranks.objects({path.name: sha256_of(path) for path in own})
-    return {name: digest for of_rank in digests for name, digest in of_rank.items()}
+    refused: str | None = None
+    digests: dict[str, str] = {}
+    try:
+        for path in own:
+            flush_to_disk(path)
+        digests = {path.name: sha256_of(path) for path in own}
+    except OSError as error:
+        refused = str(error)
+    told = ranks.objects((refused, digests))
+    for refused, _ in told:
+        if refused is not None:
+            raise OSError(refused)
+    return {name: digest for _, of_rank in told for name, digest in of_rank.items()}
 
 
 def shapes_of_parts(folder: Path) -> dict[str, Tensor]:

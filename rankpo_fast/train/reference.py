@@ -2,11 +2,11 @@
 kept.
 
 They depend on the token ids of the texts (hence on data, tokenizer, prefixes and length limits), on
-the weights and on pooling and precision; a sha256 of all that names the file in the cache. E pairs
-of query and passage.
+the weights and on pooling and precision, and in their last bits on packing, kernel, budget, machine
+and versions; a sha256 of all that names the file in the cache. E pairs of query and passage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.ranks import ALONE, Ranks
-from rankpo_fast.train.frozen import ask_frozen, key_of
+from rankpo_fast.train.frozen import are_cosines, ask_frozen, key_of
 
 PAIRS_AT_ONCE = 4096
 KIND, SIMILARITIES = "reference", "similarities"  # in the cache
@@ -53,9 +53,9 @@ def reference_similarities(
     encoder: Encoder, texts: Texts, data: Compared, compute: ComputeConfig
 ) -> Tensor:
     """Cosines [E] fp32 on the CPU, of what `data` compares, without dropout."""
-    find_key = partial(_key, encoder, texts, data)
+    find_key = partial(_key, encoder, texts, data, compute)
     make = partial(_similarities, encoder, texts, data, compute, ALONE)
-    return cached(compute.cache_path, KIND, find_key, make)[SIMILARITIES]
+    return cached(compute.cache_path, KIND, find_key, make, _fits(data))[SIMILARITIES]
 
 
 def similarities_by_ranks(
@@ -63,7 +63,7 @@ def similarities_by_ranks(
 ) -> Tensor:
     """The same by an encoder whose weights lie in parts, for which all ranks must call it. The
     first has the cache, and tells the others whether they are asked."""
-    key = "" if compute.cache_path is None else _key(encoder, texts, data)
+    key = "" if compute.cache_path is None else _key(encoder, texts, data, compute)
     make = partial(_similarities, encoder, texts, data, compute, ranks)
     if not ranks.first:
         missing, *_ = ranks.objects(None)
@@ -77,7 +77,8 @@ def similarities_by_ranks(
         told.append(ranks.objects(True))
         return make()
 
-    kept = cached(compute.cache_path, KIND, lambda: key, make_with_others)[SIMILARITIES]
+    found = cached(compute.cache_path, KIND, lambda: key, make_with_others, _fits(data))
+    kept = found[SIMILARITIES]
     if not told:
         ranks.objects(False)
     ranks.objects(kept)
@@ -99,9 +100,13 @@ def _similarities(
     return {SIMILARITIES: torch.cat([vectors[part].prod(0).sum(1) for part in parts])}
 
 
-def _key(encoder: Encoder, texts: Texts, data: Compared) -> str:
+def _fits(data: Compared) -> Callable[[Mapping[str, Tensor]], bool]:
+    return partial(are_cosines, name=SIMILARITIES, shape=(len(data.compared()[0]),))
+
+
+def _key(encoder: Encoder, texts: Texts, data: Compared, compute: ComputeConfig) -> str:
     tensors = {"ids": texts.table.ids, "offsets": texts.table.offsets, "pairs": _pairs(texts, data)}
-    return key_of(encoder, tensors)
+    return key_of(encoder, tensors, compute.max_tokens_per_micro_batch)
 
 
 def _pairs(texts: Texts, data: Compared) -> Tensor:

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.data.files import sha256_of, tensor_bytes
 from rankpo_fast.data.groups import is_directory
@@ -28,9 +26,9 @@ from rankpo_fast.paths import MODELS, all_inputs, model_files
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.arithmetic import arithmetic
 from rankpo_fast.train.checkpoint import Checkpoint
 from rankpo_fast.train.run import Run
-from rankpo_kernels.chunked import native
 
 # What a run that goes on may change: none of it changes a bit of the weights.
 FREE_TO_CHANGE = {
@@ -65,7 +63,7 @@ def settings_of(
         InputError: there is no such model.
     """
     settings: dict[str, Any] = {"stage": stage, "device": ranks.device.type}
-    settings |= {PROCESSES: ranks.size, ARITHMETIC: _arithmetic(ranks.device)}
+    settings |= {PROCESSES: ranks.size, ARITHMETIC: arithmetic(ranks.device)}
     for flag, source in all_inputs(*configs):
         settings.setdefault(f"{NAME}{flag}", []).append(str(source))
     for config in configs:
@@ -118,14 +116,21 @@ def find_checkpoint(
             f"but sums are rounded otherwise{dropout}, so the run goes on, but not bit by bit",
             stacklevel=2,
         )
-    if checkpoint.settings.get(ARITHMETIC) != settings[ARITHMETIC]:
-        warnings.warn(
-            f"--resume: was computed by {checkpoint.settings.get(ARITHMETIC)}, is by "
-            f"{settings[ARITHMETIC]}: sums are rounded otherwise, so the run goes on, but not bit "
-            f"by bit",
-            stacklevel=2,
-        )
+    _warn_of_arithmetic(checkpoint.settings.get(ARITHMETIC), settings[ARITHMETIC])
     return checkpoint
+
+
+def _warn_of_arithmetic(was: Any, now: dict[str, str]) -> None:
+    """Of each part that differs."""
+    before = was if isinstance(was, dict) else {"arithmetic": was}  # as earlier versions wrote it
+    changes = [_change(n, before.get(n), now.get(n)) for n in dict.fromkeys([*before, *now])]
+    said = "; ".join(change for change in changes if change is not None)
+    if said:
+        warnings.warn(
+            f"--resume: {said}: sums may be rounded otherwise, so the run goes on, but maybe not "
+            f"bit by bit",
+            stacklevel=3,
+        )
 
 
 def _of_ranks(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -241,18 +246,3 @@ def _encoder_content(encoder: Encoder) -> dict[str, str]:
     weights = encoder.backbone.state_dict().items()
     content = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weights}
     return content | {name: str(value) for name, value in asdict(encoder.settings).items()}
-
-
-def _arithmetic(device: torch.device) -> str:
-    """What decides how sums are rounded."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{native_backend()}, torch with {torch.backends.cpu.get_cpu_capability()}"
-
-
-def native_backend() -> str:
-    """What computes losses on the CPU."""
-    library = native.library()
-    if library is None:
-        return "in torch"
-    return f"native ({library.rankpo_instruction_set().decode()})"

@@ -15,6 +15,7 @@ from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.order import BatchData
 
 DEFAULT_MINUTES = 10.0
+RETRY = 60.0  # seconds after a checkpoint that could not be written
 YOUNG = 60.0  # seconds: no epoch's end is saved so soon after another checkpoint, or the start
 
 
@@ -71,6 +72,7 @@ class SaveSchedule:
         self._seconds, self._steps = 60 * minutes, config.save_steps
         self._kept = config.save_total_limit
         self._last = time.monotonic()
+        self._again = math.inf  # when one that failed is tried again
 
     def due(self, step: int, *, ends_epoch: bool, last: bool) -> bool:
         """Whether a checkpoint is to follow on `step` steps.
@@ -81,13 +83,18 @@ class SaveSchedule:
         """
         if self._steps is not None and step % self._steps == 0:
             return True
+        if time.monotonic() >= self._again and not last:
+            return True
         if not self._seconds or last:
             return False
         age = time.monotonic() - self._last
         return age >= self._seconds or (ends_epoch and age >= YOUNG)
 
     def saved(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._again = time.monotonic(), math.inf
+
+    def failed(self) -> None:
+        self._again = time.monotonic() + RETRY
 
     def summary(self) -> str:
         """For the user."""

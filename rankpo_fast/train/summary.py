@@ -6,8 +6,8 @@ import torch
 
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.threads import describe_threads
+from rankpo_fast.train.arithmetic import native_backend
 from rankpo_fast.train.reporters import chosen
-from rankpo_fast.train.resume import native_backend
 from rankpo_fast.train.run import Run
 
 

@@ -1,6 +1,7 @@
 """A cache saves time and decides nothing: damaged, read-only, full or homeless, the run goes on."""
 
 import hashlib
+import os
 import warnings
 
 import pytest
@@ -76,6 +77,69 @@ def test_a_directory_that_cannot_be_made_is_done_without_and_said_once():
         keep("/proc/rankpo-fast/one")
         keep("/proc/rankpo-fast/one")
     assert len(said) == 1
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The file of the tensors; nothing has been said of its directory in this process."""
+    monkeypatch.setattr("rankpo_fast.data.cache._said", set())
+    keep(tmp_path)
+    (path,) = tmp_path.iterdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda path: os.chown(path, 12345, -1), "another user's"),
+        (lambda path: (path.unlink(), path.mkdir()), "is no file"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is no file"),
+        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "is no file"),
+    ],
+    ids=["another-users", "directory", "fifo", "device"],
+)
+def test_what_is_no_file_of_ours_is_made_anew_and_said_once(change, said, kept, monkeypatch):
+    if "user" in said and os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    change(kept)
+    made = []
+    with pytest.warns(UserWarning, match=f"cannot be used .*{said}") as warned:
+        for _ in range(2):
+            keep(kept.parent, made)
+    assert len(made) == 2 and len(warned) == 1
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_what_may_not_be_read_is_made_anew_and_said_once(what, kept):
+    """As another user: the system lets root read everything."""
+    (kept if what == "file" else kept.parent).chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    made = []
+    try:
+        with pytest.warns(UserWarning, match="cannot be used .Permission denied") as warned:
+            for _ in range(2):
+                keep(kept.parent, made)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        kept.parent.chmod(0o755)
+    assert len(made) == 2 and len(warned) == 1
+
+
+def test_what_cannot_have_been_computed_is_made_anew(kept):
+    """Though its checksum is right."""
+    made = []
+
+    def make():
+        made.append(1)
+        return {"ids": torch.arange(6), "count": torch.tensor(2)}
+
+    for fits, times in ((lambda kept: int(kept["ids"].max()) < 5, 1), (lambda kept: True, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            cached(kept.parent, "numbers", lambda: KEY, make, fits)
+        assert len(made) == times
+    assert not said
 
 
 def full(*_):

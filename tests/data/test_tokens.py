@@ -1,5 +1,8 @@
 """Token tables hold what the tokenizer gives; the cache is exact."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -71,6 +74,8 @@ def test_tokenizer_that_cuts_on_the_left_may():
 
 class WordTokenizer:
     """Stands for a tokenizer written in Python: its encodings keep nothing of what was cut."""
+
+    truncation_side = "right"
 
     def __init__(self, fast):
         self.fast = fast
@@ -156,6 +161,42 @@ def test_another_input_is_another_cache_entry(tokenizer, tmp_path, change):
     table = tokenize(**arguments | change, cache_dir=tmp_path)
     assert same(table, tokenize(**arguments | change))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            lambda kept: kept["ids"].__setitem__(3, len(WORDS)), id="beyond-the-vocabulary"
+        ),
+        pytest.param(lambda kept: kept["ids"].__setitem__(0, -1), id="negative"),
+        pytest.param(lambda kept: kept["offsets"].__setitem__(1, 99), id="beyond-the-ids"),
+        pytest.param(lambda kept: kept["offsets"].__setitem__(1, 0), id="a-text-without-tokens"),
+        pytest.param(lambda kept: kept.update(ids=kept["ids"].long()), id="other-numbers"),
+        pytest.param(lambda kept: kept.update(offsets=kept["offsets"][:-1]), id="fewer-texts"),
+        pytest.param(lambda kept: kept.pop("truncated"), id="a-tensor-missing"),
+        pytest.param(
+            lambda kept: kept.update(truncated=torch.tensor(-1)), id="cut-fewer-than-none"
+        ),
+    ],
+)
+def test_impossible_tables_are_made_anew_whatever_their_checksum(
+    change, tokenizer, tmp_path, monkeypatch
+):
+    """Whoever can write into the cache can make the checksum right."""
+    table = tokenize(TEXTS, tokenizer, 6)
+    kept = {"ids": table.ids.clone(), "offsets": table.offsets.clone()}
+    kept["truncated"] = torch.tensor(table.truncated)
+    change(kept)
+    with monkeypatch.context() as patches:
+        real = tokens.cached
+        patches.setattr(tokens, "cached", lambda *args: real(*args[:3], lambda: kept, args[4]))
+        with contextlib.suppress(KeyError):
+            tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path)
+    for said in (1, 0):
+        with warnings.catch_warnings(record=True) as warned:
+            assert same(tokenize(TEXTS, tokenizer, 6, cache_dir=tmp_path), table)
+        assert len(warned) == said
 
 
 # --- joined tables ---

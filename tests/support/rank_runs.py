@@ -269,13 +269,13 @@ def command_with_nan(*flags):
         command(*flags)
 
 
-def command_on_a_full_disk(*flags):
-    """As the first rank finds it when it saves a checkpoint."""
+def command_on_a_full_disk(saving, *flags):
+    """As the first rank finds it when it calls the function `saving`."""
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    with mock.patch("rankpo_fast.train.checkpoint.save_tensors", fail):
+    with mock.patch(saving, fail):
         command(*flags)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -35,6 +36,8 @@ class Limit:
     """From the `begin`-th micro-batch on, counted from 1, one of more than `tokens` tokens runs
     out of memory, forward or backward; `times` of them."""
 
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory, as it were")
+
     def __init__(self, monkeypatch, tokens, begin=1, times=10**9, backward=False):
         self.tokens, self.begin, self.times, self.backward = tokens, begin, times, backward
         self.calls, self.vectors = 0, None
@@ -55,7 +58,7 @@ class Limit:
     def fail(self):
         if self.times > 0:
             self.times -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory, as it were")
+            raise type(self.error)(*self.error.args)  # whose traceback nobody else holds
 
 
 # --- what a step does ---
@@ -99,6 +102,27 @@ def test_a_step_out_of_memory_is_the_step_of_a_smaller_budget(
     assert len(set(budgets)) == 1 and budgets[0] <= LIMIT
     monkeypatch.undo()
     assert same(got, weights("expected", max_tokens_per_micro_batch=budgets[0])[0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 64000000000 bytes. Error code 12"
+        ),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+    ids=["torch", "C++", "Python"],
+)
+def test_the_host_running_out_ends_no_run_either(error, weights, monkeypatch, capsys):
+    monkeypatch.setattr(Limit, "error", error)
+    Limit(monkeypatch, 0, begin=6, times=1)
+    got, _ = weights("got", max_tokens_per_micro_batch=BUDGET)
+    assert "done again with the graphs of" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert same(got, weights("expected", max_tokens_per_micro_batch=BUDGET)[0])
 
 
 def test_with_fewer_graphs_kept_a_step_is_the_same(weights, monkeypatch, capsys):
@@ -441,6 +465,20 @@ def test_the_host_has_free_what_every_group_leaves(files, free, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert host_free_bytes(tmp_path) == free
+
+
+@pytest.mark.parametrize("kind, name", [("AS", "VmSize"), ("DATA", "VmData")])
+def test_the_host_has_free_what_the_limits_of_the_process_leave(kind, name, tmp_path, monkeypatch):
+    files = {**MACHINE, "proc/self/status": f"Name:\tpython\n{name}:\t 2 kB\n"}
+    for place, text in files.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text)
+    limited = getattr(resource, f"RLIMIT_{kind}")
+    limits = {limited: (3000, 4000)}
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda what: limits.get(what, (resource.RLIM_INFINITY,) * 2)
+    )
+    assert host_free_bytes(tmp_path) == 3000 - 2048
 
 
 def test_a_host_that_does_not_tell_has_what_it_is_built_with(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.retrieval.evaluate import Evaluation
 from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.arithmetic import arithmetic
 from rankpo_fast.train.optim import Optimizer
 from rankpo_fast.train.resume import shared_precision
 from rankpo_fast.train.signals import StopSignal
@@ -137,11 +139,23 @@ def test_of_a_model_from_scratch_weights_do_not_matter(
 
 
 def test_another_arithmetic_is_said_and_goes_on(tiny_llama_dir, run_stage, stopped, monkeypatch):
-    """As where a cluster gives the run another kind of machine."""
+    """As where a cluster gives the run another kind of machine, or it was updated meanwhile."""
     stopped()
-    monkeypatch.setattr("rankpo_fast.train.resume._arithmetic", lambda device: "another machine")
-    with pytest.warns(UserWarning, match="is by another machine: .* not bit by bit"):
+    now = arithmetic(torch.device("cpu"))
+    other = {**now, "threads": "64", "torch": "3.0"}
+    monkeypatch.setattr("rankpo_fast.train.resume.arithmetic", lambda device: other)
+    expected = f"threads was {now['threads']}, is 64; torch was {now['torch']}, is 3.0: sums"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
         run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
+
+
+def test_all_that_changes_bits_is_recorded(tiny_llama_dir, run_stage, stopped, tmp_path):
+    stopped()
+    recorded = json.loads((tmp_path / "out/training.json").read_text())["settings"]["arithmetic"]
+    assert set(recorded) == {
+        "threads", "instruction set of torch", "losses", "native library", "torch",
+        "transformers", "rankpo-fast",
+    }  # fmt: skip
 
 
 def test_a_record_with_names_of_models_is_explained(tiny_llama_dir, run_stage, stopped, tmp_path):
@@ -429,6 +443,41 @@ def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints
     flip_a_bit(directory / "step-00000002")
     checkpoints.save(directory, 2, model, optimizer, {}, 64)
     assert checkpoints.newest(directory).step == 2
+
+
+@pytest.mark.parametrize("keep, left", [(1, "4"), (2, "1234"), (3, "1234")])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_no_good_checkpoint_is_deleted_for_a_bad_one(damage, keep, left, two_checkpoints):
+    """Of 1 to 4, 2 and 3 are damaged: what was damaged counts for nothing among those kept."""
+    directory, model, optimizer = two_checkpoints
+    checkpoints.save(directory, 3, model, optimizer, {}, 64)
+    for step in (2, 3):
+        damage(directory / f"step-0000000{step}")
+    checkpoints.save(directory, 4, model, optimizer, {}, 64, keep=keep)
+    there = "".join(sorted(path.name[-1] for path in directory.iterdir()))
+    assert there == left
+
+
+def test_a_run_that_goes_back_deletes_no_later_checkpoint(two_checkpoints):
+    directory, model, optimizer = two_checkpoints
+    for step in (4, 5):
+        checkpoints.save(directory, step, model, optimizer, {}, 64)
+    checkpoints.save(directory, 3, model, optimizer, {}, 64, keep=1)
+    assert sorted(path.name[-1] for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_of_a_linked_checkpoint_the_link_alone_is_deleted(two_checkpoints, tmp_path_factory):
+    directory, model, optimizer = two_checkpoints
+    outside = tmp_path_factory.mktemp("outside") / "kept"
+    for step, again, keep in ((2, 2, None), (1, 3, 1)):  # written once more, and dropped
+        link = directory / f"step-0000000{step}"
+        kept = outside / str(step)
+        shutil.copytree(link, kept)
+        shutil.rmtree(link)
+        link.symlink_to(kept)
+        checkpoints.save(directory, again, model, optimizer, {}, 64, keep=keep)
+        assert len(list(kept.iterdir())) == 5
+    assert not any(path.is_symlink() for path in directory.iterdir())
 
 
 def test_later_ones_do_not_count_as_kept(two_checkpoints):

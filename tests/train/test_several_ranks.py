@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,9 +225,20 @@ def test_nan_on_one_rank_stops_all_and_the_first_names_the_rows_of_all(ran, flag
     assert len(first.partition("from 1: ")[2].split(", ")) == 8 * RANKS
 
 
-def test_others_end_when_the_first_cannot_save(ran, flags, tiny_llama_dir):
+def test_all_go_on_when_the_first_cannot_save_a_checkpoint(ran, flags, tiny_llama_dir):
     of = flags("contrastive", tiny_llama_dir, "out", save_steps=1)
-    first, *others = ran(rank_runs.command_on_a_full_disk, *arguments(of))
+    saving = "rankpo_fast.train.checkpoint.save_tensors"
+    first, *others = ran(rank_runs.command_on_a_full_disk, saving, *arguments(of))
+    assert first.code == 1 and "No space left on device); the model is saved" in first.said
+    assert (Path(of["output_dir"]) / "config.json").exists()
+    for rank in others:
+        assert rank.code == 1 and "error" not in rank.said and "Traceback" not in rank.said
+
+
+def test_others_end_when_the_first_cannot_save_the_model(ran, flags, tiny_llama_dir):
+    of = flags("contrastive", tiny_llama_dir, "out")
+    saving = "rankpo_fast.model.encoder.save_backbone"
+    first, *others = ran(rank_runs.command_on_a_full_disk, saving, *arguments(of))
     assert first.code == 1 and "No space left" in first.said
     for rank in others:
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -246,6 +247,43 @@ def test_reference_is_that_of_the_model_as_it_is(rankpo_task, tmp_path):
     with torch.no_grad():
         encoder.backbone.get_input_embeddings().weight.mul_(-1)
     assert not torch.equal(reference_similarities(encoder, texts, data, compute(tmp_path)), first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder, settings, patch: encoder.use_kernel(None),
+        lambda encoder, settings, patch: settings.update(max_tokens_per_micro_batch=64),
+        lambda encoder, settings, patch: patch(lambda device: {"torch": "another"}),
+    ],
+    ids=["packing", "budget", "version"],
+)
+def test_what_changes_bits_of_the_reference_is_another_entry(
+    change, rankpo_task, tmp_path, monkeypatch
+):
+    """So that no run's bits hang on what another left in the cache."""
+    encoder, rankpo = rankpo_task()
+    settings = {"cache_dir": str(tmp_path)}
+    for entries in (1, 1, 2):
+        if entries == 2:
+            change(encoder, settings,
+                   partial(monkeypatch.setattr, "rankpo_fast.train.frozen.arithmetic"))  # fmt: skip
+        reference_similarities(encoder, rankpo.texts, rankpo.data, ComputeConfig(**settings))
+        assert len(list(tmp_path.glob("reference-*"))) == entries
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+def test_impossible_reference_is_computed_anew(value, rankpo_task, tmp_path, monkeypatch):
+    """Whatever its checksum."""
+    encoder, rankpo = rankpo_task()
+    texts, data = rankpo.texts, rankpo.data
+    with monkeypatch.context() as patches:
+        patches.setattr("rankpo_fast.train.reference.pair_similarities",
+                        lambda *_: torch.full((2, 24), value))  # fmt: skip
+        reference_similarities(encoder, texts, data, compute(tmp_path))
+    with pytest.warns(UserWarning, match="holds what cannot have been computed"):
+        found = reference_similarities(encoder, texts, data, compute(tmp_path))
+    assert float(found.abs().max()) <= 1.001
 
 
 def test_damaged_reference_is_computed_anew(rankpo_task, tmp_path):
