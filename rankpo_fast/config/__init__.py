@@ -27,8 +27,10 @@ from rankpo_fast.config.retrieval import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    MiningConfig,
     ScoreConfig,
 )
+from rankpo_fast.config.rounds import RoundsConfig
 from rankpo_fast.config.rows import (
     NO_REPLAY,
     ContrastiveDataConfig,
@@ -80,12 +82,14 @@ __all__ = [
     "GradedConfig",
     "MineConfig",
     "MineOutputConfig",
+    "MiningConfig",
     "ModelConfig",
     "PairsConfig",
     "PlanConfig",
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "RoundsConfig",
     "SweepConfig",
     "ScoreConfig",
     "TeacherConfig",
