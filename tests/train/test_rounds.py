@@ -1,5 +1,6 @@
-"""Rounds end the same wherever they were stopped, and train on the negatives that their mode says."""
+"""Rounds end the same wherever they were stopped, and train on what their mode says."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,6 @@ from safetensors.torch import load_file
 
 from rankpo_fast import evaluate, mine_hard_negatives
 from rankpo_fast.cli import main
-from rankpo_fast.data.files import sha256_of
 from rankpo_fast.rounds import run as rounds
 
 SMALL = {
@@ -22,15 +22,19 @@ SMALL = {
 
 @pytest.fixture
 def data(tmp_path, contrastive_file):
-    """Flags of the rows and of an evaluation on their own positives."""
+    """Flags of the rows, each with two of its negatives, and of an evaluation on the positives."""
     rows = [json.loads(line) for line in Path(contrastive_file).read_text().splitlines()]
     queries, corpus = tmp_path / "queries.jsonl", tmp_path / "corpus.jsonl"
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(
+        json.dumps({**row, "negatives": row["negatives"][:2]}) + "\n" for row in rows
+    ))  # fmt: skip
     queries.write_text("".join(
         json.dumps({"query": {"text": row["query"]}, "positives": {"index": [i]}}) + "\n"
         for i, row in enumerate(rows)
     ))  # fmt: skip
     corpus.write_text("".join(json.dumps({"text": row["positives"][0]}) + "\n" for row in rows))
-    return {"--train_data": contrastive_file, "--query_data": queries, "--corpus_data": corpus}
+    return {"--train_data": train, "--query_data": queries, "--corpus_data": corpus}
 
 
 @pytest.fixture
@@ -48,13 +52,17 @@ def command(tmp_path, tiny_llama_dir, data):
 
 
 def made(folder: Path) -> dict[str, str]:
-    """The sha256 of all that rounds end with: rows, models, their cards, figures."""
+    """The sha256 of all that rounds end with: rows, models, figures, and cards but for paths."""
     kinds = ("*.safetensors", "*.jsonl", "*.json", "*.md", "*.png")
     files = [
         file for kind in kinds for file in folder.rglob(kind) if "checkpoints" not in file.parts
     ]
     files = [file for file in files if file.name not in ("metrics.jsonl", "training.json")]
-    return {str(file.relative_to(folder)): sha256_of(file) for file in files}
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return {
+        name: hashlib.sha256(content.replace(bytes(folder), b"OUT")).hexdigest()
+        for name, content in contents.items()
+    }
 
 
 def rows_of(folder: Path, number: int) -> list[dict]:
@@ -125,9 +133,9 @@ def test_what_is_done_is_not_done_again_and_more_rounds_go_on(command, tmp_path,
 
 
 def test_combined_has_the_negatives_of_all_rounds_and_incremental_the_newest(
-    command, tmp_path, contrastive_file
+    command, tmp_path, data
 ):
-    given = [json.loads(line) for line in Path(contrastive_file).read_text().splitlines()]
+    given = [json.loads(line) for line in data["--train_data"].read_text().splitlines()]
     # A pool beside the rows' own negatives, so that who has which can be told.
     pool = [{"text": f"{word} {i}"} for word in ("senior", "Berlin", "night") for i in range(20)]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pool))
