@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rankpo_fast.config import ContrastiveDataConfig, ContrastiveLossConfig, RoundsConfig
 from rankpo_fast.demo.steps import MINING_RANGE, NEGATIVES, RANDOM, SHORT, STAGE1, Demo
@@ -32,6 +33,7 @@ def mined(demo: Demo, mode: str, rounds: int, method: str) -> Curve:
     corpus = demo.path / "talents.jsonl"
     write_jsonl(corpus, ({"text": talent.text} for talent in demo.world["train"].talents))
     first, last = MINING_RANGE
+    ways: dict[str, Any] = {"mode": mode, "method": method}
     settings = Settings(
         demo._trained(RANDOM),
         ContrastiveDataConfig([str(demo._data(RANDOM))], num_negatives=NEGATIVES[STAGE1]),
@@ -42,10 +44,8 @@ def mined(demo: Demo, mode: str, rounds: int, method: str) -> Curve:
         ),
         demo._evaluation("test", preferences=False),
         demo.compute,
-        RoundsConfig(
-            rounds=rounds, mode=mode, mine_first=True, mining_corpus=str(corpus), method=method,
-            search_range=f"{first}-{last}", mined_negatives=5,
-        ),
+        RoundsConfig(**ways, rounds=rounds, mine_first=True, mining_corpus=str(corpus),
+                     search_range=f"{first}-{last}", mined_negatives=5),
     )  # fmt: skip
     return [column[NDCG] for column in columns(*run_rounds(settings)).values()]
 

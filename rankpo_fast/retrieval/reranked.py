@@ -46,7 +46,7 @@ class RerankerFilter:
         left: np.ndarray,
         queries: Sequence[str],
         positives: Sequence[Sequence[str]],
-        candidates: Sequence[Sequence[int]],
+        candidates: np.ndarray | Sequence[Sequence[int]],
         corpus: Sequence[str],
         *,
         shown: bool = False,

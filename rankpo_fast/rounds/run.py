@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,14 +245,12 @@ class _Rounds:
         given = self.settings.model
         if model == given.model_name_or_path:
             return given
-        made = ["from_scratch", "tokenizer_name"]
-        made += [f.name for f in fields(given) if f.name.startswith("lora_") and f.name != RANK]
-        usual = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory()
-            for f in fields(given)
-            if f.name in made
-        }
-        return replace(given, model_name_or_path=model, **usual)
+        names = [field.name for field in fields(given)]
+        once = ["from_scratch", "tokenizer_name"]
+        once += [name for name in names if name.startswith("lora_") and name != RANK]
+        usual = ModelConfig(model)
+        changed: dict[str, Any] = {name: getattr(usual, name) for name in once}
+        return replace(given, model_name_or_path=model, **changed)
 
     def _load(self, model: str) -> Callable[[], Encoder]:
         config = self._trained_on(model)
