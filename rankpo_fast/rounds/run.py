@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -54,6 +55,7 @@ from rankpo_fast.retrieval.reranked import RerankerFilter
 from rankpo_fast.train import output
 from rankpo_fast.train.contrastive import train_contrastive
 from rankpo_fast.train.resume import (
+    ARITHMETIC,
     check_same,
     data_content,
     model_content,
@@ -133,7 +135,8 @@ def run_rounds(settings: Settings) -> tuple[Settings, Steps]:
         last = first
         for number in settings.numbers:
             last = rounds.done(number, last)
-        output.adopt_model(settings.path, Path(last.model))
+        if not output.finished(settings.path) or _model_hash(settings.path) != last.model_hash:
+            output.adopt_model(settings.path, Path(last.model))
     return settings, steps.known
 
 
@@ -285,6 +288,11 @@ class _Steps:
             output.start(path, {"stage": "rounds", "settings": decisive}, overwrite=overwrite)
         else:
             check_same(f"--resume: {path}", record["settings"], decisive)
+            before, now = record["settings"].get(ARITHMETIC), decisive[ARITHMETIC]
+            if before != now:
+                warnings.warn(f"--resume: was computed by {before}, is by {now}: sums are rounded "
+                              f"otherwise, so the run goes on, but not bit by bit",
+                              stacklevel=2)  # fmt: skip
         steps = cls(path / STATE)
         furthest = max((int(n) for key in steps.known for n in re.findall(r"^round-(\d+)/", key)),
                        default=0)  # fmt: skip

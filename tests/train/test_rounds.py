@@ -89,6 +89,7 @@ def kill_at(monkeypatch, target, name, call, *, after):
     monkeypatch.setattr(target, name, dies)
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_ends_as_if_it_had_not_been(
     command, tmp_path, monkeypatch, stop_after, capsys
 ):
@@ -118,6 +119,7 @@ def test_stopped_anywhere_it_ends_as_if_it_had_not_been(
     assert command("out") == 2 and "a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_is_done_is_not_done_again_and_more_rounds_go_on(command, tmp_path, monkeypatch):
     assert command("three", "--rounds", 3) == 0
     assert command("out") == 0
@@ -132,6 +134,7 @@ def test_what_is_done_is_not_done_again_and_more_rounds_go_on(command, tmp_path,
     assert made(tmp_path / "out") == made(tmp_path / "three")
 
 
+@pytest.mark.long
 def test_combined_has_the_negatives_of_all_rounds_and_incremental_the_newest(
     command, tmp_path, data
 ):
@@ -187,6 +190,7 @@ def test_each_round_is_mine_and_contrastive_by_hand(command, tmp_path, tiny_llam
     assert "| | start | round 1 |" in report and f"{figures['ndcg@5']:.3f}" in report
 
 
+@pytest.mark.long
 def test_the_model_loads_in_sentence_transformers(command, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     assert command("out", "--rounds", 1, "--max_steps", 1) == 0
