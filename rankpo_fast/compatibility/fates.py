@@ -21,7 +21,7 @@ _PRECISION = "--bf16 computes in half precision; weights and losses stay fp32"
 _RANKS = "torchrun says it, and gradients are summed without DistributedDataParallel"
 _LAST = "the last weights are the model; --eval_steps shows which were better"
 _WHOLE = "a file is encoded whole: give parts of it as files of their own"
-_CLUSTERS = "acts only with --method cluster, which is not offered: --method sample or topk"
+_CLUSTERS = "--decay is the weight of a candidate for each better one of its cluster"
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -57,8 +57,8 @@ RULES: dict[str, Rule] = {
     "save_index": refused("`rankpo-fast encode` writes the vectors"),
     "load_index": refused("there is no index to load: vectors are made anew"),
     "output_prefix": rules.output_prefix,
-    "num_clusters": unneeded(_CLUSTERS),
-    "alpha": unneeded(_CLUSTERS),
+    "num_clusters": rules.num_clusters,
+    "alpha": refused(_CLUSTERS),
     "lambda_": refused(_CLUSTERS),
     # when a command has no flag of that name
     **_each("batch_size bs inference_batch_size embedder_batch_size", unneeded(_BY_TOKENS)),

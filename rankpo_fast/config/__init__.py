@@ -27,8 +27,10 @@ from rankpo_fast.config.retrieval import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    MiningConfig,
     ScoreConfig,
 )
+from rankpo_fast.config.rounds import RoundsConfig
 from rankpo_fast.config.rows import (
     NO_REPLAY,
     ContrastiveDataConfig,
@@ -80,6 +82,7 @@ __all__ = [
     "GradedConfig",
     "MineConfig",
     "MineOutputConfig",
+    "MiningConfig",
     "ModelConfig",
     "PairsConfig",
     "PeopleConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "RoundsConfig",
     "SweepConfig",
     "ScoreConfig",
     "TeacherConfig",

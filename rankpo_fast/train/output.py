@@ -186,6 +186,20 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def adopt_model(path: Path, other: Path) -> None:
+    """Put a copy of the finished model of another run into `path`, which is ours; config.json is
+    the last of its files to arrive."""
+    of_model = (read_record(other) or {})["model_files"]
+    _write_record(path, {**(read_record(path) or {}), "model_files": of_model})
+    (path / LAST_FILE).unlink(missing_ok=True)  # of an earlier one
+    for name in of_model:
+        if (other / name).is_dir():
+            (path / name).mkdir(parents=True, exist_ok=True)
+            continue
+        with whole_file(path / name) as temporary:
+            shutil.copyfile(other / name, temporary)
+
+
 def write_card(path: Path, card: str) -> None:
     """Over the one that came with the model."""
     with whole_file(path / CARD) as temporary:

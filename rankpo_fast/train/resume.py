@@ -69,14 +69,14 @@ def settings_of(
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
-                settings[_content(name)] = [_digest(path) for path in value]
+                settings[_content(name)] = [data_content(path) for path in value]
             elif name in MODELS:
                 if name == MODEL and encoder is not None:
                     settings[_content(name)] = _encoder_content(encoder)
                 elif value is not None:
                     scratch = name == MODEL and config.from_scratch
                     weights = name != "tokenizer_name" and not scratch
-                    settings[_content(name)] = _model_content(f"--{name}", value, weights)
+                    settings[_content(name)] = model_content(f"--{name}", value, weights)
             elif name in FREE_PARTS:
                 settings[f"--{name}"] = [part for part in value if part not in FREE_PARTS[name]]
             elif name not in FREE_TO_CHANGE:
@@ -217,8 +217,8 @@ def _change(name: str, was: Any, now: Any) -> str | None:
 # --- what is recorded ---
 
 
-def _digest(source: Source) -> str:
-    """Of a BEIR directory that of all its files."""
+def data_content(source: Source) -> str:
+    """The sha256 of rows; of a BEIR directory that of all its files."""
     if not is_directory(source):
         return digest(source)
     files = beir_files(Path(str(source)))
@@ -229,7 +229,7 @@ def _content(name: str) -> str:
     return f"{CONTENT}--{name}"
 
 
-def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
+def model_content(flag: str, name: str, weights: bool = True) -> dict[str, str]:
     """The sha256 of each file that makes the model, or the tokenizer, at its place there."""
     directory = find_directory(name, flag, weights=weights)
     files = [file for file in model_files(directory) if weights or ".safetensors" not in file.name]
