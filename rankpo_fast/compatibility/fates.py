@@ -172,7 +172,11 @@ RULES: dict[str, Rule] = {
             unneeded(_BY_TOKENS)),
     "prediction_loss_only": unneeded("evaluation gives nDCG, MRR, recall and alignment"),
     "include_for_metrics": refused("evaluation gives nDCG, MRR, recall and alignment"),
-    **_each("load_best_model_at_end metric_for_best_model greater_is_better", refused(_LAST)),
+    "load_best_model_at_end": refused(
+        "--metric_for_best_model and --eval_steps make the best evaluated model the result"
+    ),
+    "greater_is_better": only("true", "figures are", "figures are the better the higher"),
+    "early_stopping_patience": refused("--patience with --metric_for_best_model"),
     # what is left on disk
     "save_strategy": rules.save_strategy,
     "save_only_model": unneeded(

@@ -20,6 +20,7 @@ from rankpo_fast.config.model import (
     ModelConfig,
 )
 from rankpo_fast.config.plan import PlanConfig
+from rankpo_fast.config.retention import NO_RETENTION, RetentionConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
     EvaluatedConfig,
@@ -51,12 +52,14 @@ STAGES: dict[str, list[type]] = {
         ReplayConfig,
         GradedConfig,
         TeacherConfig,
+        RetentionConfig,
     ],  # fmt: skip
 }
 
 __all__ = [
     "NO_GRADES",
     "NO_REPLAY",
+    "NO_RETENTION",
     "NO_TEACHER",
     "PAPER_MAX_PASSAGE_LENGTH",
     "PAPER_MAX_QUERY_LENGTH",
@@ -87,6 +90,7 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "RetentionConfig",
     "SweepConfig",
     "ScoreConfig",
     "TeacherConfig",
