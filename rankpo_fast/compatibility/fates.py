@@ -19,7 +19,6 @@ _MESSAGES = "messages are few and come from the first process"
 _ONE_HOME = "the model stays in --output_dir: upload that directory yourself"
 _PRECISION = "--bf16 computes in half precision; weights and losses stay fp32"
 _RANKS = "torchrun says it, and gradients are summed without DistributedDataParallel"
-_LAST = "the last weights are the model; --eval_steps shows which were better"
 _WHOLE = "a file is encoded whole: give parts of it as files of their own"
 _CLUSTERS = "acts only with --method cluster, which is not offered: --method sample or topk"
 

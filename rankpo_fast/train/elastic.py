@@ -84,8 +84,10 @@ class Elastic:
         total = torch.stack([fisher.double().sum() for fisher in self._fisher.values()]).sum()
         mean = total.item() / sum(fisher.numel() for fisher in self._fisher.values())
         if not 0 < mean < float("inf"):
-            raise InputError(f"--elastic_fisher_batches: the squared gradients of --replay_data "
-                             f"have a mean of {mean}, by which weights cannot be weighed")  # fmt: skip
+            raise InputError(
+                f"--elastic_fisher_batches: the squared gradients of --replay_data have a mean of "
+                f"{mean}, by which weights cannot be weighed"
+            )
         for fisher in self._fisher.values():
             fisher.div_(mean)
 

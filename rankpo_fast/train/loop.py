@@ -153,9 +153,8 @@ def _plans(
 ) -> dict[str, str]:
     """Of what the run is made, for the user."""
     texts = {f"{task.prefix}texts": task.texts.summary() for task in tasks}
-    chosen = (
-        {"result": Choice(run.training).describe()} if run.training.metric_for_best_model else {}
-    )
+    choice = Choice(run.training)
+    chosen = {"result": choice.describe()} if choice.wanted else {}
     return {
         **texts,
         **chosen,

@@ -7,7 +7,7 @@ from pathlib import Path
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.output import METRICS
 
-# Before the names of figures in metrics.jsonl: of an evaluation; of the step whose model is the result.
+# Before the names of figures in metrics.jsonl: of an evaluation, of the step that is the result.
 EVALUATION, BEST = "eval/", "best/"
 
 
