@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankpo_fast.config import RetentionConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.model.precision import zero_gradient
 from rankpo_fast.progress import progress
 from rankpo_fast.ranks import OutOfMemory, Ranks
 from rankpo_fast.train.engine import Engine
@@ -39,7 +40,7 @@ class Elastic:
         self._starts = {p: p.detach().clone() for p in trained}
         self._fisher: dict[nn.Parameter, Tensor] = {}
         if self._batches:
-            self._fisher = {p: torch.zeros_like(p, dtype=torch.float32) for p in trained}
+            self._fisher = {p: zero_gradient(p) for p in trained}
 
     def __str__(self) -> str:
         tensors = [*self._starts.values(), *self._fisher.values()]
@@ -71,7 +72,7 @@ class Elastic:
                         add_gradients(encoder, batches, memory, ranks, engine)
                     for parameter, fisher in self._fisher.items():
                         if parameter.grad is not None:
-                            fisher.addcmul_(parameter.grad.float(), parameter.grad.float())
+                            fisher.addcmul_(parameter.grad, parameter.grad)
                     optimizer.zero_grad()
                     advance(1)
         except OutOfMemory as error:
@@ -100,7 +101,7 @@ class Elastic:
             if parameter.grad is None:
                 continue
             away = parameter.detach().to(parameter.grad.dtype) - start
-            pull = away if not self._fisher else away * self._fisher[parameter].to(away.dtype)
+            pull = away * self._fisher[parameter] if self._fisher else away
             parts.append((pull * away).sum())
             parameter.grad.add_(pull, alpha=self._weight)
         return self._weight / 2 * torch.stack(parts).sum()

@@ -338,12 +338,15 @@ def test_data_that_is_handed_to_other_ranks_has_no_texts(pairs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [
-    pytest.param({"retention_weight": 0.5, "use_confidence": True}, id="rankings"),
-    pytest.param({"elastic_weight": 0.5, "elastic_fisher_batches": 2, "replay": True}, id="fisher"),
+@pytest.mark.parametrize("more, bound", [
+    pytest.param({"retention_weight": 0.5, "use_confidence": True}, 1e-9, id="rankings"),
+    # By gradients without dropout, of which vectors are rounded to fp32.
+    pytest.param(
+        {"elastic_weight": 0.5, "elastic_fisher_batches": 2, "replay": True}, 1e-6, id="fisher"
+    ),
 ])  # fmt: skip
 def test_ranks_take_the_steps_of_one_process(
-    more, tiny_llama_dir, preference_file, contrastive_file, tmp_path
+    more, bound, tiny_llama_dir, preference_file, contrastive_file, tmp_path
 ):
     """Of three, so that neither rows nor texts come out even."""
     more = dict(more)
@@ -364,10 +367,10 @@ def test_ranks_take_the_steps_of_one_process(
     gradients, losses, _ = rank_runs.descend(output_dir=str(tmp_path / "one"), **of, **size)
     for rank in ended:
         ours, of_rank, _ = rank.answer
-        torch.testing.assert_close(of_rank, losses, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(of_rank, losses, atol=bound, rtol=bound)
         for got, want in zip(ours, gradients, strict=True):
             off = torch.stack([(got[i] - want[i]).norm() for i in want]).norm()
-            assert off < 1e-9 * torch.stack([x.norm() for x in want.values()]).norm()
+            assert off < bound * torch.stack([x.norm() for x in want.values()]).norm()
 
 
 @pytest.mark.long
