@@ -20,6 +20,7 @@ from rankpo_fast.config.model import (
     ModelConfig,
 )
 from rankpo_fast.config.plan import PlanConfig
+from rankpo_fast.config.retention import NO_RETENTION, RetentionConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
     EvaluatedConfig,
@@ -53,12 +54,14 @@ STAGES: dict[str, list[type]] = {
         ReplayConfig,
         GradedConfig,
         TeacherConfig,
-    ],  # fmt: skip
+        RetentionConfig,
+    ],
 }
 
 __all__ = [
     "NO_GRADES",
     "NO_REPLAY",
+    "NO_RETENTION",
     "NO_TEACHER",
     "PAPER_MAX_PASSAGE_LENGTH",
     "PAPER_MAX_QUERY_LENGTH",
@@ -91,6 +94,7 @@ __all__ = [
     "RankPOLossConfig",
     "ReplayConfig",
     "RoundsConfig",
+    "RetentionConfig",
     "SweepConfig",
     "ScoreConfig",
     "TeacherConfig",

@@ -9,6 +9,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.callbacks import Callbacks
+from rankpo_fast.train.choice import Choice
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import Optimizer
@@ -28,9 +29,11 @@ class Checkpointer:
         schedule: SaveSchedule,
         log: MetricsLog,
         callbacks: Callbacks,
+        choice: Choice,
     ):
         self._run, self._schedule, self._log, self._callbacks = run, schedule, log, callbacks
         self._encoder, self._optimizer, self._memory = encoder, optimizer, memory
+        self._choice = choice
         self._saved: int | None = None  # the last step that was
         self.trouble: str | None = None  # why the last one was not, the same on all ranks
 
@@ -52,6 +55,7 @@ class Checkpointer:
                 self._optimizer,
                 self._run.settings,
                 self._memory.max_tokens,
+                choice=self._choice.state(),
                 keep=self._run.training.save_total_limit,
                 ranks=self._run.ranks,
             )

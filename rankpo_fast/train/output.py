@@ -97,7 +97,7 @@ def evaluated(path: Path) -> bool:
     """Whether the run's last word is of an evaluation."""
     with suppress(OSError):
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        return '"eval/' in (lines or [""])[-1]
+        return any(kind in (lines or [""])[-1] for kind in ('"eval/', '"best/'))
     return False
 
 

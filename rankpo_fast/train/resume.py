@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.config import ModelConfig, TrainingConfig
+from rankpo_fast.config import EvaluationConfig, ModelConfig, TrainingConfig
 from rankpo_fast.data.files import sha256_of, tensor_bytes
 from rankpo_fast.data.groups import is_directory
 from rankpo_fast.data.memory import Source
@@ -46,6 +46,7 @@ BATCHES = (ROWS, "--replay_batch_size", "--graded_batch_size", "--teacher_batch_
 OF_RANKS = (PROCESSES, *BATCHES, "--shard")
 MODEL = "model_name_or_path"
 TRAINED_ON = ("train_data", "replay_data", "graded_data", "teacher_data")
+MEASURED_ON = ("query_data", "corpus_data", "preference_data")
 CONTENT = "content of "
 # Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
 NAME, ARITHMETIC = "name of ", "arithmetic"
@@ -84,6 +85,18 @@ def settings_of(
     return settings
 
 
+def settings_of_choice(training: TrainingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """What else decides the weights where --metric_for_best_model chooses among steps."""
+    settings: dict[str, Any] = {"--eval_steps": training.eval_steps}
+    for name, value in asdict(evaluation).items():
+        if name in MEASURED_ON:
+            sources = value if isinstance(value, list) else [] if value is None else [value]
+            settings[_content(name)] = [data_content(source) for source in sources]
+        else:
+            settings[f"--{name}"] = value
+    return settings
+
+
 def find_checkpoint(
     training: TrainingConfig, settings: dict[str, Any], ranks: Ranks
 ) -> Checkpoint | None:
@@ -105,6 +118,7 @@ def find_checkpoint(
             return None
     else:
         checkpoint = checkpoints.read(Path(training.resume))
+    _check_best(checkpoint, path)
     was = _of_ranks(checkpoint.settings, settings)
     check_same(f"--resume: {checkpoint.path}", was, settings)
     if was != checkpoint.settings:
@@ -118,6 +132,22 @@ def find_checkpoint(
         )
     _warn_of_arithmetic(checkpoint.settings.get(ARITHMETIC), settings[ARITHMETIC])
     return checkpoint
+
+
+def _check_best(checkpoint: Checkpoint, path: Path) -> None:
+    """InputError unless the best model so far is there, which may turn out to be the result."""
+    best = (checkpoint.choice or {}).get("best")
+    if best is None or path / output.CHECKPOINTS / checkpoints.name_of(best["step"]) == (
+        checkpoint.path
+    ):
+        return
+    try:
+        checkpoints.read(path / output.CHECKPOINTS / checkpoints.name_of(best["step"]))
+    except InputError as error:
+        raise InputError(
+            f"--resume: {checkpoint.path}: step {best['step']} was the best until then, and its "
+            f"checkpoint is needed: {error}"
+        ) from error
 
 
 def _warn_of_arithmetic(was: Any, now: dict[str, str]) -> None:
