@@ -1,4 +1,4 @@
-"""docs/walkthrough.md: its commands run in order on fewer records, each on what those before left."""
+"""docs/walkthrough.md: its commands run in order, on fewer records, each on what the last left."""
 
 import json
 import re
@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
-
 import records
 import simulated_judge
+
 from rankpo_fast.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs/walkthrough.md"
@@ -71,7 +71,9 @@ def test_the_commands_of_the_walk_run_as_they_are_printed(judge, tmp_path, monke
                 assert main([name, *argv]) == 0, command
                 ran.add(name)
             case _:
-                raise AssertionError(f"the page has a command that no reader was promised: {command}")
+                raise AssertionError(
+                    f"the page has a command that no reader was promised: {command}"
+                )
     assert ran == {"label", "contrastive", "mine", "pairs", "annotate", "rankpo", "merge",
                    "evaluate", "plan"}  # fmt: skip
     pairs, preferences = (

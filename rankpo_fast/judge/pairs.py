@@ -74,7 +74,9 @@ def read_texts_and_ids(config: PairsConfig) -> Texts:
     if config.corpus_data is None:
         passages = searched_passages(read_contrastive(source), None)
         ids = _passage_ids(source) if "ids" in first else {}
-        return Texts(queries, _named((text, ids.get(text, n)) for n, text in enumerate(passages)), {})
+        return Texts(
+            queries, _named((text, ids.get(text, n)) for n, text in enumerate(passages)), {}
+        )
     documents = ((document_text(row, at), row) for at, row in objects(config.corpus_data))
     corpus = _named(
         (text, _id(row, PASSAGE_IDS, number)) for number, (text, row) in enumerate(documents)

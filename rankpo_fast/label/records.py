@@ -317,8 +317,8 @@ class _Stage:
                 continue
             values = f"(SELECT unnest({self._elements(one.of)}) AS v FROM records)"
             rows = self.con.execute(
-                f"SELECT v, (sum(count(*)) OVER ())::BIGINT, count(*) OVER () FROM {values} WHERE v "
-                f"IS NOT NULL AND getvariable('{_map(one.map)}')[v] IS NULL GROUP BY v "
+                f"SELECT v, (sum(count(*)) OVER ())::BIGINT, count(*) OVER () FROM {values} "
+                f"WHERE v IS NOT NULL AND getvariable('{_map(one.map)}')[v] IS NULL GROUP BY v "
                 f"ORDER BY count(*) DESC, v LIMIT {NAMED_VALUES}"
             ).fetchall()
             if rows:
