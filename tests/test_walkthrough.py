@@ -58,7 +58,7 @@ def test_the_commands_of_the_walk_run_as_they_are_printed(judge, tmp_path, monke
     url, ran = None, set()
     for command in commands():
         match command:
-            case ["mkdir", *_]:
+            case ["mkdir" | "export", *_]:
                 continue
             case ["python", "../examples/records.py", *argv]:
                 records.main([*argv, "--jobs", "150", "--talents", "600"])
