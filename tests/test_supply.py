@@ -1,6 +1,8 @@
-"""What others' packages are taken: within bounds, by their hashes, and listed with licences."""
+"""What others' packages are taken: within bounds, by their hashes, and listed with licences. And
+that keys do not leave in messages."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from rankpo_fast.errors import InputError, without_secrets
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -91,3 +95,36 @@ def test_the_list_of_packages_has_all_that_are_installed_with_their_licences(tmp
             assert components[name]["licenses"], name
     known = {part["ref"] for part in listed["dependencies"]}
     assert {part["bom-ref"] for part in listed["components"]} <= known
+
+
+def test_messages_hold_no_keys_no_tokens_and_no_passwords(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "0123456789")
+    monkeypatch.setenv("SHORT_KEY", "no")
+    token = "hf_" + "a1" * 17  # of a login, which no variable holds
+    said = f"no: 0123456789, {token}, http://me:pass@host/a@b, mail@host, c://x/y:z@w"
+    left = "no: [MY_API_KEY], [token], http://[password]@host/a@b, mail@host, c://x/y:z@w"
+    assert without_secrets(said) == left == str(InputError(said))
+
+
+@pytest.mark.long  # a process of its own, for the address of the hub
+def test_the_hub_gets_the_token_that_its_refusal_does_not_show(httpserver, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": "a", "passage1": "b", "passage2": "c", "preferred": "A"}\n')
+    token = "hf_0123456789abcdefghij"
+    seen = []
+
+    def refuse(request):
+        from werkzeug import Response
+
+        seen.append(request.headers.get("Authorization"))
+        return Response(f"no such token: {token}", 401, {"X-Error-Message": f"bad {token}"})
+
+    httpserver.expect_request(re.compile(".*")).respond_with_handler(refuse)
+    variables = {"HF_TOKEN": token, "HF_ENDPOINT": httpserver.url_for(""), "HF_HUB_OFFLINE": "0"}
+    flags = ["--model_name_or_path", "owner/name", "--preference_data", str(pairs)]
+    done = subprocess.run(
+        [sys.executable, "-m", "rankpo_fast.cli", "evaluate", *flags, "--device", "cpu"],
+        env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"Bearer {token}" in seen
+    assert "[HF_TOKEN]" in done.stderr and token not in done.stdout + done.stderr
