@@ -29,7 +29,7 @@ PRIVATE = {
 OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
-    "--threshold", "--learning_rat",
+    "--threshold", "--learning_rat", "--beir", "--seeds", "--preferences",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -48,6 +48,7 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
 
     with blaming(f"{flag} {name}: no such directory, and the Hugging Face hub did not give it"):
         repository, commit = hub_name(name)
+        assert repository is not None  # which a directory is
         copy = snapshot_download(
             repository,
             revision=commit,
