@@ -11,16 +11,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankpo_fast.config import EncoderConfig
 from rankpo_fast.errors import InputError
-from rankpo_fast.model.directories import (
-    MODEL_FLAG,
-    blaming,
-    check_no_code,
-    hub_name,
-)
+from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_no_code, hub_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,6 +84,7 @@ def _with_code(folder: Path, code: Code) -> "PreTrainedConfig":
         raise InputError(f"{MODEL_FLAG} {path}: auto_map names classes of two repositories, but "
                          f"--revision is a commit of one")  # fmt: skip
     with blaming(f"{MODEL_FLAG} {folder}: its code at {code.commit}"):
+        own: Any
         own, model = (
             get_class_from_dynamic_module(names[kind], str(folder), code_revision=code.commit)
             for kind in (CONFIG, MODEL)
