@@ -29,7 +29,8 @@ PRIVATE = {
 OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
-    "--threshold", "--learning_rat", "--passages", "--text", "--bias",
+    "--threshold", "--learning_rat", "--passages", "--text", "--bias", "--beir", "--seeds",
+    "--preferences",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -135,7 +135,7 @@ REFUSED = [
     ("contrastive", "negatives_cross_device", "False", "share"),
     ("contrastive", "dataloader_drop_last", "False", "next epoch"),
     ("contrastive", "fp16", None, "--bf16"),
-    ("contrastive", "trust_remote_code", "True", "never run"),
+    ("contrastive", "trust_remote_code", "True", "needs --revision"),
     ("contrastive", "torch_dtype", "bfloat16", "--bf16"),
     ("rankpo", "generate_during_eval", "True", "writes no text"),
     ("evaluate", "k", "50", "--cutoffs"),
