@@ -8,6 +8,7 @@ index), so that a run can stop after any step and go on bit by bit.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from signal import Signals
@@ -18,6 +19,7 @@ from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.trainable import in_training
 from rankpo_fast.retrieval.evaluate import measure
+from rankpo_fast.signals import Interrupted
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.allocator import freed_memory_kept
@@ -57,7 +59,7 @@ def train(
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are as before that step.
         OSError: the model could not be saved; NotSaved: it was, but the last checkpoint could not.
-        TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
+        TrainingStopped: by a signal, once the step is finished and saved.
         RankLost: another rank is gone; the last checkpoint is there.
     """
     config, first = run.training, run.first_step
@@ -103,8 +105,9 @@ def train(
             last = agreed.end or done == total
             if agreed.stop is None and not last and _evaluation_is_due(run, done):
                 log.settle()
-                figures, measured_at = _evaluate(run, encoder, engine), done
-                log.evaluation(done, figures)
+                if (of_step := _evaluate(run, encoder, engine)) is not None:
+                    figures, measured_at = of_step, done
+                    log.evaluation(done, figures)
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
                 checkpointer.save(done)
@@ -154,18 +157,21 @@ def _evaluation_is_due(run: Run, step: int) -> bool:
     return run.evaluation.asked and every is not None and step % every == 0
 
 
-def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float]:
-    """The first rank has the figures, the others nothing; all encode."""
-    figures = measure(
-        encoder,
-        retrieval=run.evaluation_data.retrieval,
-        preferences=run.evaluation_data.preferences,
-        cutoffs=run.evaluation.cutoffs,
-        max_tokens=run.compute.max_tokens_per_micro_batch,
-        legacy=run.evaluation.legacy_metrics,
-        cache_dir=run.compute.cache_path,
-        ranks=run.ranks,
-    ).figures
+def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float] | None:
+    """The first rank has the figures, the others an empty dict; all encode. None where a signal
+    ended it, of which all ranks then hear from each other."""
+    figures = None
+    with suppress(Interrupted):
+        figures = measure(
+            encoder,
+            retrieval=run.evaluation_data.retrieval,
+            preferences=run.evaluation_data.preferences,
+            cutoffs=run.evaluation.cutoffs,
+            max_tokens=run.compute.max_tokens_per_micro_batch,
+            legacy=run.evaluation.legacy_metrics,
+            cache_dir=run.compute.cache_path,
+            ranks=run.ranks,
+        ).figures
     engine.settle()
     run.ranks.meet()
     return figures
@@ -192,8 +198,9 @@ def _finish(
     if run.evaluation.asked and stop is None:
         if figures is None:
             figures = _evaluate(run, encoder, engine)
-            log.evaluation(step, figures)
-        if run.ranks.first:
+            if figures is not None:
+                log.evaluation(step, figures)
+        if run.ranks.first and figures is not None:
             output.write_card(run.path, model_card(run, encoder, about, figures))
         stop = signals.agreed(run.ranks).stop
     if stop is not None:
