@@ -33,7 +33,7 @@ from rankpo_fast.train.optim import Optimizer, describe_optimizer, learning_rate
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.result import TrainingResult
-from rankpo_fast.train.resume import compare_ranks
+from rankpo_fast.train.resume import check_unchanged, compare_ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.schedule import SaveSchedule, StepSchedule
 from rankpo_fast.train.signals import StopSignal
@@ -75,6 +75,7 @@ def train(
     engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     tasks = [task.ready(run, encoder) for task in tasks]
+    check_unchanged(run)  # of models that have all been read now
     engine.settle()
     optimizer = _start(run, encoder, tasks)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks], engine)

@@ -24,6 +24,7 @@ from rankpo_fast.data.files import (
     remove,
     whole_file,
 )
+from rankpo_fast.data.sources import digests_kept
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
@@ -79,10 +80,10 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
 @contextmanager
 def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
     """The first rank holds --output_dir inside; InputError, before anything is read, where another
-    run does."""
+    run does. What is read inside is hashed as it is."""
     path = Path(training.output_dir)
     check_writable("--output_dir", path, directory=True)
-    with held(path, "--output_dir") if ranks.first else nullcontext():
+    with held(path, "--output_dir") if ranks.first else nullcontext(), digests_kept():
         yield
 
 
