@@ -90,6 +90,11 @@ COMMANDS = {
         ],
         refusals.check_mine,
     ),
+    "rounds": Command(
+        "stage 1 in rounds: mine hard negatives, train on them, mine again",
+        [*configs.STAGES["contrastive"], configs.RoundsConfig],
+        refusals.check_rounds,
+    ),
     "rankpo": Command(
         "stage 2: align it with preferred passages (RankPO, SimRankPO, SFT), grades, a teacher",
         configs.STAGES["rankpo"],

@@ -31,6 +31,7 @@ from rankpo_fast.retrieval.evaluate import (
     read_evaluation_data,
 )
 from rankpo_fast.retrieval.mining import Limits, Mined, mine, searched_passages
+from rankpo_fast.retrieval.reranked import RerankerFilter
 from rankpo_fast.settings import gathered
 
 Model = str | os.PathLike[str] | Encoder
@@ -125,7 +126,10 @@ def mined(
     with ranks.first_ahead():
         rows = read_contrastive(config.train_data)
         corpus = searched_passages(rows, config.corpus_data)
+        if config.reranker is not None and ranks.size > 1:
+            raise InputError("--reranker scores in one process: leave out torchrun")
         encoder = load()
+        reranker = RerankerFilter.asked(config, compute, encoder.device)
         check_lengths(encoder)
     return mine(
         encoder,
@@ -135,6 +139,7 @@ def mined(
         num_negatives=config.num_negatives,
         drawing=Drawing(config.method, config.seed, config.clusters, config.decay),
         limits=Limits(config.max_score, config.absolute_margin, config.relative_margin),
+        reranker=reranker,
         keep=config.combine,
         max_tokens=compute.max_tokens_per_micro_batch,
         cache_dir=compute.cache_path,

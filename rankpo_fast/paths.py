@@ -21,6 +21,7 @@ MODELS = (
 )  # fmt: skip
 DATA = (
     "train_data", "replay_data", "graded_data", "teacher_data", "query_data", "corpus_data",
+    "mining_corpus",
     "preference_data", "clicks_data", "input", "config", "queries", "items", "pairs", "prompt",
     "judges", "batch_in", "report_on",
 )  # fmt: skip

@@ -26,6 +26,7 @@ from rankpo_fast.config import (
     RankPODataConfig,
     RankPOLossConfig,
     ReplayConfig,
+    RetentionConfig,
     TeacherConfig,
     TrainingConfig,
 )
@@ -212,7 +213,7 @@ class RankPOTrainer(Trainer):
 
     settings = (
         ModelConfig, RankPODataConfig, RankPOLossConfig, TrainingConfig, EvaluationConfig,
-        ComputeConfig, ReplayConfig, GradedConfig, TeacherConfig,
+        ComputeConfig, ReplayConfig, GradedConfig, TeacherConfig, RetentionConfig,
     )  # fmt: skip
 
     def _train(self, *configs: Any, **more: Any) -> TrainingResult:

@@ -34,6 +34,7 @@ LAYERS = (
     "rankpo_fast.judge",
     "rankpo_fast.train",
     "rankpo_fast.trainers",
+    "rankpo_fast.rounds",
     "rankpo_fast.sweep",
     "rankpo_fast.integrations",
     "rankpo_fast.commands",

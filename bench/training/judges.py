@@ -1,6 +1,6 @@
 """What do a judge's habits cost, and what helps against them? On the world of `make demo`.
 
-    python -m bench.training.judges [--seeds 5]
+    python -m bench.training.judges [--seeds 5] [--habit bias]
 
 For each seed the demo's stage 1, pairs of the candidates that it finds (`pairs`), the verdicts of a
 simulated judge on a server of this machine (`annotate`; examples/simulated_judge.py), and stage 2
@@ -128,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="two or more")
+    parser.add_argument("--habit", choices=["bias", "noise"], help="of the judge; without it both")
     options = parser.parse_args(argv)
-    found: dict[str, list[dict[str, float]]] = {row.name: [] for row in ROWS}
+    rows = [ROWS[0], *(row for row in ROWS[1:] if (options.habit or row.name) in row.name)]
+    found: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as directory:
             demo = Demo(Path(directory), seed, SHORT)
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             demo.train_with_random_negatives()
             demo.train_with_mined_negatives()
             demo.judge_candidates()
-            for number, row in enumerate(ROWS):
+            for number, row in enumerate(rows):
                 found[row.name].append(figures(demo, row, number))
     print(f"stage 2 of `make demo` on verdicts of a simulated judge, {options.seeds} seeds\n")
     print("| judge and treatment | alignment | from no habit, same seeds | nDCG@20 |")

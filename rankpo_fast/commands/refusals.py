@@ -6,6 +6,8 @@ from rankpo_fast.config import (
     AnnotateConfig,
     ClicksConfig,
     ComputeConfig,
+    ContrastiveDataConfig,
+    ContrastiveLossConfig,
     DeviceConfig,
     EncodeConfig,
     EncoderConfig,
@@ -21,7 +23,9 @@ from rankpo_fast.config import (
     PairsConfig,
     PeopleConfig,
     PlanConfig,
+    RoundsConfig,
     ScoreConfig,
+    TrainingConfig,
 )
 from rankpo_fast.errors import InputError
 from rankpo_fast.extras import require_extra
@@ -70,6 +74,33 @@ def check_mine(
     check_output("--output_file", output.output_file, model, config)
     if config.index_dir is not None:
         check_writable("--index_dir", config.index_dir, directory=True)
+
+
+def check_rounds(
+    model: ModelConfig,
+    data: ContrastiveDataConfig,
+    loss: ContrastiveLossConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
+    compute: ComputeConfig,
+    rounds: RoundsConfig,
+) -> None:
+    if rounds.mine_first and model.from_scratch:
+        raise InputError("--mine_first: random weights find no hard negatives, leave it out")
+    if model.trim_vocabulary:
+        raise InputError("--trim_vocabulary: what is mined may need the tokens that are dropped; "
+                         "train on the last round's rows with it")  # fmt: skip
+    if data.train_data_weights is not None:
+        raise InputError("--train_data_weights: mined rows are those of one file; leave it out")
+    if training.resume not in (None, "newest"):
+        raise InputError(f"--resume {training.resume}: rounds go on where they were, give --resume "
+                         f"alone")  # fmt: skip
+    if "-" in (*data.train_data, rounds.mining_corpus):
+        raise InputError("-: standard input can be read once, but each round reads the rows: give "
+                         "a file")  # fmt: skip
+    check_writable("--output_dir", training.output_dir, directory=True)
+    if rounds.index_dir is not None:
+        check_writable("--index_dir", rounds.index_dir, directory=True)
 
 
 def check_merge(config: MergeConfig) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from rankpo_fast.config import DeviceConfig, ScoreConfig
 from rankpo_fast.data.files import whole_file
 from rankpo_fast.data.groups import read_candidates
-from rankpo_fast.errors import InputError
 from rankpo_fast.model.reranker import Reranker
 from rankpo_fast.progress import progress
 
@@ -23,11 +22,7 @@ def run(config: ScoreConfig, compute: DeviceConfig) -> None:
         bf16=config.bf16,
     )  # fmt: skip
     budget = compute.max_tokens_per_micro_batch
-    if budget is not None and budget < reranker.max_length:
-        raise InputError(
-            f"--max_tokens_per_micro_batch {budget} is less than a pair may have: give "
-            f"{reranker.max_length} or more, or a smaller --max_length"
-        )
+    reranker.check_budget(budget)
     truncated = 0
     with (
         whole_file(config.output_file) as temporary,

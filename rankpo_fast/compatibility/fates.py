@@ -19,9 +19,8 @@ _MESSAGES = "messages are few and come from the first process"
 _ONE_HOME = "the model stays in --output_dir: upload that directory yourself"
 _PRECISION = "--bf16 computes in half precision; weights and losses stay fp32"
 _RANKS = "torchrun says it, and gradients are summed without DistributedDataParallel"
-_LAST = "the last weights are the model; --eval_steps shows which were better"
 _WHOLE = "a file is encoded whole: give parts of it as files of their own"
-_CLUSTERS = "acts only with --method cluster, which is not offered: --method sample or topk"
+_CLUSTERS = "--decay is the weight of a candidate for each better one of its cluster"
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -57,8 +56,8 @@ RULES: dict[str, Rule] = {
     "save_index": refused("`rankpo-fast encode` writes the vectors"),
     "load_index": refused("there is no index to load: vectors are made anew"),
     "output_prefix": rules.output_prefix,
-    "num_clusters": unneeded(_CLUSTERS),
-    "alpha": unneeded(_CLUSTERS),
+    "num_clusters": rules.num_clusters,
+    "alpha": refused(_CLUSTERS),
     "lambda_": refused(_CLUSTERS),
     # when a command has no flag of that name
     **_each("batch_size bs inference_batch_size embedder_batch_size", unneeded(_BY_TOKENS)),
@@ -172,7 +171,11 @@ RULES: dict[str, Rule] = {
             unneeded(_BY_TOKENS)),
     "prediction_loss_only": unneeded("evaluation gives nDCG, MRR, recall and alignment"),
     "include_for_metrics": refused("evaluation gives nDCG, MRR, recall and alignment"),
-    **_each("load_best_model_at_end metric_for_best_model greater_is_better", refused(_LAST)),
+    "load_best_model_at_end": refused(
+        "--metric_for_best_model and --eval_steps make the best evaluated model the result"
+    ),
+    "greater_is_better": only("true", "figures are", "figures are the better the higher"),
+    "early_stopping_patience": refused("--patience with --metric_for_best_model"),
     # what is left on disk
     "save_strategy": rules.save_strategy,
     "save_only_model": unneeded(

@@ -318,8 +318,14 @@ def output_prefix(values: list[str], line: Line) -> Reading:
 
 
 def method(values: list[str], line: Line) -> None:
-    if any("cluster" in value or "," in value for value in values):
-        raise InputError("must be topk or sample, one of them; clusters are not offered")
+    if any("," in value for value in values):
+        raise InputError("must be topk, sample or cluster, one of them")
+
+
+def num_clusters(values: list[str], line: Line) -> Reading:
+    if line.first("method", "sample") == "cluster":
+        return Reading({"clusters": values})
+    return Reading({}, "not needed: acts only with --method cluster")
 
 
 def encode_is_query(values: list[str], line: Line) -> Reading:

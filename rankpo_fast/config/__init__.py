@@ -20,6 +20,7 @@ from rankpo_fast.config.model import (
     ModelConfig,
 )
 from rankpo_fast.config.plan import PlanConfig
+from rankpo_fast.config.retention import NO_RETENTION, RetentionConfig
 from rankpo_fast.config.retrieval import (
     EncodeConfig,
     EvaluatedConfig,
@@ -27,8 +28,10 @@ from rankpo_fast.config.retrieval import (
     EvaluationConfig,
     MineConfig,
     MineOutputConfig,
+    MiningConfig,
     ScoreConfig,
 )
+from rankpo_fast.config.rounds import RoundsConfig
 from rankpo_fast.config.rows import (
     NO_REPLAY,
     ContrastiveDataConfig,
@@ -51,12 +54,14 @@ STAGES: dict[str, list[type]] = {
         ReplayConfig,
         GradedConfig,
         TeacherConfig,
-    ],  # fmt: skip
+        RetentionConfig,
+    ],
 }
 
 __all__ = [
     "NO_GRADES",
     "NO_REPLAY",
+    "NO_RETENTION",
     "NO_TEACHER",
     "PAPER_MAX_PASSAGE_LENGTH",
     "PAPER_MAX_QUERY_LENGTH",
@@ -80,6 +85,7 @@ __all__ = [
     "GradedConfig",
     "MineConfig",
     "MineOutputConfig",
+    "MiningConfig",
     "ModelConfig",
     "PairsConfig",
     "PeopleConfig",
@@ -87,6 +93,8 @@ __all__ = [
     "RankPODataConfig",
     "RankPOLossConfig",
     "ReplayConfig",
+    "RoundsConfig",
+    "RetentionConfig",
     "SweepConfig",
     "ScoreConfig",
     "TeacherConfig",

@@ -141,14 +141,10 @@ class EncodeConfig(Config):
         require(self, "output", "a name that ends in .npy", self.output.endswith(".npy"))
 
 
-@dataclass(frozen=True)
-class MineConfig(Config):
-    """Hard negatives: passages the model ranks high that are no known positives of the query."""
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig(Config):
+    """Which passages that the model ranks high become hard negatives."""
 
-    _argument_group_name = "mining"
-
-    train_data: list[Source] = flag("Rows of stage 1; their positives are kept.")
-    corpus_data: Source | None = flag("JSONL of passages to search. [those of --train_data]", None)
     method: Literal["topk", "sample", "cluster"] = flag(
         "The best ranked of the range, drawn from it, or drawn with a part for each cluster.",
         "sample",
@@ -159,7 +155,6 @@ class MineConfig(Config):
         0.5,
     )
     search_range: str = flag("Ranks to take from, first and one past the last.", "0-100")
-    num_negatives: int = flag("Negatives per query.", 10)
     max_score: float | None = flag("Drop candidates whose cosine with the query is higher.", None)
     absolute_margin: float | None = flag(
         "Drop candidates not this much below the query's lowest positive.", None
@@ -167,28 +162,44 @@ class MineConfig(Config):
     relative_margin: float | None = flag(
         "Likewise, in shares of that positive's cosine (of its size, where it is below 0).", None
     )
-    combine: bool = flag("Keep the negatives a row has, before the mined ones.", False)
-    seed: int = flag("Of --method sample and cluster.", 42)
+    reranker: str | None = flag(
+        "Cross-encoder that scores all candidates; those as good as a positive are dropped.", None
+    )
+    reranker_margin: float = flag(
+        "Drop candidates whose score by --reranker is not this much below that of the query's "
+        "lowest positive.", 0.0
+    )  # fmt: skip
+    reranker_max_length: int | None = flag(
+        "Tokens of query and passage together. [the reranker's]", None
+    )
+    reranker_bf16: bool = flag("Its weights and activations in bf16 rather than fp32.", False)
     index_dir: str | None = flag(
         "Directory for passage vectors, in fp16 on disk instead of in memory, and kept.", None
     )
 
     def check(self) -> None:
-        check_names(self, "train_data", "corpus_data", "index_dir")
-        check_at_least(self, 1, "num_negatives", "clusters")
+        check_names(self, "reranker", "index_dir")
+        check_at_least(self, 1, "clusters", "reranker_max_length")
         require(self, "decay", "in (0, 1]", 0 < self.decay <= 1)
         for name in ("clusters", "decay"):
             if name in self.changed() and self.method != "cluster":
                 raise InputError(f"--{name} is for --method cluster, not {self.method}")
-        check_at_least(self, 0, "absolute_margin", "relative_margin")
+        check_at_least(self, 0, "absolute_margin", "relative_margin", "reranker_margin")
+        of_reranker = [n for n in self.changed() if n.startswith("reranker_")]
+        if self.reranker is None and of_reranker:
+            raise InputError(f"--{of_reranker[0]} needs --reranker, a cross-encoder")
         inside = self.max_score is None or -1 < self.max_score <= 1
         require(self, "max_score", "a cosine in (-1, 1]", inside)
-        check_seed(self)
         first, last = self.ranks
         require(self, "search_range", "FIRST-LAST with FIRST < LAST", first < last)
-        if last - first < self.num_negatives:
-            wanted = f"--num_negatives {self.num_negatives}"
-            raise InputError(f"--search_range {self.search_range} is narrower than {wanted}")
+
+    def check_width(self, name: str) -> None:
+        """InputError where the range has fewer ranks than negatives are asked for."""
+        (first, last), wanted = self.ranks, getattr(self, name)
+        if last - first < wanted:
+            raise InputError(
+                f"--search_range {self.search_range} is narrower than --{name} {wanted}"
+            )
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -197,6 +208,26 @@ class MineConfig(Config):
         assert match is not None
         first, last = map(int, match.groups())
         return first, last
+
+
+@dataclass(frozen=True)
+class MineConfig(MiningConfig):
+    """Hard negatives: passages the model ranks high that are no known positives of the query."""
+
+    _argument_group_name = "mining"
+
+    train_data: list[Source] = flag("Rows of stage 1; their positives are kept.")
+    corpus_data: Source | None = flag("JSONL of passages to search. [those of --train_data]", None)
+    num_negatives: int = flag("Negatives per query.", 10)
+    combine: bool = flag("Keep the negatives a row has, before the mined ones.", False)
+    seed: int = flag("Of --method sample and cluster.", 42)
+
+    def check(self) -> None:
+        super().check()
+        check_names(self, "train_data", "corpus_data")
+        check_at_least(self, 1, "num_negatives")
+        check_seed(self)
+        self.check_width("num_negatives")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The run: its length, its optimizer, and what it leaves on disk."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,6 +63,15 @@ class TrainingConfig(Config):
     seed: int = flag("Of row order, sampled negatives, dropout, random weights.", 42)
     logging_steps: int = flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = flag("Steps between two evaluations. [only at the end]", None)
+    metric_for_best_model: list[str] = flag(
+        "Figures whose sum decides which evaluated step's model is the result, as ndcg@20 "
+        "alignment; its checkpoint is kept. [the last step's]", []
+    )  # fmt: skip
+    metric_weights: list[float] = flag("Of them in that sum. [1 each]", [])
+    patience: int | None = flag(
+        "Evaluations in a row without a higher sum after which the run ends. [all steps are done]",
+        None,
+    )
     save_steps: int | None = flag("Steps between two checkpoints. [by time]", None)
     save_minutes: float | None = flag(
         "Minutes between two checkpoints, besides one at the end of an epoch of a minute or "
@@ -72,6 +82,14 @@ class TrainingConfig(Config):
     resume: str | None = flag(
         "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
         None, nargs="?", const="newest", metavar="CHECKPOINT",
+    )  # fmt: skip
+    auto_resume: bool = flag(
+        "--resume where a run of this program is in --output_dir, else start one: for schedulers, "
+        "which run a command again.", False,
+    )  # fmt: skip
+    after_save: str | None = flag(
+        "Run by the shell after each complete checkpoint, whose path is in RANKPO_CHECKPOINT.",
+        None, metavar="COMMAND",
     )  # fmt: skip
     overwrite_output_dir: bool = flag("Delete the earlier run that is there.", False)
     report_to: list[str] = flag(
@@ -87,6 +105,7 @@ class TrainingConfig(Config):
     def check(self) -> None:
         check_names(self, "output_dir", "resume", "project", "run_name")
         self._check_reporters()
+        self._check_choice()
         check_above(self, 0, "num_train_epochs", "learning_rate", "adam_epsilon")
         check_at_least(
             self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"
@@ -97,8 +116,24 @@ class TrainingConfig(Config):
         check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
+        if self.auto_resume and (self.resume is not None or self.overwrite_output_dir):
+            raise InputError("--auto_resume decides whether there is a run to go on with: leave "
+                             "out --resume and --overwrite_output_dir")  # fmt: skip
         if self.resume is not None and self.overwrite_output_dir:
             raise InputError("--resume and --overwrite_output_dir contradict each other: give one")
+
+    def _check_choice(self) -> None:
+        metrics, weights = self.metric_for_best_model, self.metric_weights
+        check_names(self, "metric_for_best_model")
+        check_at_least(self, 1, "patience")
+        for name in ("metric_weights", "patience"):
+            if getattr(self, name) and not metrics:
+                raise InputError(f"--{name} needs --metric_for_best_model", name)
+        twice = len(set(metrics)) < len(metrics)
+        require(self, "metric_for_best_model", "names, each once", not twice)
+        fine = all(math.isfinite(weight) and weight > 0 for weight in weights)
+        rule = f"{len(metrics)} finite numbers > 0, one for each of --metric_for_best_model"
+        require(self, "metric_weights", rule, fine and len(weights) in (0, len(metrics)))
 
     def _check_reporters(self) -> None:
         given = self.report_to

@@ -246,3 +246,10 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch
 
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def hash_tensors(digest: "hashlib._Hash", tensors: "Iterable[tuple[str, Tensor]]") -> None:
+    """Add their names, types, shapes and values, one after the other."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor_bytes(tensor))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankpo_fast.data.files import disk_errors, open_to_umask, tensor_bytes
+from rankpo_fast.data.files import disk_errors, hash_tensors, open_to_umask
 from rankpo_fast.data.moving import to_device
 from rankpo_fast.data.packing import (
     MicroBatch,
@@ -276,9 +276,7 @@ class Encoder(nn.Module):
         """Hex digits that differ where vectors may: of the weights, the settings and the precision,
         not of the tokenizer."""
         digest = hashlib.sha256(f"{self.settings} bf16={self.bf16}".encode())
-        for name, tensor in self.backbone.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor_bytes(tensor))
+        hash_tensors(digest, self.backbone.state_dict().items())
         return digest.hexdigest()[:16]
 
     def save(self, directory: str | Path) -> None:

@@ -66,8 +66,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION_DROPOUTS = ["attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"]
-
-
 META = torch.device("meta")
 
 

@@ -28,7 +28,7 @@ from rankpo_fast.model.reading import positions_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FLAG = "--reranker"
+FLAG, LENGTH_FLAG = "--reranker", "--max_length"
 LABELS = (1, 2)
 Pair = tuple[str, str]  # query, passage
 
@@ -44,7 +44,13 @@ class Reranker:
 
     @classmethod
     def load(
-        cls, name: str, *, device: torch.device, max_length: int | None = None, bf16: bool = False
+        cls,
+        name: str,
+        *,
+        device: torch.device,
+        max_length: int | None = None,
+        bf16: bool = False,
+        length_flag: str = LENGTH_FLAG,
     ) -> "Reranker":
         """From a directory, or the hub's repository of that name: safetensors, and none of its
         code.
@@ -52,6 +58,7 @@ class Reranker:
         Args:
             max_length: None: what the model and its tokenizer take.
             bf16: weights and activations in bf16, else in fp32.
+            length_flag: through which the user gives max_length, for messages.
 
         Raises:
             InputError: there is none, it is no cross-encoder, or has a head that gives no score.
@@ -89,7 +96,15 @@ class Reranker:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         most = min(positions_of(model), tokenizer.model_max_length)
         return cls(name, model.to(device).eval(), tokenizer, _length(folder, max_length, tokenizer,
-                   positions_of(model), most))  # fmt: skip
+                   positions_of(model), most, length_flag))  # fmt: skip
+
+    def check_budget(self, max_tokens: int | None, length_flag: str = LENGTH_FLAG) -> None:
+        """InputError where a pair may have more tokens than may go through the model at once."""
+        if max_tokens is not None and max_tokens < self.max_length:
+            raise InputError(
+                f"--max_tokens_per_micro_batch {max_tokens} is less than a pair may have: give "
+                f"{self.max_length} or more, or a smaller {length_flag}"
+            )
 
     def scores(
         self,
@@ -163,17 +178,17 @@ class Reranker:
 
 def _length(
     folder: object, asked: int | None, tokenizer: "PreTrainedTokenizerBase", positions: float,
-    most: float,
+    most: float, flag: str,
 ) -> int:  # fmt: skip
     """Tokens of a pair; InputError where they do not fit, or leave no room for text."""
     if asked is None and most > 1e9:  # as transformers says that nobody knows
         raise InputError(f"{FLAG} {folder}: its files do not say how long a text may be: give "
-                         f"--max_length")  # fmt: skip
+                         f"{flag}")  # fmt: skip
     length = int(most) if asked is None else asked
     if length > positions:
-        raise InputError(f"--max_length {length} is more than the {positions:g} positions of "
+        raise InputError(f"{flag} {length} is more than the {positions:g} positions of "
                          f"{FLAG} {folder}")  # fmt: skip
     if length <= (special := tokenizer.num_special_tokens_to_add(pair=True)):
-        raise InputError(f"--max_length {length} leaves no room for text: the tokenizer adds "
+        raise InputError(f"{flag} {length} leaves no room for text: the tokenizer adds "
                          f"{special} special tokens")  # fmt: skip
     return length

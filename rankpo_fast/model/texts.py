@@ -11,11 +11,12 @@ from rankpo_fast.config import ComputeConfig
 from rankpo_fast.data.batches import ContrastiveBatch, PreferenceBatch
 from rankpo_fast.data.group_batches import GroupBatch
 from rankpo_fast.data.packing import check_budget
+from rankpo_fast.data.retained import RetainedBatch
 from rankpo_fast.data.tokens import TokenTable, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 
-Batch = ContrastiveBatch | PreferenceBatch | GroupBatch
+Batch = ContrastiveBatch | PreferenceBatch | GroupBatch | RetainedBatch
 
 
 def check_length(encoder: Encoder, role: str, flag: str | None = None) -> None:

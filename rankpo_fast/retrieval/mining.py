@@ -25,6 +25,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.draw import Drawing
 from rankpo_fast.retrieval.index import indexed
+from rankpo_fast.retrieval.reranked import RerankerFilter
 from rankpo_fast.retrieval.search import search
 
 
@@ -118,6 +119,7 @@ def mine(
     num_negatives: int = 10,
     drawing: Drawing = SAMPLE,
     limits: Limits = NO_LIMITS,
+    reranker: RerankerFilter | None = None,
     keep: bool = False,
     max_tokens: int | None = None,
     cache_dir: str | Path | None = None,
@@ -137,6 +139,7 @@ def mine(
         drawing: how negatives are chosen; a row's draw depends on the seed, its candidates and the
             place of the row alone.
         limits: on the candidates' scores. Positives that the corpus lacks are encoded for it.
+        reranker: scores the candidates that the other rules leave; it runs on the first rank.
         keep: put the mined ones, none of which repeats them, behind the negatives the row has.
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
@@ -178,6 +181,9 @@ def mine(
         for query, ids in enumerate(texts.positives):
             lowest[query] = (passages[list(ids)].float() @ queries[query]).min().item()
     left, dropped = _left(scores, found, texts, limits.ceilings(lowest))
+    if reranker is not None:
+        drops = _reranked(reranker, left, found, texts, progress)
+        left, dropped["reranker_margin"] = left & ~drops, int(drops.sum())
 
     mined, origins, positive_negatives = [], [], 0
     for number, row in enumerate(rows):
@@ -288,6 +294,23 @@ def _left(
         dropped[rule] = int((left & drop).sum())
         left &= ~drop
     return left, dropped
+
+
+def _reranked(
+    reranker: RerankerFilter, left: np.ndarray, found: np.ndarray, texts: _Texts, shown: bool
+) -> np.ndarray:
+    """Which candidates [U, C] are as good as a positive of their query; says what was cut."""
+    passages = first_of_each(texts.passage_of)
+    positives = [[passages[i] for i in sorted(ids)] for ids in texts.positives]
+    drops, cut = reranker.drops(
+        left, first_of_each(texts.query_of), positives, found, texts.corpus, shown=shown
+    )
+    if cut:
+        warnings.warn(
+            f"--reranker: {cut:,} pairs were cut to {reranker.reranker.max_length:,} tokens",
+            stacklevel=3,
+        )
+    return drops
 
 
 def _check_positives(texts: _Texts, rows: Sequence[ContrastiveRow]) -> None:

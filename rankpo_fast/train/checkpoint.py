@@ -58,11 +58,17 @@ class Checkpoint:
     step: int  # optimizer steps done
     settings: dict[str, Any]  # of the run that wrote it
     max_tokens: int  # of a micro-batch, as it was then
+    choice: dict[str, Any] | None = None  # what evaluations had shown, of `Choice.state`
 
     def folder(self, name: str) -> Path:
         """Where the tensors of WEIGHTS or OPTIMIZER lie."""
         folder = self.path / FOLDERS[name]
         return folder if folder.exists() else self.path
+
+
+def name_of(step: int) -> str:
+    """Of the folder."""
+    return f"step-{step:08d}"
 
 
 def seed_random(seed: int) -> None:
@@ -80,15 +86,17 @@ def save(
     settings: dict[str, Any],
     max_tokens: int,
     *,
+    choice: dict[str, Any] | None = None,
     keep: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Write `directory/step-XXXXXXXX`, then drop what is older than the newest `keep` complete
-    ones, of which it is one; raises OSError, and then all are as they were.
+    ones, of which it is one, unless one of them names it as the best; raises OSError, and then all
+    are as they were.
 
     All ranks must call it; the first one writes, the others their parts of tensors.
     """
-    target = directory / f"step-{step:08d}"
+    target = directory / name_of(step)
     generators = ranks.objects(_random_state(ranks.device))
     tensors = {WEIGHTS: _weights(model), OPTIMIZER: _states(model, optimizer)}
     parts = any(map(in_parts, tensors.values()))
@@ -129,7 +137,8 @@ def save(
         }
         save_tensors(random_tensors, temporary / RANDOM)
         numbers = [of_rank for _, of_rank in generators]
-        state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers}
+        state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers,
+                 "choice": choice}  # fmt: skip
         _write_json(temporary / STATE, state)
         manifest |= {name: sha256_of(temporary / name) for name in files}
         _write_json(temporary / MANIFEST, manifest)
@@ -159,15 +168,26 @@ def save(
 def _drop_older(directory: Path, target: Path, keep: int) -> None:
     """Those before the newest `keep` complete ones, of which `target` is one. Later ones are of a
     run that went back: broken, or the same again when their step comes."""
-    complete = 1
+    complete, best = 1, {_best_of(target)}
     for old in reversed([old for old in _steps(directory) if old.name < target.name]):
         if complete < keep:
             complete += _is_complete(old)
+            best.add(_best_of(old))
+            continue
+        if old.name in best:
             continue
         try:
             discard(old)
         except OSError as error:
             warnings.warn(f"{old} cannot be deleted: {error.strerror}", stacklevel=3)
+
+
+def _best_of(path: Path) -> str | None:
+    """The name of the checkpoint that this one says is the best so far."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        best = (json.loads((path / STATE).read_text())["choice"] or {})["best"]
+        return None if best is None else name_of(best["step"])
+    return None
 
 
 Stamps = dict[str, tuple[int, int, int]]  # of files: size, time, inode
@@ -200,7 +220,11 @@ def read(path: Path) -> Checkpoint:
         changed = [name for name in manifest if sha256_of(path / name) != manifest[name]]
         state = json.loads((path / STATE).read_text())
         checkpoint = Checkpoint(
-            path, int(state["step"]), dict(state["settings"]), int(state["max_tokens"])
+            path,
+            int(state["step"]),
+            dict(state["settings"]),
+            int(state["max_tokens"]),
+            state.get("choice"),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
@@ -251,6 +275,21 @@ def restore(
         for name, tensor in own.items():
             tensor.copy_(weights[name])
     _restore_states(model, optimizer, moments, checkpoint.step)
+
+
+def restore_weights(checkpoint: Checkpoint, model: nn.Module, ranks: Ranks = ALONE) -> None:
+    """Put the weights alone where they were, for a model of which nothing more is trained; all
+    ranks must call it. InputError as of `restore`."""
+    own = _weights(model)
+    folder = checkpoint.folder(WEIGHTS)
+    if in_parts(own) or folder != checkpoint.path:
+        load_parts(folder, own, ranks)
+        return
+    weights = _load(checkpoint.path / WEIGHTS)
+    _check_shapes(checkpoint.path / WEIGHTS, weights, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
 
 def _restore_parts(

@@ -8,7 +8,9 @@ from rankpo_fast.errors import NotSaved
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.after_save import run_after_save
 from rankpo_fast.train.callbacks import Callbacks
+from rankpo_fast.train.choice import Choice
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import Optimizer
@@ -28,9 +30,11 @@ class Checkpointer:
         schedule: SaveSchedule,
         log: MetricsLog,
         callbacks: Callbacks,
+        choice: Choice,
     ):
         self._run, self._schedule, self._log, self._callbacks = run, schedule, log, callbacks
         self._encoder, self._optimizer, self._memory = encoder, optimizer, memory
+        self._choice = choice
         self._saved: int | None = None  # the last step that was
         self.trouble: str | None = None  # why the last one was not, the same on all ranks
 
@@ -52,6 +56,7 @@ class Checkpointer:
                 self._optimizer,
                 self._run.settings,
                 self._memory.max_tokens,
+                choice=self._choice.state(),
                 keep=self._run.training.save_total_limit,
                 ranks=self._run.ranks,
             )
@@ -68,6 +73,12 @@ class Checkpointer:
         self._saved, self._log.unsaved_since = step, None
         assert path is not None
         self._callbacks.checkpoint(step, path)
+        command = self._run.training.after_save
+        failed = None
+        if command is not None and self._run.ranks.first:
+            failed = run_after_save(command, path, step)
+        if failed is not None:
+            self._log.say(f"{failed}: the run goes on")
 
     def check(self) -> None:
         """NotSaved where the last checkpoint was not written."""

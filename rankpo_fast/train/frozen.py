@@ -4,13 +4,14 @@ import dataclasses
 import gc
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
-from rankpo_fast.data.files import tensor_bytes
+from rankpo_fast.data.files import hash_tensors
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.check import whole
 from rankpo_fast.model.encoder import Encoder
@@ -68,7 +69,6 @@ def key_of(encoder: Encoder, tensors: Mapping[str, Tensor], max_tokens: int | No
     computing = (encoder.bf16, encoder.packed, encoder.attention, max_tokens)
     said = [encoder.settings.pooling, *computing, *arithmetic(encoder.device).items()]
     digest = hashlib.sha256(repr(said).encode())
-    for name, tensor in {**tensors, **encoder.backbone.state_dict()}.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor_bytes(whole(tensor)))
+    weights = encoder.backbone.state_dict().items()
+    hash_tensors(digest, chain(tensors.items(), ((name, whole(t)) for name, t in weights)))
     return digest.hexdigest()

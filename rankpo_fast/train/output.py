@@ -22,6 +22,7 @@ from rankpo_fast.data.files import (
     flush_to_disk,
     is_temporary,
     remove,
+    whole_directory,
     whole_file,
 )
 from rankpo_fast.data.sources import digests_kept
@@ -37,9 +38,10 @@ RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tm
 TRASH = ".rankpo-fast.trash"
 REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
 CARD = "README.md"  # one of the model's files
-METRICS = "metrics.jsonl"
+METRICS, LAST_GOOD = "metrics.jsonl", "last-good"  # the second after NaN
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
-WRITTEN_WHILE_TRAINING = (METRICS, CHECKPOINTS, PROFILE, MODEL_ON_ITS_WAY, REPORTS_ASIDE)
+WRITTEN_WHILE_TRAINING = (METRICS, CHECKPOINTS, PROFILE, MODEL_ON_ITS_WAY, REPORTS_ASIDE,
+                          LAST_GOOD)  # fmt: skip
 
 
 def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
@@ -98,7 +100,7 @@ def evaluated(path: Path) -> bool:
     """Whether the run's last word is of an evaluation."""
     with suppress(OSError):
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        return '"eval/' in (lines or [""])[-1]
+        return any(kind in (lines or [""])[-1] for kind in ('"eval/', '"best/'))
     return False
 
 
@@ -185,6 +187,27 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
         flush_to_disk(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def adopt_model(path: Path, other: Path) -> None:
+    """Put a copy of the finished model of another run into `path`, which is ours; config.json is
+    the last of its files to arrive."""
+    of_model = (read_record(other) or {})["model_files"]
+    _write_record(path, {**(read_record(path) or {}), "model_files": of_model})
+    (path / LAST_FILE).unlink(missing_ok=True)  # of an earlier one
+    for name in of_model:
+        if (other / name).is_dir():
+            (path / name).mkdir(parents=True, exist_ok=True)
+            continue
+        with whole_file(path / name) as temporary:
+            shutil.copyfile(other / name, temporary)
+
+
+def save_last_good(path: Path, encoder: Encoder) -> None:
+    """The encoder as a model of its own, beside the run's; raises OSError."""
+    remove(path / LAST_GOOD)
+    with whole_directory(path / LAST_GOOD) as temporary:
+        encoder.save(temporary)
 
 
 def write_card(path: Path, card: str) -> None:

@@ -38,9 +38,15 @@ from rankpo_fast.retrieval.evaluate import (
     read_evaluation_data,
 )
 from rankpo_fast.train import output
+from rankpo_fast.train.choice import check_choice
 from rankpo_fast.train.engine import check_shard
 from rankpo_fast.train.reporters import chosen
-from rankpo_fast.train.resume import find_checkpoint, settings_of, stamps_of
+from rankpo_fast.train.resume import (
+    find_checkpoint,
+    settings_of,
+    settings_of_choice,
+    stamps_of,
+)
 from rankpo_fast.train.run import Run
 
 
@@ -68,6 +74,7 @@ def prepare_run(
     check_shard(training, model, ranks, lent=encoder is not None)
     check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
+    check_choice(training, evaluation)
     evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
     configs: tuple[Config, ...] = (model, data, *more, loss, training, compute)
@@ -79,6 +86,8 @@ def prepare_run(
         raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
     stamps = stamps_of(configs, encoder)
     settings = settings_of(stage, ranks, configs, encoder)
+    if training.metric_for_best_model:
+        settings |= settings_of_choice(training, evaluation)
     if model.trim_vocabulary:
         _check_trimming(model)
         settings |= _trimming_settings(evaluation_data)

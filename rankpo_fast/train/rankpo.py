@@ -15,6 +15,7 @@ from torch import Tensor
 from rankpo_fast.config import (
     NO_GRADES,
     NO_REPLAY,
+    NO_RETENTION,
     NO_TEACHER,
     ComputeConfig,
     EvaluationConfig,
@@ -23,12 +24,14 @@ from rankpo_fast.config import (
     RankPODataConfig,
     RankPOLossConfig,
     ReplayConfig,
+    RetentionConfig,
     TeacherConfig,
     TrainingConfig,
 )
 from rankpo_fast.data.batches import ContrastiveData, PreferenceBatch, PreferenceData
 from rankpo_fast.data.group_batches import GroupData
 from rankpo_fast.data.order import BatchData
+from rankpo_fast.data.retained import RetainedData
 from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.model.encoder import Encoder
@@ -50,6 +53,14 @@ from rankpo_fast.train.reference import (
 from rankpo_fast.train.replay import describe_replay, replay_batches, replay_task
 from rankpo_fast.train.result import TrainingResult
 from rankpo_fast.train.resume import shared_precision
+from rankpo_fast.train.retention import (
+    RetainedTask,
+    check_retention,
+    describe_retention,
+    other_model_vectors,
+    reference_vectors,
+    rows_kept,
+)
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.supervision import (
     GRADED,
@@ -78,6 +89,7 @@ def train_rankpo(
     replay: ReplayConfig = NO_REPLAY,
     graded: GradedConfig = NO_GRADES,
     teacher: TeacherConfig = NO_TEACHER,
+    retention: RetentionConfig = NO_RETENTION,
     *,
     encoder: Encoder | None = None,
     named: bool = True,
@@ -98,6 +110,11 @@ def train_rankpo(
         model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
         check_mixture(data, loss, graded, teacher)
+        check_retention(
+            retention, replay, lora=model.lora_rank is not None,
+            sharded=training.shard if ranks.size > 1 and training.shard != "none" else None,
+            other=loss.reference_model_name_or_path is not None,
+        )  # fmt: skip
         # Which tokens are kept of a vocabulary follows from texts, so that all must have them.
         once = reading_once(ranks, compute.cache_path, wanted=not model.trim_vocabulary)
         with once as node, ranks.first_ahead():
@@ -107,18 +124,22 @@ def train_rankpo(
                 read = _read(data, graded, teacher, replay, training, ranks)
             run = prepare_run(
                 "rankpo", ranks, precision, model, data, loss, training, evaluation, compute,
-                replay, graded, teacher, encoder=None if named else encoder,
+                replay, graded, teacher, retention, encoder=None if named else encoder,
             )  # fmt: skip
             if nothing_left(run):
                 return TrainingResult.of(run.path, None)
             other = {} if read is None else _other_references(loss, run, read)
+            kept = None if read is None else _other_vectors(loss, run, read, retention, replay)
             encoder = prepare_encoder(run, encoder, *([] if read is None else read.all))
             if read is not None:
                 about, tasks = _tasks(read, run, encoder, loss, graded, teacher, replay, other)
+                if retention.retention_weight:
+                    rows = rows_kept(retention, replay)
+                    about |= _retain(tasks, rows, kept, run, encoder, retention, loss)
                 given = node.hand((about, [task.without_texts() for task in tasks]))
                 del read, tasks  # strings, which nobody needs any more
         about, tasks = given
-        return train(run, encoder, tasks, about, callbacks)
+        return train(run, encoder, tasks, about, callbacks, retention)
 
 
 @dataclass(frozen=True)
@@ -173,6 +194,36 @@ def _other_references(loss: RankPOLossConfig, run: Run, read: _Rows) -> dict[str
         other, run.model, [*compared.values()], run.device, run.compute
     )
     return dict(zip(compared, found, strict=True))
+
+
+def _other_vectors(
+    loss: RankPOLossConfig, run: Run, read: _Rows, retention: RetentionConfig, replay: ReplayConfig
+) -> tuple[Tensor, Tensor] | None:
+    """Another model's vectors of the texts whose ranking is kept."""
+    other = loss.reference_model_name_or_path
+    if other is None or not retention.retention_weight:
+        return None
+    data = read.replayed if rows_kept(retention, replay) == "replay" else read.all[0]
+    assert data is not None
+    return other_model_vectors(other, run.model, data, run.device, run.compute)
+
+
+def _retain(
+    tasks: list[TrainingTask[Any]], rows: str, vectors: tuple[Tensor, Tensor] | None, run: Run,
+    encoder: Encoder, retention: RetentionConfig, loss: RankPOLossConfig,
+) -> dict[str, str]:  # fmt: skip
+    """Hold one of the tasks to the reference, in its place; says so.
+
+    Args:
+        vectors: of another model; None: the encoder is asked, which is as it starts.
+    """
+    place = len(tasks) - 1 if rows == "replay" else 0  # which comes last
+    task = tasks[place]
+    if vectors is None:
+        assert not isinstance(task.data, RetainedData)
+        vectors = reference_vectors(encoder, task.texts, task.data, run.compute)
+    held = tasks[place] = RetainedTask.of(task, retention, vectors)
+    return {"retention": describe_retention(retention, held, loss.reference_model_name_or_path)}
 
 
 def _tasks(

@@ -7,7 +7,11 @@ from pathlib import Path
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train.output import METRICS
 
-EVALUATION = "eval/"  # before the names of an evaluation's figures in metrics.jsonl
+# Before the names of figures in metrics.jsonl: of an evaluation, of the step that is the result.
+EVALUATION, BEST = "eval/", "best/"
+
+
+CHOSEN = (f"{BEST}step", f"{BEST}score")  # no figures
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +23,8 @@ class TrainingResult:
         encoder: the trained one, in eval mode; None where the run had been finished before, and
             after --shard grad or full, whose weights are whole in `output_dir` alone.
         history: the lines of metrics.jsonl, a dict of numbers each: "step", and either "loss" and
-            more of the training, or figures of an evaluation by names like "eval/ndcg@20".
+            more of the training, or figures of an evaluation by names like "eval/ndcg@20"; with
+            --metric_for_best_model at last those of the result, "best/step" among them.
     """
 
     output_dir: Path
@@ -40,13 +45,15 @@ class TrainingResult:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Of the last evaluation, "ndcg@20" or "alignment" say; none where none was asked for."""
+        """Of the model in `output_dir`, "ndcg@20" or "alignment" say; none where none was asked
+        for."""
         for line in reversed(self.history):
-            figures = {
-                name.removeprefix(EVALUATION): value
-                for name, value in line.items()
-                if name.startswith(EVALUATION)
-            }
-            if figures:
-                return figures
+            for kind in (BEST, EVALUATION):
+                figures = {
+                    name.removeprefix(kind): value
+                    for name, value in line.items()
+                    if name.startswith(kind) and name not in CHOSEN
+                }
+                if figures:
+                    return figures
         return {}

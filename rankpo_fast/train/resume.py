@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rankpo_fast.config import ModelConfig, TrainingConfig
+from rankpo_fast.config import EvaluationConfig, ModelConfig, TrainingConfig
 from rankpo_fast.data.files import Stamp, sha256_of, stamp_of, tensor_bytes
 from rankpo_fast.data.groups import is_directory
 from rankpo_fast.data.memory import Source
@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing", "output_dir", "resume",
     "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_minutes",
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
-    "cache_dir", "no_cache", "rank_timeout", "device", "auto",
+    "auto_resume", "after_save", "cache_dir", "no_cache", "rank_timeout", "device", "auto",
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.
@@ -48,6 +48,7 @@ OF_RANKS = (PROCESSES, *BATCHES, "--shard")
 MODEL, TOKENIZER = "model_name_or_path", "tokenizer_name"
 WEIGHTS = ".safetensors"
 TRAINED_ON = ("train_data", "replay_data", "graded_data", "teacher_data")
+MEASURED_ON = ("query_data", "corpus_data", "preference_data")
 CONTENT = "content of "
 # Recorded, but free to change too: names of what was read, and what decides how sums are rounded.
 NAME, ARITHMETIC = "name of ", "arithmetic"
@@ -71,18 +72,30 @@ def settings_of(
     for config in configs:
         for name, value in asdict(config).items():
             if name in TRAINED_ON:
-                settings[_content(name)] = [_digest(path) for path in value]
+                settings[_content(name)] = [data_content(path) for path in value]
             elif name in MODELS:
                 if name == MODEL and encoder is not None:
                     settings[_content(name)] = _encoder_content(encoder)
                 elif value is not None:
                     scratch = name == MODEL and config.from_scratch
                     weights = name != TOKENIZER and not scratch
-                    settings[_content(name)] = _model_content(f"--{name}", value, weights)
+                    settings[_content(name)] = model_content(f"--{name}", value, weights)
             elif name in FREE_PARTS:
                 settings[f"--{name}"] = [part for part in value if part not in FREE_PARTS[name]]
             elif name not in FREE_TO_CHANGE:
                 settings[f"--{name}"] = value
+    return settings
+
+
+def settings_of_choice(training: TrainingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """What else decides the weights where --metric_for_best_model chooses among steps."""
+    settings: dict[str, Any] = {"--eval_steps": training.eval_steps}
+    for name, value in asdict(evaluation).items():
+        if name in MEASURED_ON:
+            sources = value if isinstance(value, list) else [] if value is None else [value]
+            settings[_content(name)] = [data_content(source) for source in sources]
+        else:
+            settings[f"--{name}"] = value
     return settings
 
 
@@ -107,6 +120,7 @@ def find_checkpoint(
             return None
     else:
         checkpoint = checkpoints.read(Path(training.resume))
+    _check_best(checkpoint, path)
     was = _of_ranks(checkpoint.settings, settings)
     check_same(f"--resume: {checkpoint.path}", was, settings)
     if was != checkpoint.settings:
@@ -120,6 +134,22 @@ def find_checkpoint(
         )
     _warn_of_arithmetic(checkpoint.settings.get(ARITHMETIC), settings[ARITHMETIC])
     return checkpoint
+
+
+def _check_best(checkpoint: Checkpoint, path: Path) -> None:
+    """InputError unless the best model so far is there, which may turn out to be the result."""
+    best = (checkpoint.choice or {}).get("best")
+    if best is None or path / output.CHECKPOINTS / checkpoints.name_of(best["step"]) == (
+        checkpoint.path
+    ):
+        return
+    try:
+        checkpoints.read(path / output.CHECKPOINTS / checkpoints.name_of(best["step"]))
+    except InputError as error:
+        raise InputError(
+            f"--resume: {checkpoint.path}: step {best['step']} was the best until then, and its "
+            f"checkpoint is needed: {error}"
+        ) from error
 
 
 def _warn_of_arithmetic(was: Any, now: dict[str, str]) -> None:
@@ -241,8 +271,8 @@ def check_unchanged(run: Run) -> None:
                              f"stay as they are")  # fmt: skip
 
 
-def _digest(source: Source) -> str:
-    """Of a BEIR directory that of all its files."""
+def data_content(source: Source) -> str:
+    """The sha256 of rows; of a BEIR directory that of all its files."""
     if not is_directory(source):
         return digest(source)
     files = beir_files(Path(str(source)))
@@ -262,10 +292,10 @@ def _files(flag: str, name: str, weights: bool) -> dict[str, Path]:
         if (adapter := find_adapter(config.parent, flag)) is not None:
             base = adapter.base_directory
             found |= {f"base/{file.as_posix()}": base / file for file in model_files(base)}
-    return {place: file for place, file in found.items() if weights or file.suffix != WEIGHTS}
+    return {place: file for place, file in found.items() if weights or WEIGHTS not in file.name}
 
 
-def _model_content(flag: str, name: str, weights: bool) -> dict[str, str]:
+def model_content(flag: str, name: str, weights: bool = True) -> dict[str, str]:
     """The sha256 of each file that makes the model, or the tokenizer, at its place there."""
     files = _files(flag, name, weights)
     try:

@@ -7,6 +7,7 @@ n distinct texts of a batch, D dims.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,6 +118,7 @@ def train_step(
     memory: Memory,
     ranks: Ranks,
     engine: Engine = ALONE,
+    pull: Callable[[], Tensor] | None = None,
 ) -> StepMetrics:
     """Take the next of `steps`; nothing waits for the device, unless the optimizer does.
 
@@ -127,6 +129,7 @@ def train_step(
     Args:
         rate: the learning rate.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
+        pull: adds to the gradients of all ranks, and tells its part of the loss.
 
     Raises:
         InputError: memory does not suffice for the longest text, or runs out where the step cannot
@@ -141,7 +144,7 @@ def train_step(
         try:
             engine.begin()
             with ranks.in_step():
-                losses, metrics, learnt = _gradients(encoder, batches, memory, ranks, engine)
+                losses, metrics, learnt = add_gradients(encoder, batches, memory, ranks, engine)
             break
         except OutOfMemory as error:
             here = error.here  # and its traceback, with all that it holds, is gone
@@ -152,6 +155,8 @@ def train_step(
         batches = steps.repacked()
     with ranks.in_step():
         losses, metrics = ranks.total(losses, metrics, learnt)
+    if pull is not None:
+        metrics[0]["elastic"] = pull()
     with record_function("optimizer"):
         norm = optimizer.update(losses, rate, max_grad_norm)
     values = [norm, *losses, *(value for of_batch in metrics for value in of_batch.values())]
@@ -170,10 +175,10 @@ def _shrink(memory: Memory, batches: list[PackedBatch], ranks: Ranks, here: bool
     return [note for note, _ in told]
 
 
-def _gradients(
+def add_gradients(
     encoder: Encoder, batches: list[PackedBatch], memory: Memory, ranks: Ranks, engine: Engine
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], list[nn.Parameter]]:
-    """Add the gradient of all batches to that of the parameters.
+    """Add the gradient of all batches, after `engine.begin`, to that of the parameters.
 
     Returns:
         losses and metrics, 0-dim, of this rank's share; and what losses learn beside the encoder's
@@ -245,7 +250,8 @@ def _own_metrics(batch: PackedBatch, result: LossOutput) -> dict[str, Tensor]:
     """The rank's part of a batch's metrics; with a prefix its loss too, as the log's is all's."""
     prefix, own = batch.task.prefix, {}
     if prefix:
-        own = {f"{prefix}loss": result.loss * batch.loss_share}
+        loss = result.loss if result.own_loss is None else result.own_loss
+        own = {f"{prefix}loss": loss * batch.loss_share}
     return own | {prefix + name: value * batch.row_share for name, value in result.metrics.items()}
 
 

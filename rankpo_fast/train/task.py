@@ -19,11 +19,12 @@ from rankpo_fast.data.batches import (
     PreferenceData,
 )
 from rankpo_fast.data.group_batches import GroupBatch, GroupData
+from rankpo_fast.data.retained import RetainedBatch, RetainedData
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
 from rankpo_fast.train.run import Run
 
-BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch, GroupBatch)
+BatchT = TypeVar("BatchT", ContrastiveBatch, PreferenceBatch, GroupBatch, RetainedBatch)
 
 
 class LossOutput(NamedTuple):
@@ -34,13 +35,14 @@ class LossOutput(NamedTuple):
     d_passages: Tensor  # [N, D]
     metrics: dict[str, Tensor]  # 0-dim
     others: Sequence[tuple[nn.Parameter, Tensor]] = ()  # what the loss itself learns: gradients
+    own_loss: Tensor | None = None  # 0-dim, for the log: without what holds it to a reference
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingTask(ABC, Generic[BatchT]):
     """Rows as batches, their texts, and what is asked of the encoder on them."""
 
-    data: ContrastiveData | PreferenceData | GroupData
+    data: ContrastiveData | PreferenceData | GroupData | RetainedData
     texts: Texts
     weight: float = field(default=1.0, kw_only=True)
     prefix: str = field(default="", kw_only=True)  # of its metrics, to tell them from another's

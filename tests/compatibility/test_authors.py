@@ -141,7 +141,7 @@ REFUSED = [
     ("evaluate", "k", "50", "--cutoffs"),
     ("evaluate", "index_factory", "IVF100,Flat", "exact"),
     ("evaluate", "save_index", "True", "encode"),
-    ("mine", "method", "cluster", "topk or sample"),
+    ("mine", "method", "topk,cluster", "topk, sample or cluster"),
     ("mine", "lambda_", "0.5", "cluster"),
     ("mine", "fp16", "True", "--bf16"),
 ]

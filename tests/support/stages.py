@@ -15,7 +15,12 @@ STAGES = {
     ),
     "rankpo": (train_rankpo, configs.RankPODataConfig, configs.RankPOLossConfig),
 }
-OF_STAGE_2 = [configs.ReplayConfig, configs.GradedConfig, configs.TeacherConfig]
+OF_STAGE_2 = [
+    configs.ReplayConfig,
+    configs.GradedConfig,
+    configs.TeacherConfig,
+    configs.RetentionConfig,
+]
 SMALL = {
     "bf16": False,
     "gradient_checkpointing": False,

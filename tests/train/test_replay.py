@@ -161,7 +161,7 @@ def test_nan_names_the_rows_of_the_guilty(
     original = guilty[whose].loss
 
     def loss(task, queries, passages, batch):
-        value, d_queries, d_passages, metrics, _ = original(task, queries, passages, batch)
+        value, d_queries, d_passages, metrics, *_ = original(task, queries, passages, batch)
         if whose == "gradient":
             return LossOutput(value, d_queries * torch.nan, d_passages, metrics)
         return LossOutput(value * torch.nan, d_queries, d_passages, metrics)

@@ -1,0 +1,1 @@
+"""Rounds: a model mines its own hard negatives and is trained on them, again and again."""
