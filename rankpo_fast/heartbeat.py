@@ -53,7 +53,8 @@ class Heartbeat:
         self._place, self._there_since = "", time.monotonic()
         self._silence = self._lost = ""  # why nobody must wait any more
         self._heard = 1, [Beat(1, "its start", 0.0)] * size
-        store = dist.distributed_c10d._get_default_store().clone()  # others wait in that one
+        store = dist.distributed_c10d._get_default_store()
+        store = store.clone()  # type: ignore[attr-defined]  # others wait in that one
         self._store = dist.PrefixStore(f"rankpo_fast/{next(_times)}", store)
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._watch)]
 
@@ -122,7 +123,8 @@ class Heartbeat:
 
     def _where(self) -> str:
         """The innermost functions of this package that the main thread is in."""
-        frame, places = sys._current_frames().get(self._main), []
+        frame = sys._current_frames().get(self._main)
+        places: list[str] = []
         while frame is not None and len(places) < FRAMES:
             code = frame.f_code
             if Path(code.co_filename).is_relative_to(PACKAGE):
