@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # What SIGUSR1 and SIGHUP do unless somebody uses them.
@@ -50,7 +50,7 @@ class Signals:
         self._previous: dict[signal.Signals, Any] = {}
         self._outer: Signals | None = None
 
-    def __enter__(self) -> "Signals":
+    def __enter__(self) -> Self:
         self._outer, Signals.current = Signals.current, self
         self.requested = None if self._outer is None else self._outer.requested
         if threading.current_thread() is threading.main_thread():
