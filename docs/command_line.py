@@ -23,8 +23,8 @@ Every command and flag, as `rankpo-fast COMMAND --help` prints them. This page i
 * Usual other names (`--lr`, `--bs`) are read as ours, and the command says so. The paper's command lines run with the program's name
   changed.
 * `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND ...` runs on [several GPUs](several-gpus.md).
-* Exit codes: 0; 1 for a run that failed; 2 for what you can put right, with a message that names it; in a training 143 after SIGTERM and 130
-  after Ctrl-C, once the step is finished and saved.
+* Exit codes: 0; 1 for a run that failed; 2 for what you can put right, with a message that names it; 143 after SIGTERM, 130 after
+  Ctrl-C, 129 after SIGHUP, 138 after SIGUSR1, in a training once the step is finished and [saved](promises.md).
 * Brackets say what holds where a flag has no fixed default.
 """  # noqa: E501
 ITEM = re.compile(r"  (?P<flag>-\S.*?)(?:  +(?P<help>.*))?")

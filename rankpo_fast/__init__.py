@@ -6,6 +6,7 @@ The losses need torch alone. What trains and encodes is imported when it is firs
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import rankpo_fast.begin  # noqa: F401  (before others that need torch)
 from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.extras import require_extra
 from rankpo_fast.losses import (

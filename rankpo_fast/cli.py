@@ -1,9 +1,9 @@
 """The command line: `rankpo-fast COMMAND --flag value ...`, or the flags in `--config FILE.yaml`.
 
 Flags are read here, what a command does stands in commands/. Exit codes: 0; 1 for a run that
-failed; 2 for what the user can put right (bad flags, bad data, with a message that names it); in
-training, 143 after SIGTERM and 130 after Ctrl-C, once the step is finished and saved, and so in
-`annotate`, whose answers are on the disk as they come.
+failed; 2 for what the user can put right (bad flags, bad data, with a message that names it); 143
+after SIGTERM, 130 after Ctrl-C, 129 after SIGHUP, 138 after SIGUSR1: in training once the step is
+finished and saved, in `annotate` with all answers on the disk, elsewhere with nothing half written.
 
 On N GPUs: `torchrun --nproc_per_node N -m rankpo_fast.cli COMMAND --flag value ...`, to train, to
 evaluate, to encode and to mine.
@@ -35,6 +35,7 @@ from rankpo_fast.errors import (
 from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
+from rankpo_fast.signals import EndsCommand, Interrupted, ask
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode", "mine")  # the commands for torchrun
@@ -157,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not out_of_memory(error):
                 raise
             return _fail(f"out of memory: {str(error).partition('. Error code')[0]}", FAILED)
+        except Interrupted as stop:
+            return _fail(stop, stop.exit_code) if _is_first_rank() else stop.exit_code
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
 
@@ -183,7 +186,11 @@ def _run(argv: list[str]) -> int:
 
 def _run_command(name: str, flags: list[str]) -> int:
     """Parse the flags and run the body, for `evaluate` maybe several times."""
-    command = COMMANDS[name]
+    with EndsCommand():
+        return _run_body(name, COMMANDS[name], flags)
+
+
+def _run_body(name: str, command: Command, flags: list[str]) -> int:
     require_extra(name, "train")
     try:
         lines = command_lines(flags) if name == "evaluate" else [flags]
@@ -202,6 +209,7 @@ def _run_command(name: str, flags: list[str]) -> int:
         if command.check is not None:
             command.check(first, *settings)
         body = importlib.import_module(f"rankpo_fast.commands.{name}")
+        ask()
         try:
             with texts_located(first, *settings) if _is_first_rank() else nullcontext():
                 body.run(first, *settings)

@@ -12,6 +12,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from rankpo_fast import signals
+
 DELAY = 2.0  # seconds before the first word
 PAUSE, SHARE = 10.0, 0.1  # a line after so many seconds and so much of the whole
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
@@ -23,21 +25,29 @@ def on_terminal() -> bool:
 
 @contextmanager
 def progress(label: str | None, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """What is yielded takes the number done since it was called last.
+    """What is yielded takes the number done since it was called last, and asks for signals.
 
     Args:
         label: what is going on; None: nothing is said.
         unit: what is counted, in the singular.
     """
     if label is None or os.environ.get("RANK", "0") != "0":
-        yield lambda count: None
+        yield lambda count: signals.ask()
     elif on_terminal():
         with tqdm(total=total, desc=label, unit=unit, delay=DELAY, bar_format=BAR) as bar:
-            yield bar.update
+            yield _asking(bar.update)
     else:
         lines = _Lines(label, total, unit)
-        yield lines.update
+        yield _asking(lines.update)
         lines.end()
+
+
+def _asking(update: Callable[[int], object]) -> Callable[[int], None]:
+    def asking(count: int) -> None:
+        update(count)
+        signals.ask()
+
+    return asking
 
 
 class _Lines:

@@ -17,10 +17,12 @@ import atexit
 import dataclasses
 import heapq
 import os
+import pickle
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,10 +35,13 @@ from torch.profiler import record_function
 
 from rankpo_fast.config import ComputeConfig
 from rankpo_fast.errors import InputError, RankLost, out_of_memory
+from rankpo_fast.heartbeat import Heartbeat
 from rankpo_fast.ops.ranks import gather_rows, sum_rows
 
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(days=7)  # with rank 0, which may evaluate for long: who dies is not waited for
+# With rank 0, which may evaluate for long: who dies or falls silent is not waited for.
+PATIENCE = timedelta(days=7)
+LONGEST_SLICE = 0.01  # seconds of a wait
 
 Metrics = dict[str, Tensor]
 
@@ -59,6 +64,7 @@ class Ranks:
     # Whether weights lie in parts, so that a pass through the encoder is one of all ranks.
     lockstep: bool = False
     reader: int = 0  # the first rank of this one's node, which reads for all there
+    heart: Heartbeat | None = None  # tells of ranks that are silent
 
     @classmethod
     @contextmanager
@@ -85,11 +91,12 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)  # the next training needs it once more
         ranks = cls(device, dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
-        # They meet: else rank 0 may be gone, and its store, before the others have the group.
-        nodes = ranks.objects(_node())
-        ranks = dataclasses.replace(ranks, reader=nodes.index(nodes[ranks.rank]))
         try:
-            yield ranks
+            with heart_of(ranks, compute.rank_timeout) as heart:
+                ranks = dataclasses.replace(ranks, heart=heart)
+                # They meet: else rank 0 may be gone, and its store, before others have the group.
+                nodes = ranks.objects(_node())
+                yield dataclasses.replace(ranks, reader=nodes.index(nodes[ranks.rank]))
         except BaseException:  # the process may end, and must not wait for others then
             atexit.unregister(dist.destroy_process_group)
             raise
@@ -155,17 +162,26 @@ class Ranks:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
         with self._talk():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+            maximum = dist.ReduceOp.MAX
+            self._wait_for(dist.all_reduce(tensor, maximum, group=self.hosts, async_op=True))
         return tensor.tolist()
 
     def objects(self, value: Any) -> list[Any]:
         """The values of all ranks; raises RankLost like `meet`."""
         if self.hosts is None:
             return [value]
-        values = [None] * self.size
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        size = torch.tensor([len(own)])
         with self._talk():
-            dist.all_gather_object(values, value, group=self.hosts)
-        return values
+            self._wait_for(dist.all_gather(sizes, size, group=self.hosts, async_op=True))
+            longest = int(max(sizes))
+            own = torch.cat([own, own.new_zeros(longest - len(own))])
+            told = [torch.empty_like(own) for _ in sizes]
+            self._wait_for(dist.all_gather(told, own, group=self.hosts, async_op=True))
+        return [
+            pickle.loads(value.numpy().data[:size]) for value, size in zip(told, sizes, strict=True)
+        ]
 
     def send_to_first(self, rows: Tensor) -> None:
         """From the host's memory; raises RankLost like `meet`."""
@@ -179,11 +195,23 @@ class Ranks:
             dist.recv(rows, rank, group=self.hosts)
         return rows
 
+    def _wait_for(self, work: dist.Work | None) -> None:
+        """In slices, between which signals are heard; RankLost where a rank has fallen silent."""
+        assert work is not None  # this rank is of the group
+        began = time.monotonic()
+        while not work.is_completed():
+            if self.heart is not None:
+                self.heart.check()
+            time.sleep(min(max((time.monotonic() - began) / 10, 2e-5), LONGEST_SLICE))
+        work.wait()
+
     @contextmanager
     def _talk(self) -> Iterator[None]:
         try:
             with record_function("communication"):
                 yield
+        except RankLost:
+            raise
         except RuntimeError as error:
             raise RankLost(f"rank {self.rank} stops, since another is gone ({error})") from error
 
@@ -290,6 +318,11 @@ class Ranks:
 
 
 ALONE = Ranks(torch.device("cpu"))
+
+
+def heart_of(ranks: Ranks, timeout: int) -> AbstractContextManager[Heartbeat | None]:
+    """That of a rank, unless the others may be silent for ever."""
+    return Heartbeat(ranks.rank, ranks.size, timeout) if timeout else nullcontext()
 
 
 def deal(costs: Tensor, hands: int) -> list[Tensor]:

@@ -51,9 +51,14 @@ class ComputeConfig(DeviceConfig):
 
     cache_dir: str = flag("Token ids and reference margins are kept here.", "~/.cache/rankpo-fast")
     no_cache: bool = flag("Keep neither, and read none that was kept.", False)
+    rank_timeout: int = flag(
+        "Of the processes of torchrun: all end when one has been silent so long; 0: never.", 60,
+        metavar="SECONDS",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
+        check_at_least(self, 0, "rank_timeout")
         check_names(self, "cache_dir")
 
     @property

@@ -83,6 +83,14 @@ class TrainingConfig(Config):
         "Go on from the newest complete checkpoint of --output_dir, or from the one given.",
         None, nargs="?", const="newest", metavar="CHECKPOINT",
     )  # fmt: skip
+    auto_resume: bool = flag(
+        "--resume where a run of this program is in --output_dir, else start one: for schedulers, "
+        "which run a command again.", False,
+    )  # fmt: skip
+    after_save: str | None = flag(
+        "Run by the shell after each complete checkpoint, whose path is in RANKPO_CHECKPOINT.",
+        None, metavar="COMMAND",
+    )  # fmt: skip
     overwrite_output_dir: bool = flag("Delete the earlier run that is there.", False)
     report_to: list[str] = flag(
         "Also send the metrics there: tensorboard, wandb, trackio, mlflow, several of them, all "
@@ -108,6 +116,9 @@ class TrainingConfig(Config):
         check_seed(self)
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             require(self, name, "in [0, 1)", 0 <= getattr(self, name) < 1)
+        if self.auto_resume and (self.resume is not None or self.overwrite_output_dir):
+            raise InputError("--auto_resume decides whether there is a run to go on with: leave "
+                             "out --resume and --overwrite_output_dir")  # fmt: skip
         if self.resume is not None and self.overwrite_output_dir:
             raise InputError("--resume and --overwrite_output_dir contradict each other: give one")
 

@@ -156,6 +156,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+Stamp = tuple[int, int, int] | None  # size, time and inode; None: there is no such file
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Which another has once a file is written to, or another one takes its name."""
+    with suppress(OSError):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return None
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise as OSError, naming `path`, what safetensors and tokenizers raise inside over a disk or

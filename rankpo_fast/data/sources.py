@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -68,15 +69,20 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
         raise InputError(f"{place(path)}: cannot be read: {error.strerror}") from None
     with file:
         unpacked, damage = _unpacked(file, place(path))
+        content = None if _read_whole is None else hashlib.sha256()
         try:
             for number, line in enumerate(iter(partial(unpacked.readline, LONGEST_LINE), b""), 1):
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     raise InputError(f"{place(path)}:{number}: a line of more than "
                                      f"{LONGEST_LINE >> 20} MiB: every row stands on a line of its "
                                      f"own (jq -c '.[]' writes them so)")  # fmt: skip
+                if content is not None:
+                    content.update(line)
                 yield line
         except damage as error:
             raise InputError(f"{place(path)}: a damaged compressed file: {error}") from None
+    if content is not None:
+        _keep(path, content.hexdigest())
 
 
 def _unpacked(
@@ -158,11 +164,15 @@ def _copy_stream(path: str, kept: IO[bytes]) -> None:
 def table_rows(path: Path | Source) -> Iterator[tuple[str, Any]]:
     """Yield ("path:row", row); rows of a file count from 1, and a column without a value there is
     None."""
-    number = 0
+    number, content = 0, None if _read_whole is None else hashlib.sha256()
     for number, (where, row) in enumerate(_rows(path), 1):
+        if content is not None:
+            content.update(json.dumps(row, default=str).encode() + b"\n")
         yield where or f"{path}:row {number}", row
     if number == 0:
         raise InputError(f"{path}: has no rows")
+    if content is not None and not isinstance(path, Rows):
+        _keep(path, content.hexdigest())
 
 
 def _rows(path: Path | Source) -> Iterator[tuple[str | None, Any]]:
@@ -216,8 +226,33 @@ def _needs_datasets(path: str | Path) -> str:
 # --- what it holds ---
 
 
+_read_whole: dict[str, str] | None = None  # inside `digests_kept`: digests by path
+
+
+@contextmanager
+def digests_kept() -> Iterator[None]:
+    """Inside, what is read is hashed while it is, and `digest` is of what was read: of a file that
+    another has taken the place of since, too. InputError where two readings differ."""
+    global _read_whole
+    before, _read_whole = _read_whole, {}
+    try:
+        yield
+    finally:
+        _read_whole = before
+
+
+def _keep(path: Path | Source, content: str) -> None:
+    assert _read_whole is not None
+    if _read_whole.setdefault(os.path.abspath(str(path)), content) != content:
+        raise InputError(f"{place(path)}: has changed since it was first read: give a file that "
+                         f"stays as it is")  # fmt: skip
+
+
 def digest(path: Path | Source) -> str:
     """sha256 of the content, unpacked: the same wherever it lies and however it is compressed."""
+    known = None if isinstance(path, Rows) else os.path.abspath(str(path))
+    if _read_whole is not None and known in _read_whole:
+        return _read_whole[known]
     content = hashlib.sha256()
     if isinstance(path, Rows) or is_table(path):
         for _, row in table_rows(path):

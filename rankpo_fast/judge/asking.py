@@ -23,6 +23,7 @@ from rankpo_fast.judge.questions import Question, Reply, answer_to, verdict_in
 from rankpo_fast.judge.server import Judge, Server, Trouble
 from rankpo_fast.judge.template import Prompt
 from rankpo_fast.progress import progress
+from rankpo_fast.signals import not_ignored
 
 GRACE = 4.0  # seconds for answers under way once a signal came
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between tries, where the server asks for none
@@ -152,7 +153,7 @@ class _Asking:
 
     @contextmanager
     def _signals(self, cut: asyncio.Event) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM stop the asking, and set `cut` when what is under way has had
+        """Inside, signals stop the asking, and set `cut` when what is under way has had
         its time; the second one sets it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -164,7 +165,7 @@ class _Asking:
             self.outcome.came = self.outcome.came or number
             self._end(f"{number.name} came")
 
-        watched = (signal.SIGINT, signal.SIGTERM)
+        watched = not_ignored()
         before = [signal.getsignal(number) for number in watched]
         for number in watched:
             loop.add_signal_handler(number, stopped, number)

@@ -40,6 +40,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.judge.journal import Journal
 from rankpo_fast.judge.people import CHOICES, Ended, Late, Questions
 from rankpo_fast.paths import reason
+from rankpo_fast.signals import not_ignored
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_NAME = 64
@@ -268,14 +269,14 @@ class PageServer:
         self.close()
 
     def serve_until(self, annotators: int | None = None) -> bool:
-        """Wait until so many annotators have judged all pairs (True), or for SIGTERM or Ctrl-C.
+        """Wait until so many annotators have judged all pairs (True), or for a signal to stop.
 
         Signals are taken in the main thread only, and their handlers put back.
         """
         ended: list[int] = []
         previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in not_ignored():
                 previous[number] = signal.signal(number, lambda number, _: ended.append(number))
         try:
             while not ended:

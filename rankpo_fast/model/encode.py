@@ -1,13 +1,14 @@
 """Texts -> unit vectors for search, without gradients. n texts, D dims, S of a micro-batch."""
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankpo_fast import signals
 from rankpo_fast.data.packing import one_token, pack
 from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import NotFiniteVectors, out_of_memory
@@ -17,6 +18,7 @@ from rankpo_fast.progress import progress as shown
 from rankpo_fast.ranks import ALONE, Ranks, deal
 
 ROWS = 16384  # of vectors that travel at once
+ASKED_EVERY = 8  # micro-batches, after which several ranks ask each other for signals
 
 
 @torch.no_grad()
@@ -43,6 +45,7 @@ def encode_texts(
     Raises:
         InputError: a text alone has more than max_tokens tokens.
         NotFiniteVectors: a vector, or its length, is NaN or inf; on all ranks.
+        Interrupted: a signal to stop came to any rank, between two micro-batches; on all ranks.
     """
     shares = _shares(encoder.plan(table.lengths, max_tokens), table.lengths, ranks.size)
     text_ids = [_joined(share) for share in shares]
@@ -50,20 +53,21 @@ def encode_texts(
     rows = own if ranks.first else torch.arange(len(own))
     vectors = torch.empty(len(table) if ranks.first else len(own), encoder.dim, dtype=torch.float32)
     norms, place = [torch.empty(0, device=encoder.device)], 0  # of vectors made, on the device
-    training = encoder.training
-    encoder.eval()
     passes = ranks.in_step() if ranks.lockstep else nullcontext()
-    with passes, shown(progress, len(own), "text") as advance:
-        for batch in shares[ranks.rank]:
+    with _evaluating(encoder), passes, shown(progress, len(own), "text") as advance:
+        for number in range(max(map(len, shares))):
+            if ranks.size == 1 or number % ASKED_EVERY == 0:
+                _end_if_asked(ranks)
+            if number >= len(shares[ranks.rank]):
+                if ranks.lockstep:  # others wait for as many passes
+                    encoder(one_token(table))
+                continue
+            batch = shares[ranks.rank][number]
             made = _encode(encoder, table, batch, ranks)
             norms.append(made.norm(dim=1))  # before it is divided by: inf would leave zeros
             vectors[rows[place : place + len(batch)]] = F.normalize(made, dim=1).cpu()
             place += len(batch)
             advance(len(batch))
-        if ranks.lockstep and len(table) > 0:  # others wait for as many passes
-            for _ in range(max(map(len, shares)) - len(shares[ranks.rank])):
-                encoder(one_token(table))
-    encoder.train(training)
     _check(encoder, own, torch.cat(norms).cpu(), len(table), texts, ranks)
     for rank, ids in enumerate(text_ids[1:], 1):
         for start in range(0, len(ids), ROWS):
@@ -73,6 +77,22 @@ def encode_texts(
             elif ranks.first:
                 vectors[ids[part]] = ranks.received(rank, (len(ids[part]), encoder.dim))
     return vectors
+
+
+@contextmanager
+def _evaluating(encoder: Encoder) -> Iterator[None]:
+    training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(training)
+
+
+def _end_if_asked(ranks: Ranks) -> None:
+    [came] = ranks.highest([signals.requested()])
+    if came:
+        raise signals.Interrupted(came)
 
 
 def _encode(encoder: Encoder, table: TokenTable, text_ids: Tensor, ranks: Ranks) -> Tensor:

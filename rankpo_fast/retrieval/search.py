@@ -7,6 +7,7 @@ the best, and of equal scores the one in the earlier row: the same whatever the 
 import torch
 from torch import Tensor
 
+from rankpo_fast import signals
 from rankpo_fast.errors import InputError
 
 ROW_BITS = 32
@@ -54,6 +55,7 @@ def _search(queries: Tensor, corpus: Tensor, k: int, chunk: int) -> Tensor:
         rows = torch.arange(start, start + len(part), device=queries.device)
         best = torch.cat([best, _keys(scores, rows)], dim=1)
         best = best.topk(min(k, best.shape[1]), dim=1).values
+        signals.ask()
     return best
 
 

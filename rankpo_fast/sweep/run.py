@@ -23,12 +23,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from rankpo_fast.signals import not_ignored
 from rankpo_fast.sweep.spec import Job, Sweep
 
 ALPHA = "{alpha}"  # of a file's name
 VALIDATION, TEST = "validation", "test"
 Figures = dict[str, float]
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Runner:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM reach the trainings, which save and end."""
+        """Inside, signals reach the trainings, which save and end."""
 
         def stop(number: int, _: object) -> None:
             self._stopped = number
@@ -195,7 +195,7 @@ class Runner:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, stop) for number in STOPS}
+        before = {number: signal.signal(number, stop) for number in not_ignored()}
         try:
             yield
         finally:

@@ -1,6 +1,8 @@
-"""`--auto`: settings of memory as the plan finds them, the same on all ranks and after a resume."""
+"""`--auto`: settings of memory as the plan finds them, the same on all ranks and after a resume;
+`--auto_resume`: whether there is a run to resume."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from rankpo_fast.config import ModelConfig, TrainingConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.plan.auto import auto_settings
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.output import read_record
 from rankpo_fast.train.resume import settings_before
 
 OF_MODEL = ("weights_dtype", "lora_rank", "torch_compile")  # what a plan chooses
@@ -23,8 +26,8 @@ def settle(
     negatives: int,
     lent: bool,
 ) -> tuple[ModelConfig, TrainingConfig]:
-    """Both as they are without --auto; with it as the plan completes them, which is said. All ranks
-    must call it.
+    """Both as they are without --auto; with it as the plan completes them, which is said. And
+    --resume, where --auto_resume comes to it. All ranks must call it.
 
     Args:
         negatives: texts of a row besides query and positive.
@@ -33,6 +36,8 @@ def settle(
     Raises:
         InputError: on the CPU, for an encoder that is lent, or where nothing fits.
     """
+    if training.auto_resume and read_record(Path(training.output_dir)) is not None:
+        training = replace(training, resume="newest", auto_resume=False)
     if not training.auto:
         return model, training
     if lent:

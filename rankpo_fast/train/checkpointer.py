@@ -8,6 +8,7 @@ from rankpo_fast.errors import NotSaved
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
+from rankpo_fast.train.after_save import run_after_save
 from rankpo_fast.train.callbacks import Callbacks
 from rankpo_fast.train.choice import Choice
 from rankpo_fast.train.log import MetricsLog
@@ -72,6 +73,12 @@ class Checkpointer:
         self._saved, self._log.unsaved_since = step, None
         assert path is not None
         self._callbacks.checkpoint(step, path)
+        command = self._run.training.after_save
+        failed = None
+        if command is not None and self._run.ranks.first:
+            failed = run_after_save(command, path, step)
+        if failed is not None:
+            self._log.say(f"{failed}: the run goes on")
 
     def check(self) -> None:
         """NotSaved where the last checkpoint was not written."""

@@ -7,7 +7,8 @@ A task gives the batches and their loss; everything random in a batch follows fr
 index), so that a run can stop after any step and go on bit by bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from signal import Signals
@@ -19,6 +20,7 @@ from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.trainable import in_training
 from rankpo_fast.retrieval.evaluate import measure
+from rankpo_fast.signals import Interrupted
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.allocator import freed_memory_kept
@@ -34,7 +36,7 @@ from rankpo_fast.train.optim import Optimizer, describe_optimizer, learning_rate
 from rankpo_fast.train.prefetch import Prefetcher, pack_step
 from rankpo_fast.train.profile import Profile
 from rankpo_fast.train.result import BEST, TrainingResult
-from rankpo_fast.train.resume import compare_ranks
+from rankpo_fast.train.resume import check_unchanged, compare_ranks
 from rankpo_fast.train.run import Run
 from rankpo_fast.train.schedule import SaveSchedule, StepSchedule
 from rankpo_fast.train.signals import StopSignal
@@ -60,9 +62,10 @@ def train(
         retention: its elastic weights; all else of it is in the tasks.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite; the weights are as before that step.
+        FloatingPointError: loss or gradient is not finite; the weights are as before that step,
+            and saved.
         OSError: the model could not be saved; NotSaved: it was, but the last checkpoint could not.
-        TrainingStopped: by SIGTERM or Ctrl-C, once the step is finished and saved.
+        TrainingStopped: by a signal, once the step is finished and saved.
         RankLost: another rank is gone; the last checkpoint is there.
     """
     config, first = run.training, run.first_step
@@ -78,6 +81,7 @@ def train(
     engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
     tasks = [task.ready(run, encoder) for task in tasks]
+    check_unchanged(run)  # of models that have all been read now
     engine.settle()
     optimizer, elastic = _start(run, encoder, tasks, retention)
     memory = measure_memory(run, encoder, [task.texts.table for task in tasks], engine)
@@ -95,6 +99,7 @@ def train(
         ) as log,
         profile,
         in_training(encoder),
+        _weights_kept(run, encoder, engine, log),
         StopSignal() as signals,
     ):
         checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log, heard, choice)
@@ -123,8 +128,9 @@ def train(
                 agreed = signals.agreed(ranks, end=heard.ended)
             elif agreed.stop is None and not last and _evaluation_is_due(run, done):
                 log.settle()
-                figures, measured_at = _evaluate(run, encoder, engine), done
-                log.evaluation(done, figures)
+                if (of_step := _evaluate(run, encoder, engine)) is not None:
+                    figures, measured_at = of_step, done
+                    log.evaluation(done, figures)
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
                 checkpointer.save(done)
@@ -198,6 +204,8 @@ def _choose(
     log.settle()
     before = choice.best
     figures, *_ = run.ranks.objects(_evaluate(run, encoder, engine))
+    if figures is None:
+        return
     log.evaluation(step, figures)
     if choice.consider(step, figures):
         checkpointer.save(step)
@@ -219,23 +227,42 @@ def _take_best(
     return best.figures
 
 
+@contextmanager
+def _weights_kept(run: Run, encoder: Encoder, engine: Engine, log: MetricsLog) -> Iterator[None]:
+    """What NaN ends inside, on all ranks, leaves the weights of the last good step as a model."""
+    try:
+        yield
+    except FloatingPointError:
+        with engine.whole(encoder):
+            try:
+                if run.ranks.first:
+                    output.save_last_good(run.path, encoder)
+                    log.say(f"the weights before that step are in {run.path / output.LAST_GOOD}")
+            except OSError as error:
+                log.say(f"the weights before that step could not be saved ({error})")
+        raise
+
+
 def _evaluation_is_due(run: Run, step: int) -> bool:
     every = run.training.eval_steps
     return run.evaluation.asked and every is not None and step % every == 0
 
 
-def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float]:
-    """The first rank has the figures, the others nothing; all encode."""
-    figures = measure(
-        encoder,
-        retrieval=run.evaluation_data.retrieval,
-        preferences=run.evaluation_data.preferences,
-        cutoffs=run.evaluation.cutoffs,
-        max_tokens=run.compute.max_tokens_per_micro_batch,
-        legacy=run.evaluation.legacy_metrics,
-        cache_dir=run.compute.cache_path,
-        ranks=run.ranks,
-    ).figures
+def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float] | None:
+    """The first rank has the figures, the others an empty dict; all encode. None where a signal
+    ended it, of which all ranks then hear from each other."""
+    figures = None
+    with suppress(Interrupted):
+        figures = measure(
+            encoder,
+            retrieval=run.evaluation_data.retrieval,
+            preferences=run.evaluation_data.preferences,
+            cutoffs=run.evaluation.cutoffs,
+            max_tokens=run.compute.max_tokens_per_micro_batch,
+            legacy=run.evaluation.legacy_metrics,
+            cache_dir=run.compute.cache_path,
+            ranks=run.ranks,
+        ).figures
     engine.settle()
     run.ranks.meet()
     return figures
@@ -262,8 +289,9 @@ def _finish(
     if run.evaluation.asked and stop is None:
         if figures is None:
             figures = _evaluate(run, encoder, engine)
-            log.evaluation(step, figures)
-        if run.ranks.first:
+            if figures is not None:
+                log.evaluation(step, figures)
+        if run.ranks.first and figures is not None:
             output.write_card(run.path, model_card(run, encoder, about, figures))
         stop = signals.agreed(run.ranks).stop
     if stop is not None:

@@ -22,8 +22,10 @@ from rankpo_fast.data.files import (
     flush_to_disk,
     is_temporary,
     remove,
+    whole_directory,
     whole_file,
 )
+from rankpo_fast.data.sources import digests_kept
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.paths import check_writable, files_read, lies_in
@@ -36,9 +38,10 @@ RECORD, LAST_FILE, MODEL_ON_ITS_WAY = "training.json", "config.json", ".model.tm
 TRASH = ".rankpo-fast.trash"
 REPORTS, REPORTS_ASIDE = ("tensorboard", "wandb", "mlflow"), ".reports.tmp"
 CARD = "README.md"  # one of the model's files
-METRICS = "metrics.jsonl"
+METRICS, LAST_GOOD = "metrics.jsonl", "last-good"  # the second after NaN
 PROGRAM, CHECKPOINTS, PROFILE = "rankpo-fast", "checkpoints", "profile"
-WRITTEN_WHILE_TRAINING = (METRICS, CHECKPOINTS, PROFILE, MODEL_ON_ITS_WAY, REPORTS_ASIDE)
+WRITTEN_WHILE_TRAINING = (METRICS, CHECKPOINTS, PROFILE, MODEL_ON_ITS_WAY, REPORTS_ASIDE,
+                          LAST_GOOD)  # fmt: skip
 
 
 def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwrite: bool) -> None:
@@ -79,10 +82,10 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
 @contextmanager
 def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
     """The first rank holds --output_dir inside; InputError, before anything is read, where another
-    run does."""
+    run does. What is read inside is hashed as it is."""
     path = Path(training.output_dir)
     check_writable("--output_dir", path, directory=True)
-    with held(path, "--output_dir") if ranks.first else nullcontext():
+    with held(path, "--output_dir") if ranks.first else nullcontext(), digests_kept():
         yield
 
 
@@ -198,6 +201,13 @@ def adopt_model(path: Path, other: Path) -> None:
             continue
         with whole_file(path / name) as temporary:
             shutil.copyfile(other / name, temporary)
+
+
+def save_last_good(path: Path, encoder: Encoder) -> None:
+    """The encoder as a model of its own, beside the run's; raises OSError."""
+    remove(path / LAST_GOOD)
+    with whole_directory(path / LAST_GOOD) as temporary:
+        encoder.save(temporary)
 
 
 def write_card(path: Path, card: str) -> None:

@@ -41,7 +41,12 @@ from rankpo_fast.train import output
 from rankpo_fast.train.choice import check_choice
 from rankpo_fast.train.engine import check_shard
 from rankpo_fast.train.reporters import chosen
-from rankpo_fast.train.resume import find_checkpoint, settings_of, settings_of_choice
+from rankpo_fast.train.resume import (
+    find_checkpoint,
+    settings_of,
+    settings_of_choice,
+    stamps_of,
+)
 from rankpo_fast.train.run import Run
 
 
@@ -79,6 +84,7 @@ def prepare_run(
     check_cache(compute)
     if cache is not None and lies_in(cache, path):
         raise InputError(f"--cache_dir {cache} lies in --output_dir {path}: choose another")
+    stamps = stamps_of(configs, encoder)
     settings = settings_of(stage, ranks, configs, encoder)
     if training.metric_for_best_model:
         settings |= settings_of_choice(training, evaluation)
@@ -96,6 +102,7 @@ def prepare_run(
         settings=settings,
         checkpoint=find_checkpoint(training, settings, ranks),
         precision=precision,
+        stamps=stamps,
         inputs=[(flag, str(source)) for flag, source in all_inputs(*configs, evaluation)],
     )
 

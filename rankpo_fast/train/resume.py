@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast.config import EvaluationConfig, ModelConfig, TrainingConfig
-from rankpo_fast.data.files import sha256_of, tensor_bytes
+from rankpo_fast.data.files import Stamp, sha256_of, stamp_of, tensor_bytes
 from rankpo_fast.data.groups import is_directory
 from rankpo_fast.data.memory import Source
 from rankpo_fast.data.retrieval import beir_files
 from rankpo_fast.data.sources import digest
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.adapter import CONFIG_FILE, find_adapter
 from rankpo_fast.model.directories import find_directory
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.precision import Precision
@@ -35,7 +36,7 @@ FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing", "output_dir", "resume",
     "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_minutes",
     "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
-    "cache_dir", "no_cache", "device", "auto",
+    "auto_resume", "after_save", "cache_dir", "no_cache", "rank_timeout", "device", "auto",
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.
@@ -44,7 +45,8 @@ PROCESSES, ROWS = "processes", "--per_device_train_batch_size"
 # May change together, so long as as many rows make a batch.
 BATCHES = (ROWS, "--replay_batch_size", "--graded_batch_size", "--teacher_batch_size")
 OF_RANKS = (PROCESSES, *BATCHES, "--shard")
-MODEL = "model_name_or_path"
+MODEL, TOKENIZER = "model_name_or_path", "tokenizer_name"
+WEIGHTS = ".safetensors"
 TRAINED_ON = ("train_data", "replay_data", "graded_data", "teacher_data")
 MEASURED_ON = ("query_data", "corpus_data", "preference_data")
 CONTENT = "content of "
@@ -76,7 +78,7 @@ def settings_of(
                     settings[_content(name)] = _encoder_content(encoder)
                 elif value is not None:
                     scratch = name == MODEL and config.from_scratch
-                    weights = name != "tokenizer_name" and not scratch
+                    weights = name != TOKENIZER and not scratch
                     settings[_content(name)] = model_content(f"--{name}", value, weights)
             elif name in FREE_PARTS:
                 settings[f"--{name}"] = [part for part in value if part not in FREE_PARTS[name]]
@@ -247,6 +249,28 @@ def _change(name: str, was: Any, now: Any) -> str | None:
 # --- what is recorded ---
 
 
+def stamps_of(configs: Sequence[Any], encoder: Encoder | None = None) -> dict[Path, Stamp]:
+    """Of all files that models are made of, before they are hashed and read; arguments and errors
+    as of `settings_of`."""
+    stamps = {}
+    for config in configs:
+        for name in MODELS:
+            value = getattr(config, name, None)
+            if value is not None and not (name == MODEL and encoder is not None):
+                for file in _files(f"--{name}", value, weights=name != TOKENIZER).values():
+                    stamps[file] = stamp_of(file)
+    return stamps
+
+
+def check_unchanged(run: Run) -> None:
+    """InputError where a file of a model is no longer the one whose hash is recorded: called once
+    all have been read."""
+    for file, stamp in run.stamps.items():
+        if stamp_of(file) != stamp:
+            raise InputError(f"{file} has changed while it was read: start again, with files that "
+                             f"stay as they are")  # fmt: skip
+
+
 def data_content(source: Source) -> str:
     """The sha256 of rows; of a BEIR directory that of all its files."""
     if not is_directory(source):
@@ -259,14 +283,24 @@ def _content(name: str) -> str:
     return f"{CONTENT}--{name}"
 
 
+def _files(flag: str, name: str, weights: bool) -> dict[str, Path]:
+    """Those that make the model, or the tokenizer, by their place there; those of the model that an
+    adapter is for too."""
+    directory = find_directory(name, flag, weights=weights)
+    found = {file.as_posix(): directory / file for file in model_files(directory)}
+    for config in [*directory.glob(CONFIG_FILE), *directory.glob(f"*/{CONFIG_FILE}")]:
+        if (adapter := find_adapter(config.parent, flag)) is not None:
+            base = adapter.base_directory
+            found |= {f"base/{file.as_posix()}": base / file for file in model_files(base)}
+    return {place: file for place, file in found.items() if weights or WEIGHTS not in file.name}
+
+
 def model_content(flag: str, name: str, weights: bool = True) -> dict[str, str]:
     """The sha256 of each file that makes the model, or the tokenizer, at its place there."""
-    directory = find_directory(name, flag, weights=weights)
-    files = [file for file in model_files(directory) if weights or ".safetensors" not in file.name]
+    files = _files(flag, name, weights)
     try:
         with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
-            digests = pool.map(sha256_of, [directory / file for file in files])
-            return dict(zip([file.as_posix() for file in files], digests, strict=True))
+            return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
     except OSError as error:
         raise InputError(f"{flag} {name}: cannot be read: {error}") from error
 

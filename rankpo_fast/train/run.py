@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rankpo_fast.config import ComputeConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from rankpo_fast.data.files import Stamp
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.retrieval.evaluate import EvaluationData
@@ -27,6 +28,7 @@ class Run:
     settings: dict[str, Any]  # what a resumed run must share
     checkpoint: Checkpoint | None  # to go on from
     precision: Precision
+    stamps: dict[Path, Stamp]  # of the files of models, before they were hashed
     inputs: list[tuple[str, str]]  # flag and name of all data, and each model, that is read
 
     @property

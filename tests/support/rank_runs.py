@@ -9,6 +9,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -60,11 +61,16 @@ class Started:
     processes: list[multiprocessing.Process]
     directory: Path
 
-    def ended(self) -> list[Ended]:
-        """Of each rank, once all have ended; TimeoutError if one does not."""
+    def ended(self, frozen: int | None = None) -> list[Ended]:
+        """Of each rank, once all have ended; TimeoutError if one does not, but for a frozen one,
+        which is killed then."""
         end = time.monotonic() + SECONDS
-        for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
+        for rank, process in enumerate(self.processes):
+            if rank != frozen:
+                process.join(max(0, end - time.monotonic()))
+        if frozen is not None:
+            self.processes[frozen].kill()
+            self.processes[frozen].join()
         hanging = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
         for process in self.processes:
             process.kill()
@@ -349,6 +355,20 @@ def command_killed(*flags):
         return vectors(*args, **kwargs)
 
     with mock.patch.object(step, "CachedVectors", killed):
+        command(*flags)
+
+
+def command_frozen(frozen, place, *flags):
+    """A rank, in the third call of the function `place`, SIGSTOP."""
+    module, name = place.rsplit(".", 1)
+    function, calls = getattr(pkgutil.resolve_name(module), name), itertools.count(1)
+
+    def freezing(*args, **kwargs):
+        if int(os.environ["RANK"]) == frozen and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return function(*args, **kwargs)
+
+    with mock.patch(place, freezing):
         command(*flags)
 
 
