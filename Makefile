@@ -19,6 +19,13 @@ INSTALL = $(call install,$(BIN)/python)
 # templates that are no Python, whose errors mean nothing.
 COMPILE = $(if $(PYTHONDONTWRITEBYTECODE),$(BIN)/python -m compileall -q -j $(JOBS) $(VENV)/lib > /dev/null || true)
 RENTED := build/gpu-venv
+# LOCKED=1 takes what tests need from there first, each file by its hash. Torch and what it takes of CUDA are not in it:
+# they come with TORCH, from an index for this machine, and each index has other files of one version.
+LOCK := requirements-test.lock
+SBOM := build/sbom.json
+UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-, cublas cuda-cccl \
+	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
+	nvshmem-cu13 nvtx)
 # Each stamp says that its part is installed in $(VENV).
 MADE := $(VENV)/.made
 READY_DEMO := $(VENV)/.ready-demo
@@ -26,7 +33,7 @@ READY_DOCS := $(VENV)/.ready-docs
 READY := $(VENV)/.ready
 READY_LONG := $(VENV)/.ready-long
 
-.PHONY: help demo test test-all test-long faults test-isa lint docs wheel aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
+.PHONY: help demo test test-all test-long faults test-isa lint docs wheel lock sbom aot mutants bench gpu gpu-carry gpu-cache gpu-wheels clean
 
 help:  ## prints this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +69,18 @@ wheel: $(MADE)  ## the wheels in build/wheels; rankpo-fast's runs a loss in a ba
 	$(PYTHON) -m venv --clear --without-pip build/wheel-venv
 	$(call install,build/wheel-venv/bin/python) "$(TORCH)" build/wheels/rankpo_fast-*.whl
 	build/wheel-venv/bin/python -I .ci/wheel.py build/wheels/rankpo_fast-*.whl build/wheels/rankpo_bench-*.whl
+
+lock: $(MADE)  ## requirements-test.lock anew: the newest releases that pyproject.toml allows, with their hashes
+	$(BIN)/python -m pip install --quiet --upgrade --target build/uv "uv>=0.9,<1"
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("bench/pyproject.toml", "rb"))["project"]["dependencies"][1:], sep="\n")' | \
+		build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+		--custom-compile-command "make lock" $(addprefix --no-emit-package=, $(UNLOCKED)) \
+		--extra test pyproject.toml - --output-file $(LOCK)
+
+sbom: $(READY)  ## each package that $(VENV) has, with its licence, in CycloneDX: build/sbom.json
+	mkdir -p $(dir $(SBOM))
+	$(BIN)/python -m cyclonedx_py environment $(BIN)/python --pyproject pyproject.toml --gather-license-texts \
+		--output-reproducible --output-file $(SBOM)
 
 aot: $(READY)  ## compiles the Triton kernels for sm_80, sm_90 and sm_100: fails on spills and the like
 	$(BIN)/python -m bench.aot
@@ -99,6 +118,7 @@ $(RENTED)/.made:
 $(MADE):
 	$(if $(UV),$(UV) venv --quiet --seed --allow-existing --python "$(PYTHON)",$(PYTHON) -m venv) $(VENV)
 	$(if $(UV),,$(BIN)/python -m pip install --no-compile --quiet "pip>=25.1")
+	$(if $(LOCKED),$(INSTALL) --no-deps --require-hashes --requirement $(LOCK))
 	touch $@
 
 # An editable install compiles the native library, which therefore is as new as its sources.

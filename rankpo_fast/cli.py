@@ -30,6 +30,7 @@ from rankpo_fast.errors import (
     RankLost,
     TrainingStopped,
     out_of_memory,
+    without_secrets,
 )
 from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
@@ -246,13 +247,13 @@ def _meant(name: str, known: list[str]) -> str:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"rankpo-fast: error: {error}", file=sys.stderr)
+    print(f"rankpo-fast: error: {without_secrets(str(error))}", file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     if _is_first_rank():
-        print(f"rankpo-fast: warning: {message}", file=sys.stderr)
+        print(f"rankpo-fast: warning: {without_secrets(str(message))}", file=sys.stderr)
 
 
 def _is_first_rank() -> bool:

@@ -2,6 +2,7 @@
 what ends a training before its time."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,19 @@ if TYPE_CHECKING:
     from rankpo_fast.data.memory import Source
 
 EXAMPLES = 3  # texts that a message names
+# Variables of the environment whose values are nobody else's, if they are no mere word.
+SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
+SHORTEST_SECRET = 8
+
+
+def without_secrets(text: str) -> str:
+    """The text without keys and tokens of the environment, tokens of the hub, and passwords in
+    addresses: libraries may repeat what a server did not take."""
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, f"[{name}]")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[token]", text)
+    return re.sub(r"(\w://)[^/\s@]*:[^/\s@]*@", r"\1[password]@", text)
 
 
 class InputError(ValueError):
@@ -26,7 +40,7 @@ class InputError(ValueError):
     copied = False
 
     def __init__(self, message: str, name: str | None = None):
-        super().__init__(message)
+        super().__init__(without_secrets(message))
         first = re.search(r"--(\w+)", message)
         self.name = name or (first and first[1])
 

@@ -25,11 +25,12 @@ PRIVATE = {
     r"falls? over": "runs out of memory, limit",
     r"what becomes of": "where ... is",
 }
-# Flags of torchrun, pytest and `bench compare`, and the example of a typing error.
+# Flags of torchrun, pytest, `bench compare` and the simulated judge; the example of a typing error.
 OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
-    "--threshold", "--learning_rat",
+    "--threshold", "--learning_rat", "--passages", "--text", "--bias", "--beir", "--seeds",
+    "--preferences",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

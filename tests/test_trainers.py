@@ -112,7 +112,7 @@ def test_from_rows_to_an_aligned_model(tiny_bert_dir, tmp_path):
     mined = mine_hard_negatives(
         encoder, ROWS, DOCUMENTS, num_negatives=3, search_range="0-9", no_cache=True
     )
-    assert mined.rows[0].keys() == {"query", "positives", "negatives"}
+    assert mined.rows[0].keys() == {"query", "positives", "negatives", "mined"}
     assert all(len(row["negatives"]) == 3 for row in mined.rows)
     contrastive(encoder, mined.rows, tmp_path / "2").train()
 

@@ -47,7 +47,6 @@ RULES: dict[str, Rule] = {
     "config_name": refused("the config is that of --model_name_or_path"),
     **_each("dtype torch_dtype", only("float32 fp32 auto", "weights are fp32", _PRECISION)),
     "token": refused("set the variable HF_TOKEN, or log in with `hf auth login`"),
-    "trust_remote_code": refused("code of model directories is never run"),
     "evaluate_all_checkpoints": only(
         "false", "one model is evaluated", "it is read on the command line of evaluate only"
     ),

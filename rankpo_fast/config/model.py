@@ -1,5 +1,7 @@
 """The encoder: how it reads text, and how it is trained."""
 
+import os
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from rankpo_fast.fields import (
 PAPER_SPECIAL_TOKENS = [
     "<keyword>", "</keyword>", "<title>", "</title>", "<abstract>", "</abstract>", "<sep>",
 ]  # fmt: skip
+COMMIT = re.compile("[0-9a-f]{40}")
 PAPER_MAX_QUERY_LENGTH = 1280  # tokens
 PAPER_MAX_PASSAGE_LENGTH = 4096
 
@@ -38,6 +41,13 @@ class EncoderConfig(Config):
 
     model_name_or_path: str = flag("Hub name or directory of the model.")
     tokenizer_name: str | None = flag("Tokenizer, if not the model's.", None)
+    revision: str | None = flag(
+        "Commit of the model's hub repository, in full, or of the code of a directory.", None
+    )
+    trust_remote_code: bool = flag(
+        "Run the code of the hub repository at --revision, which can do all that you can: read it "
+        "first. Code in directories never runs.", False,
+    )  # fmt: skip
     pooling: Literal["auto", "last", "mean", "cls"] = flag(
         "auto: as the model directory says, else last (causal models) or mean.", "auto"
     )
@@ -63,10 +73,31 @@ class EncoderConfig(Config):
     )
 
     def check(self) -> None:
-        check_names(self, "model_name_or_path", "tokenizer_name")
+        check_names(self, "model_name_or_path", "tokenizer_name", "revision")
+        self._check_revision()
         for name in ("query_prefix", "passage_prefix"):
             _read_newlines(self, name)
         check_at_least(self, 1, "max_query_length", "max_passage_length")
+
+    def _check_revision(self) -> None:
+        """A hub name gets it behind an @, so that whoever reads files of it reads those."""
+        if self.trust_remote_code and self.revision is None:
+            raise InputError("--trust_remote_code needs --revision, the commit whose code you have "
+                             "read")  # fmt: skip
+        if self.revision is None or self.model_name_or_path is None:
+            return
+        require(self, "revision", "a commit, 40 digits of 0-9 and a-f",
+                COMMIT.fullmatch(self.revision) is not None)  # fmt: skip
+        if os.path.isdir(os.path.expanduser(self.model_name_or_path)):
+            if not self.trust_remote_code:
+                raise InputError(f"--revision is of a hub repository, but {self.model_name_or_path}"
+                                 f" is a directory")  # fmt: skip
+        elif "@" not in self.model_name_or_path:
+            name = f"{self.model_name_or_path}@{self.revision}"
+            object.__setattr__(self, "model_name_or_path", name)
+        elif not self.model_name_or_path.endswith(f"@{self.revision}"):
+            raise InputError(f"--revision {self.revision}: {self.model_name_or_path} names another "
+                             f"one")  # fmt: skip
 
 
 @dataclass(frozen=True)

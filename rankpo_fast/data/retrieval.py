@@ -160,7 +160,7 @@ def _read_beir(
 ) -> RetrievalSet:
     splits = _splits(directory / "qrels")
     split = _chosen_split(directory / "qrels", list(splits), split)
-    qrels = _read_qrels(splits[split])
+    qrels = read_qrels(splits[split])
     corpus_file, query_file = text_files(directory)
     texts, groups = _read_queries(query_file, qrels, group_key)
     corpus = {key: document_text(row, where) for key, where, row in _rows_with_ids(corpus_file)}
@@ -224,7 +224,7 @@ def read_judged(
         raise InputError(f"{named}: {directory} has {there}")
     if split is None and len(splits) == 1 and name != "train":
         _warn(f"{directory} has {name} alone: its judgements are trained on")
-    qrels = _read_qrels(splits[name])
+    qrels = read_qrels(splits[name])
     corpus_file, query_file = text_files(directory)
     (queries, _), wanted = _read_queries(query_file, qrels, None), _distinct(qrels.values())
     corpus = {
@@ -273,7 +273,7 @@ def _chosen_split(directory: Path, splits: list[str], split: str | None) -> str:
     return chosen
 
 
-def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """{query id: {document id: grade}}, in file order."""
     qrels: dict[str, dict[str, int]] = {}
     changed, header = 0, None

@@ -73,7 +73,10 @@ def read_texts_and_ids(config: PairsConfig) -> Texts:
         queries = _named((row.query, n) for n, row in enumerate(read_contrastive(source)))
     if config.corpus_data is None:
         passages = searched_passages(read_contrastive(source), None)
-        return Texts(queries, _named((text, n) for n, text in enumerate(passages)), {})
+        ids = _passage_ids(source) if "ids" in first else {}
+        return Texts(
+            queries, _named((text, ids.get(text, n)) for n, text in enumerate(passages)), {}
+        )
     documents = ((document_text(row, at), row) for at, row in objects(config.corpus_data))
     corpus = _named(
         (text, _id(row, PASSAGE_IDS, number)) for number, (text, row) in enumerate(documents)
@@ -98,7 +101,22 @@ def _named(texts: Iterator[tuple[str, Id]] | Any) -> dict[str, Id]:
 
 
 def _id(row: dict[str, Any], keys: Sequence[str], number: int) -> Id:
+    """A query's may also stand where `label` writes it, as row["ids"]["query"]."""
+    if keys is QUERY_IDS and isinstance(row.get("ids"), dict):
+        number = row["ids"].get("query", number)
     return next((row[key] for key in keys if isinstance(row.get(key), Id)), number)
+
+
+def _passage_ids(source: Source) -> dict[str, Id]:
+    """{passage: id} of rows of stage 1 as `label` writes them. A list whose ids are not as many, as
+    where negatives were mined, gives none."""
+    found: dict[str, Id] = {}
+    for _, row in objects(source):
+        for key in ("positives", "negatives"):
+            texts, ids = row.get(key), (row.get("ids") or {}).get(key)
+            if isinstance(texts, list) and isinstance(ids, list) and len(texts) == len(ids):
+                found |= zip(texts, ids, strict=True)
+    return found
 
 
 def find_pairs(

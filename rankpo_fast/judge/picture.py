@@ -5,6 +5,8 @@ from io import BytesIO
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from rankpo_fast.judge.report import p_value
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -54,7 +56,7 @@ def title(figures: Mapping[str, Any]) -> str:
         words = f"{name}: {one['answers']:,} answers"
         if first is not None:
             words += f", the passage shown first preferred in {first['share']:.0%}"
-            words += f" (p = {first['p']:.2g})"
+            words += f" ({p_value(first['p'])})"
         if flipped is not None:
             words += f", {flipped['share']:.0%} flipped"
         if one["cost"] is not None:

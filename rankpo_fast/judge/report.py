@@ -196,6 +196,11 @@ def judged_rows(source: Source) -> tuple[list[Item], list[Answer], list[dict[str
     return items, answers, said
 
 
+def p_value(p: float) -> str:
+    """As people write it: 1e-245 says no more than that it is very small."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+
+
 def as_text(figures: Mapping[str, Any]) -> str:
     """A few lines for the terminal."""
     lines = []
@@ -209,7 +214,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
                           ("flipped", "flipped with the order"),
                           ("longer_preferred", "longer preferred")):  # fmt: skip
             if found := one.get(key):
-                p = "" if key == "flipped" else f", p = {found['p']:.2g}"
+                p = "" if key == "flipped" else f", {p_value(found['p'])}"
                 parts.append(f"{what} {found['count']:,} of {found['of']:,} "
                              f"({found['low']:.0%} to {found['high']:.0%}{p})")  # fmt: skip
         if one.get("ties"):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 COMPRESSED = (".gz", ".zst")
 OFFSET = r":[0-9.:]+([+-])([0-9]{2}):?([0-9]{2})?$"
 NAMED_KEYS = 1000  # records whose keys a message may suggest
+NAMED_VALUES = 5  # that a map does not have
 PLURAL: dict[Side, str] = {"query": "queries", "item": "items"}
 
 
@@ -57,18 +58,31 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class Unmapped:
+    """Values that a map does not have: how many, how many different ones, the most frequent."""
+
+    count: int
+    different: int
+    most: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.different - len(self.most)
+        return ", ".join(self.most) + (f" and {more:,} others" if more else "")
+
+
+@dataclass(frozen=True)
 class Records:
     """Staged records of a side.
 
     Attributes:
-        unmapped: {field: (values, records) that its map does not have}.
+        unmapped: {field: what its map does not have}.
     """
 
     side: Side
     path: Path
     count: int
     columns: Mapping[str, Column]
-    unmapped: Mapping[str, tuple[int, int]]
+    unmapped: Mapping[str, Unmapped]
 
 
 def stage(
@@ -296,18 +310,20 @@ class _Stage:
                 return slot.field
         raise AssertionError("the text is there")
 
-    def _unmapped(self) -> dict[str, tuple[int, int]]:
+    def _unmapped(self) -> dict[str, Unmapped]:
         found = {}
         for field, one in self.settings.derived.items():
             if one.of not in self._fields():  # nothing reads it
                 continue
             values = f"(SELECT unnest({self._elements(one.of)}) AS v FROM records)"
-            distinct, count = self.con.execute(
-                f"SELECT count(DISTINCT v), count(*) FROM {values} "
-                f"WHERE v IS NOT NULL AND getvariable('{_map(one.map)}')[v] IS NULL"
-            ).fetchall()[0]
-            if count:
-                found[field] = (distinct, count)
+            rows = self.con.execute(
+                f"SELECT v, (sum(count(*)) OVER ())::BIGINT, count(*) OVER () FROM {values} "
+                f"WHERE v IS NOT NULL AND getvariable('{_map(one.map)}')[v] IS NULL GROUP BY v "
+                f"ORDER BY count(*) DESC, v LIMIT {NAMED_VALUES}"
+            ).fetchall()
+            if rows:
+                _, count, different = rows[0]
+                found[field] = Unmapped(count, different, tuple(value for value, *_ in rows))
         return found
 
     def _refuse(self, checks: list[tuple[str, str, str]]) -> None:

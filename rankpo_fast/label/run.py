@@ -228,7 +228,8 @@ def _notes(
     notes = []
     if capped:
         notes.append(f"{capped:,} queries match more than --max_positives {config.max_positives}: "
-                     f"in rows of stage 1 so many are drawn; evaluation sets have all")  # fmt: skip
+                     f"in rows of stage 1 so many are drawn, and mining may take the others for "
+                     f"negatives; evaluation sets have all")  # fmt: skip
     if written.short:
         notes.append(f"{written.short:,} rows have fewer than --num_negatives "
                      f"{config.num_negatives}: too few items are no match")  # fmt: skip
@@ -239,9 +240,9 @@ def _notes(
         notes.append(f"near misses are drawn among {found.share_of_items:.1%} of the items: all "
                      f"would take more pairs than --max_pairs {config.max_pairs:,}")  # fmt: skip
     for records in (staged.queries, staged.items):
-        for field, (values, count) in records.unmapped.items():
-            notes.append(f"{field} of {records.path.stem}: {count:,} values, {values:,} different "
-                         f"ones, are not in the map")  # fmt: skip
+        for field, unmapped in records.unmapped.items():
+            notes.append(f"{field} of {records.path.stem}: {unmapped.count:,} values are not in "
+                         f"the map: {unmapped}")  # fmt: skip
     for name, rows in written.queries.items():
         if rows == config.max_evaluation_queries:
             notes.append(f"{name} has {rows:,} queries, as --max_evaluation_queries says")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankpo_fast.errors import InputError
+from rankpo_fast.model.backbone_config import load_config
 from rankpo_fast.model.directories import blaming, check_no_code, has_tokenizer
-from rankpo_fast.model.load import load_config
 from rankpo_fast.model.settings import has_settings, read_settings
 
 if TYPE_CHECKING:

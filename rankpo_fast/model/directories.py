@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from rankpo_fast.config.model import COMMIT
 from rankpo_fast.errors import InputError
 from rankpo_fast.paths import model_files
 
@@ -28,7 +29,7 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
     """The directory `name`, or the local copy of the hub repository of that name.
 
     Args:
-        name: directory or hub name.
+        name: directory or hub name, with @COMMIT or without.
         flag: command-line flag it was given by, for messages.
         weights: whether to fetch the weights too, which are safetensors or nothing.
 
@@ -46,12 +47,23 @@ def find_directory(name: str, flag: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     with blaming(f"{flag} {name}: no such directory, and the Hugging Face hub did not give it"):
+        repository, commit = hub_name(name)
+        assert repository is not None  # which a directory is
         copy = snapshot_download(
-            name,
+            repository,
+            revision=commit,
             allow_patterns=SMALL_FILES + (WEIGHT_FILES if weights else []),
             ignore_patterns=OTHER_FORMATS,
         )
     return Path(copy)
+
+
+def hub_name(name: str) -> tuple[str | None, str | None]:
+    """Repository and commit; None for what is not given, as either of a directory."""
+    if os.path.isdir(os.path.expanduser(name)):
+        return None, None
+    repository, at, commit = name.rpartition("@")
+    return (repository, commit) if at and COMMIT.fullmatch(commit) else (name, None)
 
 
 def _check_ordinary(directory: Path, flag: str) -> None:
@@ -129,7 +141,8 @@ def check_no_code(path: Path, kind: str, flag: str) -> None:
         raise InputError(
             f"{flag} {path}: auto_map names the model's own class {' or '.join(names)} "
             f"for {kind}, and code of model directories is never run: take a copy without auto_map "
-            f"if transformers' class of that type computes the same, else another model"
+            f"if transformers' class of that type computes the same, else another model; code of a "
+            f"model on the hub runs with --trust_remote_code --revision COMMIT"
         )
 
 

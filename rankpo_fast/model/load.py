@@ -27,12 +27,12 @@ from rankpo_fast.model.attention import (
     find_kernels,
     why_not_packed,
 )
+from rankpo_fast.model.backbone_config import Code, load_config
 from rankpo_fast.model.check import check_packing
 from rankpo_fast.model.directories import (
     MODEL_FLAG,
     blaming,
     check_config,
-    check_no_code,
     check_size,
     check_weights,
     check_whole,
@@ -110,7 +110,7 @@ def load_encoder(
     check_config(folder, MODEL_FLAG)
     files = [] if from_scratch else check_weights(folder, MODEL_FLAG)
     check_whole(files, MODEL_FLAG)
-    backbone_config = load_config(folder)
+    backbone_config = load_config(folder, Code.of(config))
     if training is not None:
         reshape(backbone_config, training)
         if training.disable_dropout:
@@ -192,20 +192,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def load_config(folder: Path) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
-    check_no_code(folder / "config.json", "AutoModel", MODEL_FLAG)
-    with blaming(f"{MODEL_FLAG} {folder}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise InputError(f"{MODEL_FLAG} {folder}: an encoder-decoder ({config.model_type}) has no "
-                         f"single sequence of states; give an encoder or a decoder")  # fmt: skip
-    # Caches of keys and values serve generation alone; left on, packed texts can see each other.
-    config.get_text_config().use_cache = False
-    return config
 
 
 def drop_nothing(config: "PreTrainedConfig") -> None:

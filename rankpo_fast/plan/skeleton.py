@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from rankpo_fast.config import PAPER_MAX_PASSAGE_LENGTH, PAPER_MAX_QUERY_LENGTH, ModelConfig
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.attention import Kernel, why_not_packed
+from rankpo_fast.model.backbone_config import Code, load_config
 from rankpo_fast.model.directories import MODEL_FLAG, blaming, check_config, find_directory
 from rankpo_fast.model.encoder import Encoder
-from rankpo_fast.model.load import drop_nothing, load_config
+from rankpo_fast.model.load import drop_nothing
 from rankpo_fast.model.lora import add_lora
 from rankpo_fast.model.modules import backbone_folder
 from rankpo_fast.model.precision import sum_in_fp32, zero_gradient
@@ -66,7 +67,7 @@ def read_shape(model: ModelConfig) -> Shape:
     directory = find_directory(name, MODEL_FLAG, weights=False)
     folder = backbone_folder(directory)
     check_config(folder, MODEL_FLAG)
-    config = load_config(folder)
+    config = load_config(folder, Code.of(model))
     if model.disable_dropout:
         drop_nothing(config)
     reshape(config, model)

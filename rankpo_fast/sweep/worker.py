@@ -18,7 +18,7 @@ from typing import Any
 
 from rankpo_fast.config import STAGES
 from rankpo_fast.data.files import whole_file
-from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.errors import InputError, TrainingStopped, without_secrets
 from rankpo_fast.flags import parse
 from rankpo_fast.sweep.spec import MEASURED
 
@@ -76,7 +76,7 @@ def main(path: str) -> int:
     except TrainingStopped as stop:
         return stop.exit_code
     except (InputError, OSError, FloatingPointError) as error:
-        print(f"rankpo-fast: error: {error}", file=sys.stderr)
+        print(f"rankpo-fast: error: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     return 0
 

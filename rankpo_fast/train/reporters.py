@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, without_secrets
 
 PATIENCE = 60.0  # seconds that the end of a run waits for what is still to be sent
 
@@ -141,7 +141,8 @@ class _Sender:
             self._said = True
             warnings.warn(
                 f"--report_to {self._name} failed, and the run goes on: "
-                f"{type(self._failure).__name__}: {' '.join(str(self._failure).split())}",
+                f"{type(self._failure).__name__}: "
+                f"{without_secrets(' '.join(str(self._failure).split()))}",
                 stacklevel=4,
             )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rankpo_fast.cli import COMMANDS, main
-from rankpo_fast.config import EncoderConfig
+from rankpo_fast.config import EncoderConfig, MineConfig
 from rankpo_fast.flags import parse
 from rankpo_fast.model.load import load_encoder
 
@@ -135,7 +135,7 @@ REFUSED = [
     ("contrastive", "negatives_cross_device", "False", "share"),
     ("contrastive", "dataloader_drop_last", "False", "next epoch"),
     ("contrastive", "fp16", None, "--bf16"),
-    ("contrastive", "trust_remote_code", "True", "never run"),
+    ("contrastive", "trust_remote_code", "True", "needs --revision"),
     ("contrastive", "torch_dtype", "bfloat16", "--bf16"),
     ("rankpo", "generate_during_eval", "True", "writes no text"),
     ("evaluate", "k", "50", "--cutoffs"),
@@ -248,3 +248,9 @@ def test_every_checkpoint_is_evaluated(tiny, tmp_path, tiny_llama_dir, capsys):
     assert "--output is one file for the 2 models" in capsys.readouterr().err
     assert main(tiny("evaluate", **data | {"model_name_or_path": str(tmp_path / "none")})) == 2
     assert "no model in or below" in capsys.readouterr().err
+
+
+def test_clusters_of_their_mining_are_ours():
+    flags = ["--train_data", "rows.jsonl", "--method", "cluster", "--num_clusters", "7"]
+    [config] = parse("mine", "mining", [MineConfig], flags)
+    assert (config.method, config.clusters) == ("cluster", 7)

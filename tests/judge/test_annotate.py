@@ -6,6 +6,7 @@ import pytest
 
 from rankpo_fast.cli import main
 from rankpo_fast.data.rows import read_preferences
+from rankpo_fast.judge.report import p_value
 from support.judge_server import KEY, MODEL, always_first, by_alphabet, reply, shown
 
 
@@ -218,6 +219,11 @@ def test_the_key_stands_in_no_file_and_no_message(annotate, server, tmp_path, ca
     assert all(KEY.encode() not in path.read_bytes() for path in files)
     assert KEY not in said.out + said.err
     assert any(b"[key]" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(("p", "text"), [(1e-245, "p < 0.0001"), (0.0035, "p = 0.0035")])
+def test_p_values_are_written_as_people_write_them(p, text):
+    assert p_value(p) == text
 
 
 def test_rows_that_are_judged_get_a_report_and_a_picture(draws, tmp_path, capsys):

@@ -57,6 +57,18 @@ def test_rows_have_texts_ids_and_ranks_that_belong_together(find, tmp_path):
     assert min(orders.values()) >= 3
 
 
+def test_ids_are_those_that_label_wrote(find, tmp_path):
+    ids = {"query": "J7", "positives": ["T0", "T1"], "negatives": [f"T{i}" for i in range(2, 6)]}
+    row = {"query": "a nurse", "positives": CORPUS[:2], "negatives": CORPUS[2:6], "ids": ids}
+    mined = row | {"query": "a cook", "negatives": CORPUS[6:9]}  # ids of other negatives
+    found = find(write(tmp_path / "rows.jsonl", [row, mined]), None, "--top_k", 9)
+    assert {row["query_id"] for row in found} == {"J7"}
+    for row in found:
+        for i in (1, 2):
+            number = CORPUS.index(row[f"passage{i}"])
+            assert row[f"passage_id{i}"] == (f"T{number}" if number < 6 else number + 2)
+
+
 def test_one_seed_gives_one_file(find, tmp_path):
     queries = write(tmp_path / "q.jsonl", [{"query": "a nurse"}])
     corpus = write(tmp_path / "c.jsonl", [{"text": text} for text in CORPUS])

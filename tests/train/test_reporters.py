@@ -68,6 +68,25 @@ def test_one_that_fails_is_said_once_counted_and_the_run_goes_on(
     assert (output / "config.json").exists()
 
 
+def test_keys_and_tokens_are_in_no_message_and_in_no_file(
+    installed, tiny_llama_dir, run_stage, monkeypatch
+):
+    def write(self, step, line):
+        raise ConnectionError(f"401: {secrets} at https://me:{secrets[0]}@there")
+
+    secrets = ["4b9f0c2e7a", "hf_0123456789abcdefghij"]
+    monkeypatch.setenv("WANDB_API_KEY", secrets[0])
+    monkeypatch.setenv("HF_TOKEN", secrets[1])
+    monkeypatch.setattr(Notes, "write", write)
+    with pytest.warns(UserWarning) as said:
+        output = run_stage("contrastive", tiny_llama_dir, "out", max_steps=1, report_to=["wandb"])
+    failed = next(str(w.message) for w in said if "failed" in str(w.message))
+    assert "['[WANDB_API_KEY]', '[HF_TOKEN]'] at https://[password]@there" in failed
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [p for p in files if any(secret.encode() in p.read_bytes() for secret in secrets)]
+
+
 def test_one_that_hangs_delays_nothing_and_is_not_waited_for(installed, monkeypatch, tmp_path):
     over = threading.Event()
     monkeypatch.setattr(Notes, "write", lambda self, step, line: over.wait(20))

@@ -91,7 +91,7 @@ def test_contrastive_step_spares_every_known_positive(tiny_llama_dir, tmp_path):
     batch = data.batch(0, 0)
     vectors = embed(encoder, texts, batch)
     task = ContrastiveTask(data, texts, ContrastiveLossConfig(0.05))
-    loss, d_queries, d_passages, metrics, _ = task.loss(*(x.detach() for x in vectors), batch)
+    loss, d_queries, d_passages, metrics, *_ = task.loss(*(x.detach() for x in vectors), batch)
 
     queries, passages = (F.normalize(x, dim=1) for x in vectors)
     scores = queries[batch.query_rows] @ passages.T / 0.05
@@ -213,7 +213,7 @@ def test_rankpo_step_is_the_formula_of_the_original(loss_type, rankpo_task):
     )
     batch = rankpo.data.batch(0, 0)
     vectors = embed(encoder, rankpo.texts, batch)
-    loss, *got, metrics, _ = rankpo.loss(*(x.detach() for x in vectors), batch)
+    loss, *got, metrics, _, _ = rankpo.loss(*(x.detach() for x in vectors), batch)
 
     queries, passages = (F.normalize(x, dim=1) for x in vectors)
     queries = queries[batch.query_rows]
@@ -278,8 +278,8 @@ def test_impossible_reference_is_computed_anew(value, rankpo_task, tmp_path, mon
     encoder, rankpo = rankpo_task()
     texts, data = rankpo.texts, rankpo.data
     with monkeypatch.context() as patches:
-        patches.setattr("rankpo_fast.train.reference.pair_similarities",
-                        lambda *_: torch.full((2, 24), value))  # fmt: skip
+        patches.setattr("rankpo_fast.train.reference._similarities",
+                        lambda *_: {"similarities": torch.full((48,), value)})  # fmt: skip
         reference_similarities(encoder, texts, data, compute(tmp_path))
     with pytest.warns(UserWarning, match="holds what cannot have been computed"):
         found = reference_similarities(encoder, texts, data, compute(tmp_path))
