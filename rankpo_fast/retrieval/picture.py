@@ -55,6 +55,8 @@ def _similarities(axes: Any, report: Report) -> None:
             axes.hist(values, bins=BINS, density=True, histtype="step", linestyle=style,
                       color=COLOURS[number],
                       label=name if number == 0 else None)  # fmt: skip
+    cosines = (v for s in report.systems for v in s.found.similarities.values() if v.size)
+    axes.set_xlim(left=max(-1, min((v.min() for v in cosines), default=-1) - 0.05), right=1)
     axes.set_xlabel("cosine with the query")
     axes.set_yticks([])
     axes.set_title("similarities", loc="left", fontsize=10)
