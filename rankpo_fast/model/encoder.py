@@ -301,8 +301,9 @@ class Encoder(nn.Module):
 
     def _save_reading(self, directory: Path, loading: dict[str, Any] | None = None) -> None:
         """The tokenizer, and what tells others how text becomes a vector."""
-        if self.tokenizer.is_fast:  # else the limit of the last call would be saved as its own
+        if self.tokenizer.is_fast:  # else what the last call asked for would be saved as its own
             self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(directory)
         write_settings(directory, self.settings, self.dim, loading)
 
