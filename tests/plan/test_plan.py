@@ -95,7 +95,9 @@ def test_layers_are_compiled_where_that_is_counted_to_be_faster(directory, capsy
 
 
 @pytest.mark.parametrize(
-    "flags", [["--gradient_checkpointing", "selective"], ["--mlp_chunk", "4096"]], ids=lambda x: x[0]
+    "flags",
+    [["--gradient_checkpointing", "selective"], ["--mlp_chunk", "4096"]],
+    ids=["selective", "chunks"],
 )
 def test_layers_are_not_compiled_beside_what_has_to_see_into_them(directory, capsys, flags):
     found = planned(capsys, "--model_name_or_path", directory(4), *FULL, *flags)
