@@ -111,37 +111,33 @@ class Comparison:
 
 
 def comparisons(results: Results, than: str) -> list[Comparison]:
-    """Each other method beside `than`; both may also leave the start as it is."""
+    """Each other method beside `than`, as far as all go that gain anything; any may also leave the
+    start as it is."""
     frontiers = {m: results.points(TEST, [None, *results.frontier(m)]) for m in results.methods}
-    low, high = _range(frontiers, axis=0)
-    bottom, top = _range(frontiers, axis=1)
-    if not low < high or not bottom < top:
+    start_x, start_y = (statistics.fmean(points[0][axis] for points in frontiers[than])
+                        for axis in (0, 1))  # fmt: skip
+    reach = {method: min(max(x for x, _ in points) for points in seeds)
+             for method, seeds in frontiers.items()}  # fmt: skip
+    gaining = [method for method in results.methods if reach[method] > start_x]
+    if than not in gaining or len(gaining) < 2:
         return []
+    high = min(reach[method] for method in gaining)
+    bottom = max(min(y for _, y in points) for m in gaining for points in frontiers[m])
     found = []
-    for method in results.methods:
+    for method in gaining:
         if method == than:
             continue
         pairs = list(zip(frontiers[method], frontiers[than], strict=True))
         found.append(Comparison(
             method,
             than,
-            Interval.of([area(a, low, high) - area(b, low, high) for a, b in pairs]),
+            Interval.of([area(a, start_x, high) - area(b, start_x, high) for a, b in pairs]),
             {x: Interval.of([height(a, x) - height(b, x) for a, b in pairs])
-             for x in _between(low, high)},
+             for x in _between(start_x, high)},
             {y: Interval.of([width(a, y) - width(b, y) for a, b in pairs])
-             for y in _between(bottom, top)},
+             for y in _between(bottom, start_y) if bottom < start_y},
         ))  # fmt: skip
     return found
-
-
-def _range(frontiers: dict[str, list[list[Point]]], axis: int) -> tuple[float, float]:
-    """From where the start is, on average, to what every method reaches with every seed; the other
-    way round for what the start has most of."""
-    starts = [points[0][axis] for points in next(iter(frontiers.values()))]
-    reach = [max(p[axis] for p in points) for seeds in frontiers.values() for points in seeds]
-    lows = [min(p[axis] for p in points) for seeds in frontiers.values() for points in seeds]
-    mean = statistics.fmean(starts)
-    return (mean, min(reach)) if axis == 0 else (max(lows), mean)
 
 
 def _between(low: float, high: float) -> list[float]:
@@ -206,8 +202,9 @@ def _compared(results: Results) -> list[str]:
     for than in results.methods:
         found = comparisons(results, than)
         if not found:
-            return ["", "The methods are not compared: none of the figures is one that all reach "
-                    "and the start does not."]  # fmt: skip
+            lines += ["", f"{than} is not compared: it has no {x} above the start's with every "
+                      f"seed, or is alone in that."]  # fmt: skip
+            continue
         lines += ["", f"## Beside {than}", "", "Test data; mean over seeds with 95 % intervals "
                   "(Student's t), differences seed by seed.", ""]  # fmt: skip
         heights = [f"{y} at {x} {level:.3f}" for level in found[0].heights]
