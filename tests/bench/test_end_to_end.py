@@ -35,6 +35,7 @@ def plain_loop(task: Task) -> None:
         optimizer.step()
 
 
+@pytest.mark.long
 def test_training_ends_at_the_first_evaluation_above_the_target(task, monkeypatch):
     """Which sees the weights as they are then, every few steps, while the clock stands still; and
     what it takes is not the training's."""
@@ -83,6 +84,7 @@ def test_every_implementation_reaches_a_target_that_an_untrained_model_has():
         assert result.about["steps"][row.implementation] == [2]
 
 
+@pytest.mark.long
 def test_a_target_that_is_never_reached_is_red_for_ours(monkeypatch):
     ours = {OURS: end_to_end.implementations()[OURS]}
     monkeypatch.setattr(end_to_end, "implementations", lambda: ours)

@@ -26,6 +26,7 @@ def texts(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
+@pytest.mark.long
 def test_both_train_and_their_first_losses_are_equal(texts, monkeypatch):
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("accelerate")

@@ -37,6 +37,7 @@ def test_it_leaves_its_models_its_figures_and_a_picture(demo):
     assert {entry.name for entry in demo.iterdir()} == MODELS | beside
 
 
+@pytest.mark.long
 def test_the_full_demo_measures_four_forms_of_stage_2(tmp_path, monkeypatch, capsys):
     tiny = replace(QUICK, methods=FULL.methods, random_steps=1, mined_steps=1, alignment_steps=1)
     monkeypatch.setattr(run, "FULL", tiny)

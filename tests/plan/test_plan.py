@@ -83,6 +83,7 @@ def test_what_the_user_set_stays(directory, capsys):
 FULL = ["--gpu", "80", "--method", "full", "--optim", "adamw_8bit"]  # one way
 
 
+@pytest.mark.long
 def test_layers_are_compiled_where_that_is_counted_to_be_faster(directory, capsys):
     model = ["--model_name_or_path", directory(4), *FULL]
     chosen = planned(capsys, *model, "--gradient_checkpointing", "false")
@@ -104,6 +105,7 @@ def test_layers_are_not_compiled_beside_what_has_to_see_into_them(directory, cap
     assert "torch_compile" not in found["flags"]
 
 
+@pytest.mark.long
 def test_compiled_layers_that_are_asked_for_are_in_every_way(directory):
     model = ModelConfig(directory(4), torch_compile=True, max_passage_length=512)
     plan = find(Asked(model, GPUS["24"], 8, 1))
@@ -143,6 +145,7 @@ def test_a_gpu_too_small_for_any_way_says_by_how_much_and_what_would_fit(directo
     assert "--method qlora" in printed.err
 
 
+@pytest.mark.long
 def test_shared_weights_take_a_part_of_each_gpu(directory):
     model = ModelConfig(directory(8), max_passage_length=512, gradient_checkpointing=True)
     asked = Asked(model, GPUS["24"], 8, 1, method="full")
@@ -151,6 +154,7 @@ def test_shared_weights_take_a_part_of_each_gpu(directory):
     assert alone.parts["weights"] / 4 < four.parts["weights"] < alone.parts["weights"]
 
 
+@pytest.mark.long
 def test_a_longer_text_takes_more_and_a_larger_batch_almost_nothing(directory):
     model = ModelConfig(directory(4), max_passage_length=256, max_query_length=32)
     few = find(Asked(model, GPUS["24"], 8, 1, method="lora")).best
