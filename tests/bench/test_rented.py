@@ -338,6 +338,7 @@ def test_what_pytest_says_is_understood(output, code, red, says):
     assert found.cut == says.startswith("cut off")
 
 
+@pytest.mark.long
 def test_pytest_that_is_cut_off_says_what_has_passed(tmp_path, monkeypatch):
     (tmp_path / "test_slow.py").write_text(
         "import time, pytest\n"
@@ -379,6 +380,7 @@ def test_what_the_sanitizer_says_is_understood(output, code, red, says):
     assert found.says.startswith(says)
 
 
+@pytest.mark.long
 def test_the_marker_selects_the_tests_of_a_gpu():
     asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", commands.MARK]
     files = [

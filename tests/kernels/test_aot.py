@@ -61,6 +61,7 @@ def test_good_kernels_pass_each_once(shipped, output):
     assert "0 faults" in shipped.stdout
 
 
+@pytest.mark.long
 def test_a_row_says_what_a_kernel_takes(shipped, output):
     copy, gemm = json.loads(output.read_text())
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}

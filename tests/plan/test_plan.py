@@ -63,6 +63,7 @@ def test_the_first_way_that_fits_is_taken_though_a_later_one_is_faster(directory
     assert all(not one.fits for one in small.passed if one.levers.method == "full")
 
 
+@pytest.mark.long
 def test_the_command_line_is_one_of_the_training(directory, capsys):
     flags = ["--model_name_or_path", directory(4), "--gpu", "24", "--method", "qlora"]
     command = shlex.split(planned(capsys, *flags)["command"])
@@ -178,6 +179,7 @@ def test_what_cannot_be_planned_is_refused_by_name(directory, capsys, flags, rea
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_picture_and_the_table_say_the_same(directory, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"

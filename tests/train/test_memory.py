@@ -237,6 +237,7 @@ def test_a_budget_is_found_by_doubling_up_to_half_of_a_card(long_texts, monkeypa
     assert memory.room == gpu.free() - (gpu.peak() - gpu.held())
 
 
+@pytest.mark.long
 def test_what_a_card_has_no_room_for_is_passed_over(long_texts, monkeypatch):
     """Its free memory may be in pieces."""
     encoder, table, longest = long_texts
