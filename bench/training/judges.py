@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             demo.judge_candidates()
             for number, row in enumerate(rows):
                 found[row.name].append(figures(demo, row, number))
+                print(f"seed {seed}: {row.name}: {found[row.name][-1]}", file=sys.stderr)
     print(f"stage 2 of `make demo` on verdicts of a simulated judge, {options.seeds} seeds\n")
     print("| judge and treatment | alignment | from no habit, same seeds | nDCG@20 |")
     print("|---|---|---|---|")
