@@ -118,6 +118,13 @@ class Ranks:
         """Whether it is the one of its node that reads."""
         return self.rank == self.reader
 
+    def beside(self) -> "Ranks":
+        """The same, talking among themselves in a thread beside this one. All must call it."""
+        if self.hosts is None:
+            return self
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return dataclasses.replace(self, hosts=group)
+
     def say(self, text: str) -> None:
         if self.first:
             print(text, file=sys.stderr, flush=True)

@@ -78,6 +78,10 @@ class TrainingConfig(Config):
         "more; 0: only when stopped. [10, or 0 where --save_steps is given]", None,
         metavar="MINUTES",
     )  # fmt: skip
+    background_saves: bool = flag(
+        "Write checkpoints while the training goes on, of a copy in the host's memory, where there "
+        "is room; false: a step waits for its checkpoint.", True,
+    )  # fmt: skip
     save_total_limit: int = flag("Checkpoints kept, the newest; 0: all.", 2)
     resume: str | None = flag(
         "Go on from the newest complete checkpoint of --output_dir, or from the one given.",

@@ -78,8 +78,20 @@ def seed_random(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save(
-    directory: Path,
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds, as all ranks have it after a step."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # of WEIGHTS and OPTIMIZER; none where others write them
+    in_parts: bool  # whether they lie in parts
+    random: list[tuple[bytes, dict[str, Any]]]  # of each rank
+    settings: dict[str, Any]
+    max_tokens: int
+    choice: dict[str, Any] | None
+
+
+def state_of(
     step: int,
     model: nn.Module,
     optimizer: Optimizer,
@@ -87,20 +99,26 @@ def save(
     max_tokens: int,
     *,
     choice: dict[str, Any] | None = None,
-    keep: int | None = None,
     ranks: Ranks = ALONE,
-) -> Path:
+) -> State:
+    """Of a run after `step` steps; its tensors are the run's own. All ranks must call it."""
+    generators = ranks.objects(_random_state(ranks.device))
+    tensors = {WEIGHTS: _weights(model), OPTIMIZER: _states(model, optimizer)}
+    parts = any(map(in_parts, tensors.values()))
+    if not ranks.first and not parts:
+        tensors = {}
+    return State(step, tensors, parts, generators, settings, max_tokens, choice)
+
+
+def save(directory: Path, state: State, *, keep: int | None = None, ranks: Ranks = ALONE) -> Path:
     """Write `directory/step-XXXXXXXX`, then drop what is older than the newest `keep` complete
     ones, of which it is one, unless one of them names it as the best; raises OSError, and then all
     are as they were.
 
     All ranks must call it; the first one writes, the others their parts of tensors.
     """
-    target = directory / name_of(step)
-    generators = ranks.objects(_random_state(ranks.device))
-    tensors = {WEIGHTS: _weights(model), OPTIMIZER: _states(model, optimizer)}
-    parts = any(map(in_parts, tensors.values()))
-    if not ranks.first and not parts:
+    target = directory / name_of(state.step)
+    if not ranks.first and not state.in_parts:
         return target
     temporary = directory / f".{target.name}.tmp"
     refused: str | None = None
@@ -108,38 +126,39 @@ def save(
         try:
             for left in directory.glob(".step-*.tmp"):  # of a run that was killed while saving
                 remove(left)
-            for name in FOLDERS.values() if parts else [""]:
+            for name in FOLDERS.values() if state.in_parts else [""]:
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
             refused = str(error)
             shutil.rmtree(temporary, ignore_errors=True)
-    if parts:  # no rank is to wait for the parts of others
+    if state.in_parts:  # no rank is to wait for the parts of others
         refused, *_ = ranks.objects(refused)
     if refused is not None:
         raise OSError(refused)
     try:
         manifest: dict[str, str] = {}
-        if parts:
+        if state.in_parts:
             for name, folder in FOLDERS.items():
-                digests = save_parts(tensors[name], temporary / folder, ranks)
+                digests = save_parts(state.tensors[name], temporary / folder, ranks)
                 manifest |= {f"{folder}/{file}": digest for file, digest in digests.items()}
         if not ranks.first:
             return target
         files = [RANDOM, STATE]
-        if not parts:
-            files += tensors
-            for name in tensors:
-                save_tensors(tensors[name], temporary / name)
+        if not state.in_parts:
+            files += state.tensors
+            for name, tensors in state.tensors.items():
+                save_tensors(tensors, temporary / name)
         random_tensors = {
             f"{rank}/{name}": tensor
-            for rank, (of_rank, _) in enumerate(generators)
+            for rank, (of_rank, _) in enumerate(state.random)
             for name, tensor in load(of_rank).items()
         }
         save_tensors(random_tensors, temporary / RANDOM)
-        numbers = [of_rank for _, of_rank in generators]
-        state = {"step": step, "settings": settings, "max_tokens": max_tokens, "random": numbers,
-                 "choice": choice}  # fmt: skip
-        _write_json(temporary / STATE, state)
+        numbers = [of_rank for _, of_rank in state.random]
+        _write_json(temporary / STATE, {
+            "step": state.step, "settings": state.settings, "max_tokens": state.max_tokens,
+            "random": numbers, "choice": state.choice,
+        })  # fmt: skip
         manifest |= {name: sha256_of(temporary / name) for name in files}
         _write_json(temporary / MANIFEST, manifest)
         open_to_umask(temporary)

@@ -4,12 +4,19 @@ A disk that refuses one ends no run: it is said at once and in every line of the
 again, until one is written.
 """
 
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Self
+
 from rankpo_fast.errors import NotSaved
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.after_save import run_after_save
+from rankpo_fast.train.background import HostCopy, begun
 from rankpo_fast.train.callbacks import Callbacks
+from rankpo_fast.train.checkpoint import State
 from rankpo_fast.train.choice import Choice
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
@@ -18,8 +25,20 @@ from rankpo_fast.train.run import Run
 from rankpo_fast.train.schedule import SaveSchedule
 
 
+class _Ended(NamedTuple):
+    """How the writing of a checkpoint did."""
+
+    path: Path | None
+    failed: str | None  # why it was not written
+    not_handed_on: str | None = None  # what --after_save met
+
+
 class Checkpointer:
-    """Saves what trains, in the run's directory."""
+    """Saves what trains, in the run's directory; a context manager, which leaves none half written.
+
+    With --background_saves a checkpoint is written while the training goes on, and what became of
+    it is known once `wait` has returned; without it, once `save` has.
+    """
 
     def __init__(
         self,
@@ -35,8 +54,21 @@ class Checkpointer:
         self._run, self._schedule, self._log, self._callbacks = run, schedule, log, callbacks
         self._encoder, self._optimizer, self._memory = encoder, optimizer, memory
         self._choice = choice
-        self._saved: int | None = None  # the last step that was
-        self.trouble: str | None = None  # why the last one was not, the same on all ranks
+        self._copy = HostCopy(run.ranks) if run.training.background_saves else None
+        # In parts all ranks write, and talk to each other while they also train.
+        self._writers = run.ranks.beside() if self._copy and run.sharded else run.ranks
+        self._begun: int | None = None  # the last step whose checkpoint is written, or about to be
+        self._saved = run.first_step  # the last one that is safe
+        self._writing: Future[_Ended] | None = None
+        self._heard: _Ended | None = None  # whose end was said
+        self.trouble: str | None = None  # why the last one was not written, the same on all ranks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writing is not None:
+            self._hear(self._writing.result())
 
     def save(self, step: int) -> None:
         """After `step` steps; nothing where that was done already. All ranks must call it.
@@ -44,43 +76,84 @@ class Checkpointer:
         Raises:
             FloatingPointError: loss or gradient of the step is not finite.
         """
-        if step == self._saved:
+        if step == self._begun:
             return
         self._log.settle()
-        path, failed = None, None
-        try:
-            path = checkpoints.save(
-                self._run.path / output.CHECKPOINTS,
-                step,
-                self._encoder,
-                self._optimizer,
-                self._run.settings,
-                self._memory.max_tokens,
-                choice=self._choice.state(),
-                keep=self._run.training.save_total_limit,
-                ranks=self._run.ranks,
-            )
-        except OSError as error:
-            failed = f"the checkpoint of step {step} could not be written ({error})"
-        told = self._run.ranks.objects(failed)
-        self.trouble = next((failed for failed in told if failed is not None), None)
-        if self.trouble is not None:
-            self._log.say(f"{self.trouble}: the run goes on, and tries again")
-            self._schedule.failed()
-            self._log.unsaved_since = self._run.first_step if self._saved is None else self._saved
+        self.wait()
+        state = checkpoints.state_of(
+            step,
+            self._encoder,
+            self._optimizer,
+            self._run.settings,
+            self._memory.max_tokens,
+            choice=self._choice.state(),
+            ranks=self._run.ranks,
+        )
+        copied = None
+        if self._copy is not None and self._copy.fits(state):
+            copied = self._copy.of(state)
+        self._begun = step
+        self._schedule.begun()
+        self._writing = begun(partial(self._write, copied or state))
+        if copied is None:
+            self.wait()
+
+    def look(self) -> None:
+        """Say how the one under way ended, if it has: after a step."""
+        if self._writing is not None and self._writing.done():
+            self._hear(self._writing.result())
+
+    def wait(self) -> None:
+        """Until the one under way is on the disk, or refused. All ranks must call it."""
+        if self._writing is None or self._begun is None:
             return
-        self._schedule.saved()
-        self._saved, self._log.unsaved_since = step, None
-        assert path is not None
-        self._callbacks.checkpoint(step, path)
-        command = self._run.training.after_save
-        failed = None
-        if command is not None and self._run.ranks.first:
-            failed = run_after_save(command, path, step)
-        if failed is not None:
-            self._log.say(f"{failed}: the run goes on")
+        ended = self._writing.result()
+        self._hear(ended)
+        told = self._run.ranks.objects(ended.failed)
+        self.trouble = next((failed for failed in told if failed is not None), None)
+        if self.trouble is None:
+            self._saved = self._begun
+        else:
+            if ended.failed is None:  # where another rank's part was refused
+                self._hear(_Ended(None, self.trouble))
+            if self._choice.lost(self._begun):
+                self._log.say(f"step {self._begun} is the best so far, but could not be kept")
+            self._begun = None
+        self._writing = None
 
     def check(self) -> None:
         """NotSaved where the last checkpoint was not written."""
         if self.trouble is not None:
             raise NotSaved(f"{self.trouble}; the model is saved")
+
+    def _write(self, state: State) -> _Ended:
+        try:
+            path = checkpoints.save(
+                self._run.path / output.CHECKPOINTS,
+                state,
+                keep=self._run.training.save_total_limit,
+                ranks=self._writers,
+            )
+        except OSError as error:
+            return _Ended(None, f"the checkpoint of step {state.step} could not be written "
+                                f"({error})")  # fmt: skip
+        command, failed = self._run.training.after_save, None
+        if command is not None and self._run.ranks.first:
+            failed = run_after_save(command, path, state.step)
+        return _Ended(path, None, failed)
+
+    def _hear(self, ended: _Ended) -> None:
+        """Say how the one under way ended, once."""
+        if ended is self._heard:
+            return
+        self._heard = ended
+        if ended.path is None:
+            self._log.say(f"{ended.failed}: the run goes on, and tries again")
+            self._schedule.failed()
+            self._log.unsaved_since = self._saved
+            return
+        self._log.unsaved_since = None
+        assert self._begun is not None
+        self._callbacks.checkpoint(self._begun, ended.path)
+        if ended.not_handed_on is not None:
+            self._log.say(f"{ended.not_handed_on}: the run goes on")

@@ -36,6 +36,7 @@ class Choice:
         state = state or {"best": None, "evaluated": 0, "without_gain": 0}
         best = state["best"]
         self.best = None if best is None else Best(**best)
+        self._before = self.best
         self.evaluated: int = state["evaluated"]  # the last step that was
         self._without_gain: int = state["without_gain"]  # evaluations since the best
 
@@ -64,8 +65,15 @@ class Choice:
         gain = self.best is None or score > self.best.score
         self.evaluated, self._without_gain = step, 0 if gain else self._without_gain + 1
         if gain:
-            self.best = Best(step, score, dict(figures))
+            self._before, self.best = self.best, Best(step, score, dict(figures))
         return gain
+
+    def lost(self, step: int) -> bool:
+        """The model of this step could not be kept: if it is the best, the one before it is."""
+        lost = self.best is not None and self.best.step == step
+        if lost:
+            self.best = self._before
+        return lost
 
     def describe(self) -> str:
         """Of what the score is."""

@@ -101,8 +101,8 @@ def train(
         in_training(encoder),
         _weights_kept(run, encoder, engine, log),
         StopSignal() as signals,
+        Checkpointer(run, encoder, optimizer, memory, saves, log, heard, choice) as checkpointer,
     ):
-        checkpointer = Checkpointer(run, encoder, optimizer, memory, saves, log, heard, choice)
         choose = partial(_choose, run, encoder, engine, log, choice, checkpointer)
         if choice.wanted and choice.evaluated != first and _is_candidate(run, first, total):
             choose(first)  # which the run that goes on was stopped before
@@ -114,6 +114,7 @@ def train(
             rate, clip = learning_rate(done - 1, total, config), config.max_grad_norm
             pull = None if elastic is None else elastic.pull
             metrics = train_step(encoder, steps, optimizer, rate, clip, memory, ranks, engine, pull)
+            checkpointer.look()
             log.step(done, schedule.epochs(done), metrics)
             if (table := profile.step(metrics.tokens)) is not None:
                 log.say(table)
@@ -134,6 +135,7 @@ def train(
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
                 checkpointer.save(done)
+                checkpointer.wait()
                 said = f" after step {done}, which is saved; --resume continues"
                 if checkpointer.trouble is not None:
                     said = f" after step {done}, which is not saved: {checkpointer.trouble}"
@@ -142,6 +144,7 @@ def train(
                 log.say(f"step {done} is the last: a callback asked for the end")
                 break
         log.finish()
+        checkpointer.wait()
         measured = figures if measured_at == done else None
         if choice.best is not None:
             measured = _take_best(run, encoder, log, choice.best, done)
@@ -202,16 +205,13 @@ def _choose(
 ) -> None:  # fmt: skip
     """Evaluate, and keep the model on disk if it is the best so far. All ranks must call it."""
     log.settle()
-    before = choice.best
+    checkpointer.wait()  # which tells whether the best so far was kept
     figures, *_ = run.ranks.objects(_evaluate(run, encoder, engine))
     if figures is None:
         return
     log.evaluation(step, figures)
     if choice.consider(step, figures):
         checkpointer.save(step)
-        if checkpointer.trouble is not None:
-            log.say(f"step {step} is the best so far, but could not be kept")
-            choice.best = before
 
 
 def _take_best(

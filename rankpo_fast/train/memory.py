@@ -14,7 +14,6 @@ further graphs do: of none, selective and full the first is taken with which one
 """
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.layers import Checkpointing
 from rankpo_fast.model.precision import zero_gradient
 from rankpo_fast.train.engine import ALONE, Engine
-from rankpo_fast.train.meters import HOST_SHARE, Agreed, Meter, host_free_bytes, meter_of, release
+from rankpo_fast.train.meters import Agreed, Meter, host_room, meter_of, release
 from rankpo_kernels.workspace import most_workspace
 
 # More at once makes no kernel faster, and a state of 32,768 dims, wider than any here, has its
@@ -92,9 +91,8 @@ class Memory:
             if room is None:
                 room = max(0.0, _free(meter, encoder.device) - (trial.peak - trial.graph))
         per_token, on_host = trial.graph / trial.tokens, trial.host / trial.tokens
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
-        host_room = HOST_SHARE * host_free_bytes() / ranks if on_host else math.inf
-        return cls(trial.max_tokens, room, per_token, longest, on_host, host_room)
+        on_hosts = host_room() if on_host else math.inf
+        return cls(trial.max_tokens, room, per_token, longest, on_host, on_hosts)
 
     def summary(self) -> str:
         token, room = self.graph_bytes / 2**10, self.room / 2**30

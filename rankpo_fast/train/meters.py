@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from rankpo_fast.ranks import Ranks
 
-HOST_SHARE = 0.5  # of what is free that graphs may take: others live there too
+HOST_SHARE = 0.5  # of what is free that a run may take: others live there too
 GPU_SHARE = 0.9  # the rest is lost between blocks of unlike sizes
 NO_LIMIT = 1 << 60  # bytes; version 1 of control groups writes one of these for none
 
@@ -94,8 +94,7 @@ class Host(Meter):
         return self._peak
 
     def free(self) -> float:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, which share it
-        return HOST_SHARE * host_free_bytes() / ranks
+        return host_room()
 
 
 class Agreed(Meter):
@@ -164,6 +163,11 @@ def release(device: torch.device) -> None:
 
 
 # --- the host ---
+
+
+def host_room() -> float:
+    """Bytes that a process may take of what is free on the host, which all ranks there share."""
+    return HOST_SHARE * host_free_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:

@@ -35,8 +35,9 @@ from rankpo_fast.train.run import Run
 FREE_TO_CHANGE = {
     "activation_memory_gb", "gradient_checkpointing", "output_dir", "resume",
     "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_minutes",
-    "save_total_limit", "save_dtype", "report_to", "project", "run_name", "profile_steps",
-    "auto_resume", "after_save", "cache_dir", "no_cache", "rank_timeout", "device", "auto",
+    "background_saves", "save_total_limit", "save_dtype", "report_to", "project", "run_name",
+    "profile_steps", "auto_resume", "after_save", "cache_dir", "no_cache", "rank_timeout",
+    "device", "auto",
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.

@@ -63,7 +63,8 @@ class StepSchedule:
 
 
 class SaveSchedule:
-    """Counts from when it is made; `due` after a step, `saved` after a checkpoint."""
+    """Counts from when it is made; `due` after a step, `begun` with a checkpoint, and `failed` if
+    it could not be written."""
 
     def __init__(self, config: TrainingConfig):
         minutes = config.save_minutes
@@ -90,7 +91,7 @@ class SaveSchedule:
         age = time.monotonic() - self._last
         return age >= self._seconds or (ends_epoch and age >= YOUNG)
 
-    def saved(self) -> None:
+    def begun(self) -> None:
         self._last, self._again = time.monotonic(), math.inf
 
     def failed(self) -> None:

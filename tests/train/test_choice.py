@@ -199,10 +199,10 @@ def test_a_best_model_that_the_disk_refuses_is_not_the_result(run, scores, monke
     """The one before it is, and that is said."""
     seen, save = scores(0.3, 0.6, 0.2, 0.2, 0.2), checkpoints.save
 
-    def refuse(directory, step, *args, **more):
-        if step == 4:
+    def refuse(directory, state, **more):
+        if state.step == 4:
             raise OSError("no space left on device")
-        return save(directory, step, *args, **more)
+        return save(directory, state, **more)
 
     monkeypatch.setattr(checkpoints, "save", refuse)
     path = run("out", save_steps=6)

@@ -115,7 +115,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_resumes(
     assert killed.code == -9
     for rank in others:
         assert rank.code == 1 and "another is gone" in rank.said and "Traceback" not in rank.said
-    assert checkpoints.newest(tmp_path / "out" / "checkpoints").step == 2
+    last = checkpoints.newest(tmp_path / "out" / "checkpoints")
+    assert last.step in (1, 2)  # the second was being written
     ended = ran(3, rank_runs.command, *arguments(of), "--resume")
     assert [rank.code for rank in ended] == [0] * 3, ended
 

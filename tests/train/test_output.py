@@ -153,10 +153,10 @@ def refuse(monkeypatch):
     real = checkpoints.save
 
     def arm(*steps):
-        def save(directory, step, *args, **kwargs):
-            if step in steps:
+        def save(directory, state, **kwargs):
+            if state.step in steps:
                 raise OSError(28, "No space left on device")
-            return real(directory, step, *args, **kwargs)
+            return real(directory, state, **kwargs)
 
         monkeypatch.setattr(checkpoints, "save", save)
 
@@ -167,7 +167,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_no_run(
     refuse, tiny_llama_dir, run_stage, read_metrics, capsys
 ):
     refuse(2, 3)
-    path = run_stage("contrastive", tiny_llama_dir, "out", save_steps=1, max_steps=5)
+    path = run_stage("contrastive", tiny_llama_dir, "out", save_steps=1, max_steps=5,
+                     background_saves=False)  # fmt: skip
     said = capsys.readouterr().err
     assert "the checkpoint of step 2 could not be written ([Errno 28] No space" in said
     lost = [line.get("steps_not_saved") for line in read_metrics(path)]
@@ -202,5 +203,5 @@ def test_a_checkpoint_that_failed_is_tried_again_after_a_while(monkeypatch):
     assert not saves.due(1, ends_epoch=False, last=False)
     now[0] = 61.0
     assert saves.due(2, ends_epoch=False, last=False)
-    saves.saved()
+    saves.begun()
     assert not saves.due(3, ends_epoch=False, last=False)

@@ -326,7 +326,7 @@ def two_checkpoints(tmp_path):
     for step in (1, 2):
         model(torch.randn(4, 3)).square().sum().backward()
         optimizer.update([torch.zeros(())], 1e-3, 0.0)
-        checkpoints.save(tmp_path, step, model, optimizer, {"--seed": 0}, 64)
+        checkpoints.save(tmp_path, checkpoints.state_of(step, model, optimizer, {"--seed": 0}, 64))
     return tmp_path, model, optimizer
 
 
@@ -432,7 +432,9 @@ def test_a_disk_that_refuses_is_an_os_error(two_checkpoints):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="weights.safetensors: .*File too large"):
-            checkpoints.save(directory, 3, nn.Linear(50, 50), optimizer, {}, 64)
+            checkpoints.save(
+                directory, checkpoints.state_of(3, nn.Linear(50, 50), optimizer, {}, 64)
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoints.newest(directory).step == 2
@@ -441,7 +443,7 @@ def test_a_disk_that_refuses_is_an_os_error(two_checkpoints):
 def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints):
     directory, model, optimizer = two_checkpoints
     flip_a_bit(directory / "step-00000002")
-    checkpoints.save(directory, 2, model, optimizer, {}, 64)
+    checkpoints.save(directory, checkpoints.state_of(2, model, optimizer, {}, 64))
     assert checkpoints.newest(directory).step == 2
 
 
@@ -450,10 +452,10 @@ def test_broken_checkpoint_is_replaced_when_its_step_comes_again(two_checkpoints
 def test_no_good_checkpoint_is_deleted_for_a_bad_one(damage, keep, left, two_checkpoints):
     """Of 1 to 4, 2 and 3 are damaged: what was damaged counts for nothing among those kept."""
     directory, model, optimizer = two_checkpoints
-    checkpoints.save(directory, 3, model, optimizer, {}, 64)
+    checkpoints.save(directory, checkpoints.state_of(3, model, optimizer, {}, 64))
     for step in (2, 3):
         damage(directory / f"step-0000000{step}")
-    checkpoints.save(directory, 4, model, optimizer, {}, 64, keep=keep)
+    checkpoints.save(directory, checkpoints.state_of(4, model, optimizer, {}, 64), keep=keep)
     there = "".join(sorted(path.name[-1] for path in directory.iterdir()))
     assert there == left
 
@@ -461,8 +463,8 @@ def test_no_good_checkpoint_is_deleted_for_a_bad_one(damage, keep, left, two_che
 def test_a_run_that_goes_back_deletes_no_later_checkpoint(two_checkpoints):
     directory, model, optimizer = two_checkpoints
     for step in (4, 5):
-        checkpoints.save(directory, step, model, optimizer, {}, 64)
-    checkpoints.save(directory, 3, model, optimizer, {}, 64, keep=1)
+        checkpoints.save(directory, checkpoints.state_of(step, model, optimizer, {}, 64))
+    checkpoints.save(directory, checkpoints.state_of(3, model, optimizer, {}, 64), keep=1)
     assert sorted(path.name[-1] for path in directory.iterdir()) == ["3", "4", "5"]
 
 
@@ -475,7 +477,9 @@ def test_of_a_linked_checkpoint_the_link_alone_is_deleted(two_checkpoints, tmp_p
         shutil.copytree(link, kept)
         shutil.rmtree(link)
         link.symlink_to(kept)
-        checkpoints.save(directory, again, model, optimizer, {}, 64, keep=keep)
+        checkpoints.save(
+            directory, checkpoints.state_of(again, model, optimizer, {}, 64), keep=keep
+        )
         assert len(list(kept.iterdir())) == 5
     assert not any(path.is_symlink() for path in directory.iterdir())
 
@@ -486,7 +490,7 @@ def test_later_ones_do_not_count_as_kept(two_checkpoints):
     for step in (7, 8):
         (directory / f"step-0000000{step}").mkdir()
         (directory / f"step-0000000{step}" / "manifest.json").touch()
-    checkpoints.save(directory, 3, model, optimizer, {}, 64, keep=2)
+    checkpoints.save(directory, checkpoints.state_of(3, model, optimizer, {}, 64), keep=2)
     assert sorted(path.name[-1] for path in directory.iterdir()) == ["2", "3", "7", "8"]
     with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
         assert checkpoints.newest(directory).step == 3
@@ -498,9 +502,9 @@ def test_a_crash_while_saving_leaves_what_was_there(two_checkpoints, monkeypatch
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_states", disk_full)
+    monkeypatch.setattr(checkpoints, "save_tensors", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(directory, 3, model, optimizer, {}, 64)
+        checkpoints.save(directory, checkpoints.state_of(3, model, optimizer, {}, 64))
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["step-00000001", "step-00000002"]
 
@@ -510,7 +514,7 @@ def test_what_a_killed_run_left_is_cleared(two_checkpoints):
     for step in (3, 5):
         shutil.copytree(directory / "step-00000002", directory / f".step-0000000{step}.tmp")
     assert checkpoints.newest(directory).step == 2
-    checkpoints.save(directory, 3, model, optimizer, {}, 64)
+    checkpoints.save(directory, checkpoints.state_of(3, model, optimizer, {}, 64))
     assert not list(directory.glob(".*"))
 
 

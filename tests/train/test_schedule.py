@@ -32,7 +32,7 @@ def saved_steps(monkeypatch, seconds, steps=20, **flags):
         now += seconds
         if saves.due(step, ends_epoch=steps_of_run.ends_epoch(step), last=step == steps):
             saved.append(step)
-            saves.saved()
+            saves.begun()
     return saved
 
 

@@ -1,0 +1,116 @@
+"""Checkpoints are written beside the training, and hold what they would if it had waited."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rankpo_fast.data.files import tensor_bytes
+from rankpo_fast.train import background
+from rankpo_fast.train import checkpoint as checkpoints
+from rankpo_fast.train.callbacks import Callbacks
+from rankpo_fast.train.log import MetricsLog
+from support import rank_runs
+
+EACH = {"save_steps": 3, "max_steps": 6}
+PATIENCE = 20.0  # seconds, after which a test has failed
+
+
+def tensors(output: Path) -> dict[str, bytes]:
+    """All that checkpoints hold but the settings, in which two runs differ."""
+    files = (output / "checkpoints").rglob("*.safetensors")
+    return {
+        f"{file.relative_to(output)}/{name}": bytes(tensor_bytes(tensor))
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens in a training, in order: ("step", 3), ("saved", 3), ..."""
+    order: list[tuple[str, int]] = []
+    step, checkpoint = MetricsLog.step, Callbacks.checkpoint
+
+    def stepped(self, done, *args):
+        step(self, done, *args)
+        order.append(("step", done))
+
+    def saved(self, done, path):
+        assert threading.current_thread() is threading.main_thread()
+        assert checkpoints.read(path).step == done  # complete, when callbacks hear of it
+        checkpoint(self, done, path)
+        order.append(("saved", done))
+
+    monkeypatch.setattr(MetricsLog, "step", stepped)
+    monkeypatch.setattr(Callbacks, "checkpoint", saved)
+    return order
+
+
+@pytest.fixture
+def slow_disk(monkeypatch, events):
+    """The checkpoint of step 3 is on it once step 5 is done, or never will be."""
+    save, over = checkpoints.save, threading.Event()
+
+    def slow(directory, state, **more):
+        end = time.monotonic() + PATIENCE
+        while state.step == 3 and ("step", 5) not in events and not over.wait(0.001):
+            assert time.monotonic() < end
+        return save(directory, state, **more)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    return over
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(slow_disk, events, tiny_llama_dir, run_stage):
+    run_stage("contrastive", tiny_llama_dir, "out", **EACH)
+    assert events.index(("step", 5)) < events.index(("saved", 3)) < events.index(("saved", 6))
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_it_holds_the_state_of_its_step(optim, slow_disk, tiny_llama_dir, run_stage):
+    """Though two more steps were done before a byte of it was written."""
+    of = {**EACH, "optim": optim}
+    beside = run_stage("contrastive", tiny_llama_dir, "beside", **of)
+    slow_disk.set()
+    waiting = run_stage("contrastive", tiny_llama_dir, "waiting", background_saves=False, **of)
+    assert tensors(beside) == tensors(waiting) != {}
+
+
+@pytest.mark.long
+def test_in_parts_too(slow_disk, tiny_llama_dir, contrastive_file, tmp_path):
+    """All ranks write, and talk about it while they train."""
+    of = {"stage": "contrastive", "model_name_or_path": str(tiny_llama_dir), "shard": "full",
+          "train_data": [contrastive_file], "cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    for name in ("beside", "waiting"):
+        of |= {"output_dir": str(tmp_path / name), "background_saves": name == "beside", **EACH}
+        ended = rank_runs.start(2, tmp_path / f"{name}-ranks", rank_runs.train, **of).ended()
+        assert [rank.code for rank in ended] == [0, 0], ended
+        slow_disk.set()
+    beside, waiting = (tensors(tmp_path / name) for name in ("beside", "waiting"))
+    assert beside == waiting != {}
+
+
+def test_without_room_for_a_copy_a_step_waits(events, monkeypatch, tiny_llama_dir, run_stage):
+    monkeypatch.setattr(background, "host_room", lambda: 1000.0)
+    run_stage("contrastive", tiny_llama_dir, "out", **EACH)
+    assert events.index(("saved", 3)) < events.index(("step", 4))
+
+
+def test_an_error_leaves_none_half_written(slow_disk, monkeypatch, tiny_llama_dir, run_stage,
+                                           tmp_path):  # fmt: skip
+    step = MetricsLog.step
+
+    def fails(self, done, *args):
+        step(self, done, *args)
+        if done == 4:
+            threading.Timer(0.2, slow_disk.set).start()
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(MetricsLog, "step", fails)
+    with pytest.raises(ZeroDivisionError):
+        run_stage("contrastive", tiny_llama_dir, "out", **EACH)
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoints.newest(tmp_path / "out" / "checkpoints").step == 3
