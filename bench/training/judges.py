@@ -46,6 +46,11 @@ class Row:
     loss: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def verdicts(self) -> tuple[float, float, tuple[str, ...], int]:
+        """What decides them; rows in which that is equal are trained on the same ones."""
+        return self.bias, self.noise, self.asked, self.pairs
+
 
 ROWS = [
     Row("no habit, one order"),
@@ -57,11 +62,12 @@ ROWS = [
         for noise in (0.1, 0.2, 0.3)
         for row in (
             Row(f"noise {noise}, one order", noise=noise),
-            Row(f"noise {noise}, label smoothing {noise / 2:g}", noise=noise,
-                loss={"label_smoothing": noise / 2, "loss_type": "sigmoid"}),
             Row(f"noise {noise}, weighted by confidence", noise=noise,
                 data={"use_confidence": True}),
             Row(f"noise {noise}, both orders, flips dropped", noise=noise, asked=BOTH),
+            Row(f"noise {noise}, sigmoid", noise=noise, loss={"loss_type": "sigmoid"}),
+            Row(f"noise {noise}, sigmoid, label smoothing {noise / 2:g}", noise=noise,
+                loss={"loss_type": "sigmoid", "label_smoothing": noise / 2}),
         )
     ),
 ]  # fmt: skip
@@ -80,7 +86,7 @@ def served(judge: Judge) -> Iterator[str]:
 
 
 def annotated(demo: Demo, row: Row, number: int) -> Path:
-    """The verdicts of the row's judge on pairs of the training split."""
+    """The verdicts of the row's judge on pairs of the training split, in files of that number."""
     pairs, output = (demo.path / "data" / f"{kind}-{number}.jsonl" for kind in ("pairs", "prefs"))
     talents = demo.world["train"].talents
     corpus, jobs = demo.path / "data" / "train_corpus.jsonl", demo.path / "data" / "jobs.jsonl"
@@ -101,14 +107,14 @@ def annotated(demo: Demo, row: Row, number: int) -> Path:
     return output
 
 
-def figures(demo: Demo, row: Row, number: int) -> dict[str, float]:
-    """Of stage 2 on those verdicts."""
+def figures(demo: Demo, row: Row, number: int, verdicts: Path) -> dict[str, float]:
+    """Of stage 2 on the verdicts, in a directory of that number."""
     from rankpo_fast.train.rankpo import train_rankpo
 
     name, scale = f"row-{number}", demo.scale
     train_rankpo(
         demo._trained(STAGE1),
-        RankPODataConfig([str(annotated(demo, row, number))], **row.data),
+        RankPODataConfig([str(verdicts)], **row.data),
         RankPOLossConfig(**{**RANKPO, **row.loss}),
         demo._training(name, scale.alignment_steps, scale.alignment_rate, scale.pairs),
         demo._evaluation("validation", preferences=True),
@@ -139,8 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             demo.train_with_random_negatives()
             demo.train_with_mined_negatives()
             demo.judge_candidates()
+            verdicts: dict[Any, Path] = {}
             for number, row in enumerate(rows):
-                found[row.name].append(figures(demo, row, number))
+                if row.verdicts not in verdicts:
+                    verdicts[row.verdicts] = annotated(demo, row, number)
+                found[row.name].append(figures(demo, row, number, verdicts[row.verdicts]))
                 print(f"seed {seed}: {row.name}: {found[row.name][-1]}", file=sys.stderr)
     print(f"stage 2 of `make demo` on verdicts of a simulated judge, {options.seeds} seeds\n")
     print("| judge and treatment | alignment | from no habit, same seeds | nDCG@20 |")
