@@ -59,7 +59,7 @@ def _annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
     names = [judge.name for judge in judges]
     everything = list(questions(items, names, prompt, config.both))
     asked = {"mode": config.mode, "prompt": prompt.digest, "temperature": judging.temperature}
-    with Journal(config.journal_path, asked) as journal:
+    with Journal(config.journal_path, asked, writes=not config.dry_run) as journal:
         todo = _open(everything, journal, config)
         had = len(everything) - len(todo)
         print(f"{len(items):,} {_unit(config)}, {len(everything):,} questions to "

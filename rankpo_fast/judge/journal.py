@@ -36,21 +36,25 @@ class Journal:
     Args:
         asked: what decides the answers beside their texts, as the prompt: a journal in which it
             differs is refused.
+        writes: False: nothing is written, and another process may have it open.
 
     Raises InputError where another process has it open, it is damaged, cannot be written, or was
     asked something else.
     """
 
-    def __init__(self, path: Path, asked: dict[str, Any]):
-        self.path, self._asked = path, asked
-        check_writable("the journal", path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, asked: dict[str, Any], *, writes: bool = True):
+        self.path, self._asked, self._writes = path, asked, writes
+        if writes:
+            check_writable("the journal", path)
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._file = path.open("ab+")
+            there = path if writes or path.exists() else Path(os.devnull)
+            self._file = there.open("ab+" if writes else "rb")
         except OSError as error:
             raise InputError(f"{path}: {reason(error)}") from None
         try:
-            self._hold()
+            if writes:
+                self._hold()
             self.answers = self._read()
         except BaseException:
             self._file.close()
@@ -84,17 +88,17 @@ class Journal:
         self._file.seek(0)
         lines = self._file.readlines()
         if lines and not lines[-1].endswith(b"\n"):
-            warnings.warn(f"{self.path}:{len(lines)}: cut off in the middle, taken away",
-                          stacklevel=4)  # fmt: skip
-            self._file.truncate(sum(map(len, lines[:-1])))
+            if self._writes:
+                warnings.warn(f"{self.path}:{len(lines)}: cut off in the middle, taken away",
+                              stacklevel=4)  # fmt: skip
+                self._file.truncate(sum(map(len, lines[:-1])))
             lines.pop()
-        if not lines:
-            self._append([{"journal": FORMAT, "asked": self._asked}])
-            return []
-        head, *answers = (self._parsed(line, number) for number, line in enumerate(lines, 1))
-        if not answers and head.get("journal") == FORMAT:  # of a run that asked nothing
-            self._file.truncate(0)
-            self._append([{"journal": FORMAT, "asked": self._asked}])
+        rows = [self._parsed(line, number) for number, line in enumerate(lines, 1)]
+        head, *answers = rows or [{"journal": FORMAT}]
+        if not answers and head.get("journal") == FORMAT:  # of a run that asked nothing, or of none
+            if self._writes:
+                self._file.truncate(0)
+                self._append([{"journal": FORMAT, "asked": self._asked}])
             return []
         self._check_head(head)
         for number, answer in enumerate(answers, 2):

@@ -1,5 +1,6 @@
 """Pairs become preferences that stage 2 reads, without the judge's bias to places."""
 
+import fcntl
 import json
 
 import pytest
@@ -165,12 +166,25 @@ def test_several_judges_agree_to_a_degree_and_have_a_consensus(annotate, server,
     assert {row["confidence_score"] for row in rows()} == {66.67}
 
 
-def test_a_dry_run_says_what_it_would_cost_and_asks_nothing(annotate, server, capsys):
+def test_a_dry_run_says_what_it_would_cost_and_asks_nothing(annotate, server, capsys, tmp_path):
     assert annotate("--dry_run", "--price_in", 1000, "--price_out", 2000) == 0
     said = capsys.readouterr().out
     assert "8 requests" in said and "estimated, a token being 4 bytes" in said
     assert "at most 4,096 of answers" in said and "at most" in said.split(";")[-1]
-    assert not server.bodies
+    assert not server.bodies and [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_dry_run_reads_the_journal_that_another_process_writes(annotate, capsys, tmp_path):
+    assert annotate("--concurrency", 1) == 0
+    [path] = tmp_path.glob("*.journal.jsonl")
+    capsys.readouterr()
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b'{"key": "half')
+        file.flush()
+        assert annotate("--dry_run") == 0
+    assert "8 questions to tiny-judge; 8 are answered" in capsys.readouterr().out
+    assert path.read_bytes().endswith(b"half")
 
 
 def test_no_more_is_asked_than_may_be_spent(annotate, server, capsys, rows):
