@@ -5,10 +5,12 @@
     figures/SPLIT/DIGEST-alpha-A.json     what was measured; a part that is there is not done again
     figures/SPLIT/start-SEED.json         of the model that was trained on
 
-Each part is a process, so that one that fails, or runs out of memory, ends no other.
+A training is a process of its own, so that one that fails, or runs out of memory, ends no other;
+measurements on test data share one, since its start takes longer than some of them.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,13 +33,25 @@ VALIDATION, TEST = "validation", "test"
 Figures = dict[str, float]
 
 
+AT_ONCE = 16  # measurements of a process, at most: what is done is said after each
+
+
 @dataclass(frozen=True)
 class Part:
-    """What one process does."""
+    """What is done, said and kept as one."""
 
     name: str
     job: dict[str, Any]
     log: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether all that it is to measure has been."""
+        figures = self.job["figures"]
+        return all(
+            Path(figures.replace(ALPHA, format(alpha, "g"))).exists()
+            for alpha in self.job["alphas"]
+        )
 
 
 class Runner:
@@ -57,7 +71,7 @@ class Runner:
     def train(self) -> list[str]:
         """Every training that is not done, and the start, measured on validation; returns the
         names of those that failed."""
-        starts = [self._start(seed, VALIDATION) for seed in self.sweep.seeds]
+        starts = self._starts(VALIDATION)
         alphas: dict[str, set[float]] = {}  # methods of equal settings are one training
         for job in self.sweep.jobs:
             alphas.setdefault(job.folder, set()).update(job.alphas)
@@ -66,8 +80,8 @@ class Runner:
 
     def test(self, chosen: Mapping[Job, Sequence[float]]) -> list[str]:
         """Measure the start and those alphas of trainings on the test data; as `train`."""
-        starts = [self._start(seed, TEST) for seed in self.sweep.seeds]
-        return self._all([*starts, *(self._tested(*each) for each in chosen.items())])
+        starts = self._starts(TEST)
+        return self._all([*starts, *(self._tested(*each) for each in chosen.items())], AT_ONCE)
 
     def figures(self, split: str, job: Job | None, alpha: float, seed: int) -> Figures | None:
         """What was measured; None where it was not. No job: of the start."""
@@ -77,8 +91,20 @@ class Runner:
     # --- parts ---
 
     def _figures(self, split: str, job: Job | None, seed: int) -> str:
-        name = f"start-{seed}" if job is None else f"{Path(job.folder).name}-alpha-{ALPHA}"
+        if job is None:
+            name = f"start-{self._first_like(seed, split)}"
+        else:
+            name = f"{Path(job.folder).name}-alpha-{ALPHA}"
         return str(self.path / "figures" / split / f"{name}.json")
+
+    def _first_like(self, seed: int, split: str) -> int:
+        """The first seed with that start, measured alike: of paths without <seed> there is one."""
+        return next(one for one in self.sweep.seeds
+                    if self._measured(split, one) == self._measured(split, seed))  # fmt: skip
+
+    def _starts(self, split: str) -> list[Part | None]:
+        firsts = dict.fromkeys(self._first_like(seed, split) for seed in self.sweep.seeds)
+        return [self._start(seed, split) for seed in firsts]
 
     def _start(self, seed: int, split: str) -> Part | None:
         if self.figures(split, None, 0, seed) is not None:
@@ -110,10 +136,7 @@ class Runner:
     def _measure(
         self, split: str, job: Job | None, seed: int, alphas: list[float]
     ) -> dict[str, Any]:
-        data = self.sweep.validation if split == VALIDATION else self.sweep.test
-        assert data is not None
-        start = self.sweep.start.replace("<seed>", str(seed))
-        _, *evaluation = self.sweep.flags_of(data, start, seed)
+        start, evaluation = self._measured(split, seed)
         return {
             "start": start,
             "output_dir": start if job is None else str(self.path / job.folder),
@@ -122,54 +145,71 @@ class Runner:
             "figures": self._figures(split, job, seed),
         }
 
+    def _measured(self, split: str, seed: int) -> tuple[str, list[str]]:
+        """The start, and how it and what is trained from it are measured."""
+        data = self.sweep.validation if split == VALIDATION else self.sweep.test
+        assert data is not None
+        start = self.sweep.start.replace("<seed>", str(seed))
+        _, *evaluation = self.sweep.flags_of(data, start, seed)
+        return start, evaluation
+
     # --- processes ---
 
-    def _all(self, parts: Iterable[Part | None]) -> list[str]:
+    def _all(self, parts: Iterable[Part | None], at_once: int = 1) -> list[str]:
+        """`at_once`: parts of a process, at most."""
         waiting = [part for part in parts if part is not None]
+        size = max(1, min(at_once, math.ceil(len(waiting) / self.parallel)))
+        batches = [waiting[start : start + size] for start in range(0, len(waiting), size)]
         failed: list[str] = []
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self.parallel):
             slots.put(slot)
         done = 0
         with ThreadPoolExecutor(self.parallel) as pool, self._signals():
-            running = {pool.submit(self._run, part, slots): part for part in waiting}
+            running = {pool.submit(self._run, batch, slots): batch for batch in batches}
             while running:
                 ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    part, (code, seconds) = running.pop(future), future.result()
-                    done += 1
+                    batch, seconds = running.pop(future), future.result()
                     if self._stopped is not None:
                         continue
-                    if code != 0:
-                        failed.append(part.name)
-                    said = f"{seconds:.0f} s" if code == 0 else f"failed, see {part.log}"
-                    self._say(f"[{done}/{len(waiting)}] {part.name}: {said}")
+                    for part in batch:
+                        done += 1
+                        if not part.done:
+                            failed.append(part.name)
+                        each = f"{seconds / len(batch):.0f} s"
+                        said = each if part.done else f"failed, see {batch[0].log}"
+                        self._say(f"[{done}/{len(waiting)}] {part.name}: {said}")
         if self._stopped is not None:
             self._say("stopped: the same command goes on")
             raise SystemExit(128 + self._stopped)
         return failed
 
-    def _run(self, part: Part, slots: "SimpleQueue[int]") -> tuple[int, float]:
+    def _run(self, batch: Sequence[Part], slots: "SimpleQueue[int]") -> float:
+        """Seconds that it took."""
         slot, began = slots.get(), time.monotonic()
         try:
             with self._lock:
                 if self._stopped is not None:
-                    return 0, 0.0
-                process = self._process(part, slot)
+                    return 0.0
+                process = self._process(batch, slot)
                 self._processes.add(process)
-            code = process.wait()
+            process.wait()
             self._processes.discard(process)
-            return code, time.monotonic() - began
+            return time.monotonic() - began
         finally:
             slots.put(slot)
 
-    def _process(self, part: Part, slot: int) -> subprocess.Popen:
-        part.log.parent.mkdir(parents=True, exist_ok=True)
-        Path(part.job["figures"]).parent.mkdir(parents=True, exist_ok=True)
-        job = part.log.with_suffix(".json")
-        job.write_text(json.dumps(part.job), encoding="utf-8")
-        command = [sys.executable, "-m", "rankpo_fast.sweep.worker", str(job)]
-        with part.log.open("ab") as log:
+    def _process(self, batch: Sequence[Part], slot: int) -> subprocess.Popen:
+        """All that it prints is in the log of the first part."""
+        command = [sys.executable, "-m", "rankpo_fast.sweep.worker"]
+        for part in batch:
+            job = part.log.with_suffix(".json")
+            for file in (job, Path(part.job["figures"])):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            job.write_text(json.dumps(part.job), encoding="utf-8")
+            command.append(str(job))
+        with batch[0].log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(slot),
                                     start_new_session=True)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One part of a sweep, in a process of its own: `python -m rankpo_fast.sweep.worker JOB.json`.
+"""Parts of a sweep, in a process of their own: `python -m rankpo_fast.sweep.worker JOB.json ...`.
 
     {"command", "flags", "output_dir"}             train, or go on, unless it is finished
     {"start", "alphas", "evaluation", "figures"}   measure: a JSON file of figures for each alpha
@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -67,19 +67,22 @@ def _weights(job: dict[str, Any], alpha: float) -> Iterator[str]:
         yield str(merged)
 
 
-def main(path: str) -> int:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    try:
-        if "flags" in job:
-            train(job)
-        measure(job)
-    except TrainingStopped as stop:
-        return stop.exit_code
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"rankpo-fast: error: {without_secrets(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+def main(paths: Sequence[str]) -> int:
+    """One after the other; one that fails ends no other."""
+    code = 0
+    for path in paths:
+        job = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            if "flags" in job:
+                train(job)
+            measure(job)
+        except TrainingStopped as stop:
+            return stop.exit_code
+        except (InputError, OSError, FloatingPointError) as error:
+            print(f"rankpo-fast: error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))
