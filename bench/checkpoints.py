@@ -61,13 +61,13 @@ class Times(NamedTuple):
 
 
 def measure(state: checkpoints.State, folder: Path, copy: HostCopy, ranks: Ranks) -> Times:
-    if not copy.fits(state):
-        raise SystemExit("the host has no room for a copy")
     began = time.perf_counter()
     checkpoints.save(folder, state, keep=1, ranks=ranks)
     written = time.perf_counter()
     copied = copy.of(state)
     done = time.perf_counter()
+    if copied is None:
+        raise SystemExit("the host has no room for a copy")
     alone = rate(ranks.device, lambda passed: passed < written - began)
     writing = begun(partial(checkpoints.save, folder, copied, keep=1, ranks=ranks))
     beside = rate(ranks.device, lambda _: not writing.done())

@@ -83,6 +83,7 @@ def out_of_memory(error: BaseException) -> bool:
             "not enough memory",
             "bad_alloc",
             "Cannot allocate memory",
+            "CUDA error: out of memory",  # of pinned memory
         )
         return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
     return isinstance(error, MemoryError)

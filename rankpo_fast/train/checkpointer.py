@@ -89,9 +89,7 @@ class Checkpointer:
             choice=self._choice.state(),
             ranks=self._run.ranks,
         )
-        copied = None
-        if self._copy is not None and self._copy.fits(state):
-            copied = self._copy.of(state)
+        copied = None if self._copy is None else self._copy.of(state)
         self._begun = step
         self._schedule.begun()
         self._writing = begun(partial(self._write, copied or state))

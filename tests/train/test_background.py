@@ -5,13 +5,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from rankpo_fast.data.files import tensor_bytes
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import background
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.callbacks import Callbacks
 from rankpo_fast.train.log import MetricsLog
+from rankpo_fast.train.optim import Optimizer
 from support import rank_runs
 
 EACH = {"save_steps": 3, "max_steps": 6}
@@ -93,10 +97,42 @@ def test_in_parts_too(slow_disk, tiny_llama_dir, contrastive_file, tmp_path):
     assert beside == waiting != {}
 
 
-def test_without_room_for_a_copy_a_step_waits(events, monkeypatch, tiny_llama_dir, run_stage):
+def no_room(monkeypatch):
     monkeypatch.setattr(background, "host_room", lambda: 1000.0)
+
+
+def no_pinned_memory(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(background.BlockingAsyncStager, "stage", refuse)
+
+
+@pytest.mark.parametrize("host", [no_room, no_pinned_memory])
+def test_without_room_for_a_copy_a_step_waits(host, events, monkeypatch, tiny_llama_dir, run_stage):
+    host(monkeypatch)
     run_stage("contrastive", tiny_llama_dir, "out", **EACH)
     assert events.index(("saved", 3)) < events.index(("step", 4))
+
+
+def test_a_gpu_s_copy_keeps_its_memory_for_the_next(monkeypatch):
+    """Pinned memory takes long to get; here that of a host stands for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    copy = background.HostCopy(Ranks(torch.device("cuda")))
+
+    def copied(model: nn.Module) -> int:
+        optimizer = Optimizer([torch.optim.AdamW(model.parameters(), fused=True)])
+        state = copy.of(checkpoints.state_of(1, model, optimizer, {}, 64))
+        weight = state.tensors[checkpoints.WEIGHTS]["0.weight"]
+        assert torch.equal(weight, model[0].weight)
+        assert weight.data_ptr() != model[0].weight.data_ptr()
+        return weight.data_ptr()
+
+    one, two = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    first = copied(one)
+    nn.init.ones_(one[0].weight)
+    assert copied(one) == first
+    assert copied(two) != first  # which has more tensors
 
 
 def test_an_error_leaves_none_half_written(slow_disk, monkeypatch, tiny_llama_dir, run_stage,
