@@ -1,6 +1,6 @@
 """Are negatives of all rounds better than the newest round's? Three rounds in the demo's world.
 
-    python -m bench.training.rounds [--seeds 5] [--rounds 3] [--method sample]
+    python -m bench.training.rounds [--seeds 5] [--rounds 3] [--method sample] [--picture FILE]
 
 For each seed the demo's first training, with random negatives, then `rankpo-fast rounds` from
 there in both modes, and as many trainings without mining. A round has the steps and the rate of the
@@ -10,6 +10,7 @@ how far combined is from each of the others with the same seed.
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 
 from rankpo_fast.config import ContrastiveDataConfig, ContrastiveLossConfig, RoundsConfig
 from rankpo_fast.demo.steps import MINING_RANGE, NEGATIVES, RANDOM, SHORT, STAGE1, Demo
+from rankpo_fast.rounds.report import LOOKS
 
 NDCG = "ndcg@20"
 MODES = ("combined", "incremental")
@@ -95,6 +97,25 @@ def _difference(apart: Sequence[float]) -> str:
     return f"{mean} +- {statistics.stdev(apart) / len(apart) ** 0.5:.3f}"
 
 
+def draw(curves: dict[str, list[Curve]], path: str) -> None:
+    """Each seed's curve, and the mean of each way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, of_seeds), (colour, mark) in zip(curves.items(), LOOKS, strict=False):
+        for curve in of_seeds:
+            axes.plot(curve, color=colour, linewidth=0.5, alpha=0.5)
+        means = [statistics.fmean(at) for at in zip(*of_seeds, strict=True)]
+        axes.plot(means, color=colour, marker=mark, label=name)
+    axes.set_xticks(range(len(means)), ["start", *map(str, range(1, len(means)))])
+    axes.set(xlabel="round", ylabel=f"{NDCG}, test split")
+    axes.grid(color="#E8E8E8")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -102,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="errors need two or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", choices=("topk", "sample", "cluster"), default="sample")
+    parser.add_argument("--picture", help="a PNG file of the curves")
     options = parser.parse_args(argv)
     curves: dict[str, list[Curve]] = {name: [] for name in (*MODES, UNMINED)}
     for seed in range(options.seeds):
@@ -113,9 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 curves[mode].append(mined(demo, mode, options.rounds, options.method))
             after = unmined(demo, options.rounds)
             curves[UNMINED].append([curves[MODES[0]][-1][0], *after])
+            print({name: of_seeds[-1] for name, of_seeds in curves.items()}, file=sys.stderr)
     print(f"nDCG@20, test split of the demo's world, seeds: {options.seeds}, --method "
           f"{options.method}\n")  # fmt: skip
     print(table(curves))
+    if options.picture is not None:
+        draw(curves, options.picture)
 
 
 if __name__ == "__main__":
