@@ -69,7 +69,8 @@ def measure(state: checkpoints.State, folder: Path, copy: HostCopy, ranks: Ranks
     if copied is None:
         raise SystemExit("the host has no room for a copy")
     alone = rate(ranks.device, lambda passed: passed < written - began)
-    writing = begun(partial(checkpoints.save, folder, copied, keep=1, ranks=ranks))
+    save = partial(checkpoints.save, folder, copied, keep=1, ranks=ranks)
+    writing = begun(save, ranks.device)
     beside = rate(ranks.device, lambda _: not writing.done())
     writing.result()
     return Times(written - began, done - written, alone / beside - 1)

@@ -168,7 +168,7 @@ class Ranks:
         if self.hosts is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        with self._talk():
+        with self.talking():
             maximum = dist.ReduceOp.MAX
             self._wait_for(dist.all_reduce(tensor, maximum, group=self.hosts, async_op=True))
         return tensor.tolist()
@@ -180,7 +180,7 @@ class Ranks:
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         size = torch.tensor([len(own)])
-        with self._talk():
+        with self.talking():
             self._wait_for(dist.all_gather(sizes, size, group=self.hosts, async_op=True))
             longest = int(max(sizes))
             own = torch.cat([own, own.new_zeros(longest - len(own))])
@@ -192,13 +192,13 @@ class Ranks:
 
     def send_to_first(self, rows: Tensor) -> None:
         """From the host's memory; raises RankLost like `meet`."""
-        with self._talk():
+        with self.talking():
             dist.send(rows.contiguous(), 0, group=self.hosts)
 
     def received(self, rank: int, shape: tuple[int, ...]) -> Tensor:
         """The fp32 rows that a rank sends to this one, the first; raises RankLost like `meet`."""
         rows = torch.empty(shape, dtype=torch.float32)
-        with self._talk():
+        with self.talking():
             dist.recv(rows, rank, group=self.hosts)
         return rows
 
@@ -213,7 +213,8 @@ class Ranks:
         work.wait()
 
     @contextmanager
-    def _talk(self) -> Iterator[None]:
+    def talking(self) -> Iterator[None]:
+        """Inside, what breaks a collective of the hosts is a RankLost."""
         try:
             with record_function("communication"):
                 yield

@@ -72,9 +72,10 @@ class Signals:
     def noted(self, number: signal.Signals) -> None:
         """Called in the handler."""
 
-    def previous(self, number: signal.Signals) -> Any:
-        """What was to be done before."""
-        return self._previous[number]
+    def at_once(self, number: signal.Signals) -> Any:
+        """What ends a program that was told to end already: what was done before, but for another
+        one's note, which would be taken once more."""
+        return signal.SIG_DFL if self._outer is not None else self._previous[number]
 
     def ask(self) -> None:
         """Raise Interrupted, where that is this one's way to end."""

@@ -1,6 +1,7 @@
 """Signals end a program between two parts of its work, and none is lost."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from rankpo_fast import cli, signals
 from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model import encode
+from rankpo_fast.train.signals import StopSignal
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 
@@ -109,6 +111,16 @@ def test_a_signal_that_comes_in_a_destructor_is_not_lost():
         Falls()
         signals.ask()
     assert stop.value.exit_code == 130
+
+
+def test_a_second_ctrl_c_in_a_training_of_the_command_line_ends_it_at_once():
+    child = os.fork()
+    if child == 0:
+        with signals.EndsCommand(), StopSignal():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
 
 
 def test_what_is_ignored_stays_ignored():

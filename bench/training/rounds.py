@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=("topk", "sample", "cluster"), default="sample")
     parser.add_argument("--picture", help="a PNG file of the curves")
     options = parser.parse_args(argv)
+    if options.picture is not None:  # before the hours that it is of
+        Path(options.picture).touch()
     curves: dict[str, list[Curve]] = {name: [] for name in (*MODES, UNMINED)}
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as directory:

@@ -177,8 +177,8 @@ class Runner:
                         done += 1
                         if not part.done:
                             failed.append(part.name)
-                        each = f"{seconds / len(batch):.0f} s"
-                        said = each if part.done else f"failed, see {batch[0].log}"
+                        took = f"{seconds:.0f} s" if len(batch) == 1 else "done"
+                        said = took if part.done else f"failed, see {batch[0].log}"
                         self._say(f"[{done}/{len(waiting)}] {part.name}: {said}")
         if self._stopped is not None:
             self._say("stopped: the same command goes on")

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -80,6 +81,9 @@ def main(paths: Sequence[str]) -> int:
             return stop.exit_code
         except (InputError, OSError, FloatingPointError) as error:
             print(f"rankpo-fast: error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
+            code = 1
+        except Exception:  # of this part, as out of memory may be
+            print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
             code = 1
     return code
 

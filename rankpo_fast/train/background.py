@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
@@ -22,22 +23,21 @@ Result = TypeVar("Result")
 
 
 class HostCopy:
-    """Of the tensors of a state. Those of a GPU go to pinned memory, which is kept for the next."""
+    """Of the tensors of a state. Its memory is kept for the next: a GPU's is pinned, which takes
+    long to get, and a host's allocator keeps what is freed (train/allocator.py)."""
 
     def __init__(self, ranks: Ranks):
         self._ranks, self._on_gpu = ranks, ranks.device.type == "cuda"
-        self._stager = BlockingAsyncStager()
-        self._names: set[tuple[str, str]] | None = None  # of the tensors that it has memory for
-        self._never = False  # again, since a host has refused
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=self._on_gpu)
+        self.refused = False  # by a host, which is not asked again
+        self._fits = False
 
     def of(self, state: State) -> State | None:
         """None where the host of any rank has no room for it. All ranks must call it."""
-        names = {(file, name) for file, tensors in state.tensors.items() for name in tensors}
-        anew = not self._on_gpu or names != self._names
-        if anew:
-            self._stager = BlockingAsyncStager(cache_staged_state_dict=self._on_gpu)
-        refused = self._never or (anew and _bytes(state) > host_room())
-        if self._anywhere(refused):
+        if not self._fits:
+            short = _bytes(state, self._on_gpu) > host_room(shared=state.in_parts)
+            self.refused = self._anywhere(self.refused or short)
+        if self.refused:
             return None
         tensors = None
         try:
@@ -45,11 +45,10 @@ class HostCopy:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        self._never = self._anywhere(tensors is None)
-        if self._never or tensors is None:
-            self._stager = BlockingAsyncStager()  # which lets go of what the other had
+        self.refused = self._anywhere(tensors is None)
+        if self.refused or tensors is None:
             return None
-        self._names = names
+        self._fits = True
         return replace(state, tensors=tensors)
 
     def _anywhere(self, refused: bool) -> bool:
@@ -58,24 +57,36 @@ class HostCopy:
         return bool(anywhere)
 
 
-def _bytes(state: State) -> int:
-    """Of this rank."""
-    return sum(
-        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
-        for of_file in state.tensors.values()
-        for tensor in of_file.values()
-    )
+def _bytes(state: State, pinned: bool) -> int:
+    """That this rank takes of the host until the state is on the disk, at most."""
+    files = []
+    for tensors in state.tensors.values():
+        own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+        # torch's pinned memory comes in powers of two.
+        files.append(sum(1 << (t.nbytes - 1).bit_length() if pinned else t.nbytes
+                         for t in own if t.nbytes))  # fmt: skip
+    # torch.distributed.checkpoint makes each file in memory.
+    return sum(files) + (max(files) if state.in_parts else 0)
 
 
-def begun(work: Callable[[], Result]) -> Future[Result]:
-    """The work, in a thread of its own, which ends with the program."""
+def begun(work: Callable[[], Result], device: torch.device) -> Future[Result]:
+    """The work, in a thread of its own, which ends with the program; on that GPU, if it is one."""
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
+            if device.type == "cuda":  # a thread begins on the first
+                torch.cuda.set_device(device)
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def ended(work: Callable[[], Result]) -> Future[Result]:
+    """The work, which is done when this returns."""
+    future: Future[Result] = Future()
+    future.set_result(work())
     return future

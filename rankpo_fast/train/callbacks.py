@@ -21,7 +21,8 @@ class Callback:
         At the end of a training it is too late to end it."""
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """Once a checkpoint is on the disk."""
+        """Once a checkpoint is on the disk, and --after_save has ended: of an earlier step than the
+        last, if steps went on while it was written."""
 
 
 class Callbacks:

@@ -11,10 +11,11 @@ from typing import NamedTuple, Self
 
 from rankpo_fast.errors import NotSaved
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
 from rankpo_fast.train.after_save import run_after_save
-from rankpo_fast.train.background import HostCopy, begun
+from rankpo_fast.train.background import HostCopy, begun, ended
 from rankpo_fast.train.callbacks import Callbacks
 from rankpo_fast.train.checkpoint import State
 from rankpo_fast.train.choice import Choice
@@ -66,16 +67,26 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._writing is not None:
-            self._hear(self._writing.result())
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writing is None or kind is KeyboardInterrupt:  # which waits for nothing
+            return
+        try:
+            self._hear(self._writing.result(), last=True)
+        except Exception:
+            if kind is None:  # else the error that ends the run is the one to tell of
+                raise
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, last: bool = False) -> None:
         """After `step` steps; nothing where that was done already. All ranks must call it.
+
+        Args:
+            last: returns once it is on the disk, or refused.
 
         Raises:
             FloatingPointError: loss or gradient of the step is not finite.
         """
+        if last:
+            self.wait()  # after which one that failed is tried again
         if step == self._begun:
             return
         self._log.settle()
@@ -89,31 +100,35 @@ class Checkpointer:
             choice=self._choice.state(),
             ranks=self._run.ranks,
         )
-        copied = None if self._copy is None else self._copy.of(state)
+        copied = None if last else self._copied(state)
         self._begun = step
         self._schedule.begun()
-        self._writing = begun(partial(self._write, copied or state))
-        if copied is None:
-            self.wait()
+        if copied is not None:
+            self._writing = begun(partial(self._write, copied, self._writers), self._run.device)
+        else:
+            self._writing = ended(partial(self._write, state, self._run.ranks))
+            self.wait(last=last)
 
     def look(self) -> None:
         """Say how the one under way ended, if it has: after a step."""
         if self._writing is not None and self._writing.done():
             self._hear(self._writing.result())
 
-    def wait(self) -> None:
-        """Until the one under way is on the disk, or refused. All ranks must call it."""
+    def wait(self, *, last: bool = False) -> None:
+        """Until the one under way is on the disk, or refused. All ranks must call it.
+
+        Args:
+            last: none will be tried after it.
+        """
         if self._writing is None or self._begun is None:
             return
-        ended = self._writing.result()
-        self._hear(ended)
-        told = self._run.ranks.objects(ended.failed)
+        result = self._writing.result()
+        self._hear(result, last=last)
+        told = self._run.ranks.objects(result.failed)
         self.trouble = next((failed for failed in told if failed is not None), None)
         if self.trouble is None:
             self._saved = self._begun
         else:
-            if ended.failed is None:  # where another rank's part was refused
-                self._hear(_Ended(None, self.trouble))
             if self._choice.lost(self._begun):
                 self._log.say(f"step {self._begun} is the best so far, but could not be kept")
             self._begun = None
@@ -124,34 +139,46 @@ class Checkpointer:
         if self.trouble is not None:
             raise NotSaved(f"{self.trouble}; the model is saved")
 
-    def _write(self, state: State) -> _Ended:
+    def _copied(self, state: State) -> State | None:
+        """None where it is to be written while the step waits."""
+        if self._copy is None:
+            return None
+        before = self._copy.refused
+        copied = self._copy.of(state)
+        if self._copy.refused and not before:
+            self._log.say("checkpoints are written while a step waits: a host has no room for a "
+                          "copy of weights and optimizer")  # fmt: skip
+        return copied
+
+    def _write(self, state: State, ranks: Ranks) -> _Ended:
         try:
             path = checkpoints.save(
                 self._run.path / output.CHECKPOINTS,
                 state,
                 keep=self._run.training.save_total_limit,
-                ranks=self._writers,
+                ranks=ranks,
             )
         except OSError as error:
             return _Ended(None, f"the checkpoint of step {state.step} could not be written "
                                 f"({error})")  # fmt: skip
         command, failed = self._run.training.after_save, None
-        if command is not None and self._run.ranks.first:
+        if command is not None and ranks.first:
             failed = run_after_save(command, path, state.step)
         return _Ended(path, None, failed)
 
-    def _hear(self, ended: _Ended) -> None:
+    def _hear(self, result: _Ended, *, last: bool = False) -> None:
         """Say how the one under way ended, once."""
-        if ended is self._heard:
+        if result is self._heard:
             return
-        self._heard = ended
-        if ended.path is None:
-            self._log.say(f"{ended.failed}: the run goes on, and tries again")
+        self._heard = result
+        if result.path is None:
+            on = "" if last else ": the run goes on, and tries again"
+            self._log.say(f"{result.failed}{on}")
             self._schedule.failed()
             self._log.unsaved_since = self._saved
             return
         self._log.unsaved_since = None
         assert self._begun is not None
-        self._callbacks.checkpoint(self._begun, ended.path)
-        if ended.not_handed_on is not None:
-            self._log.say(f"{ended.not_handed_on}: the run goes on")
+        self._callbacks.checkpoint(self._begun, result.path)
+        if result.not_handed_on is not None:
+            self._log.say(f"{result.not_handed_on}{'' if last else ': the run goes on'}")

@@ -134,8 +134,7 @@ def train(
                     log.evaluation(done, figures)
                 agreed = signals.agreed(ranks, end=heard.ended)
             if agreed.stop is not None:
-                checkpointer.save(done)
-                checkpointer.wait()
+                checkpointer.save(done, last=True)
                 said = f" after step {done}, which is saved; --resume continues"
                 if checkpointer.trouble is not None:
                     said = f" after step {done}, which is not saved: {checkpointer.trouble}"
@@ -144,7 +143,7 @@ def train(
                 log.say(f"step {done} is the last: a callback asked for the end")
                 break
         log.finish()
-        checkpointer.wait()
+        checkpointer.wait(last=True)
         measured = figures if measured_at == done else None
         if choice.best is not None:
             measured = _take_best(run, encoder, log, choice.best, done)
@@ -205,11 +204,11 @@ def _choose(
 ) -> None:  # fmt: skip
     """Evaluate, and keep the model on disk if it is the best so far. All ranks must call it."""
     log.settle()
-    checkpointer.wait()  # which tells whether the best so far was kept
     figures, *_ = run.ranks.objects(_evaluate(run, encoder, engine))
     if figures is None:
         return
     log.evaluation(step, figures)
+    checkpointer.wait()  # which tells whether the best so far was kept
     if choice.consider(step, figures):
         checkpointer.save(step)
 

@@ -165,9 +165,10 @@ def release(device: torch.device) -> None:
 # --- the host ---
 
 
-def host_room() -> float:
-    """Bytes that a process may take of what is free on the host, which all ranks there share."""
-    return HOST_SHARE * host_free_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def host_room(*, shared: bool = True) -> float:
+    """Bytes that a process may take of what is free on the host; `shared`: as other ranks there."""
+    takers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if shared else 1
+    return HOST_SHARE * host_free_bytes() / takers
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:

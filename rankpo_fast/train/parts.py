@@ -34,19 +34,20 @@ def save_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> dic
 
     Raises:
         OSError: the disk of any rank refuses; on all.
+        RankLost: another rank is gone.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.hosts)
+        with ranks.talking():
+            dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.hosts)
     except CheckpointException as error:
         raise OSError(f"{folder}: {_first(error)}") from error
-    if ranks.first:
-        open_to_umask(folder)
-    ranks.meet()
     own = sorted(folder.glob("*.safetensors"))[ranks.rank :: ranks.size]
     refused: str | None = None
     digests: dict[str, str] = {}
     try:
+        if ranks.first:
+            open_to_umask(folder)
         for path in own:
             flush_to_disk(path)
         digests = {path.name: sha256_of(path) for path in own}

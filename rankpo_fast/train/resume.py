@@ -41,7 +41,7 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 FREE_PARTS = {"offload": {"activations"}}  # of settings that are lists
 # May differ from run to run, but not from rank to rank.
-MET_FOR = ("save_steps", "eval_steps", "activation_memory_gb")
+MET_FOR = ("save_steps", "eval_steps", "activation_memory_gb", "background_saves")
 PROCESSES, ROWS = "processes", "--per_device_train_batch_size"
 # May change together, so long as as many rows make a batch.
 BATCHES = (ROWS, "--replay_batch_size", "--graded_batch_size", "--teacher_batch_size")

@@ -31,4 +31,4 @@ class StopSignal(Signals):
     def noted(self, number: signal.Signals) -> None:
         if number == signal.SIGINT:
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # reentrant
-            signal.signal(number, self.previous(number))
+            signal.signal(number, self.at_once(number))

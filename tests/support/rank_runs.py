@@ -13,6 +13,7 @@ import pkgutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from rankpo_fast.model.vocabulary import trim_vocabulary
 from rankpo_fast.ops import ranks
 from rankpo_fast.plan.counter import Meter
 from rankpo_fast.ranks import Ranks
-from rankpo_fast.train import contrastive, output, prepare, step
+from rankpo_fast.train import checkpoint, contrastive, output, prepare, step
 from rankpo_fast.train.engine import Replicated, Sharded
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
@@ -243,6 +244,27 @@ def train(stage, stop=None, **flags):
             stages.run(stage, **flags)
         except TrainingStopped as stopped:
             sys.exit(stopped.exit_code)
+
+
+def train_on_a_slow_disk(stage, **flags):
+    """It has the checkpoint of step 3 once step 5 is done; without --background_saves at once."""
+    save, step, later = checkpoint.save, MetricsLog.step, threading.Event()
+
+    def stepped(self, done, *args):
+        step(self, done, *args)
+        if done == 5:
+            later.set()
+
+    def slow(directory, state, **more):
+        if state.step == 3 and flags["background_saves"]:
+            assert later.wait(SECONDS / 2)
+        return save(directory, state, **more)
+
+    with (
+        mock.patch.object(MetricsLog, "step", stepped),
+        mock.patch.object(checkpoint, "save", slow),
+    ):
+        stages.run(stage, **flags)
 
 
 def arguments(flags, *more):

@@ -53,13 +53,14 @@ def test_what_is_done_is_kept_and_what_failed_is_tried_again(tmp_path, tiny_llam
     assert len([*out.glob("figures/test/*")]) == 1 + 2 * len(chosen)
     assert all(("test" in row) == (row in chosen) for row in rows)
     assert [(row["method"], row["alpha"]) for row in rows] == [("SimRankPO", 0.5), ("SimRankPO", 1)]
-    model = next(out.glob("runs/*/model.safetensors")).parent
+    records = [path.with_name("training.json") for path in out.glob("runs/*/model.safetensors")]
+    [model] = [path.parent for path in records if '"--seed": 0,' in path.read_text()]
     data = {name: str(tmp_path / f"{name.split('_')[0]}.jsonl") for name in ("corpus_data",)}
     measured = evaluate(
         model, query_data=str(tmp_path / "queries.jsonl"), **data, cutoffs=[20], device="cpu",
         preference_data=[str(tmp_path / "pairs.jsonl")],
     )  # fmt: skip
-    assert measured.figures in rows[1]["validation"]
+    assert measured.figures == rows[1]["validation"][0]
     assert rows[0]["validation"] != rows[1]["validation"]
 
     write(tmp_path / "nowhere.jsonl", [{"query": ROWS[0]["query"], "positives": ["nurse of merit"],

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rankpo_fast.data.files import tensor_bytes
+from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train import background
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train.callbacks import Callbacks
+from rankpo_fast.train.checkpointer import Checkpointer
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.optim import Optimizer
 from support import rank_runs
@@ -84,21 +86,22 @@ def test_it_holds_the_state_of_its_step(optim, slow_disk, tiny_llama_dir, run_st
 
 
 @pytest.mark.long
-def test_in_parts_too(slow_disk, tiny_llama_dir, contrastive_file, tmp_path):
+def test_in_parts_too(tiny_llama_dir, contrastive_file, tmp_path):
     """All ranks write, and talk about it while they train."""
     of = {"stage": "contrastive", "model_name_or_path": str(tiny_llama_dir), "shard": "full",
           "train_data": [contrastive_file], "cache_dir": str(tmp_path / "cache")}  # fmt: skip
     for name in ("beside", "waiting"):
         of |= {"output_dir": str(tmp_path / name), "background_saves": name == "beside", **EACH}
-        ended = rank_runs.start(2, tmp_path / f"{name}-ranks", rank_runs.train, **of).ended()
+        ended = rank_runs.start(
+            2, tmp_path / f"{name}-ranks", rank_runs.train_on_a_slow_disk, **of
+        ).ended()
         assert [rank.code for rank in ended] == [0, 0], ended
-        slow_disk.set()
     beside, waiting = (tensors(tmp_path / name) for name in ("beside", "waiting"))
     assert beside == waiting != {}
 
 
 def no_room(monkeypatch):
-    monkeypatch.setattr(background, "host_room", lambda: 1000.0)
+    monkeypatch.setattr(background, "host_room", lambda **_: 1000.0)
 
 
 def no_pinned_memory(monkeypatch):
@@ -109,10 +112,23 @@ def no_pinned_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("host", [no_room, no_pinned_memory])
-def test_without_room_for_a_copy_a_step_waits(host, events, monkeypatch, tiny_llama_dir, run_stage):
+def test_without_room_for_a_copy_a_step_waits_and_that_is_said(
+    host, events, monkeypatch, capsys, tiny_llama_dir, run_stage
+):
     host(monkeypatch)
+    save = checkpoints.save
+
+    def slow(directory, state, **more):
+        end = time.monotonic() + 0.3
+        while ("step", state.step + 1) not in events and time.monotonic() < end:
+            time.sleep(0.001)
+        events.append(("written", state.step))
+        return save(directory, state, **more)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
     run_stage("contrastive", tiny_llama_dir, "out", **EACH)
-    assert events.index(("saved", 3)) < events.index(("step", 4))
+    assert events.index(("written", 3)) < events.index(("step", 4))
+    assert capsys.readouterr().err.count("a host has no room for a copy") == 1
 
 
 def test_a_gpu_s_copy_keeps_its_memory_for_the_next(monkeypatch):
@@ -128,11 +144,51 @@ def test_a_gpu_s_copy_keeps_its_memory_for_the_next(monkeypatch):
         assert weight.data_ptr() != model[0].weight.data_ptr()
         return weight.data_ptr()
 
-    one, two = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    first = copied(one)
-    nn.init.ones_(one[0].weight)
-    assert copied(one) == first
-    assert copied(two) != first  # which has more tensors
+    model = nn.Sequential(nn.Linear(3, 3))
+    first = copied(model)
+    nn.init.ones_(model[0].weight)
+    assert copied(model) == first
+
+
+def test_what_the_disk_refuses_is_in_the_lines_of_the_steps_that_went_on(
+    monkeypatch, tiny_llama_dir, run_stage, read_metrics
+):
+    save, look = checkpoints.save, Checkpointer.look
+
+    def refuse(directory, state, **more):
+        if state.step == 2:
+            raise OSError(28, "No space left on device")
+        return save(directory, state, **more)
+
+    def look_late(self):  # so that no chance decides which step hears of it
+        if self._writing is not None:
+            self._writing.exception()
+        look(self)
+
+    monkeypatch.setattr(checkpoints, "save", refuse)
+    monkeypatch.setattr(Checkpointer, "look", look_late)
+    output = run_stage("contrastive", tiny_llama_dir, "out", save_steps=2, max_steps=5)
+    lines = read_metrics(output)
+    assert [line.get("steps_not_saved") for line in lines] == [None, None, 3, 4, None]
+
+
+def test_a_stop_tries_again_what_the_disk_refused(
+    monkeypatch, stop_after, tiny_llama_dir, run_stage, tmp_path
+):
+    """Though it had been begun for the step after which the run stops."""
+    save, refused = checkpoints.save, []
+
+    def refuse_once(directory, state, **more):
+        if not refused:
+            refused.append(state.step)
+            raise OSError(28, "No space left on device")
+        return save(directory, state, **more)
+
+    monkeypatch.setattr(checkpoints, "save", refuse_once)
+    stop_after(2)
+    with pytest.raises(TrainingStopped, match="step 2, which is saved"):
+        run_stage("contrastive", tiny_llama_dir, "out", save_steps=2)
+    assert refused == [2] and checkpoints.newest(tmp_path / "out/checkpoints").step == 2
 
 
 def test_an_error_leaves_none_half_written(slow_disk, monkeypatch, tiny_llama_dir, run_stage,
