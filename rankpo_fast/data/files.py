@@ -184,11 +184,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 def save_tensors(
     tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; OSError where the disk refuses."""
+    """Write a safetensors file; OSError where the disk refuses.
+
+    The library begins it under a name of its own, which nobody would know that a kill left: in a
+    folder that `sweep` knows.
+    """
     from safetensors.torch import save_file
 
-    with disk_errors(path):
-        save_file(tensors, path, metadata)
+    folder = temporary_name(path)
+    folder.mkdir()
+    try:
+        with disk_errors(path):
+            save_file(tensors, folder / path.name, metadata)
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stream_tensors(

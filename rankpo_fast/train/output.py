@@ -22,6 +22,7 @@ from rankpo_fast.data.files import (
     flush_to_disk,
     is_temporary,
     remove,
+    sweep,
     whole_directory,
     whole_file,
 )
@@ -82,11 +83,24 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
 @contextmanager
 def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
     """The first rank holds --output_dir inside; InputError, before anything is read, where another
-    run does. What is read inside is hashed as it is."""
+    run does. What is read inside is hashed as it is, and what killed runs left there is gone."""
     path = Path(training.output_dir)
     check_writable("--output_dir", path, directory=True)
     with held(path, "--output_dir") if ranks.first else nullcontext(), digests_kept():
+        if ranks.first and read_record(path) is not None:
+            _remove_leftovers(path)
         yield
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What was on its way in or out when a run was killed, which no run of now would go by."""
+    sweep(path)
+    left = [path / MODEL_ON_ITS_WAY, path / TRASH]
+    if not (path / CHECKPOINTS).is_symlink():
+        left += (path / CHECKPOINTS).glob(".step-*.tmp")
+    for entry in left:
+        with suppress(OSError):  # of another user's, say
+            remove(entry)
 
 
 def finished(path: Path) -> bool:
