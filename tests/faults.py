@@ -14,9 +14,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = ("data/test_cache.py", "data/test_files.py", "data/test_sources.py", "test_absurd_input.py",
-         "test_paths.py", "test_signals.py", "train/test_lock.py", "train/test_output.py",
-         "train/test_resume.py", "train/test_memory.py", "train/test_content.py",
-         "train/test_long_runs.py", "train/test_silent_ranks.py",
+         "test_disk_full.py", "test_paths.py", "test_signals.py", "train/test_lock.py",
+         "train/test_output.py", "train/test_resume.py", "train/test_memory.py",
+         "train/test_content.py", "train/test_long_runs.py", "train/test_silent_ranks.py",
          "train/test_kills.py")  # fmt: skip
 
 

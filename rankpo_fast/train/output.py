@@ -21,6 +21,7 @@ from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import (
     flush_to_disk,
     is_temporary,
+    named,
     remove,
     sweep,
     whole_directory,
@@ -182,8 +183,9 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
     temporary = path / MODEL_ON_ITS_WAY
     remove(temporary)
     try:
-        encoder.save(temporary)
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        with named(temporary):
+            encoder.save(temporary)
+            (temporary / CARD).write_text(card, encoding="utf-8")
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]
