@@ -17,7 +17,7 @@ FILES = ("data/test_cache.py", "data/test_files.py", "data/test_sources.py", "te
          "test_disk_full.py", "test_paths.py", "test_signals.py", "train/test_lock.py",
          "train/test_output.py", "train/test_resume.py", "train/test_memory.py",
          "train/test_content.py", "train/test_long_runs.py", "train/test_silent_ranks.py",
-         "train/test_kills.py")  # fmt: skip
+         "train/test_kills.py", "train/test_resume_table.py", "test_fuzz.py")  # fmt: skip
 
 
 class Table:
