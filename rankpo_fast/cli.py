@@ -36,6 +36,7 @@ from rankpo_fast.extras import require_extra
 from rankpo_fast.flags import closest, parse
 from rankpo_fast.paths import texts_located
 from rankpo_fast.signals import EndsCommand, Interrupted, ask
+from rankpo_fast.streams import log_may_be_lost, results_written
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 IN_RANKS = ("contrastive", "rankpo", "evaluate", "encode", "mine")  # the commands for torchrun
@@ -140,10 +141,11 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    with log_may_be_lost(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return _run(argv)
+            with results_written():
+                return _run(argv)
         except InputError as error:
             return BAD_INPUT if error.copied else _fail(error, BAD_INPUT)
         except TrainingStopped as stop:  # which has been said

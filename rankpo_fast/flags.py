@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import re
+import reprlib
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rankpo_fast.compatibility.rules import Line
 from rankpo_fast.data.memory import Source
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import words_beside_bool
+from rankpo_fast.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -33,12 +35,6 @@ NAMED = {
     list[Source]: list[str],
     Source | None: str | None,
     list[Source] | None: list[str] | None,
-}
-MERGE = "tag:yaml.org,2002:merge"
-YAML_WORDS = {
-    MERGE: "<<",
-    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
 }
 
 
@@ -289,12 +285,7 @@ def _given_in_file(
 ) -> dict[str, Given]:
     """The file's settings. Null, and false for what has a value, is a setting that is not given:
     an error where something else than None would come of that."""
-    import yaml
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml_loader())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{origin.where}{' '.join(str(error).split())}") from None
+    content = read_yaml(path, origin.where)
     if not isinstance(content, dict):
         raise InputError(f"{origin.where}expected lines of the form flag: value")
     keys = [(str(key), value) for key, value in content.items()]
@@ -304,18 +295,21 @@ def _given_in_file(
     given = {}
     for setting, one in named.items():
         value = one.values
+        items = value if isinstance(value, list) else [value]
+        nested = isinstance(value, dict) or any(isinstance(item, dict | list) for item in items)
         if setting not in fields:
-            given[setting] = Given(one.spelling, one.name, [str(value)])
+            text = reprlib.repr(value) if nested else str(value)  # aliases may make it endless
+            given[setting] = Given(one.spelling, one.name, [text])
             continue
-        if isinstance(value, dict):
+        if nested:
             raise InputError(
-                f"{origin.where}{one.spelling} holds keys itself; settings are not nested"
+                f"{origin.where}{one.spelling} holds keys or lists itself; settings are not nested"
             )
         switch = fields[setting].type is bool or bool in get_args(fields[setting].type)
         if value is None or value == [] or (value is False and not switch):
             _unset(fields[setting], one, origin)
             continue
-        values = list(map(str, value if isinstance(value, list) else [value]))
+        values = list(map(str, items))
         given[setting] = Given(one.spelling, one.name, [] if value is True else values)
     return given
 
@@ -330,24 +324,3 @@ def _unset(field: dataclasses.Field, one: Given, origin: Origin) -> None:
             f"{origin.where}{one.spelling} cannot be {word}: give a value, or leave the key out "
             f"for {default}"
         )
-
-
-def yaml_loader() -> type:
-    """Of YAML whose keys stand once, and where null, true and false alone are more than text:
-    argparse reads numbers, which YAML would take for times of day or octal."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, Any] = {}
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key in (key.value for key, _ in node.value if key.tag != MERGE):
-                if key in seen:
-                    raise yaml.YAMLError(f"{key} is given twice")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    for tag, pattern in YAML_WORDS.items():
-        Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), None)
-    return Loader

@@ -28,6 +28,12 @@ SENTENCES = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, default=50, help="of tests/train/test_kills.py, at random moments"
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Models this small lose time to threads, above all on a busy machine."""

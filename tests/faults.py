@@ -1,6 +1,8 @@
 """The table of faults as one command: each fault, what it should end in, what was seen, seconds.
 
-usage: python tests/faults.py [pytest's options]       exit status 1 where something else was seen
+usage: python tests/faults.py [--kills N] [pytest's options]
+
+The exit status is 1 where something else was seen.
 
 A kind of fault is a test whose name is its claim; the rows are those tests.
 """
@@ -12,9 +14,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = ("data/test_cache.py", "data/test_files.py", "data/test_sources.py", "test_absurd_input.py",
-         "test_paths.py", "test_signals.py", "train/test_lock.py", "train/test_output.py",
-         "train/test_resume.py", "train/test_memory.py", "train/test_content.py",
-         "train/test_long_runs.py", "train/test_silent_ranks.py")  # fmt: skip
+         "test_disk_full.py", "test_paths.py", "test_signals.py", "train/test_lock.py",
+         "train/test_output.py", "train/test_resume.py", "train/test_memory.py",
+         "train/test_content.py", "train/test_long_runs.py", "train/test_silent_ranks.py",
+         "train/test_kills.py", "train/test_resume_table.py", "test_fuzz.py")  # fmt: skip
 
 
 class Table:

@@ -149,7 +149,7 @@ def deepspeed(values: list[str], line: Line) -> Reading:
     path = Path(values[0] if values else "")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = {}  # it would not be read anyway
     flags = {
         "optimizer": "--learning_rate, --adam_beta1, --weight_decay",

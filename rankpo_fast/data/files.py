@@ -33,12 +33,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     sweep(path.parent)
     temporary = temporary_name(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # as the umask wants it: see open_to_umask
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
+        with named(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # as the umask wants it: see open_to_umask
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush_to_disk(path.parent)  # the rename itself must reach the disk too
@@ -57,13 +58,25 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            flush_to_disk(entry)
-        os.replace(temporary, path)
+        with named(path):
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                flush_to_disk(entry)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as of writing to one that is open, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 # --- names of what is on its way in, or out ---
@@ -184,11 +197,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 def save_tensors(
     tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; OSError where the disk refuses."""
+    """Write a safetensors file; OSError where the disk refuses.
+
+    The library begins it under a name of its own, which nobody would know that a kill left: in a
+    folder that `sweep` knows.
+    """
     from safetensors.torch import save_file
 
-    with disk_errors(path):
-        save_file(tensors, path, metadata)
+    folder = temporary_name(path)
+    folder.mkdir()
+    try:
+        with disk_errors(path):
+            save_file(tensors, folder / path.name, metadata)
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stream_tensors(

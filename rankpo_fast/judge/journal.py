@@ -109,7 +109,7 @@ class Journal:
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}:{number}: damaged: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{self.path}:{number}: damaged: no JSON object")
@@ -119,6 +119,8 @@ class Journal:
         if head.get("journal") != FORMAT:
             raise InputError(f"{self.path}: no journal of this version: give another name")
         given = head.get("asked", {})
+        if not isinstance(given, dict):
+            raise InputError(f"{self.path}:1: damaged: no object of what was asked")
         for name in sorted(given.keys() | self._asked.keys()):
             was, is_now = given.get(name), self._asked.get(name)
             if was != is_now:

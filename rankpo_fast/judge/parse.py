@@ -15,9 +15,13 @@ from rankpo_fast.config.judge import Mode
 
 HIGHEST_GRADE = 3
 THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-MARKS = r"[\s*_`\"'#>\[\]({]*"  # of Markdown and JSON, round words
-START = rf"(?:^|[{{,.;])[\d.)\-]*{MARKS}"  # of a line, or of an entry of JSON
-NOUN = r"(?:(?:candidate|passage|option|answer|response|choice|talent|text)\b[\s_#]*)?"
+# Of Markdown and JSON, round words. Marks are never given back (*+): several of these in a row
+# would try all ways to share them out, and a judge that has lost its way writes thousands.
+MARKS = r"[\s*_`\"'#>\[\]({]*+"
+# Of a line, or of an entry of JSON; of several braces or points in a row the first alone, and no
+# line but its own: each of them would read all that follow.
+START = r"(?:^|(?<!\{)\{|(?<!\.)\.|[,;])[\d.)\-]*+(?:[^\S\n]|[*_`\"'#>\[\]({])*+"
+NOUN = r"(?:(?:candidate|passage|option|answer|response|choice|talent|text)\b[\s_#]*+)?"
 NAMES = r"(?:final\s+)?(?:preferred|preference|verdict|winner|choice|answer|decision|better)"
 CHOICE = r"(?:A|B|tie|equal|neither|both)"
 # "Preferred: A or B" repeats the question.
@@ -29,7 +33,7 @@ PREFERRED = re.compile(
 BRACKETED = re.compile(r"\[\[(?P<value>A|B|tie|C)\]\]")
 ALONE = re.compile(rf"{MARKS}{NOUN}{MARKS}(?P<value>{CHOICE}){MARKS}\.?{MARKS}", re.IGNORECASE)
 CONFIDENCE = re.compile(
-    rf"{START}(?:my\s+)?confidence{MARKS}(?:score|level)?{MARKS}(?:\(0[^)]*100\))?{MARKS}[:=]{MARKS}"
+    rf"{START}(?:my\s+)?confidence{MARKS}(?:score|level)?{MARKS}(?:0[^)]*100\))?{MARKS}[:=]{MARKS}"
     r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>%|/\s*100?\b)?",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -119,7 +123,9 @@ def _spans(mode: Mode, said: str, count: int) -> Iterator[tuple[Any, int]]:
     else:
         lines = [(match["value"], match.start("value")) for match in RANKING.finditer(said)]
         for text, place in lines or ([(said, 0)] if ONLY_NUMBERS.fullmatch(said) else []):
-            places = _places(map(int, re.findall(r"\d+", text)), count)
+            digits = re.findall(r"\d+", text)  # int() refuses more than some thousand of them
+            numbers = [int(each) if len(each) < 10 else 0 for each in digits]
+            places = _places(numbers, count)
             if places is not None:
                 yield places, place
 

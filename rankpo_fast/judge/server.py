@@ -21,7 +21,7 @@ from rankpo_fast.errors import InputError
 from rankpo_fast.flags import closest
 from rankpo_fast.judge.parse import schema
 from rankpo_fast.judge.questions import Reply
-from rankpo_fast.paths import reason
+from rankpo_fast.yaml_files import read_yaml
 
 USUAL_KEY = "OPENAI_API_KEY"
 NO_KEY = "none"  # the client wants one; servers of one's own take any
@@ -76,13 +76,8 @@ def read_judges(config: JudgeConfig) -> list[Judge]:
             for model in config.model
         ]  # fmt: skip
         return [_judge(row, "") for row in rows]
-    import yaml
-
     path = config.judges
-    try:
-        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--judges {path}: {' '.join(reason(error).split())}") from None
+    rows = read_yaml(Path(path), f"--judges {path}: ", numbers=True)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"--judges {path}: expected a list of judges, - model: ... each")
     judges = [_judge(row, f"{path}: judge {number}: ") for number, row in enumerate(rows, 1)]

@@ -32,6 +32,7 @@ from rankpo_fast.label.yaml_nodes import Node, near
 
 MOST = 1e15  # of numbers in a rule file
 SECONDS_OF_DAY = 86_400
+MOST_PARTS = 10_000
 MAX_RULES = 16  # ways to meet all but one, or a threshold, are counted out
 
 
@@ -85,7 +86,10 @@ class RuleFile:
 
     @classmethod
     def read(cls, path: str | Path) -> "RuleFile":
-        return _Reader(Path(path)).read()
+        try:
+            return _Reader(Path(path)).read()
+        except RecursionError:  # an alias (*name) inside of what it names
+            raise InputError(f"{path}: rules are nested too deeply") from None
 
 
 SIDES: dict[str, Side] = {"queries": "query", "items": "item"}
@@ -99,6 +103,7 @@ class _Reader:
     columns: Columns = field(default_factory=Columns)
     dates: dict[Side, set[str]] = field(default_factory=dict)
     date_lines: dict[tuple[Side, str], Node] = field(default_factory=dict)
+    parts: int = 0  # of rules, so far
 
     def read(self) -> RuleFile:
         top = Node.read(self.path).mapping(
@@ -208,6 +213,10 @@ class _Reader:
         return self._predicate(kind, value)
 
     def _predicate(self, kind: str, node: Node) -> Predicate:
+        self.parts += 1
+        if self.parts > MOST_PARTS:
+            raise node.fault(f"more than {MOST_PARTS:,} parts of rules, those of aliases counted "
+                             f"where they stand")  # fmt: skip
         if kind == "not":
             return Not(self._part(node))
         if kind in ("all", "any"):
@@ -414,7 +423,7 @@ def _map_of_file(path: Path, node: Node) -> dict[str, str]:
     if path.suffix == ".json":
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: malformed JSON: {error}") from None
         if not isinstance(content, dict) or any(
             isinstance(value, dict | list | bool | None) for value in content.values()
@@ -423,9 +432,13 @@ def _map_of_file(path: Path, node: Node) -> dict[str, str]:
         return {key: str(value) for key, value in content.items()}
     made: dict[str, str] = {}
     reader = csv.reader(text.splitlines())
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if not row or reader.line_num == 1:  # the names of the columns
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: malformed CSV: {error}") from None
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if not row or number == 1:  # the names of the columns
             continue
         if len(row) != 2:
             raise InputError(f"{where}: two columns are read, got {len(row)}")

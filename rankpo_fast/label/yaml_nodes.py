@@ -31,6 +31,8 @@ class Node:
             raise InputError(f"{path}{line}: malformed YAML: {error.problem}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise InputError(f"{path}: nested too deeply") from None
         if node is None:
             raise InputError(f"{path}: the file is empty")
         return cls(node, path)

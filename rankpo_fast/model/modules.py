@@ -255,7 +255,8 @@ def _read_pooling(path: Path) -> tuple[str | None, list[str]]:
     else:
         known = {theirs: ours for ours, theirs, _ in rows}
         modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in known:
+    one = isinstance(modes, list) and len(modes) == 1 and isinstance(modes[0], str)
+    if not one or modes[0] not in known:
         return None, [*unlike, f"{path}: the pooling {modes}"]
     return known[modes[0]], unlike
 
@@ -271,7 +272,7 @@ def _prompts(directory: Path, given: Collection[str]) -> dict[str, Any]:
     named = isinstance(prompts, dict)
     if not named or not all(isinstance(text, str | None) for text in prompts.values()):
         raise InputError(f"{path}: prompts must be texts by name, got {prompts!r}")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise InputError(f"{path}: default_prompt_name {default!r} is none of the prompts "
                          f"({', '.join(prompts) or 'there are none'})")  # fmt: skip
     passage = next((name for name in PASSAGE_PROMPTS if name in prompts), None)

@@ -269,7 +269,7 @@ class _Steps:
         if path.exists():
             try:
                 self.known = json.loads(path.read_text(encoding="utf-8"))["steps"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"{path} is damaged ({error}): start anew with "
                                  f"--overwrite_output_dir") from None  # fmt: skip
 

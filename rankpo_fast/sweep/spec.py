@@ -18,9 +18,10 @@ Flags are those of the commands, checked before anything is trained.
 """
 
 import hashlib
-import itertools
 import json
+import math
 import random
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from rankpo_fast.config import (
     EvaluationConfig,
 )
 from rankpo_fast.errors import InputError
-from rankpo_fast.flags import closest, parse, yaml_loader
+from rankpo_fast.flags import closest, parse
+from rankpo_fast.yaml_files import read_yaml
 
 START = "start"  # the name, among methods, of the model that is trained on
 MEASURED = [EncoderConfig, EvaluationConfig, ComputeConfig]
@@ -42,6 +44,7 @@ KEYS = (
 )  # fmt: skip
 OF_METHODS = ("command", "grid", "alphas")
 OWN = ("model_name_or_path", "output_dir", "seed", "resume", "overwrite_output_dir")
+MOST_POINTS, MOST_JOBS = 10**9, 10_000  # of a method: a grid that is drawn from; trainings
 Settings = dict[str, Any]
 
 
@@ -87,12 +90,7 @@ class Sweep:
 
 def read_sweep(path: Path) -> Sweep:
     """InputError names the file and the key of what cannot be used."""
-    import yaml
-
-    try:
-        given = yaml.load(path.read_text(encoding="utf-8"), yaml_loader())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--sweep {path}: {' '.join(str(error).split())}") from None
+    given = read_yaml(path, f"--sweep {path}: ")
     try:
         return _sweep(given)
     except InputError as error:
@@ -109,7 +107,7 @@ def _sweep(given: Any) -> Sweep:
     start, validation = given.get("start"), _mapping(given, "validation")
     if not isinstance(start, str) or not validation:
         raise InputError("start, a model, and validation, data to choose by, must be given")
-    seeds = tuple(int(x) for x in _numbers(given, "seeds", ["42"]))
+    seeds = tuple(_whole("seeds", x, 0) for x in _numbers(given, "seeds", ["42"]))
     alphas = tuple(sorted(_numbers(given, "alphas", ["1"])))
     if not all(alpha > 0 for alpha in alphas):
         raise InputError("alphas must be > 0; the start itself, 0, is measured anyway")
@@ -137,10 +135,14 @@ def _jobs(given: Settings, start: str, seeds: tuple[int, ...]) -> list[Job]:
         command, alphas = _command(given | own), _alphas(given | own)
         settings = {name: value for name, value in own.items() if name not in OF_METHODS}
         axes = {name: values for name, values in grid.items() if name not in settings}
-        points = _points(axes | _mapping(own, "grid"))
-        draws = int(_number("draws", given.get("draws", len(points))))
-        drawn = random.Random(method).sample(range(len(points)), min(draws, len(points)))
-        for point in (points[i] for i in sorted(drawn)):
+        grid_of_method = _checked(axes | _mapping(own, "grid"))
+        count = math.prod(map(len, grid_of_method.values()))
+        draws = min(_whole("draws", given.get("draws", count), 1), count)
+        if count > MOST_POINTS or draws * len(seeds) > MOST_JOBS:
+            raise InputError(f"{method}: {draws:,} of {count:,} settings, with {len(seeds)} seeds "
+                             f"each: a method is trained {MOST_JOBS:,} times at most")  # fmt: skip
+        drawn = random.Random(method).sample(range(count), draws)
+        for point in (_point(grid_of_method, i) for i in sorted(drawn)):
             of_run = shared | settings | point
             for name in OWN:
                 if name in of_run:
@@ -168,13 +170,21 @@ def _alphas(given: Settings) -> tuple[float, ...]:
     return alphas
 
 
-def _points(axes: Settings) -> list[Settings]:
-    """Each value of each axis with each of the others."""
+def _checked(axes: Settings) -> dict[str, list[Any]]:
+    """Lists of values, by the names of their settings."""
     for name, values in axes.items():
         if not isinstance(values, list) or not values:
-            raise InputError(f"grid: {name} must be a list of values, got {values!r}")
-    combined = itertools.product(*axes.values())
-    return [dict(zip(axes, values, strict=True)) for values in combined]
+            raise InputError(f"grid: {name} must be a list of values, got {reprlib.repr(values)}")
+    return axes
+
+
+def _point(axes: dict[str, list[Any]], number: int) -> Settings:
+    """Of each value of each axis with each of the others, the last axis the first to change."""
+    point = {}
+    for name, values in reversed(axes.items()):
+        number, place = divmod(number, len(values))
+        point[name] = values[place]
+    return dict(reversed(point.items()))
 
 
 def _check(sweep: Sweep) -> None:
@@ -198,8 +208,8 @@ def _check(sweep: Sweep) -> None:
 def _flags(settings: Settings, seed: int) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
-        if isinstance(value, dict):
-            raise InputError(f"{name} holds keys itself; settings are not nested")
+        if any(isinstance(item, dict | list) for item in _listed(value)):
+            raise InputError(f"{name} holds keys or lists itself; settings are not nested")
         values = [_text(item).replace("<seed>", str(seed)) for item in _listed(value)]
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
     return flags
@@ -218,17 +228,29 @@ def _mapping(given: Settings, key: str) -> Settings:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"{key} must hold keys with values, got {value!r}")
+        raise InputError(f"{key} must hold keys with values, got {reprlib.repr(value)}")
     return dict(value)
 
 
 def _numbers(given: Settings, key: str, default: list[str]) -> list[float]:
     values = _listed(given.get(key, default))
+    if not values:
+        raise InputError(f"{key} must be numbers, got none")
     return [_number(key, value) for value in values]
 
 
 def _number(key: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise InputError(f"{key} must be numbers, got {value!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{key} must be finite numbers, got {reprlib.repr(value)}")
+    return number
+
+
+def _whole(key: str, value: Any, least: int) -> int:
+    number = _number(key, value)
+    if number != int(number) or number < least:
+        raise InputError(f"{key} must be whole numbers >= {least}, got {reprlib.repr(value)}")
+    return int(number)

@@ -156,7 +156,7 @@ def _holder(file: _File) -> dict[str, Any] | None:
     content = os.pread(file.number, 4096, 0)
     try:
         return {"host": "?", "pid": "?", **json.loads(content)} if content else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {"host": "?", "pid": "?"}
 
 

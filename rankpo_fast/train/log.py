@@ -60,13 +60,14 @@ class MetricsLog:
         self._means = _Means()  # since the last line
         self._last_read = 0.0
         self._last: _Read | None = None
+        self._unwritten = b""  # of the file
         self.unsaved_since: int | None = None  # the last step that is safe, where saving fails
 
     def __enter__(self) -> "MetricsLog":
         if not self._silent:
             _drop_lines_after(self._path, self._first_step)
         with self._stack as stack:
-            self._file = stack.enter_context(self._path.open("a", encoding="utf-8"))
+            self._file = stack.enter_context(self._path.open("ab", buffering=0))
             self._bar = stack.enter_context(tqdm(
                 total=self.total_steps, initial=self._first_step, desc="training", unit="step",
                 dynamic_ncols=True, bar_format=BAR, disable=self._silent or self._lines,
@@ -75,6 +76,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        lost = self._unwritten.count(b"\n")
+        if lost:
+            self.say(f"{self._path}: {lost:,} lines could not be written")
         self._stack.close()
 
     def step(self, step: int, epoch: float, metrics: StepMetrics) -> None:
@@ -167,8 +171,17 @@ class MetricsLog:
         return "" if lost is None else f"; NOT SAVED: the last {lost:,.0f} steps"
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        """On a full disk the line waits for the next one: no run ends over it."""
+        known = bool(self._unwritten)
+        self._unwritten += json.dumps({"step": step, **line}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not known:
+                self.say(
+                    f"{self._path} cannot be written ({error}): the run goes on, and tries again"
+                )
         self._reporters.write(step, line)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:

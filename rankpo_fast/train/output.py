@@ -21,7 +21,9 @@ from rankpo_fast.config import TrainingConfig
 from rankpo_fast.data.files import (
     flush_to_disk,
     is_temporary,
+    named,
     remove,
+    sweep,
     whole_directory,
     whole_file,
 )
@@ -82,11 +84,24 @@ def check(path: Path, inputs: Iterable[tuple[str, str]], *, resume: bool, overwr
 @contextmanager
 def claimed(training: TrainingConfig, ranks: Ranks) -> Iterator[None]:
     """The first rank holds --output_dir inside; InputError, before anything is read, where another
-    run does. What is read inside is hashed as it is."""
+    run does. What is read inside is hashed as it is, and what killed runs left there is gone."""
     path = Path(training.output_dir)
     check_writable("--output_dir", path, directory=True)
     with held(path, "--output_dir") if ranks.first else nullcontext(), digests_kept():
+        if ranks.first and read_record(path) is not None:
+            _remove_leftovers(path)
         yield
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What was on its way in or out when a run was killed, which no run of now would go by."""
+    sweep(path)
+    left = [path / MODEL_ON_ITS_WAY, path / TRASH]
+    if not (path / CHECKPOINTS).is_symlink():
+        left += (path / CHECKPOINTS).glob(".step-*.tmp")
+    for entry in left:
+        with suppress(OSError):  # of another user's, say
+            remove(entry)
 
 
 def finished(path: Path) -> bool:
@@ -168,8 +183,9 @@ def save_model(path: Path, encoder: Encoder, card: str) -> None:
     temporary = path / MODEL_ON_ITS_WAY
     remove(temporary)
     try:
-        encoder.save(temporary)
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        with named(temporary):
+            encoder.save(temporary)
+            (temporary / CARD).write_text(card, encoding="utf-8")
         names = sorted(entry.relative_to(temporary) for entry in temporary.rglob("*"))
         folders = [name for name in names if (temporary / name).is_dir()]
         files = [name for name in names if name not in folders and name != Path(LAST_FILE)]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rankpo_fast.data.files import save_tensors, temporary_name, whole_file
+from rankpo_fast.data.files import is_temporary, save_tensors, temporary_name, whole_file
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -61,3 +61,12 @@ def test_tensors_are_readable_by_whom_the_umask_lets(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "kept.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_tensors_are_begun_in_a_place_that_goes_with_a_dead_process(tmp_path, monkeypatch):
+    """safetensors gives a file that it begins a name of its own, which tells nobody's."""
+    places = []
+    monkeypatch.setattr("safetensors.torch.save_file", lambda _, path, *__: places.append(path))
+    with pytest.raises(FileNotFoundError):  # since nothing was written
+        save_tensors({"x": torch.ones(1)}, tmp_path / "kept.safetensors")
+    assert is_temporary(places[0].parent.name) and not list(tmp_path.iterdir())

@@ -1,9 +1,11 @@
 """What a call takes: of time, of memory, and how it ends; in a process of its own."""
 
+import math
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,11 +28,14 @@ class Outcome(NamedTuple):
         return (self.said.strip().splitlines() or [""])[-1]
 
 
-def command(*arguments: object, before: Callable[[], None] = lambda: None) -> Outcome:
+def command(
+    *arguments: object, before: Callable[[], None] = lambda: None, killed_after: float = math.inf
+) -> Outcome:
     """The command line, without the second that imports take: in a fork of this process.
 
     Args:
         before: is called there first, to set limits.
+        killed_after: seconds until SIGKILL.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -53,9 +58,13 @@ def command(*arguments: object, before: Callable[[], None] = lambda: None) -> Ou
         finally:
             os._exit(code)
     os.close(write)
+    kill = threading.Timer(min(killed_after, 2 * RAN_AWAY), os.kill, (child, signal.SIGKILL))
+    kill.start()
     with open(read, "rb") as file:
         began = time.monotonic()
         content = file.read()
+    kill.cancel()
+    kill.join()  # before another process may have the number
     _, status = os.waitpid(child, 0)
     said, _, measured = content.partition(b"\0")
     seconds, more = pickle.loads(measured) if measured else (time.monotonic() - began, 0.0)

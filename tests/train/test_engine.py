@@ -102,6 +102,11 @@ def test_parts_are_gone_on_from_bit_by_bit_and_by_other_ranks_with_batches_as_la
     assert read_metrics(tmp_path / "straight")[-1]["eval/alignment"] == figures["alignment"]
     want = load_file(tmp_path / "straight" / "model.safetensors")
     assert all(torch.equal(want[name], outputs["same"][name]) for name in want)
+    for name in ("fewer", "whole"):
+        assert not all(torch.equal(want[key], outputs[name][key]) for key in want)
+    of = flags(tiny_bert_dir, "seed", 4, shard="full", resume=str(path), seed=43, **more)
+    ended = ran(3, rank_runs.train, **of)
+    assert all(rank.code != 0 for rank in ended) and "--seed was 42, is 43" in ended[0].said
 
 
 @pytest.mark.long

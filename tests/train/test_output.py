@@ -11,9 +11,10 @@ import pytest
 
 from rankpo_fast.config import TrainingConfig
 from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.ranks import ALONE
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
-from rankpo_fast.train.lock import held
+from rankpo_fast.train.lock import LOCK, held
 from rankpo_fast.train.schedule import SaveSchedule
 
 RECORD = {"stage": "rankpo", "settings": {}}
@@ -142,6 +143,24 @@ def test_reports_put_aside_by_a_run_that_was_killed_come_back(finished, monkeypa
     assert count > 1
     assert (finished / "tensorboard" / "earlier").exists()
     assert not (finished / ".reports.tmp").exists()
+
+
+def test_what_killed_runs_left_is_gone_once_the_directory_is_held(finished, tmp_path):
+    """Of a finished run too, which writes nothing more; and of links the links alone."""
+    outside = tmp_path / "outside"
+    (outside / ".step-00000002.tmp").mkdir(parents=True)
+    before = sorted(finished.rglob("*"))
+    left = (".model.tmp", ".rankpo-fast.trash", "checkpoints/.step-00000001.tmp")
+    for name in left:
+        (finished / name / "folder").mkdir(parents=True)
+    with output.claimed(TrainingConfig(str(finished)), ALONE):
+        assert [path for path in sorted(finished.rglob("*")) if path.name != LOCK] == before
+    shutil.rmtree(finished / "checkpoints")
+    for name in (".model.tmp", "checkpoints"):
+        (finished / name).symlink_to(outside)
+    with output.claimed(TrainingConfig(str(finished)), ALONE):
+        assert not (finished / ".model.tmp").is_symlink()
+    assert (outside / ".step-00000002.tmp").exists()
 
 
 # --- checkpoints that the disk refuses ---
