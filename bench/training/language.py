@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from rankpo_fast.demo import lexicon, world
@@ -44,7 +45,8 @@ def pool_of(seed: int) -> Split:
 
 
 def texts(pool: Split) -> list[Example]:
-    return [Example("", item.text) for item in (*pool.jobs, *pool.talents)]
+    found = [job.text for job in pool.jobs] + [talent.text for talent in pool.talents]
+    return [Example("", text) for text in found]
 
 
 def instructions(pool: Split, seed: int) -> list[Example]:
@@ -52,8 +54,8 @@ def instructions(pool: Split, seed: int) -> list[Example]:
     rng = random.Random(seed)
     of_field = defaultdict(list)
     for talent in pool.talents:
-        for field in {talent.field, talent.second_field} - {None}:
-            of_field[field].append(talent)
+        for number in {talent.field, talent.second_field} - {None}:
+            of_field[number].append(talent)
     found = []
     for job in pool.jobs:
         fits = [one for one in of_field[job.field] if rules_met(job, one) == world.NUM_RULES]
@@ -123,25 +125,23 @@ def _batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
             yield [examples[i] for i in drawn[first : first + BATCH]]
 
 
-def _loss(model: LlamaForCausalLM, tokenizer, batch: Sequence[Example]) -> Tensor:
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows, labels = [], []
-    for prompt, answer in zip(
-        *(tokenizer(list(part), add_special_tokens=False)["input_ids"]
-          for part in zip(*batch, strict=True)), strict=True,
-    ):  # fmt: skip
-        rows.append(torch.tensor([ends[0], *prompt, *answer, ends[1]]))
-        labels.append(torch.tensor([IGNORED] * (1 + len(prompt)) + [*answer, ends[1]]))
-    pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    labels = pad(labels, batch_first=True, padding_value=IGNORED)[:, 1:]
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+def _loss(model: LlamaForCausalLM, tokenizer: Any, batch: Sequence[Example]) -> Tensor:
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = [text for example in batch for text in example]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    rows, targets = [], []
+    for prompt, answer in zip(ids, ids, strict=True):
+        rows.append(torch.tensor([first, *prompt, *answer, last]))
+        targets.append(torch.tensor([*[IGNORED] * len(prompt), *answer, last]))
+    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    hidden = model.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
     # Most of the work is the vocabulary's: only where a token has a label.
     asked = labels != IGNORED
     return F.cross_entropy(model.lm_head(hidden[:, :-1][asked]), labels[asked])
 
 
 @torch.no_grad()
-def _held_out_loss(model: LlamaForCausalLM, tokenizer, examples: Sequence[Example]) -> float:
+def _held_out_loss(model: LlamaForCausalLM, tokenizer: Any, examples: Sequence[Example]) -> float:
     return _loss(model, tokenizer, examples).item()
