@@ -30,7 +30,8 @@ OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
     "--threshold", "--learning_rat", "--passages", "--text", "--bias", "--beir", "--seeds",
-    "--preferences", "--signal", "--habit",
+    "--preferences", "--signal", "--habit", "--on_disk", "--stage1_steps", "--steps",
+    "--learning_rates",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -117,6 +117,12 @@ def write_rows(path: Path) -> dict[str, int]:
 # --- training ---
 
 
+def lengths(options: argparse.Namespace) -> list[str]:
+    """Flags of stage 1, whose model says them to all that starts from it."""
+    roles = ("query", "passage") if options.max_length else ()
+    return [f"--max_{role}_length={options.max_length}" for role in roles]
+
+
 def stage1(options: argparse.Namespace, seed: int, documents: int) -> None:
     """The model that stage 2 of a seed starts from."""
     path = options.output_dir
@@ -128,7 +134,7 @@ def stage1(options: argparse.Namespace, seed: int, documents: int) -> None:
             f"--train_data={path / 'positives.jsonl'}",
             f"--corpus_data={text_files(path / 'beir')[0]}",
             f"--search_range=0-{min(DEEPEST, documents)}", f"--num_negatives={wanted}",
-            f"--seed={seed}", f"--output_file={rows}",
+            f"--seed={seed}", f"--output_file={rows}", f"--bf16={options.bf16}", *lengths(options),
         ])  # fmt: skip
         if code:
             raise InputError(f"mining with {options.model} failed, see above")
@@ -137,7 +143,7 @@ def stage1(options: argparse.Namespace, seed: int, documents: int) -> None:
         f"--max_steps={options.stage1_steps}", f"--learning_rate={options.stage1_rate}",
         f"--per_device_train_batch_size={options.batch_size}", f"--device={options.device}",
         f"--eval_steps={max(1, options.stage1_steps // 4)}", f"--query_data={path / 'beir'}",
-        f"--split={VALIDATION}", "--cutoffs=20",
+        f"--split={VALIDATION}", "--cutoffs=20", *lengths(options),
     ]  # fmt: skip
     train({"command": "contrastive", "flags": flags, "output_dir": str(model)})
 
@@ -150,7 +156,7 @@ def sweep_of(options: argparse.Namespace) -> dict[str, Any]:
     def split(name: str) -> dict[str, Any]:
         pairs = str(path / f"{name}-pairs.jsonl")
         return {"query_data": str(path / "beir"), "split": name, "preference_data": pairs,
-                "cutoffs": 20, "device": options.device}  # fmt: skip
+                "cutoffs": 20, "device": options.device, "bf16": options.bf16}  # fmt: skip
 
     return {
         "start": str(path / "stage1-<seed>"),
@@ -197,7 +203,7 @@ def agreements(options: argparse.Namespace, results: Results, choice: Choice | N
             "start": start, "alphas": [alpha], "figures": pattern,
             "output_dir": start if job is None else str(options.output_dir / "sweep" / job.folder),
             "evaluation": [f"--preference_data={options.preferences}",
-                           f"--device={options.device}"],
+                           f"--device={options.device}", f"--bf16={options.bf16}"],
         })  # fmt: skip
         file = Path(pattern.replace("{alpha}", format(alpha, "g")))
         found.append(json.loads(file.read_text(encoding="utf-8"))["alignment"])
@@ -300,10 +306,17 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=100, help="of stage 2")
     add("--learning_rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="of stage 2")
     add("--batch_size", type=int, default=32)
+    add("--max_length", type=int, help="tokens kept of a text [as the model says]")
+    add(
+        "--bf16",
+        choices=["auto", "true", "false"],
+        default="false",
+        help="when mining and measuring: vectors good to two digits; stage 1 and 2 choose alone",
+    )
     add("--device", default="auto")
     options = parser.parse_args(argv)
-    for name in ("seeds", "parallel", "stage1_steps", "steps", "batch_size"):
-        if getattr(options, name) < 1:
+    for name in ("seeds", "parallel", "stage1_steps", "steps", "batch_size", "max_length"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(options, name)}")
     options.output_dir = options.output_dir or Path("outputs/beir") / options.beir.resolve().name
     return options

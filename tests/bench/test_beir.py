@@ -8,6 +8,7 @@ import pytest
 from bench.training import beir
 from bench.training.beir import SHARES, main, parsed, part, preferences, sweep_of
 from rankpo_fast.data.retrieval import read_judged, read_retrieval
+from rankpo_fast.model.settings import read_settings
 from rankpo_fast.sweep.spec import read_sweep
 
 TRADES = ("nurse", "baker", "judge", "miner", "pilot", "cook", "tailor", "vet")
@@ -119,7 +120,7 @@ def test_one_command_does_it_all_and_its_second_call_nothing(
     out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
     write(pairs, [{"query": "nurse", "passage1": "cook", "passage2": "nurse", "preferred": "B"}])
     flags = ["--beir", str(collection), "--model", str(tiny_bert_dir), "--output_dir", str(out),
-             "--preferences", str(pairs), *SMALL]  # fmt: skip
+             "--preferences", str(pairs), "--max_length=9", "--bf16=auto", *SMALL]  # fmt: skip
     assert main(flags) == 0
     report = (out / "report.md").read_text()
     assert report in capsys.readouterr().out
@@ -134,6 +135,10 @@ def test_one_command_does_it_all_and_its_second_call_nothing(
     assert table["start"][1] == f"{figures['ndcg@20']:.3f}"
     mined = [json.loads(line) for line in (out / "stage1-0.jsonl").read_text().splitlines()]
     assert {part(row["query"]) for row in mined} == {"train"} and all(r["negatives"] for r in mined)
+
+    for model in (out / "stage1-0", next((out / "sweep").rglob("model.safetensors")).parent):
+        settings = read_settings(model)
+        assert settings["max_query_length"] == settings["max_passage_length"] == 9
 
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(made) >= 3 and main(flags) == 0

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rankpo_fast.errors import InputError
 from rankpo_fast.retrieval.search import search
@@ -26,16 +28,39 @@ def test_search_finds_what_sorting_all_scores_finds(m, n, k, chunk):
     torch.testing.assert_close(scores, expected.values[:, :k])
 
 
-def test_no_more_than_a_chunk_of_scores_is_held(monkeypatch):
-    sizes = []
-    product = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor,
-        "__matmul__",
-        lambda a, b: sizes.append(product(a, b).numel()) or product(a, b),
-    )
-    search(torch.randn(20, 4), torch.randn(90, 4), 3, chunk=10)
-    assert max(sizes) == 10 * 10
+@pytest.mark.parametrize("order", ["random", "better-and-better", "worse-and-worse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_many_chunks_of_many_equal_scores_are_ranked_as_a_stable_sort_ranks_them(order, dtype):
+    """Whole numbers, which every dtype sums without rounding."""
+    generator = torch.Generator().manual_seed(1)
+    queries, corpus = (torch.randint(-3, 4, (rows, 5), generator=generator).to(dtype)
+                       for rows in (9, 700))  # fmt: skip
+    if order != "random":
+        corpus = corpus[(corpus @ queries[0]).argsort(descending=order == "worse-and-worse")]
+    expected = (queries @ corpus.T).float().sort(dim=1, descending=True, stable=True)
+    for k in (1, 7, 40, 650):
+        for chunk in (8, 33, 256, 4096):
+            scores, indices = search(queries, corpus, k, chunk=chunk)
+            assert torch.equal(indices, expected.indices[:, :k])
+            assert torch.equal(scores, expected.values[:, :k])
+
+
+def test_no_more_than_a_chunk_of_scores_is_held():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for x in tree_leaves(made):
+                if torch.is_tensor(x) and x.data_ptr() not in given:
+                    self.largest = max(self.largest, x.numel())
+            return made
+
+    queries, corpus = torch.randn(200, 4), torch.randn(900, 4)
+    given = {x.data_ptr() for tensor in (queries, corpus) for x in tensor.split(100)}
+    with Sizes() as sizes:
+        search(queries, corpus, 3, chunk=100)
+    assert 100 * 100 <= sizes.largest <= 100 * (100 + 2 * 3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 100])
