@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from rankpo_fast import cli
 
 RAN_AWAY = 60  # seconds
@@ -41,6 +43,8 @@ def command(
     child = os.fork()
     if child == 0:
         os.close(read)
+        # All forks share the semaphore of tqdm's own, and one that was killed holds it for ever.
+        tqdm.set_lock(threading.RLock())
         signal.alarm(RAN_AWAY)
         os.dup2(write, 1)
         os.dup2(write, 2)
