@@ -117,7 +117,10 @@ def of_seed(directory: Path, seed: int, names: Sequence[str], model: Path | None
     begun = {name: Begun(demo, path) for name, path in starts.items()}
     if model is not None:
         begun[model.name] = Begun(demo, model, larger=True)
-    found = {RANDOM: figures(demo)} if RANDOM in names else {}
+    found = {}
+    if RANDOM in names:
+        found[RANDOM] = figures(demo)
+        _say(demo, RANDOM, str(found[RANDOM]))
     for name, one in begun.items():
         one.train_with_random_negatives()
         one.train_with_mined_negatives()
