@@ -50,7 +50,7 @@ test-long: $(READY_LONG)  ## tests of compilers, of many processes and of long g
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long
 
 faults: $(READY)  ## what goes wrong around a program: each fault, what it should end in, what it ends in
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/faults.py -n $(JOBS) --dist worksteal
 
 test-isa: $(READY)  ## the numeric tests in the instruction sets of smaller machines
 	$(BIN)/python tests/support/instruction_sets.py -n $(JOBS) --dist worksteal

@@ -2,7 +2,6 @@
 exception, and at once."""
 
 import json
-import os
 import signal
 import warnings
 from collections.abc import Callable
@@ -26,13 +25,12 @@ from rankpo_fast.model.directories import check_config, check_no_code
 from rankpo_fast.model.modules import backbone_folder, read_pipeline
 from rankpo_fast.sweep.spec import read_sweep
 
-ROOT = Path(__file__).parents[1]
-SECONDS = 10  # for one example, on a busy machine
+SECONDS = 30  # for one example, on a busy machine
 CHECKED = settings(
     derandomize=True, database=None, deadline=None, max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-MANY = settings(CHECKED, max_examples=int(os.environ.get("FUZZ", 150)))
+MANY = settings(CHECKED, max_examples=150)
 DEEP = b"[" * 3_000 + b"]" * 3_000
 
 
@@ -167,7 +165,6 @@ def test_rows_are_what_json_says_or_refused_by_their_line(content, tmp_path):
 
 # --- YAML ---
 
-FRONTIER = (ROOT / "examples/frontier.yaml").read_bytes()
 SWEEP = b"""start: m
 methods: {SFT: {sft_weight: 1.0}, RankPO: {beta: 2, grid: {rankpo_weight: [1, 2]}, alphas: [0.5]}}
 settings: {train_data: [a, b], max_steps: 3}
@@ -194,7 +191,7 @@ PARTS = b"".join(
     b"- any: &p%d [{any: *p%d}, {any: *p%d}]\n" % (n, n - 1, n - 1) for n in range(1, 15)
 )
 YAML = [
-    pytest.param(read_sweep, [FRONTIER, SWEEP], "--sweep {}", id="sweep"),
+    pytest.param(read_sweep, [SWEEP], "--sweep {}", id="sweep"),
     pytest.param(RuleFile.read, [RULES], "{}", id="label"),
     pytest.param(
         lambda path: parse_flags("contrastive", "x", STAGES["contrastive"], [f"--config={path}"]),
