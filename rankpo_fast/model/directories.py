@@ -208,7 +208,7 @@ def blaming(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        known = (OSError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError,
+        known = (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError,
                  ImportError, RecursionError, SafetensorError, StrictDataclassError)  # fmt: skip
         # The tokenizers library raises Exception itself, whatever is wrong with its file.
         if type(error) is not Exception and not isinstance(error, known):
