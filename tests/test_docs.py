@@ -31,6 +31,7 @@ OF_OTHERS = {
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
     "--threshold", "--learning_rat", "--passages", "--text", "--bias", "--beir", "--seeds",
     "--preferences", "--signal", "--on_disk", "--stage1_steps", "--steps", "--learning_rates",
+    "--batch_size",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
