@@ -188,6 +188,26 @@ def sweep_of(options: argparse.Namespace) -> dict[str, Any]:
 # --- what comes out ---
 
 
+def before(options: argparse.Namespace) -> list[float]:
+    """Of --model as it is: figures on the test queries, and with --preferences its alignment."""
+    of_test = sweep_of(options)[TEST]
+    found = []
+    for name, axes, flags in (
+        ("test", AXES, [f"--{key}={value}" for key, value in of_test.items()]),
+        ("preferences", AXES[1:], [f"--preference_data={options.preferences}",
+                                   f"--device={options.device}", f"--bf16={options.bf16}"]),
+    ):  # fmt: skip
+        if name == "preferences" and options.preferences is None:
+            continue
+        file = options.output_dir / f"before-{name}.json"
+        if name == "preferences" or not file.exists():  # there may be other preferences now
+            measure({"start": options.model, "alphas": [0.0], "figures": str(file),
+                     "output_dir": "", "evaluation": [*flags, *lengths(options)]})  # fmt: skip
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        found += [figures[axis] for axis in axes]
+    return found
+
+
 def agreements(options: argparse.Namespace, results: Results, choice: Choice | None) -> list[float]:
     """With --preferences, of each seed: the alignment of the start, for None, or of a choice."""
     sweep, found = results.sweep, []
@@ -216,6 +236,8 @@ def table(options: argparse.Namespace, results: Results, counts: dict[str, int])
     lines = [f"# Both stages on {options.beir.resolve().name}, from {options.model}", "",
              ", ".join(f"{count:,} {what}" for what, count in counts.items()) + ".", "",
              f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]  # fmt: skip
+    cells = [spread([figure]) for figure in before(options)]
+    lines.append(f"| before stage 1 |  | {' | '.join(cells)} |")
     for name in (START, *results.methods):
         choice = None if name == START else results.best(name)
         found = results.of_seeds(TEST, choice) if choice or name == START else None

@@ -6,7 +6,7 @@ random      the demo's own start, untrained
 base        trained to say the next token of texts of the world
 instruct    that, tuned to answer: a talent for a job, the field and the rank of a text
 embedding   base, tuned to know a text again by other words of it, without labels
-DIR         an encoder of others, as --model; at learning rates of its own
+DIR         an encoder of others, as --model; at lower learning rates, for half the steps
 
 All but the last have the same backbone and tokenizer. Of each seed all have one world and one set
 of preferences, those of the candidates of random's stage 1; stage 1 mines for itself. Stage 2 is
@@ -38,8 +38,12 @@ NDCG, ALIGNMENT = "ndcg@20", "alignment"
 RANDOM, BASE, INSTRUCT, EMBEDDING = STARTS = ("random", "base", "instruct", "embedding")
 BASE_STEPS, INSTRUCT_STEPS, EMBEDDING_STEPS = 300, 200, 150
 EMBEDDING_RATE = 1e-3  # of 1e-3 and 3e-3, as language.RATE was
-# Of an encoder that others trained: those of the demo are for a small one.
-LARGER = replace(SHORT, random_rate=1e-4, mined_rate=5e-5, alignment_rate=5e-5)
+# For an encoder that others trained, a hundred times as large: lower rates, not tuned, and half the
+# steps of the demo.
+LARGER = replace(
+    SHORT, random_steps=60, mined_steps=30, alignment_steps=100,
+    random_rate=1e-4, mined_rate=5e-5, alignment_rate=5e-5,
+)  # fmt: skip
 STAGES = {UNTRAINED: "before", STAGE1: "stage 1", REPLAY: "stage 2"}
 COLUMNS = ((UNTRAINED, NDCG), (STAGE1, NDCG), (REPLAY, NDCG), (STAGE1, ALIGNMENT),
            (REPLAY, ALIGNMENT))  # fmt: skip

@@ -123,6 +123,8 @@ def comparisons(results: Results, than: str) -> list[Comparison]:
         return []
     high = min(reach[method] for method in gaining)
     bottom = max(min(y for _, y in points) for m in gaining for points in frontiers[m])
+    # A seed that stays below a level would count there as `least`, however near it comes.
+    top = min(max(y for _, y in points) for m in gaining for points in frontiers[m])
     found = []
     for method in gaining:
         if method == than:
@@ -135,7 +137,7 @@ def comparisons(results: Results, than: str) -> list[Comparison]:
             {x: Interval.of([height(a, x) - height(b, x) for a, b in pairs])
              for x in _between(start_x, high)},
             {y: Interval.of([width(a, y) - width(b, y) for a, b in pairs])
-             for y in _between(bottom, start_y) if bottom < start_y},
+             for y in _between(bottom, start_y) if bottom < start_y and y <= top},
         ))  # fmt: skip
     return found
 
@@ -209,7 +211,7 @@ def _compared(results: Results) -> list[str]:
                   "(Student's t), differences seed by seed.", ""]  # fmt: skip
         heights = [f"{y} at {x} {level:.3f}" for level in found[0].heights]
         widths = [f"{x} at {y} {level:.3f}" for level in found[0].widths]
-        lines.append(f"| method | {' | '.join(heights)} | {' | '.join(widths)} | area |")
+        lines.append(f"| method | {' | '.join([*heights, *widths])} | area |")
         lines.append("|---" * (2 + len(heights) + len(widths)) + "|")
         for one in found:
             cells = [*one.heights.values(), *one.widths.values(), one.area]

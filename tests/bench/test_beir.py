@@ -127,8 +127,8 @@ def test_one_command_does_it_all_and_its_second_call_nothing(
     _, _, _, _, heads, _, *rows = report.splitlines()
     assert heads == "| method | settings | ndcg@20 | alignment | alignment with pairs.jsonl |"
     table = {row.split(" | ")[0].removeprefix("| "): row.rstrip(" |").split(" | ")[1:]
-             for row in rows[:3]}  # fmt: skip
-    assert list(table) == ["start", "SimRankPO", "RankPO + replay"]
+             for row in rows[:4]}  # fmt: skip
+    assert list(table) == ["before stage 1", "start", "SimRankPO", "RankPO + replay"]
     assert all(0 <= float(cell) <= 1 for cells in table.values() for cell in cells[1:])
     assert table["RankPO + replay"][0].endswith("alpha 0.5")
     figures = json.loads(next((out / "sweep/figures/test").glob("start-0.json")).read_text())

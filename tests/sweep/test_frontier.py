@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rankpo_fast.sweep.frontier import Interval, area, height, undominated, width
+from rankpo_fast.sweep.report import comparisons
 
 
 def test_undominated_points_are_those_that_brute_force_finds():
@@ -38,3 +39,27 @@ def test_one_seed_has_no_interval_and_no_sign():
     alone = Interval.of([0.2])
     assert str(alone) == "+0.200" and alone.sign == 0
     assert Interval.of([0.2, 0.21, 0.19]).sign == 1 == -Interval.of([-0.2, -0.21, -0.19]).sign
+
+
+class Measured:
+    """Of two seeds, whose starts are apart, and two methods that gain."""
+
+    methods = ("a", "b")
+
+    def frontier(self, method):
+        return [method]
+
+    def points(self, split, choices):
+        starts, gained = [(0.5, 0.90), (0.5, 0.80)], {"a": [(0.7, 0.7), (0.7, 0.6)],
+                                                      "b": [(0.6, 0.8), (0.6, 0.7)]}  # fmt: skip
+        return [[starts[seed], gained[choices[1]][seed]] for seed in range(2)]
+
+
+def test_methods_are_compared_where_every_seed_gets_to():
+    """A start below the mean of starts attains no level near it, which says nothing of methods."""
+    [found] = comparisons(Measured(), "b")
+    assert found.than == "b" and found.method == "a"
+    assert list(found.heights) == pytest.approx([0.525, 0.55, 0.575])
+    levels = [*found.widths]  # of 0.8 to 0.85, the mean of starts: none that seed 1 attains
+    assert levels == []
+    assert all(abs(one.mean) < 0.2 for one in found.heights.values())
