@@ -66,7 +66,7 @@ def test_draws_take_some_of_a_grid_the_same_every_time(tmp_path):
         ("preference_data: held-out-<seed>.jsonl", "cutoffs: 5", "validation: nothing to measure"),
         ("start: out", "strt: out", "unknown key strt"),
         ("seeds: [0, 1]", "alphas: [0]", "alphas must be > 0"),
-        ("seeds: [0, 1]", "seeds: [a]", "seeds must be numbers, got 'a'"),
+        ("seeds: [0, 1]", "seeds: [a]", "seeds must be finite numbers, got 'a'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, old, new, said):
