@@ -55,28 +55,6 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_model(directory: Path, texts: Sequence[str], hidden_size: int = 64) -> None:
-    """What `--from_scratch` reads: tokenizer and config, no weights."""
-    from transformers import LlamaConfig
-
-    from rankpo_fast.demo.steps import learn_tokenizer
-
-    tokenizer = learn_tokenizer(texts, max_length=128)
-    tokenizer.save_pretrained(directory)
-    LlamaConfig(
-        architectures=["LlamaModel"],
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    ).save_pretrained(directory)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -88,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     from rankpo_fast.demo import world
+    from rankpo_fast.demo.steps import write_untrained_model
 
     sizes = {"all": world.SplitSize(options.jobs, options.talents)}
     made = world.make_world(options.seed, sizes)["all"]
@@ -95,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_csv(options.output_dir / "jobs.csv", job_records(made.jobs))
     write_csv(options.output_dir / "talents.csv", talent_records(made.talents))
     texts = [record.text for record in (*made.jobs, *made.talents)]
-    write_model(options.output_dir / "model", texts)
+    write_untrained_model(options.output_dir / "model", texts, hidden_size=64, max_length=128)
     print(f"{options.jobs:,} jobs, {options.talents:,} talents and a model in {options.output_dir}")
 
 

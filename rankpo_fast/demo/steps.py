@@ -139,7 +139,7 @@ class Demo:
             queries, corpus = world.retrieval_rows(self.world[name], self.labels[name])
             write_jsonl(self._data(f"{name}_queries"), queries)
             write_jsonl(self._data(f"{name}_corpus"), corpus)
-        _write_untrained_model(
+        write_untrained_model(
             self.path / UNTRAINED,
             [*(job.text for job in train.jobs), *(talent.text for talent in train.talents)],
             self.scale.hidden_size,
@@ -342,11 +342,14 @@ def learn_tokenizer(texts: Sequence[str], max_length: int) -> "PreTrainedTokeniz
     )  # fmt: skip
 
 
-def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: int) -> None:
-    """A tokenizer learnt from `texts`, and the config of a one-layer Llama."""
+def write_untrained_model(
+    directory: Path, texts: Sequence[str], hidden_size: int, max_length: int = MAX_LENGTH
+) -> None:
+    """What `--from_scratch` reads, no weights: a tokenizer learnt from `texts`, and the config of a
+    one-layer Llama, both for texts of up to `max_length` tokens."""
     from transformers import LlamaConfig
 
-    tokenizer = learn_tokenizer(texts, MAX_LENGTH)
+    tokenizer = learn_tokenizer(texts, max_length)
     tokenizer.save_pretrained(directory)
     LlamaConfig(
         architectures=["LlamaModel"],
@@ -356,7 +359,7 @@ def _write_untrained_model(directory: Path, texts: Sequence[str], hidden_size: i
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=max_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

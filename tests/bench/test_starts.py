@@ -8,7 +8,7 @@ import torch
 from bench.training import language, starts
 from bench.training.corpus import rules_met
 from rankpo_fast.demo import world
-from rankpo_fast.demo.steps import QUICK, _write_untrained_model
+from rankpo_fast.demo.steps import QUICK, write_untrained_model
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_the_loss_is_of_the_answer_alone(tmp_path, small):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     texts = [text for _, text in language.texts(language.pool_of(3))]
-    _write_untrained_model(tmp_path, texts, hidden_size=32)
+    write_untrained_model(tmp_path, texts, hidden_size=32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path))
     batch = [language.Example("Name the field: a job in optics ", "optics"),
