@@ -8,6 +8,7 @@ where a run goes on.
 import itertools
 import os
 import signal
+import threading
 
 import peft  # noqa: F401 - in the parent of all forks, as all that is imported for its own sake
 import pytest
@@ -39,7 +40,9 @@ SAVED, KILLED, STEPS = 4, 6, 7  # of which three are an epoch
 
 
 def killed_within() -> None:
-    """SIGKILL in step KILLED, when its second batch, or micro-batch, is about to be encoded."""
+    """SIGKILL in step KILLED, when its second batch, or micro-batch, is about to be encoded and the
+    checkpoint of step SAVED is on the disk (what a kill while it is written leaves: test_kills.py).
+    """
     forward, step, steps = Encoder.forward, loop.train_step, itertools.count(1)
     calls: list[int] = []
 
@@ -50,6 +53,9 @@ def killed_within() -> None:
     def counted_forward(*args):
         calls.append(0)
         if calls[0] == KILLED and len(calls) == 3:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # train/background.py
+                    thread.join()
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(*args)
 
