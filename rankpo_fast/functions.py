@@ -13,7 +13,7 @@ from rankpo_fast.config import (
     MergeConfig,
     MineConfig,
 )
-from rankpo_fast.data.rows import read_contrastive
+from rankpo_fast.data.rows import ContrastiveRow, read_contrastive
 from rankpo_fast.errors import InputError
 from rankpo_fast.fields import Config
 from rankpo_fast.model.encoder import Encoder
@@ -26,9 +26,9 @@ from rankpo_fast.retrieval.draw import Drawing
 from rankpo_fast.retrieval.evaluate import (
     Evaluation,
     EvaluationData,
-    evaluation_texts,
     measure,
     read_evaluation_data,
+    tokens_of_ranks,
 )
 from rankpo_fast.retrieval.mining import Limits, Mined, mine, searched_passages
 from rankpo_fast.retrieval.reranked import RerankerFilter
@@ -66,18 +66,15 @@ def measured(
     load: Load, data: EvaluationData, config: EvaluationConfig, compute: ComputeConfig, *,
     ranks: Ranks = ALONE, progress: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """`evaluate` of data that have been read, by all ranks: the first has the figures."""
+    """`evaluate` of data that have been read, by the ranks that read: the first has the figures."""
     with ranks.first_ahead():
         encoder = load()
         check_lengths(encoder)
-        if ranks.size > 1:  # so that the others find them in the cache
-            queries, passages = evaluation_texts(data.retrieval, data.preferences)
-            encoder.tokenize_queries(queries, compute.cache_path)
-            encoder.tokenize_passages(passages, compute.cache_path)
+    tokens = tokens_of_ranks(encoder, data, compute.cache_path, ranks)
     return measure(
         encoder, retrieval=data.retrieval, preferences=data.preferences, cutoffs=config.cutoffs,
         max_tokens=compute.max_tokens_per_micro_batch, legacy=config.legacy_metrics,
-        cache_dir=compute.cache_path, progress=progress, ranks=ranks,
+        cache_dir=compute.cache_path, progress=progress, tokens=tokens, ranks=ranks,
     )  # fmt: skip
 
 
@@ -123,11 +120,14 @@ def mined(
 ) -> Mined:
     """`mine_hard_negatives` by its settings; of several ranks, all of which encode, the first has
     the rows."""
+    rows: list[ContrastiveRow] = []
+    corpus: list[str] = []
     with ranks.first_ahead():
-        rows = read_contrastive(config.train_data)
-        corpus = searched_passages(rows, config.corpus_data)
         if config.reranker is not None and ranks.size > 1:
             raise InputError("--reranker scores in one process: leave out torchrun")
+        if ranks.reads:
+            rows = read_contrastive(config.train_data)
+            corpus = searched_passages(rows, config.corpus_data)
         encoder = load()
         reranker = RerankerFilter.asked(config, compute, encoder.device)
         check_lengths(encoder)

@@ -4,7 +4,7 @@
     rows of the batch       a slice each, scored against all passages      sum by owner [n, D]
     parameters' gradients   of the own texts, over the whole step          train/engine.py
 
-Every rank knows all rows as numbers (train/node.py), so each makes the same batch by itself and no
+Every rank knows all rows as numbers (node.py), so each makes the same batch by itself and no
 text travels.
 
 Rank 0 writes, others no more than their parts of sharded weights. Out of memory on one, all do the
@@ -63,7 +63,7 @@ class Ranks:
     hosts: dist.ProcessGroup | None = None  # moves what hosts must know; waits for no GPU
     # Whether weights lie in parts, so that a pass through the encoder is one of all ranks.
     lockstep: bool = False
-    reader: int = 0  # the first rank of this one's node, which reads for all there
+    reader: int = 0  # the rank that reads for this one, and for all others of its node
     heart: Heartbeat | None = None  # tells of ranks that are silent
 
     @classmethod
@@ -95,8 +95,8 @@ class Ranks:
             with heart_of(ranks, compute.rank_timeout) as heart:
                 ranks = dataclasses.replace(ranks, heart=heart)
                 # They meet: else rank 0 may be gone, and its store, before others have the group.
-                nodes = ranks.objects(_node())
-                yield dataclasses.replace(ranks, reader=nodes.index(nodes[ranks.rank]))
+                reader = _reader(ranks.rank, ranks.objects((_node(), os.getpid())))
+                yield dataclasses.replace(ranks, reader=reader)
         except BaseException:  # the process may end, and must not wait for others then
             atexit.unregister(dist.destroy_process_group)
             raise
@@ -345,10 +345,25 @@ def deal(costs: Tensor, hands: int) -> list[Tensor]:
     return [torch.tensor(texts, dtype=torch.int64) for texts in dealt]
 
 
-def _node() -> tuple[str, str]:
-    """What the processes of one running system have in common."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text() if boot.exists() else ""
+def _node() -> tuple[str, ...]:
+    """What the processes of one running system that see each other have in common."""
+    boot, seen = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+    return (
+        socket.gethostname(),
+        boot.read_text() if boot.exists() else "",
+        os.readlink(seen) if os.path.lexists(seen) else "",
+    )
+
+
+def _reader(rank: int, places: list[tuple[tuple[str, ...], int]]) -> int:
+    """The first rank of this one's node, if what it has open can be opened here; else itself.
+
+    Args:
+        places: the node and process of each rank.
+    """
+    nodes = [node for node, _ in places]
+    first = nodes.index(nodes[rank])
+    return first if os.access(f"/proc/{places[first][1]}/fd", os.R_OK | os.X_OK) else rank
 
 
 def _of_connection(error: Exception) -> bool:

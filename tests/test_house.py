@@ -27,6 +27,7 @@ LAYERS = (
     "rankpo_fast.losses",
     "rankpo_fast.ranks",
     "rankpo_fast.data",
+    "rankpo_fast.node",
     "rankpo_fast.label",
     "rankpo_fast.model",
     "rankpo_fast.plan",

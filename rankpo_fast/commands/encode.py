@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ from rankpo_fast.data.rows import read_texts
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.texts import check_length
+from rankpo_fast.node import read_once
 from rankpo_fast.ranks import Ranks
 
 
 def run(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
     with Ranks.joined(compute) as ranks:
+        read: list[str] = []
         with ranks.first_ahead():
-            read = read_texts(config.input, config.text_key)
+            if ranks.reads:
+                read = read_texts(config.input, config.text_key)
             texts = [text for text in read if text]
             if config.max_length is not None:
                 limits: dict[str, Any] = {f"max_{config.role}_length": config.max_length}
@@ -29,8 +33,9 @@ def run(model: EncoderConfig, config: EncodeConfig, compute: ComputeConfig) -> N
             encoder = load_encoder(model, device=ranks.device)
             flag = None if config.max_length is None else "--max_length"
             check_length(encoder, config.role, flag)
-            roles = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
-            table = roles[config.role](texts, compute.cache_path)
+        roles = {"query": encoder.tokenize_queries, "passage": encoder.tokenize_passages}
+        tokenized = partial(roles[config.role], texts, compute.cache_path)
+        table = read_once(ranks, compute.cache_path, tokenized)
         vectors = encode_texts(
             encoder, table, max_tokens=compute.max_tokens_per_micro_batch,
             progress="encoding" if ranks.first else None, texts=texts, ranks=ranks,

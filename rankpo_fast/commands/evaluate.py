@@ -35,9 +35,11 @@ def run(
 ) -> None:
     """Raises InputError for what the user can put right, most of it before the model is loaded."""
     with Ranks.joined(compute) as ranks:
+        data = EvaluationData()
         with ranks.first_ahead():
-            data = read_evaluation_data(evaluation, output.group_key)
-            if output.output_run is not None:
+            if ranks.reads:
+                data = read_evaluation_data(evaluation, output.group_key)
+            if ranks.first and output.output_run is not None:
                 _check_ids(output.output_run, data.retrieval)
         systems = {}
         for name, is_model in reversed(model.systems):  # run files first: they can be refused
@@ -52,8 +54,10 @@ def _measured(
     evaluation: EvaluationConfig, compute: ComputeConfig, ranks: Ranks,
 ) -> Evaluation:  # fmt: skip
     if not is_model:
-        assert data.retrieval is not None, "check_evaluate"
         with ranks.first_ahead():
+            if not ranks.first:
+                return Evaluation()
+            assert data.retrieval is not None, "check_evaluate"
             return measure_run(
                 Path(name), data.retrieval, evaluation.cutoffs, legacy=evaluation.legacy_metrics
             )

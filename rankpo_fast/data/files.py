@@ -268,7 +268,10 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     """All bytes of a tensor of any dtype and device, for a hash."""
     import torch
 
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.numel() == 0:  # of numpy's its stride is 0, which torch views as no other dtype
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
 
 
 def hash_tensors(digest: "hashlib._Hash", tensors: "Iterable[tuple[str, Tensor]]") -> None:

@@ -26,6 +26,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
+from rankpo_fast.data.files import sha256_of
 from rankpo_fast.data.memory import Rows, Source
 from rankpo_fast.errors import InputError
 
@@ -246,6 +247,27 @@ def _keep(path: Path | Source, content: str) -> None:
     if _read_whole.setdefault(os.path.abspath(str(path)), content) != content:
         raise InputError(f"{place(path)}: has changed since it was first read: give a file that "
                          f"stays as it is")  # fmt: skip
+
+
+def digests() -> dict[str, str]:
+    """Those that are kept."""
+    return dict(_read_whole or {})
+
+
+def known(found: dict[str, str]) -> None:
+    """Keep digests of what another process of this node has read."""
+    if _read_whole is not None:
+        _read_whole.update(found)
+
+
+def digest_of_bytes(path: Path) -> str:
+    """sha256 of a file as it lies there; OSError. Inside `digests_kept` it is read once."""
+    if _read_whole is None:
+        return sha256_of(path)
+    name = f"bytes of {path.absolute()}"
+    if name not in _read_whole:
+        _read_whole[name] = sha256_of(path)
+    return _read_whole[name]
 
 
 def digest(path: Path | Source) -> str:

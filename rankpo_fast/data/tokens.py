@@ -81,7 +81,7 @@ def joined(*tables: TokenTable) -> tuple[TokenTable, list[Tensor]]:
         )
     lengths = [len(key) // 4 for key in row_of]
     table = TokenTable(
-        ids=torch.frombuffer(bytearray(b"".join(row_of)), dtype=torch.int32),
+        ids=torch.from_numpy(np.frombuffer(bytearray(b"".join(row_of)), np.int32)),
         offsets=torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
         truncated=sum(table.truncated for table in tables),
     )

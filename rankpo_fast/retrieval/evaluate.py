@@ -7,7 +7,7 @@ the same text is decided by token ids, as the encoder gets them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.node import read_once
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.metrics import alignment, query_metrics
 from rankpo_fast.retrieval.ranking import BELOW_ALL, Ranking, rank_documents, read_run
@@ -54,6 +55,20 @@ def read_evaluation_data(config: EvaluationConfig, group_key: str | None = None)
     if config.preference_data is not None:
         preferences = read_preferences(config.preference_data)
     return EvaluationData(retrieval, preferences)
+
+
+class DistinctTokens(NamedTuple):
+    """Of n texts that differ as strings."""
+
+    table: TokenTable  # those that differ as tokens too
+    rows: Tensor  # [n] where each is
+
+
+class EvaluationTokens(NamedTuple):
+    """What an encoder makes of `evaluation_texts`."""
+
+    queries: DistinctTokens
+    passages: DistinctTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +158,7 @@ def measure(
     legacy: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = False,
+    tokens: EvaluationTokens | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure what is given: nDCG, MRR and recall of `retrieval`, and the alignment.
@@ -151,13 +167,19 @@ def measure(
     nothing. Alignment is the share of preference pairs, by weight, whose chosen passage is the more
     similar one; a tie is none.
 
+    Args:
+        tokens: of `tokens_of_ranks`, with which only the first rank needs the data; None: all have
+            them.
+
     Raises:
         InputError: a text alone has more than max_tokens tokens.
         NotFiniteVectors: the vector of a text holds NaN or inf.
     """
     query_texts, passage_texts = evaluation_texts(retrieval, preferences)
-    queries = _Distinct.of(query_texts, encoder.tokenize_queries(query_texts, cache_dir))
-    passages = _Distinct.of(passage_texts, encoder.tokenize_passages(passage_texts, cache_dir))
+    if tokens is None:
+        tokens = _tokens(encoder, query_texts, passage_texts, cache_dir)
+    queries = _Distinct.of(query_texts, tokens.queries)
+    passages = _Distinct.of(passage_texts, tokens.passages)
 
     def encode(distinct: _Distinct, kind: str) -> Tensor:
         label = f"encoding {kind}" if progress and ranks.first else None
@@ -283,20 +305,46 @@ def _margins(
     return (queries[query] * better).sum(dim=1)
 
 
+def tokens_of_ranks(
+    encoder: Encoder, data: EvaluationData, cache_dir: Path | None, ranks: Ranks
+) -> EvaluationTokens | None:
+    """For `measure`, so that of several ranks those alone that read for others need the data.
+    All must call it. None: this process is alone."""
+    if ranks.size == 1:
+        return None
+
+    def make() -> EvaluationTokens:
+        texts = evaluation_texts(data.retrieval, data.preferences)
+        return _tokens(encoder, *texts, cache_dir)
+
+    return read_once(ranks, cache_dir, make)
+
+
+def _tokens(
+    encoder: Encoder, queries: list[str], passages: list[str], cache_dir: str | Path | None
+) -> EvaluationTokens:
+    def distinct(table: TokenTable) -> DistinctTokens:
+        table, [rows] = joined(table)
+        return DistinctTokens(table, rows)
+
+    return EvaluationTokens(
+        distinct(encoder.tokenize_queries(queries, cache_dir)),
+        distinct(encoder.tokenize_passages(passages, cache_dir)),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Distinct:
-    """n texts that differ as tokens."""
+    """n texts that differ as tokens; of their strings nothing where another rank has them."""
 
     table: TokenTable  # [n]
     texts: list[str]  # [n] the first of each
     row_of: dict[str, int]  # text -> its row in the table
 
     @classmethod
-    def of(cls, texts: Sequence[str], tokens: TokenTable) -> "_Distinct":
-        """Of texts that differ as strings, and their tokens."""
-        table, [rows] = joined(tokens)
-        row_of = dict(zip(texts, rows.tolist(), strict=True))
-        return cls(table, first_of_each(row_of), row_of)
+    def of(cls, texts: Sequence[str], tokens: DistinctTokens) -> "_Distinct":
+        row_of = dict(zip(texts, tokens.rows.tolist(), strict=True)) if texts else {}
+        return cls(tokens.table, first_of_each(row_of), row_of)
 
     def rows(self, texts: Sequence[str]) -> Tensor:
         """The row [len(texts)] of each text."""

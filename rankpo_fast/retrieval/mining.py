@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from rankpo_fast.data.tokens import TokenTable, first_of_each, joined
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encode import encode_texts
 from rankpo_fast.model.encoder import Encoder
+from rankpo_fast.node import read_once
 from rankpo_fast.ranks import ALONE, Ranks
 from rankpo_fast.retrieval.draw import Drawing
 from rankpo_fast.retrieval.index import indexed
@@ -144,7 +145,8 @@ def mine(
         max_tokens: tokens, padding included, that go through the encoder at once; None: what suits
             the device.
         index_dir: passage vectors lie there in fp16 instead of in memory in fp32.
-        ranks: all encode, the first searches and has the rows, the others none.
+        ranks: all encode, the first searches and has the rows mined. Only those that read for
+            others need `rows` and `corpus`.
 
     Raises:
         InputError: a text alone has more than max_tokens tokens, or no row has a negative then.
@@ -153,6 +155,8 @@ def mine(
     with ranks.first_ahead():
         texts = _Texts.of(encoder, rows, corpus, keep, cache_dir)
         _check_positives(texts, rows)
+    tables = read_once(ranks, None if cache_dir is None else Path(cache_dir), lambda: texts.tables)
+    texts = replace(texts, tables=tables)
 
     def encode(table: TokenTable, kind: str, ids: dict[str, int]) -> Tensor:
         label = f"encoding {kind}" if progress else None
@@ -161,19 +165,19 @@ def mine(
             encoder, table, max_tokens=max_tokens, progress=label, texts=names, ranks=ranks
         )
 
-    queries = encode(texts.queries, "queries", texts.query_of)
-    count = texts.with_positives if limits.compare else len(texts.corpus)
+    queries = encode(tables.queries, "queries", texts.query_of)
+    wanted = tables.passages.head(tables.with_positives if limits.compare else tables.searched)
     if index_dir is None:
-        passages = encode(texts.passages.head(count), "passages", texts.passage_of)
+        passages = encode(wanted, "passages", texts.passage_of)
     else:
         passages = indexed(
-            encoder, texts.passages.head(count), index_dir, max_tokens=max_tokens,
+            encoder, wanted, index_dir, max_tokens=max_tokens,
             progress="encoding passages" if progress else None,
             texts=first_of_each(texts.passage_of), ranks=ranks,
         )  # fmt: skip
     if not ranks.first:
-        return Mined([], len(texts.corpus), len(texts.queries), 0, {})
-    searched = passages[: len(texts.corpus)]
+        return Mined([], tables.searched, len(tables.queries), 0, {})
+    searched = passages[: tables.searched]
     best = search(queries.to(encoder.device), searched, last)
     scores, found = (ranked[:, first:].numpy(force=True) for ranked in best)
     lowest = np.full(len(queries), np.inf, np.float32)  # score of a positive
@@ -232,13 +236,20 @@ def searched_passages(rows: Sequence[ContrastiveRow], corpus_data: Source | None
     return corpus
 
 
-@dataclass(frozen=True, eq=False)
-class _Texts:
-    """The texts of a mining run; ids count what is distinct as tokens."""
+class _Tables(NamedTuple):
+    """What is encoded; ids count what is distinct as tokens."""
 
     queries: TokenTable  # [U]
     passages: TokenTable  # the corpus, then other positives, then other texts of the rows
+    searched: int  # passages of the corpus
     with_positives: int  # passages up to the last positive
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """The texts of a mining run."""
+
+    tables: _Tables
     corpus: list[str]  # the first text of each id
     query_of: dict[str, int]
     passage_of: dict[str, int]
@@ -276,10 +287,9 @@ class _Texts:
         known = [set(ids) for ids in positives]
         for text, query in query_of.items():
             known[query].add(passage_of[text])
-        last = max(passage_of[text] for text in (*of_positives, *of_corpus))
-        return cls(
-            queries, passages, last + 1, corpus_texts, query_of, passage_of, positives, known,
-        )  # fmt: skip
+        last = max((passage_of[text] for text in (*of_positives, *of_corpus)), default=-1)
+        tables = _Tables(queries, passages, len(corpus_texts), last + 1)
+        return cls(tables, corpus_texts, query_of, passage_of, positives, known)
 
 
 def _left(

@@ -28,6 +28,7 @@ from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
+from rankpo_fast.node import reading_once
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
@@ -35,7 +36,6 @@ from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.guide import guide_vectors
 from rankpo_fast.train.loop import train
-from rankpo_fast.train.node import reading_once
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.result import TrainingResult

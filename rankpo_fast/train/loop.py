@@ -19,7 +19,7 @@ from rankpo_fast.data.packing import one_token
 from rankpo_fast.errors import TrainingStopped
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.trainable import in_training
-from rankpo_fast.retrieval.evaluate import measure
+from rankpo_fast.retrieval.evaluate import measure, tokens_of_ranks
 from rankpo_fast.signals import Interrupted
 from rankpo_fast.train import checkpoint as checkpoints
 from rankpo_fast.train import output
@@ -76,7 +76,10 @@ def train(
     profiled = config.profile_steps if run.ranks.first else 0
     profile = Profile(run.path / output.PROFILE, profiled, total - first)
     compare_ranks(run)
-    run = replace(run, ranks=replace(run.ranks, lockstep=run.sharded))
+    tokens = None
+    if run.evaluation.asked:
+        tokens = tokens_of_ranks(encoder, run.evaluation_data, run.compute.cache_path, run.ranks)
+    run = replace(run, ranks=replace(run.ranks, lockstep=run.sharded), evaluation_tokens=tokens)
     ranks = run.ranks
     engine = engine_of(encoder, ranks, config.shard, one_token(tasks[0].texts.table))
     introduce(run, encoder, about | _plans(run, tasks, schedule, saves))
@@ -260,6 +263,7 @@ def _evaluate(run: Run, encoder: Encoder, engine: Engine) -> dict[str, float] | 
             max_tokens=run.compute.max_tokens_per_micro_batch,
             legacy=run.evaluation.legacy_metrics,
             cache_dir=run.compute.cache_path,
+            tokens=run.evaluation_tokens,
             ranks=run.ranks,
         ).figures
     engine.settle()

@@ -75,7 +75,9 @@ def prepare_run(
     check_offload(training.offload, model, ranks.device)
     chosen(training.report_to)
     check_choice(training, evaluation)
-    evaluation_data = read_evaluation_data(evaluation)
+    evaluation_data = EvaluationData()
+    if ranks.reads or model.trim_vocabulary:
+        evaluation_data = read_evaluation_data(evaluation)
     path, cache = Path(training.output_dir), compute.cache_path
     configs: tuple[Config, ...] = (model, data, *more, loss, training, compute)
     resume, overwrite = training.resume is not None, training.overwrite_output_dir
@@ -134,7 +136,7 @@ def prepare_encoder(run: Run, encoder: Encoder | None, *read: BatchData) -> Enco
     set_offload(encoder, run.training.offload, run.device)
     if run.model.trim_vocabulary:
         _trim(run, encoder, read)
-    if run.evaluation.asked:  # which will find these token ids in the cache
+    if run.evaluation.asked and run.ranks.reads:  # which will find these token ids in the cache
         data = run.evaluation_data
         queries, passages = evaluation_texts(data.retrieval, data.preferences)
         Texts.tokenize(encoder, queries, passages, run.compute)

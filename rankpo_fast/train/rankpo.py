@@ -36,13 +36,13 @@ from rankpo_fast.data.rows import read_preferences
 from rankpo_fast.data.shares import describe_shares, read_shares
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.texts import Texts
+from rankpo_fast.node import reading_once
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
-from rankpo_fast.train.node import reading_once
 from rankpo_fast.train.output import claimed
 from rankpo_fast.train.prepare import nothing_left, prepare_encoder, prepare_run
 from rankpo_fast.train.reference import (

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rankpo_fast.config import EvaluationConfig, ModelConfig, TrainingConfig
-from rankpo_fast.data.files import Stamp, sha256_of, stamp_of, tensor_bytes
+from rankpo_fast.data.files import Stamp, stamp_of, tensor_bytes
 from rankpo_fast.data.groups import is_directory
 from rankpo_fast.data.memory import Source
 from rankpo_fast.data.retrieval import beir_files
-from rankpo_fast.data.sources import digest
+from rankpo_fast.data.sources import digest, digest_of_bytes
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.adapter import CONFIG_FILE, find_adapter
 from rankpo_fast.model.directories import find_directory
@@ -301,7 +301,7 @@ def model_content(flag: str, name: str, weights: bool = True) -> dict[str, str]:
     files = _files(flag, name, weights)
     try:
         with ThreadPoolExecutor() as pool:  # shards: hashing leaves Python's lock
-            return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
+            return dict(zip(files, pool.map(digest_of_bytes, files.values()), strict=True))
     except OSError as error:
         raise InputError(f"{flag} {name}: cannot be read: {error}") from error
 

@@ -10,7 +10,7 @@ from rankpo_fast.config import ComputeConfig, EvaluationConfig, ModelConfig, Tra
 from rankpo_fast.data.files import Stamp
 from rankpo_fast.model.precision import Precision
 from rankpo_fast.ranks import Ranks
-from rankpo_fast.retrieval.evaluate import EvaluationData
+from rankpo_fast.retrieval.evaluate import EvaluationData, EvaluationTokens
 from rankpo_fast.train.checkpoint import Checkpoint
 
 
@@ -24,12 +24,13 @@ class Run:
     evaluation: EvaluationConfig
     compute: ComputeConfig
     ranks: Ranks
-    evaluation_data: EvaluationData
+    evaluation_data: EvaluationData  # of ranks that read
     settings: dict[str, Any]  # what a resumed run must share
     checkpoint: Checkpoint | None  # to go on from
     precision: Precision
     stamps: dict[Path, Stamp]  # of the files of models, before they were hashed
     inputs: list[tuple[str, str]]  # flag and name of all data, and each model, that is read
+    evaluation_tokens: EvaluationTokens | None = None  # of several ranks, once these are one
 
     @property
     def device(self) -> torch.device:

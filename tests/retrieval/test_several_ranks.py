@@ -57,11 +57,15 @@ def flags(files, tmp_path):
 @pytest.mark.parametrize(
     "command, left", [("evaluate", ["json", "trec"]), ("encode", ["npy"]), ("mine", ["jsonl"])]
 )
-def test_ranks_leave_the_files_of_one_process(command, left, flags, tiny_llama_dir, tmp_path):
+def test_ranks_leave_the_files_of_one_process_and_one_of_them_reads(
+    command, left, flags, files, tiny_llama_dir, tmp_path
+):
     assert main(flags(tiny_llama_dir, command, "one")) == 0
     of_ranks = flags(tiny_llama_dir, command, "ranks")
-    ended = rank_runs.start(RANKS, tmp_path / "said", rank_runs.command, *of_ranks).ended()
+    ended = rank_runs.start(RANKS, tmp_path / "said", rank_runs.files_opened, *of_ranks).ended()
     assert [rank.code for rank in ended] == [0] * RANKS, ended
+    read = [any(str(files) in name for name in rank.answer) for rank in ended]
+    assert read == [True] + [False] * (RANKS - 1)
     for kind in left:
         one, ours = ((tmp_path / f"{name}.{kind}").read_bytes() for name in ("one", "ranks"))
         assert one == ours

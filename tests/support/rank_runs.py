@@ -284,6 +284,20 @@ def command(*flags):
     sys.exit(cli.main(list(flags)))
 
 
+def _opened():
+    """A list of the files that this process' Python opens from now on."""
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    return opened
+
+
+def files_opened(*flags):
+    """For the command line."""
+    opened = _opened()
+    assert cli.main(list(flags)) == 0
+    return opened
+
+
 def command_with_nan(*flags):
     """It comes up in the last rank's part of the loss."""
     compute = contrastive.info_nce_loss_and_grads
@@ -467,9 +481,9 @@ def _two_nodes():
 
 
 def on_two_nodes(stage, **flags):
-    """How often the rank has read rows, whether its token ids lie in a file without a name, how
-    many texts it has, and its gradients."""
-    answer = {}
+    """How often the rank has read rows, which files it has opened, whether its token ids lie in a
+    file without a name, how many texts it has, and its gradients."""
+    answer = {"opened": _opened()}
     read, trained = mock.Mock(wraps=contrastive.read_contrastive), contrastive.train
 
     def noted(run, encoder, tasks, *args):

@@ -3,7 +3,8 @@
 Rows and tokens become arrays of integers, which go into one file: its pages are there once for all
 ranks of the node, and of those that a rank never touches not even that. The file has no name, so
 that the system takes it back with the last process, however that ends; others open it through
-/proc. Where they cannot, each rank reads for itself.
+/proc (those that cannot are readers themselves: `Ranks.reader`). What has been read is hashed by
+then, and the hashes go with it.
 """
 
 import io
@@ -11,8 +12,9 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankpo_fast.data import sources
 from rankpo_fast.data.files import tensor_bytes
 from rankpo_fast.paths import reason
 from rankpo_fast.ranks import Ranks
@@ -32,33 +35,32 @@ END = 16  # bytes: where the structure begins, and how long it is
 class Node:
     """The ranks of one node, of which the first reads. Made by `reading_once`."""
 
-    def __init__(self, file: IO[bytes] | None, path: str | None):
+    def __init__(self, file: FileIO | None, path: str | None):
         self._file, self._path = file, path
 
     def given(self) -> Any:
-        """What the rank that reads has handed over; None: this rank must read for itself."""
-        if self._file is not None or self._path is None:
+        """What the rank that reads has handed over; None: this one is it, or nothing was."""
+        if self._file is not None or self._path is None or os.stat(self._path).st_size == 0:
             return None
-        try:
-            return load(self._path) if os.stat(self._path).st_size > 0 else None
-        except OSError as error:
-            warnings.warn(f"{self._path}: {reason(error)}: a rank reads rows for itself that "
-                          f"another has read, and holds them once more", stacklevel=2)  # fmt: skip
-            return None
+        value, digests = load(self._path)
+        sources.known(digests)
+        return value
 
     def hand(self, value: Value) -> Value:
         """Give the others a value made of plain objects, arrays and tensors on the host; returns
         it as they have it."""
         if self._file is None or self._path is None:
             return value
+        told = value, sources.digests()
         try:
-            save(value, self._file)
-            return load(self._path)
+            save(told, self._file)
         except OSError as error:
-            self._file.truncate(0)
-            warnings.warn(f"rows cannot be handed to other ranks ({reason(error)}): each reads for "
-                          f"itself", stacklevel=2)  # fmt: skip
-            return value
+            warnings.warn(f"rows for other ranks are kept in memory ({reason(error)})",
+                          stacklevel=2)  # fmt: skip
+            with open(os.memfd_create("rankpo-fast"), "r+b", buffering=0) as memory:
+                save(told, memory)
+                os.dup2(memory.fileno(), self._file.fileno())
+        return load(self._path)[0]
 
 
 @contextmanager
@@ -81,28 +83,42 @@ def reading_once(ranks: Ranks, directory: Path | None, *, wanted: bool = True) -
             file.close()
 
 
-def _file(directory: Path | None) -> IO[bytes] | None:
+def read_once(ranks: Ranks, directory: Path | None, make: Callable[[], Value]) -> Value:
+    """What the first rank of each node makes, on all of its ranks; all must call it."""
+    with reading_once(ranks, directory) as node, ranks.first_ahead():
+        given: Value | None = node.given()
+        return node.hand(make()) if given is None else given
+
+
+def _file(directory: Path | None) -> FileIO:
+    """Not buffered: what a full disk refuses must not come again when it is closed."""
     for place in [directory, None]:
         try:
             if place is not None:
                 place.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryFile(dir=place)
+            return tempfile.TemporaryFile(dir=place, buffering=0)
         except OSError:  # which check_cache says of the cache
             continue
-    return None
+    return open(os.memfd_create("rankpo-fast"), "r+b", buffering=0)
 
 
 # --- the file: arrays one after the other, then all else, pickled, with their places ---
 
 
-def save(value: Any, file: IO[bytes]) -> None:
+def save(value: Any, file: FileIO) -> None:
     """OSError where the disk refuses."""
     structure = io.BytesIO()
     _Pickler(structure, file).dump(value)
     start = file.tell()
-    file.write(structure.getbuffer())
-    file.write(np.array([start, structure.tell()], np.int64).tobytes())
-    file.flush()
+    _write(file, structure.getbuffer())
+    _write(file, np.array([start, structure.tell()], np.int64).tobytes())
+
+
+def _write(file: FileIO, data: bytes | memoryview) -> None:
+    """All of it: the system takes no more than 2 GB at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def load(path: str) -> Any:
@@ -114,7 +130,7 @@ def load(path: str) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, structure: IO[bytes], file: IO[bytes]):
+    def __init__(self, structure: IO[bytes], file: FileIO):
         super().__init__(structure, pickle.HIGHEST_PROTOCOL)
         self._file, self._places = file, dict[int, tuple[Any, Any]]()
 
@@ -130,10 +146,9 @@ class _Pickler(pickle.Pickler):
             tensor = value
         else:
             tensor = torch.from_numpy(np.ascontiguousarray(value))
-        self._file.write(bytes(-self._file.tell() % ALIGNED))
+        _write(self._file, bytes(-self._file.tell() % ALIGNED))
         start = self._file.tell()
-        if tensor.numel():
-            self._file.write(tensor_bytes(tensor))
+        _write(self._file, tensor_bytes(tensor))
         return is_tensor, start, tensor.dtype, tuple(tensor.shape)
 
 
