@@ -180,15 +180,15 @@ def save(directory: Path, state: State, *, keep: int | None = None, ranks: Ranks
         if ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)
     if keep:
-        _drop_older(directory, target, keep)
+        drop_older(target, keep)
     return target
 
 
-def _drop_older(directory: Path, target: Path, keep: int) -> None:
+def drop_older(target: Path, keep: int) -> None:
     """Those before the newest `keep` complete ones, of which `target` is one. Later ones are of a
     run that went back: broken, or the same again when their step comes."""
     complete, best = 1, {_best_of(target)}
-    for old in reversed([old for old in _steps(directory) if old.name < target.name]):
+    for old in reversed([old for old in _steps(target.parent) if old.name < target.name]):
         if complete < keep:
             complete += _is_complete(old)
             best.add(_best_of(old))

@@ -65,6 +65,11 @@ class Checkpointer:
         self.trouble: str | None = None  # why the last one was not written, the same on all ranks
 
     def __enter__(self) -> Self:
+        run, keep, found = self._run, self._run.training.save_total_limit, self._run.checkpoint
+        own = run.path / output.CHECKPOINTS
+        if keep and run.ranks.first and found is not None and found.path.parent == own:
+            # A kill may have come once it was there and before older ones were gone.
+            checkpoints.drop_older(found.path, keep)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

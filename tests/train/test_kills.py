@@ -13,7 +13,6 @@ from typing import NamedTuple
 import pytest
 
 import rankpo_fast.commands.rankpo  # noqa: F401 - in the parent of all forks
-from rankpo_fast.train import checkpoint as checkpoints
 from support import kills
 from support.bounded import Outcome, command
 
@@ -33,12 +32,7 @@ class Training(NamedTuple):
         return command("rankpo", *self.flags, *places, **options)
 
     def names(self) -> set[str]:
-        """But for complete checkpoints before the last one, which a kill may have spared: they go
-        when the next one is written."""
-        older = sorted((self.place / "out/checkpoints").glob("step-*"))[:-1]
-        spared = [path for old in older for path in (old, *checkpoints.read(old).path.iterdir())]
-        there = {*self.place.rglob("*")} - {*spared}
-        return {str(path.relative_to(self.place)) for path in there}
+        return {str(path.relative_to(self.place)) for path in self.place.rglob("*")}
 
     def results(self) -> dict[str, object]:
         """The bytes of the model and of the last checkpoint, and what each step is told to have
