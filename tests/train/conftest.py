@@ -6,7 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from rankpo_fast.errors import InputError, TrainingStopped
 from rankpo_fast.train.log import MetricsLog
 from support import stages
 
@@ -84,6 +87,35 @@ def stop_after(monkeypatch):
 
     yield arm
     monkeypatch.undo()
+
+
+@pytest.fixture
+def goes_on_bit_by_bit(run_stage, stop_after, read_metrics, monkeypatch):
+    """goes_on_bit_by_bit(stage, model, figures, stop, refused, **flags) -> (straight, stopped):
+    outputs of a run and of one that is stopped after the step `stop` and goes on, with the same
+    weights and the same figures of each step. Changed flags are refused with their message."""
+
+    def both(stage, model, figures=("step", "loss"), stop=3, refused=(), **flags):
+        straight = run_stage(stage, model, "straight", **flags)
+        stop_after(stop)
+        with pytest.raises(TrainingStopped) as stopped:
+            run_stage(stage, model, "stopped", **flags)
+        assert stopped.value.exit_code == 128 + signal.SIGTERM
+        monkeypatch.undo()
+        torch.manual_seed(12345)  # another process has other random states
+        for changed, message in refused:
+            with pytest.raises(InputError, match=message):
+                run_stage(stage, model, "stopped", resume="newest", **{**flags, **changed})
+        outputs = straight, run_stage(stage, model, "stopped", resume="newest", **flags)
+        want, got = (load_file(path / "model.safetensors") for path in outputs)
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[name], got[name]) for name in want)
+        lines = [read_metrics(path) for path in outputs]
+        for figure in figures:
+            assert [line[figure] for line in lines[0]] == [line[figure] for line in lines[1]]
+        return outputs
+
+    return both
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rankpo_fast.config import (
     ComputeConfig,
@@ -112,22 +111,13 @@ REPLAY = {"replay_batch_size": 7, "replay_num_negatives": 2}
 
 
 def test_resumed_run_gives_the_same_weights_bit_by_bit(
-    tiny_bert_dir, run_stage, stop_after, read_metrics, contrastive_file, monkeypatch
+    tiny_bert_dir, goes_on_bit_by_bit, contrastive_file
 ):
     """It stops after 8 batches, in the middle of an epoch of either, with dropout on."""
-    flags = {**REPLAY, "replay_data": [contrastive_file], "max_steps": 7}
-    straight = run_stage("rankpo", tiny_bert_dir, "straight", **flags)
-    stop_after(4)
-    with pytest.raises(TrainingStopped):
-        run_stage("rankpo", tiny_bert_dir, "stopped", **flags)
-    monkeypatch.undo()
-    torch.manual_seed(12345)
-    stopped = run_stage("rankpo", tiny_bert_dir, "stopped", resume="newest", **flags)
-    expected, got = (load_file(path / "model.safetensors") for path in (straight, stopped))
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    lines = [read_metrics(path) for path in (straight, stopped)]
-    for name in ("loss", "replay/loss", "replay/accuracy"):
-        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
+    goes_on_bit_by_bit(
+        "rankpo", tiny_bert_dir, ("loss", "replay/loss", "replay/accuracy"), stop=4, max_steps=7,
+        replay_data=[contrastive_file], **REPLAY,
+    )  # fmt: skip
 
 
 def test_what_is_replayed_may_move_but_not_change(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from rankpo_fast import ContrastiveTrainer, Encoder
 from rankpo_fast.config import EncoderConfig
-from rankpo_fast.errors import InputError, TrainingStopped
+from rankpo_fast.errors import InputError
 from rankpo_fast.model.load import load_encoder
 
 CPU = torch.device("cpu")
@@ -91,22 +91,15 @@ def test_tokens_of_the_evaluation_alone_and_added_ones_are_kept(
 
 
 def test_a_run_goes_on_with_the_same_tokens_or_not_at_all(
-    evaluated, tiny_llama_dir, run_stage, stop_after, monkeypatch, tmp_path
+    evaluated, tiny_llama_dir, goes_on_bit_by_bit, tmp_path
 ):
-    flags = {"trim_vocabulary": True, **evaluated}
-    straight = run_stage("contrastive", tiny_llama_dir, "straight", **flags)
-    stop_after(4)
-    with pytest.raises(TrainingStopped):
-        run_stage("contrastive", tiny_llama_dir, "stopped", **flags)
-    monkeypatch.undo()
     other = asked(tmp_path / "other.jsonl", "nurse")
-    with pytest.raises(InputError, match="evaluation's texts, whose tokens --trim_vocabulary"):
-        changed = flags | {"query_data": other}
-        run_stage("contrastive", tiny_llama_dir, "stopped", resume="newest", **changed)
-    stopped = run_stage("contrastive", tiny_llama_dir, "stopped", resume="newest", **flags)
-    want, got = (load_file(path / "model.safetensors") for path in (straight, stopped))
+    refused = [({"query_data": other}, "evaluation's texts, whose tokens --trim_vocabulary")]
+    straight, stopped = goes_on_bit_by_bit(
+        "contrastive", tiny_llama_dir, stop=4, refused=refused, trim_vocabulary=True, figures=(),
+        **evaluated,
+    )  # fmt: skip
     assert tokens(straight) == tokens(stopped)
-    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_an_adapter_or_an_encoder_is_refused(tiny_llama_dir, run_stage, tmp_path):
