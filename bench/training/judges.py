@@ -26,6 +26,8 @@ from rankpo_fast.data.rows import write_jsonl
 from rankpo_fast.demo import world
 from rankpo_fast.demo.steps import RANKPO, SHORT, STAGE1, Demo
 
+from .seeds import difference
+
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from simulated_judge import MODEL, Judge, serve  # noqa: E402
 
@@ -158,10 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, of_seeds in found.items():
         alignments = [one[ALIGNMENT] for one in of_seeds]
         apart = [one - other for one, other in zip(alignments, best, strict=True)]
-        error = statistics.stdev(apart) / len(apart) ** 0.5
         ndcg = statistics.fmean(one[NDCG] for one in of_seeds)
-        print(f"| {name} | {statistics.fmean(alignments):.3f} | {statistics.fmean(apart):+.3f} "
-              f"(± {error:.3f}) | {ndcg:.3f} |")  # fmt: skip
+        print(f"| {name} | {statistics.fmean(alignments):.3f} | {difference(apart)} | {ndcg:.3f} |")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 from rankpo_fast.config import ContrastiveDataConfig, ContrastiveLossConfig, ModelConfig
 from rankpo_fast.demo.steps import NEGATIVES, RANDOM, SHORT, STAGE1, Demo
 
+from .seeds import difference
+
 NDCG = "ndcg@20"
 BF16: dict[str, Any] = {"weights_dtype": "bf16", "bf16": True}
 LORA: dict[str, Any] = {"lora_rank": 16}
@@ -76,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---|---|---|")
     for name, of_seeds in curves.items():
         apart = [mine[-1] - other[-1] for mine, other in zip(of_seeds, plain, strict=True)]
-        mean, error = statistics.fmean(apart), statistics.stdev(apart) / len(apart) ** 0.5
-        end = statistics.fmean(curve[-1] for curve in of_seeds)
-        print(f"| {name} | {end:.3f} | {mean:+.3f} +- {error:.3f} | {mean / spread:+.2f} |")
+        end, share = statistics.fmean(c[-1] for c in of_seeds), statistics.fmean(apart) / spread
+        print(f"| {name} | {end:.3f} | {difference(apart)} | {share:+.2f} |")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from rankpo_fast.config import ContrastiveDataConfig, ContrastiveLossConfig, Rou
 from rankpo_fast.demo.steps import MINING_RANGE, NEGATIVES, RANDOM, SHORT, STAGE1, Demo
 from rankpo_fast.rounds.report import LOOKS
 
+from .seeds import difference
+
 NDCG = "ndcg@20"
 MODES = ("combined", "incremental")
 UNMINED = "without mining"
@@ -85,16 +87,9 @@ def table(curves: dict[str, list[Curve]]) -> str:
         at = {name: [curve[number] for curve in of_seeds] for name, of_seeds in curves.items()}
         cells = [f"{statistics.fmean(values):.3f}" for values in at.values()]
         for other in others:
-            cells.append(_difference([a - b for a, b in zip(at[ours], at[other], strict=True)]))
+            cells.append(difference([a - b for a, b in zip(at[ours], at[other], strict=True)]))
         lines.append(f"| {number or 'start'} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _difference(apart: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(apart):+.3f}"
-    if len(apart) == 1:
-        return mean
-    return f"{mean} +- {statistics.stdev(apart) / len(apart) ** 0.5:.3f}"
 
 
 def draw(curves: dict[str, list[Curve]], path: str) -> None:

@@ -33,6 +33,7 @@ from rankpo_fast.demo.steps import MAX_LENGTH, REPLAY, SHORT, STAGE1, UNTRAINED,
 from rankpo_fast.train.contrastive import train_contrastive
 
 from . import language
+from .seeds import difference
 
 NDCG, ALIGNMENT = "ndcg@20", "alignment"
 RANDOM, BASE, INSTRUCT, EMBEDDING = STARTS = ("random", "base", "instruct", "embedding")
@@ -148,16 +149,9 @@ def table(found: Sequence[dict[str, Figures]]) -> str:
             values = [seed[name][stage][axis] for seed in found]
             apart = [v - seed[first][stage][axis] for v, seed in zip(values, found, strict=True)]
             mean = f"{statistics.fmean(values):.3f}"
-            cells.append(mean if name == first else f"{mean} ({_difference(apart)})")
+            cells.append(mean if name == first else f"{mean} ({difference(apart)})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _difference(apart: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(apart):+.3f}"
-    if len(apart) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
