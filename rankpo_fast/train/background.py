@@ -72,11 +72,14 @@ def _bytes(state: State, pinned: bool) -> int:
 def begun(work: Callable[[], Result], device: torch.device) -> Future[Result]:
     """The work, in a thread of its own, which ends with the program; on that GPU, if it is one."""
     future: Future[Result] = Future()
+    number: int | None = None
+    if device.type == "cuda":  # without a number it is the current one, of which a thread has none
+        number = torch.cuda.current_device() if device.index is None else device.index
 
     def run() -> None:
         try:
-            if device.type == "cuda":  # a thread begins on the first
-                torch.cuda.set_device(device)
+            if number is not None:
+                torch.cuda.set_device(number)
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
