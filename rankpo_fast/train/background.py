@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
+from rankpo_fast.data.moving import pinned_bytes
 from rankpo_fast.errors import out_of_memory
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.checkpoint import State
@@ -62,9 +63,7 @@ def _bytes(state: State, pinned: bool) -> int:
     files = []
     for tensors in state.tensors.values():
         own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
-        # torch's pinned memory comes in powers of two.
-        files.append(sum(1 << (t.nbytes - 1).bit_length() if pinned else t.nbytes
-                         for t in own if t.nbytes))  # fmt: skip
+        files.append(sum(pinned_bytes(t) if pinned else t.nbytes for t in own))
     # torch.distributed.checkpoint makes each file in memory.
     return sum(files) + (max(files) if state.in_parts else 0)
 
