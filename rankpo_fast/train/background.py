@@ -48,6 +48,10 @@ class HostCopy:
                 raise
         self.refused = self._anywhere(tensors is None)
         if self.refused or tensors is None:
+            # No copy comes here any more: the host has a use for what one, or a part of it, took.
+            self._stager.state_dict_cache = tensors = None
+            if self._on_gpu:
+                torch._C._host_emptyCache()
             return None
         self._fits = True
         return replace(state, tensors=tensors)
