@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def about(device: str) -> dict[str, Any]:
             "compute capability": f"{gpu.major}.{gpu.minor}",
             **limits(device),
             "cuda": torch.version.cuda,
+            "C compiler": _compiler(),
             "host": _processor(),
         }
     else:
@@ -128,6 +130,13 @@ def _commit() -> str:
         said = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
         return said.strip() or "unknown"
     return "unknown"
+
+
+def _compiler() -> str:
+    """Triton and torch.compile build the code that launches a kernel with it, unless their caches
+    have that."""
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return found or "none: only kernels whose launchers are in Triton's cache run"
 
 
 def _processor() -> str:

@@ -84,6 +84,10 @@ def out_of_memory(error: BaseException) -> bool:
             "bad_alloc",
             "Cannot allocate memory",
             "CUDA error: out of memory",  # of pinned memory
+            # What libraries take beside torch's allocator, which may have left nothing.
+            "Triton Error [CUDA]: out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "CUDNN_STATUS_ALLOC_FAILED",
         )
         return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
     return isinstance(error, MemoryError)

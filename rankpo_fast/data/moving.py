@@ -26,6 +26,11 @@ def pinned(value: T) -> T:
     return _each_tensor(value, Tensor.pin_memory)
 
 
+def pinned_bytes(tensor: Tensor) -> int:
+    """That it takes of the host once it is pinned: torch takes powers of two for that."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.nbytes else 0
+
+
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with its tensors changed, also in lists and in what is Movable; of the same type."""
     if isinstance(value, Tensor):

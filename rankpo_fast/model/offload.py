@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rankpo_fast.data.moving import pinned_bytes
+
 LEAST = 1 << 20  # bytes; a copy of less takes longer to start than to run
 BEHIND = 2  # layers whose copies may be under way: one that is late holds nobody up
 
@@ -57,7 +59,8 @@ class Offload:
     @property
     def host_bytes(self) -> int:
         """That tensors of graphs which are kept take on the host now."""
-        return sum(away.host.nbytes for away in self._alive)
+        size = pinned_bytes if self._device.type == "cuda" else lambda tensor: tensor.nbytes
+        return sum(size(away.host) for away in self._alive)
 
     @contextmanager
     def forward(self) -> Iterator[None]:

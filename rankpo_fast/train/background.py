@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
+from rankpo_fast.data.moving import pinned_bytes
 from rankpo_fast.errors import out_of_memory
 from rankpo_fast.ranks import Ranks
 from rankpo_fast.train.checkpoint import State
@@ -47,6 +48,10 @@ class HostCopy:
                 raise
         self.refused = self._anywhere(tensors is None)
         if self.refused or tensors is None:
+            # No copy comes here any more: the host has a use for what one, or a part of it, took.
+            self._stager.state_dict_cache = tensors = None
+            if self._on_gpu:
+                torch._C._host_emptyCache()
             return None
         self._fits = True
         return replace(state, tensors=tensors)
@@ -62,9 +67,7 @@ def _bytes(state: State, pinned: bool) -> int:
     files = []
     for tensors in state.tensors.values():
         own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
-        # torch's pinned memory comes in powers of two.
-        files.append(sum(1 << (t.nbytes - 1).bit_length() if pinned else t.nbytes
-                         for t in own if t.nbytes))  # fmt: skip
+        files.append(sum(pinned_bytes(t) if pinned else t.nbytes for t in own))
     # torch.distributed.checkpoint makes each file in memory.
     return sum(files) + (max(files) if state.in_parts else 0)
 
@@ -72,11 +75,14 @@ def _bytes(state: State, pinned: bool) -> int:
 def begun(work: Callable[[], Result], device: torch.device) -> Future[Result]:
     """The work, in a thread of its own, which ends with the program; on that GPU, if it is one."""
     future: Future[Result] = Future()
+    number: int | None = None
+    if device.type == "cuda":  # without a number it is the current one, of which a thread has none
+        number = torch.cuda.current_device() if device.index is None else device.index
 
     def run() -> None:
         try:
-            if device.type == "cuda":  # a thread begins on the first
-                torch.cuda.set_device(device)
+            if number is not None:
+                torch.cuda.set_device(number)
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)

@@ -41,6 +41,16 @@ def test_a_gpu_is_named_with_its_limits(monkeypatch):
     assert said["compute capability"] == "9.0" and said["host"]
 
 
+def test_a_gpu_without_a_c_compiler_says_which_kernels_run(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
+    monkeypatch.setattr(machine, "limits", lambda device: {})
+    monkeypatch.delenv("CC", raising=False)
+    for there, said in ({"clang": "/opt/clang"}, "/opt/clang"), ({}, "none: only kernels whose "):
+        monkeypatch.setattr(machine.shutil, "which", there.get)
+        assert machine.about("cuda")["C compiler"].startswith(said)
+
+
 def test_only_what_is_installed_has_a_version(monkeypatch):
     monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
     said = machine.about("cpu")

@@ -138,6 +138,16 @@ def test_a_tensor_comes_back_while_that_of_the_layer_above_is_used(device):
     ]  # fmt: skip
 
 
+def test_what_lies_on_the_host_counts_as_pinned_memory_does(device):
+    """Which torch takes in powers of two: of 9 MB there are 16 gone."""
+    moving = Offload(CPU)
+    computed = torch.ones(5, requires_grad=True) * 1
+    away = moving._pack(computed)
+    assert moving.host_bytes == away.host.nbytes == 20
+    moving._device = CUDA
+    assert moving.host_bytes == 32
+
+
 def test_a_graph_that_is_dropped_half_way_leaves_no_copy_running(device):
     moving = Offload(CPU)
     away = left(moving, 4)

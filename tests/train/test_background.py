@@ -150,6 +150,31 @@ def test_a_gpu_s_copy_keeps_its_memory_for_the_next(monkeypatch):
     assert copied(model) == first
 
 
+def test_where_another_rank_has_no_room_none_keeps_a_copy(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: emptied.append(1), raising=False)
+    answers = iter([False, True])  # before the copy, and after it
+    monkeypatch.setattr(background.HostCopy, "_anywhere", lambda *_: next(answers))
+    copy = background.HostCopy(Ranks(torch.device("cuda")))
+    model = nn.Sequential(nn.Linear(3, 3))
+    optimizer = Optimizer([torch.optim.AdamW(model.parameters(), fused=True)])
+    assert copy.of(checkpoints.state_of(1, model, optimizer, {}, 64)) is None
+    assert copy.refused and copy._stager.state_dict_cache is None and emptied
+
+
+@pytest.mark.parametrize(
+    ("device", "taken"), [("cuda", [2]), ("cuda:1", [1]), ("cpu", [])], ids=["auto", "one", "cpu"]
+)
+def test_the_thread_works_on_the_gpu_of_the_run(device, taken, monkeypatch):
+    """--device auto has no number, and torch.cuda.set_device refuses a device without one."""
+    on = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", on.append, raising=False)
+    assert background.begun(lambda: "written", torch.device(device)).result(PATIENCE) == "written"
+    assert on == taken
+
+
 def test_what_the_disk_refuses_is_in_the_lines_of_the_steps_that_went_on(
     monkeypatch, tiny_llama_dir, run_stage, read_metrics
 ):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rankpo_fast.config import EncoderConfig, ModelConfig
-from rankpo_fast.errors import InputError
+from rankpo_fast.errors import InputError, out_of_memory
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.train import meters
@@ -123,6 +123,20 @@ def test_the_host_running_out_ends_no_run_either(error, weights, monkeypatch, ca
     assert "done again with the graphs of" in capsys.readouterr().err
     monkeypatch.undo()
     assert same(got, weights("expected", max_tokens_per_micro_batch=BUDGET)[0])
+
+
+@pytest.mark.parametrize(
+    ("said", "is_one"),
+    [
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+    ],
+)
+def test_what_libraries_find_no_memory_for_is_out_of_memory_too(said, is_one):
+    """They take theirs beside torch's allocator, which may have left none."""
+    assert out_of_memory(RuntimeError(said)) == is_one
 
 
 def test_with_fewer_graphs_kept_a_step_is_the_same(weights, monkeypatch, capsys):
