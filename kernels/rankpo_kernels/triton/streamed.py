@@ -163,9 +163,11 @@ def _over(slopes: Slopes) -> Tensor:
 
 
 def streams(*tensors: Tensor) -> bool:
-    """Whether the accelerator can move these rows: aligned to 16 bytes, elements side by side."""
+    """Whether the accelerator can move these rows: aligned to 16 bytes, elements side by side, none
+    of them in two rows."""
     return all(
         x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         and x.element_size() == 2
