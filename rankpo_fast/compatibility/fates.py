@@ -124,7 +124,6 @@ RULES: dict[str, Rule] = {
     "scale": rules.scale,
     "train_group_size": rules.group_size,
     "data_seed": refused("--seed is that of the row order too"),
-    "full_determinism": refused("--seed fixes a run on one machine"),
     # precision
     **_each("fp16 use_fp16 half",
             refused("--bf16 computes in half precision; fp16 is not offered")),

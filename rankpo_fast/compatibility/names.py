@@ -65,6 +65,7 @@ ALIASES = {
     "project": "project_name",
     "run_name": "wandb_name wandb_run_name experiment_name exp_name",
     "seed": "random_seed",
+    "deterministic": "full_determinism determinism",
     "query_data": "queries query_file",
     "corpus_data": "corpus corpus_file candidate_pool",
     "cutoffs": "ks k_values eval_k",

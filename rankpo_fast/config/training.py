@@ -61,6 +61,10 @@ class TrainingConfig(Config):
     )
     auto: bool = flag("Settings of memory as `rankpo-fast plan` finds them for this GPU.", False)
     seed: int = flag("Of row order, sampled negatives, dropout, random weights.", 42)
+    deterministic: bool = flag(
+        "Sum in one order on a GPU too: equal runs have equal bits with texts of more than 64 "
+        "tokens as well, and attention's backward pass is slower.", False,
+    )  # fmt: skip
     logging_steps: int = flag("Steps between two lines of metrics.jsonl.", 10)
     eval_steps: int | None = flag("Steps between two evaluations. [only at the end]", None)
     metric_for_best_model: list[str] = flag(

@@ -170,6 +170,7 @@ def packed_attention(
 def _flash(module: str) -> Attend:
     """flash-attn's function for packed texts: versions 2, 3 and 4 agree in the names used here."""
     function = importlib.import_module(module).flash_attn_varlen_func
+    takes = inspect.signature(function).parameters.keys()
 
     def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
         texts = asked.texts
@@ -180,6 +181,10 @@ def _flash(module: str) -> Attend:
             options["softcap"] = asked.softcap
         if asked.dropout > 0:
             options["dropout_p"] = asked.dropout
+        if torch.are_deterministic_algorithms_enabled():
+            if "deterministic" not in takes:
+                raise Unpackable(f"this version of {module} cannot sum in one order")
+            options["deterministic"] = True
         output = function(
             query,
             key,

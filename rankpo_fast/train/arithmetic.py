@@ -1,9 +1,13 @@
 """What decides how sums are rounded, beside the settings: two runs that share all of it give equal
 bits."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +40,27 @@ def arithmetic(device: torch.device) -> dict[str, str]:
         "native library": _native_content(),
         **programs,
     }
+
+
+@contextmanager
+def summed_in_order(wanted: bool) -> Iterator[None]:
+    """Inside, torch and attention's kernels sum in one order, or refuse by name (RuntimeError).
+
+    Of a step without it all but attention's backward pass does so.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch insists on
+    memory: Any = torch.utils.deterministic  # whose attribute no stub knows
+    before, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing reads what it has not written
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        memory.fill_uninitialized_memory = filled
 
 
 def native_backend() -> str:

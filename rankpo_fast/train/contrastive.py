@@ -32,6 +32,7 @@ from rankpo_fast.node import reading_once
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.info_nce import info_nce_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.arithmetic import summed_in_order
 from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.guide import guide_vectors
@@ -77,7 +78,8 @@ def train_contrastive(
 
     Raises InputError for what the user can put right, most of it before the model is loaded.
     """
-    with Ranks.joined(compute) as ranks, claimed(training, ranks):
+    in_order = summed_in_order(training.deterministic)
+    with Ranks.joined(compute) as ranks, claimed(training, ranks), in_order:
         model, training = settle(
             model, training, ranks, negatives=data.num_negatives, lent=encoder is not None
         )

@@ -40,6 +40,7 @@ from rankpo_fast.node import reading_once
 from rankpo_fast.ops.common import mean
 from rankpo_fast.ops.rankpo import RankPOStats, rankpo_loss_and_grads
 from rankpo_fast.ranks import Ranks
+from rankpo_fast.train.arithmetic import summed_in_order
 from rankpo_fast.train.auto import settle
 from rankpo_fast.train.callbacks import Callback
 from rankpo_fast.train.loop import train
@@ -106,7 +107,8 @@ def train_rankpo(
     Args:
         encoder, named, callbacks: as of `train_contrastive`.
     """
-    with Ranks.joined(compute) as ranks, claimed(training, ranks):
+    in_order = summed_in_order(training.deterministic)
+    with Ranks.joined(compute) as ranks, claimed(training, ranks), in_order:
         model, training = settle(model, training, ranks, negatives=1, lent=encoder is not None)
         precision = shared_precision(model, training, ranks)
         check_mixture(data, loss, graded, teacher)

@@ -19,6 +19,7 @@ from rankpo_fast.model.attention import (
     why_not_packed,
 )
 from rankpo_fast.model.dropout import DroppedAttention
+from rankpo_fast.train.arithmetic import summed_in_order
 from support.model_families import FAMILIES, make_batch, make_encoder
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -327,6 +328,27 @@ def test_dropout_is_asked_of_a_kernel_that_has_it(monkeypatch):
     encoder.states(make_batch())
     encoder.train().states(make_batch())
     assert asked == [0.0, 0.0, 0.25, 0.25]
+
+
+def test_one_order_of_sums_is_asked_of_a_kernel_or_it_is_refused(monkeypatch):
+    asked = []
+
+    def flash_2_that_notes(*args, deterministic=False, **options):
+        asked.append(deterministic)
+        return flash_2(*args, **options)
+
+    encoder = make_encoder("bert")
+    install(monkeypatch, flash_2)
+    with summed_in_order(True), torch.no_grad():
+        encoder.use_kernel(BY_NAME["flash_attention_2"])
+        with pytest.raises(Unpackable, match="this version of flash_attn cannot sum in one order"):
+            encoder.states(make_batch())
+        sys.modules["flash_attn"].flash_attn_varlen_func = flash_2_that_notes
+        encoder.use_kernel(BY_NAME["flash_attention_2"])
+        encoder.states(make_batch())
+    with torch.no_grad():
+        encoder.states(make_batch())
+    assert asked == [True, True, False, False]
 
 
 def test_a_compiled_layer_is_compiled_once_for_packs_of_any_shape(monkeypatch):

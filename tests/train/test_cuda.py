@@ -9,6 +9,7 @@ from rankpo_fast.config import ModelConfig
 from rankpo_fast.data.moving import pinned, to_device
 from rankpo_fast.model.attention import Needs, find_kernels
 from rankpo_fast.model.load import load_encoder
+from rankpo_fast.train.arithmetic import summed_in_order
 from rankpo_fast.train.cache import CachedVectors
 from support.model_families import FAMILIES, make_batch, make_encoder
 
@@ -56,6 +57,25 @@ def test_what_the_gradient_cache_keeps_changes_no_bit(family):
         results.append([p.grad for p in encoder.parameters() if p.grad is not None])
         encoder.zero_grad(set_to_none=True)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_long_texts_have_equal_bits_where_sums_are_in_one_order(family):
+    """Of several blocks of flash attention each, whose parts of a gradient come as they are ready;
+    by each kernel of this machine that the training may take."""
+    encoder = make_encoder(family, max_position_embeddings=1024).to(CARD).train()
+    encoder.bf16 = True
+    batch = to_device(make_batch((900, 700, 500)), CARD)
+    for kernel in kernels(window=False, softcap=False, dropout=False):
+        encoder.use_kernel(kernel)
+        results = []
+        with summed_in_order(True):
+            for _ in range(4):
+                encoder(batch).sin().sum().backward()
+                results.append([p.grad for p in encoder.parameters() if p.grad is not None])
+                encoder.zero_grad(set_to_none=True)
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other)), kernel.name
 
 
 @pytest.mark.parametrize("way", [True, "selective"])

@@ -17,6 +17,7 @@ from rankpo_fast.data.tokens import TokenTable
 from rankpo_fast.errors import InputError
 from rankpo_fast.model.encoder import Encoder
 from rankpo_fast.ranks import ALONE
+from rankpo_fast.train import loop
 from rankpo_fast.train.log import MetricsLog
 from rankpo_fast.train.memory import Memory
 from rankpo_fast.train.optim import learning_rate, make_optimizer
@@ -354,6 +355,22 @@ def test_what_is_going_to_happen_is_said(tiny_llama_dir, run_stage, capsys):
                  "InfoNCE, temperature 0.02", "cpu", "fp32", "batch of 4 rows; --gradient_accumul",
                  "_steps 2 adds none", "every 10 minutes and at the end of"):  # fmt: skip
         assert part in said, part
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_sums_are_in_one_order_while_a_run_lasts_that_asks_for_it(
+    asked, tiny_llama_dir, run_stage, monkeypatch
+):
+    """What torch then does on a GPU is seen in test_cuda.py."""
+    seen, step = [], loop.train_step
+
+    def noted(*args):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", noted)
+    run_stage("contrastive", tiny_llama_dir, "out", max_steps=2, deterministic=asked)
+    assert seen == [asked] * 2 and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_batch_that_holds_all_rows_is_said(tiny_llama_dir, run_stage, capsys):
