@@ -125,6 +125,19 @@ def test_unparsed_answers_are_asked_for_as_often_as_wanted_and_no_more(annotate,
     assert sum(server.asked.values()) == 12
 
 
+def test_what_should_be_asked_again_and_got_no_answer_is_left(annotate, server, capsys, tmp_path):
+    """Such a question has an answer in the journal, which does not parse."""
+    server.answering = once_bad(lambda: reply("hm"), always=True)
+    assert annotate() == 0
+    server.answering = lambda body: error(503, "down")
+    assert annotate("--retry_unparsed", 1, retries=0) == 1
+    assert "2 questions have no answer" in capsys.readouterr().err
+    left = json.loads((tmp_path / "prefs.jsonl.report.json").read_text())["left"]
+    assert left == {"503": 2}
+    server.answering = by_alphabet
+    assert annotate("--retry_unparsed", 1) == 0
+
+
 def test_retry_after_is_waited_for_by_all(annotate, server):
     server.answering = once_bad(lambda: error(429, "wait", **{"Retry-After": "1"}))
     assert annotate("--concurrency", 1) == 0
