@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rankpo_fast.config.judge import AnnotateConfig, JudgeConfig, PeopleConfig
 from rankpo_fast.data.files import whole_file
@@ -97,7 +97,7 @@ def _annotate(judging: JudgeConfig, config: AnnotateConfig) -> None:
         by_name = {judge.name: judge for judge in judges}
         _write(items, said, journal.answers, by_name, outcome, config)
     if left := outcome.left.total():
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in outcome.left.items())
+        kinds = _kinds(outcome.left)
         why = f" ({outcome.why})" if outcome.why else ""
         raise QuestionsLeft(f"{left:,} questions have no answer: {kinds}{why}; the same command "
                             f"asks them again", 1)  # fmt: skip
@@ -164,10 +164,14 @@ def _say_cost(
               f"{most:,} of answers; {money}")  # fmt: skip
 
 
+def _kinds(counts: Mapping[str, int]) -> str:
+    """The number behind the kind: 23 of 503 would read as 23,503."""
+    return ", ".join(f"{kind} ({count:,})" for kind, count in counts.items())
+
+
 def _say(outcome: Outcome) -> None:
     if outcome.troubles:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in outcome.troubles.items())
-        print(f"requests without an answer: {kinds}", file=sys.stderr)
+        print(f"requests without an answer: {_kinds(outcome.troubles)}", file=sys.stderr)
     if outcome.unparsed:
         warnings.warn(f"{outcome.unparsed:,} answers do not parse: kept in the journal, and asked "
                       f"again as --retry_unparsed says", stacklevel=2)  # fmt: skip

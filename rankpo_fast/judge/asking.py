@@ -41,8 +41,8 @@ class Outcome:
 
     Attributes:
         troubles: requests that got no answer, by kind; most were made again.
-        left: questions without an answer, by the kind of their last trouble; "not asked" where
-            the run ended before.
+        left: questions without an answer, or to be asked again as theirs did not parse, by the kind
+            of their last trouble; "not asked" where the run ended before.
         why: what ended it early.
         came: the signal that did.
     """
@@ -122,8 +122,12 @@ class _Asking:
         finally:
             for server in self.servers.values():
                 await server.close()
-        known = {answer["key"] for answer in self.journal.answers}
-        left = sum(question.key not in known for question in self.todo)
+        settled = {
+            answer["key"] for answer in self.journal.answers
+            if verdict_in(answer, self.prompt.mode) is not None
+            or len(self.unparsed[answer["key"]]) > self.retry_unparsed
+        }  # fmt: skip
+        left = sum(question.key not in settled for question in self.todo)
         if missing := left - self.outcome.left.total():
             self.outcome.left["not asked"] = missing
         return self.outcome

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankpo_fast.data.jsonl import lines, objects, shown
 from rankpo_fast.errors import InputError
+from rankpo_fast.label.csv_files import csv_fault, csv_sql
 from rankpo_fast.label.draw import HASHES, mixed_sql
 from rankpo_fast.label.predicates import Column, Side
 from rankpo_fast.label.rule_file import RuleFile, SideSettings
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 COMPRESSED = (".gz", ".zst")
 OFFSET = r":[0-9.:]+([+-])([0-9]{2}):?([0-9]{2})?$"
+RECORD = "one_of_the_records"  # of a table; a column of this name would stand before it
 NAMED_KEYS = 1000  # records whose keys a message may suggest
 NAMED_VALUES = 5  # that a map does not have
 PLURAL: dict[Side, str] = {"query": "queries", "item": "items"}
@@ -171,6 +173,8 @@ class _Stage:
             if self._kind() == "jsonl":
                 for _ in objects(path):  # which says where
                     pass
+            if self._kind() == "csv":
+                raise csv_fault(path, str(error)) from None
             message = str(error).partition("\n")[0]
             raise InputError(f"{path}: cannot be read as {self._kind()}: {message}") from None
         if not self._one("SELECT count(*) FROM records"):
@@ -200,9 +204,8 @@ class _Stage:
         if kind == "jsonl":
             return f"json AS data FROM read_ndjson_objects({path})"
         if kind == "csv":
-            return (f"to_json(t) AS data FROM read_csv({path}, all_varchar = true, header = true, "
-                    f"strict_mode = true) t")  # fmt: skip
-        return f"to_json(t) AS data FROM read_parquet({path}) t"
+            return f"to_json({RECORD}) AS data FROM {csv_sql(Path(self.source))} {RECORD}"
+        return f"to_json({RECORD}) AS data FROM read_parquet({path}) {RECORD}"
 
     def _where(self, row: int) -> str:
         path = Path(self.source)

@@ -41,7 +41,7 @@ def check_alike(places: list[Place]) -> None:
 
 def _check_configs(first: Place, other: Place) -> None:
     ours, theirs = (_decisive(folder) for _, _, folder in (first, other))
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in sorted(ours.keys() | theirs.keys(), key=lambda key: (key != "model_type", key)):
         if ours.get(key) != theirs.get(key):
             raise InputError(_differ(first, other, f"{key} of config.json", ours.get(key),
                                      theirs.get(key)))  # fmt: skip

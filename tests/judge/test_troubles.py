@@ -57,7 +57,7 @@ PASSING = [
 def test_what_passes_is_tried_again_and_counted(bad, kind, annotate, server, rows, capsys):
     server.answering = once_bad(bad)
     assert annotate("--timeout", 0.3) == 0
-    assert f"2 {kind}" in capsys.readouterr().err
+    assert f"{kind} (2)" in capsys.readouterr().err
     assert len(rows()) == 4 and sum(server.asked.values()) == 10
 
 
@@ -67,7 +67,10 @@ def test_what_stays_leaves_its_questions_alone_for_a_rerun(bad, kind, annotate, 
     server.answering = once_bad(bad, always=True)
     assert annotate("--timeout", 0.3, retries=1) == 1
     said = capsys.readouterr().err
-    assert f"2 questions have no answer: 2 {kind}" in said and f"4 {kind}" in said
+    assert (
+        f"2 questions have no answer: {kind} (2)" in said
+        and f"without an answer: {kind} (4)" in said
+    )
     assert len(rows()) == 3
     before, server.answering = sum(server.asked.values()), by_alphabet
     assert annotate() == 0
@@ -87,7 +90,7 @@ OVERFLOW = "This model's maximum context length is 100 tokens"
 def test_what_no_try_would_help_is_asked_once(bad, kind, annotate, server, rows, capsys):
     server.answering = once_bad(bad, always=True)
     assert annotate() == 1
-    assert f"2 questions have no answer: 2 {kind}" in capsys.readouterr().err
+    assert f"2 questions have no answer: {kind} (2)" in capsys.readouterr().err
     assert len(rows()) == 3 and set(server.asked.values()) == {1}
 
 
@@ -123,6 +126,19 @@ def test_unparsed_answers_are_asked_for_as_often_as_wanted_and_no_more(annotate,
     assert sorted(server.asked.values()) == [1] * 6 + [3, 3]
     assert annotate("--retry_unparsed", 2) == 0
     assert sum(server.asked.values()) == 12
+
+
+def test_what_should_be_asked_again_and_got_no_answer_is_left(annotate, server, capsys, tmp_path):
+    """Such a question has an answer in the journal, which does not parse."""
+    server.answering = once_bad(lambda: reply("hm"), always=True)
+    assert annotate() == 0
+    server.answering = lambda body: error(503, "down")
+    assert annotate("--retry_unparsed", 1, retries=0) == 1
+    assert "2 questions have no answer" in capsys.readouterr().err
+    left = json.loads((tmp_path / "prefs.jsonl.report.json").read_text())["left"]
+    assert left == {"503": 2}
+    server.answering = by_alphabet
+    assert annotate("--retry_unparsed", 1) == 0
 
 
 def test_retry_after_is_waited_for_by_all(annotate, server):
@@ -182,7 +198,7 @@ def test_a_model_that_names_its_limits_otherwise_is_asked_its_way(annotate, serv
 def test_a_bad_request_is_no_reason_to_ask_for_ever(annotate, server, capsys):
     server.answering = lambda body: error(400, "no")
     assert annotate("--concurrency", 1) == 1
-    assert len(server.bodies) == 9 and "8 bad request" in capsys.readouterr().err
+    assert len(server.bodies) == 9 and "bad request (8)" in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_there_is_said_before_anything_is_asked(annotate, server, capsys):

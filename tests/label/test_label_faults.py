@@ -178,3 +178,32 @@ def test_what_a_message_asks_for_is_an_extra(make, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "duckdb", None)
     assert main(make(RULES, records(5, 1), records(5, 2)).command) == 2
     assert "label needs duckdb: pip install 'rankpo-fast[label]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("id,t\n1,a\n2\n3,c\n", "i.csv:3: 2 columns are expected, as in line 1, and 1 found"),
+        ("id,t\n1,a\n2,b,c\n", "i.csv:3: 2 columns are expected, as in line 1, and 3 found"),
+        (
+            'id;t\n1;"a\n2;b\n',
+            "i.csv:2: a quote is not closed (one inside a value is written twice)",
+        ),
+        ("id,t\r\n1,a\r\n2,b\n", "i.csv: lines that end in different ways"),
+        ("id,t,t\n1,a,b\n", "i.csv:1: two columns are named t"),
+        ("id,t,T\n1,a,b\n", "i.csv:1: two columns are named t and T, capitals apart"),
+        ("id,t\n1,\xe9\n", "i.csv:2: not UTF-8"),
+        ("id,\xe9\n1,a\n", "i.csv:1: not UTF-8"),
+        ("\n", "i.csv: there are no records"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_named_with_its_line(text, says, tmp_path, capsys):
+    """DuckDB's first line alone says neither which row nor why."""
+    rules = 'queries: &side {id: id, text: "{t}"}\nitems: *side\nrules: [{same: t}]\n'
+    (tmp_path / "rules.yaml").write_text(rules)
+    (tmp_path / "q.csv").write_text("id,t\n1,a\n")
+    (tmp_path / "i.csv").write_bytes(text.encode("latin1"))
+    files = [str(tmp_path / name) for name in ("rules.yaml", "q.csv", "i.csv", "out")]
+    flags = zip(("--config", "--queries", "--items", "--output_dir"), files, strict=True)
+    assert main(["label", *(word for pair in flags for word in pair)]) == 2
+    assert f"error: {tmp_path}/{says}" in capsys.readouterr().err

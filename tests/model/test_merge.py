@@ -260,10 +260,11 @@ def edited(path: Path, **values) -> None:
     [
         (lambda d: edited(d / "rankpo_fast.json", pooling="mean"), "pooling: 'cls' in .*'mean'"),
         (lambda d: edited(d / "config.json", num_attention_heads=2), "num_attention_heads"),
+        (lambda d: edited(d / "config.json", model_type="mistral", attention_bias=1), "model_type"),
         (lambda d: (d / "tokenizer.json").unlink() or (d / "tokenizer_config.json").unlink(),
          "no tokenizer there"),
     ],
-    ids=["pooling", "heads", "no-tokenizer"],
+    ids=["pooling", "heads", "family", "no-tokenizer"],
 )  # fmt: skip
 def test_models_that_read_otherwise_are_refused_by_what_differs(edit, named, base, tuned, tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
