@@ -8,7 +8,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300  # 5 minutes before the end: finish the step, save, stop
-#SBATCH --requeue          # a job that goes on finds its checkpoint by --resume
+#SBATCH --requeue          # a job that goes on finds its checkpoint by --auto_resume
 #SBATCH --open-mode=append
 set -euo pipefail
 
@@ -28,4 +28,4 @@ srun --kill-on-bad-exit=1 torchrun \
     --cache_dir outputs/cache \
     --per_device_train_batch_size 128 \
     --shard full \
-    --resume
+    --auto_resume

@@ -107,7 +107,10 @@ def find_checkpoint(
     if training.resume is None:
         return None
     path = Path(training.output_dir)
-    record = output.read_record(path) or {}
+    record = output.read_record(path)
+    if record is None and training.resume == "newest":
+        raise InputError(f"--resume: there is no run in {path}; --auto_resume starts one then")
+    record = record or {}
     check_same(f"--resume: {path}", _of_ranks(record.get("settings", settings), settings), settings)
     if output.finished(path):
         return None

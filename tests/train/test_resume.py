@@ -256,10 +256,20 @@ def test_logging_may_change(stopped, tiny_llama_dir, run_stage, read_metrics):
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 6]
 
 
-def test_resume_without_checkpoint_starts_from_the_beginning(tiny_llama_dir, run_stage, capsys):
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(
+    stopped, tiny_llama_dir, run_stage, capsys, tmp_path
+):
+    stopped()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
     output = run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
     assert (output / "config.json").exists()
     assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_where_no_run_is_none_is_resumed(tiny_llama_dir, run_stage):
+    """Not even by a name that is mistyped."""
+    with pytest.raises(InputError, match="--resume: there is no run in .*out; --auto_resume"):
+        run_stage("contrastive", tiny_llama_dir, "out", resume="newest")
 
 
 def test_finished_run_is_left_as_it_is(tiny_llama_dir, run_stage, capsys):
