@@ -1,7 +1,7 @@
 """What Python callers do with an encoder besides training it, as the commands of that name do."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,8 @@ def mine_hard_negatives(
     if isinstance(corpus_data, Config):  # settings that follow the rows
         settings, corpus_data = (corpus_data, *settings), None
     keywords = {"train_data": train_data, "corpus_data": corpus_data} | keywords
+    if isinstance(ranks := keywords.get("search_range"), tuple | list):  # a pair of numbers
+        keywords["search_range"] = "-".join(map(str, ranks))
     config, compute, load = _opened("mine_hard_negatives", MineConfig, model, settings, keywords)
     with texts_located(config):
         return mined(load, config, compute, progress=progress)
@@ -157,7 +159,7 @@ def merge_models(
 ) -> list[Path]:
     """Write models whose weights lie between a base and what was tuned from it.
 
-        merge_models("out/rankpo", "out/merged", base_model_name_or_path="out/stage1", alpha="0.75")
+        merge_models("out/rankpo", "out/merged", base_model_name_or_path="out/stage1", alpha=0.75)
 
     Args:
         models: the tuned model, several of them, or one adapter.
@@ -172,6 +174,10 @@ def merge_models(
         InputError: settings that cannot be used, or models that do not go together.
     """
     keywords = {"model_name_or_path": models, "output_dir": output_dir} | keywords
+    if "alpha" in keywords:  # numbers, or grids as on the command line
+        alpha = keywords["alpha"]
+        several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
+        keywords["alpha"] = [str(value) for value in (alpha if several else [alpha])]
     [config] = gathered("merge_models", [MergeConfig], settings, keywords)
     check_new_directory("--output_dir", config.output_dir, config)
     return merge(config)

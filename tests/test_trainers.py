@@ -110,7 +110,7 @@ def test_from_rows_to_an_aligned_model(tiny_bert_dir, tmp_path):
     assert result.figures == first.evaluate().figures != before
 
     mined = mine_hard_negatives(
-        encoder, ROWS, DOCUMENTS, num_negatives=3, search_range="0-9", no_cache=True
+        encoder, ROWS, DOCUMENTS, num_negatives=3, search_range=(0, 9), no_cache=True
     )
     assert mined.rows[0].keys() == {"query", "positives", "negatives", "mined"}
     assert all(len(row["negatives"]) == 3 for row in mined.rows)

@@ -81,6 +81,8 @@ class EvaluatedConfig(EncoderConfig):
         if not names:
             raise InputError("one of these is required: --model_name_or_path, --compare, "
                              "--run_files")  # fmt: skip
+        if self.compare and len(names) == 1:
+            raise InputError(f"--compare has {names[0]} alone: give another model beside it")
         if len(names) > 2 or len(set(names)) < len(names):
             raise InputError(f"two different models or runs can be compared, got "
                              f"{', '.join(names)}")  # fmt: skip

@@ -53,9 +53,11 @@ def values(path: Path | Source) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
+            hint = "every line must be one JSON object"
+            if str(path).lower().endswith((".csv", ".tsv")):
+                hint = "records of a CSV file become rows by `rankpo-fast label`"
             raise InputError(
-                f"{where}: malformed JSON: {error.msg} at column {error.colno} "
-                f"(every line must be one JSON object)"
+                f"{where}: malformed JSON: {error.msg} at column {error.colno} ({hint})"
             ) from None
         except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limit
             raise InputError(f"{where}: unusable JSON: {error}") from None
@@ -166,6 +168,9 @@ def texts_at(row: dict, key: str, where: str) -> tuple[str, ...]:
     """The list of texts under `key`, plain or as {"text": [...]}; each may have a title."""
     name, found = key, row[key]
     if isinstance(found, dict):
+        if "index" in found and "text" not in found:
+            raise InputError(f'{where}: "{key}" are places in a corpus, not texts: such rows go '
+                             f"with --corpus_data")  # fmt: skip
         name, found = value(found, ("text",), where, f"{name}.")
     expect(list, name, found, where)
     return tuple(passage(f"{name}[{i}]", item, where) for i, item in enumerate(found))

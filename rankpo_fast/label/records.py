@@ -227,7 +227,8 @@ class _Stage:
                 named.setdefault(one.of, one.where)
         for field, where in self.settings.lists_where.items():
             if field not in named:
-                raise InputError(f"{where}: neither a rule nor the text reads the list {field}")
+                raise InputError(f"{where}: neither a rule nor the text reads the list {field}"
+                                 f"{near(field, named)}")  # fmt: skip
         counts = ", ".join(f"count({self._json(field)})" for field in named)
         found = self.con.execute(f"SELECT {counts} FROM records").fetchone()
         assert found is not None

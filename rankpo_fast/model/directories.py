@@ -163,7 +163,8 @@ def check_weights(folder: Path, flag: str) -> list[Path]:
     if not index.is_file():
         raise InputError(
             f"{flag} {folder}: neither model.safetensors nor {index.name} there "
-            f"(other formats can run code and are not read)"
+            f"(other formats can run code and are not read; a training begins with random weights "
+            f"by --from_scratch)"
         )
     with blaming(f"{flag} {index}"):
         content = json.loads(index.read_bytes())

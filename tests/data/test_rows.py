@@ -136,6 +136,11 @@ BAD_CONTRASTIVE = [
         id="no-negatives-key",
     ),
     pytest.param({}, "keys here: none", id="no-keys"),
+    pytest.param(
+        CONTRASTIVE | {"positives": {"index": [0]}},
+        '"positives" are places in a corpus, not texts: such rows go with --corpus_data',
+        id="of-an-evaluation",
+    ),
     pytest.param(CONTRASTIVE | {"query": 5}, "a string, got a number: 5", id="number"),
     pytest.param(CONTRASTIVE | {"query": None}, "a string, got null", id="null-query"),
     pytest.param(CONTRASTIVE | {"query": {}}, 'missing key "query.text"', id="nested-key"),

@@ -78,6 +78,14 @@ def test_fault_in_a_compressed_file_has_its_line(tmp_path):
     assert fault_of(read_contrastive, path).startswith(f"{path}:4: malformed JSON")
 
 
+def test_where_a_csv_file_goes_is_said(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("query,positives\na,b\n")
+    assert "records of a CSV file become rows by `rankpo-fast label`" in (
+        fault_of(read_contrastive, path)
+    )
+
+
 def test_zst_of_a_large_window_is_read(tmp_path):
     parameter = zstd().CompressionParameter
     options = {parameter.window_log: 30, parameter.content_size_flag: 0}

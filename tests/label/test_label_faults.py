@@ -83,6 +83,8 @@ def test_a_rule_that_cannot_be_used_is_named_with_its_line(rules, says, refusal)
          "start"),
         ("  id: id\n", '  id: id\n  lists: {colour: ";"}\n', "rules.yaml:3: neither a rule nor the "
          "text reads the list colour"),
+        ("  id: id\n", '  id: id\n  lists: {titel: ";"}\n', "rules.yaml:3: neither a rule nor the "
+         "text reads the list titel (did you mean title?)"),
     ],
 )  # fmt: skip
 def test_what_stands_above_the_rules_is_held_to_the_same(old, new, says, refusal):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from rankpo_fast.cli import main
 from rankpo_fast.config import EncoderConfig, MergeConfig
 from rankpo_fast.errors import InputError
+from rankpo_fast.functions import merge_models
 from rankpo_fast.model import merge as module
 from rankpo_fast.model.load import load_encoder
 from rankpo_fast.model.merge import merge
@@ -176,6 +177,15 @@ def test_a_grid_makes_a_directory_of_each_value(base, tuned, tmp_path, capsys):
     for name, alpha in (("alpha-0.3", 0.3), ("alpha-1", 1.0)):
         key = WORDS
         torch.testing.assert_close(weights(out / name)[key], b[key] + alpha * (t[key] - b[key]))
+
+
+@pytest.mark.parametrize("alpha", [0.25, [0, 0.25], "0:0.25:0.25"])
+def test_python_gives_alpha_as_numbers_or_grids(alpha, base, tuned, tmp_path):
+    merged = merge_models(tuned, tmp_path / "out", base_model_name_or_path=str(base), alpha=alpha)[
+        -1
+    ]
+    b, t = weights(base), weights(tuned)
+    torch.testing.assert_close(weights(merged)[WORDS], b[WORDS] + 0.25 * (t[WORDS] - b[WORDS]))
 
 
 def test_dtypes_are_the_bases_and_that_is_said(base, tuned, tmp_path):

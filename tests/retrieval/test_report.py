@@ -184,9 +184,10 @@ def test_two_models_are_compared_and_reported(
         ([], "required: --model_name_or_path"),
         (["--compare", "a", "b", "c"], "two different models"),
         (["--compare", "a", "a"], "two different models"),
+        (["--compare", "a"], "--compare has a alone: give another model beside it"),
         (["--compare", "a", "b", "--output_run", "x.run"], "--output_run holds the rankings"),
         (["--run_files", "missing.run"], "missing.run: no such file"),
-        (["--compare", "a", "--group_key", "nothing"], '"nothing"'),
+        (["--compare", "a", "b", "--group_key", "nothing"], '"nothing"'),
     ],
     ids=str,
 )
