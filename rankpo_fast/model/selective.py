@@ -42,8 +42,9 @@ def _policy(
         keep = True
     elif name in BATCHED:
         # Scores of attention [L, L] are as large as all that checkpointing is there to spare.
-        factors = [x for x in arguments if isinstance(x, torch.Tensor)][-2:]
-        keep = context.op_output.numel() <= sum(factor.numel() for factor in factors)
+        first, second = [x for x in arguments if isinstance(x, torch.Tensor)][-2:]
+        product = first.numel() // first.shape[-1] * second.shape[-1]
+        keep = product <= first.numel() + second.numel()
     else:
         # Were it not drawn again, dropout after it would draw what was drawn here.
         keep = name in ATTENTION and not _dropout(op, arguments, keywords)
