@@ -237,7 +237,7 @@ class Ranks:
             if not out_of_memory(error):
                 raise
             failed = True
-            # What it holds is needed again. From Python 3.12 on its traceback would hold it, through
+            # What it holds is needed again. On Python 3.12 its traceback would hold it, through
             # this frame, whose caller has the error.
             error.__traceback__ = None
         [anywhere] = self.highest([failed])

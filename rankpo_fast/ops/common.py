@@ -89,7 +89,9 @@ def scaled_grads(
     """
     if by is None:
         return [None] * len(grads)
-    kept = torch.compiler.is_compiling() or _graph_is_kept()
+    # torch 2.11 does not say that it is compiling here, but has a tensor of another kind then.
+    traced = torch.compiler.is_compiling() or type(by) is not Tensor
+    kept = traced or _graph_is_kept()
     one = not kept and by.device.type == "cpu" and by == 1
     times = Tensor.mul if kept else (lambda grad, _: grad) if one else Tensor.mul_
     return [

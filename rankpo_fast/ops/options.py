@@ -44,6 +44,7 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
 
     signature = inspect.signature(record)
     names, kind = frozenset(signature.parameters), getattr(record, "__name__", "")
+    order = [n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     def decorate(function: Callable[[Record], R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -52,7 +53,11 @@ def takes(record: Callable[P, Record]) -> Callable[[Callable[[Record], R]], Call
                 if name not in names:
                     raise TypeError(f"{function.__name__} has no option {name}")
             try:
-                call = record(*args, **kwargs)
+                if len(args) > len(order):
+                    call = record(*args, **kwargs)
+                else:  # by names, which torch.compile of 2.11 needs
+                    named: Callable[..., Record] = record
+                    call = named(**dict(zip(order, args, strict=False)), **kwargs)
             except TypeError as error:  # of too many arguments or too few
                 words = str(error).replace(f"{kind}.__init__", function.__name__)
                 raise TypeError(words) from None
