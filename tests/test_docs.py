@@ -31,7 +31,7 @@ OF_OTHERS = {
     "--equality", "--benchmark-save", "--benchmark-compare-fail",
     "--threshold", "--learning_rat", "--passages", "--text", "--bias", "--beir", "--seeds",
     "--preferences", "--signal", "--habit", "--on_disk", "--stage1_steps", "--steps",
-    "--learning_rates", "--batch_size",
+    "--learning_rates", "--batch_size", "--starts",
 }  # fmt: skip
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
