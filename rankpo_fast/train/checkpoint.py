@@ -187,8 +187,11 @@ def save(directory: Path, state: State, *, keep: int | None = None, ranks: Ranks
 def drop_older(target: Path, keep: int) -> None:
     """Those before the newest `keep` complete ones, of which `target` is one. Later ones are of a
     run that went back: broken, or the same again when their step comes."""
+    older = [old for old in _steps(target.parent) if old.name < target.name]
+    if len(older) < keep:  # all may stay, and none has to be read
+        return
     complete, best = 1, {_best_of(target)}
-    for old in reversed([old for old in _steps(target.parent) if old.name < target.name]):
+    for old in reversed(older):
         if complete < keep:
             complete += _is_complete(old)
             best.add(_best_of(old))

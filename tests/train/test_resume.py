@@ -308,6 +308,18 @@ def test_only_the_newest_checkpoints_are_kept(keep, tiny_llama_dir, run_stage):
     assert names == [f"step-0000000{step}" for step in range(1, 5)][-keep:]
 
 
+def test_a_run_that_goes_on_reads_no_checkpoint_but_its_own(
+    stopped, tiny_llama_dir, run_stage, monkeypatch
+):
+    """Of as many as are kept: to hash gigabytes of another would be work for nothing."""
+    stopped()
+    seen, read = [], checkpoints.read
+    monkeypatch.setattr(checkpoints, "read", lambda path: seen.append(path.name) or read(path))
+    monkeypatch.setattr(checkpoints, "_verified", {})  # as in another process
+    run_stage("contrastive", tiny_llama_dir, "out", resume="newest", save_steps=2)
+    assert set(seen) == {"step-00000003"}
+
+
 # --- the files themselves ---
 
 
