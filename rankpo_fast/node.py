@@ -43,7 +43,7 @@ class Node:
         if self._file is not None or self._path is None or os.stat(self._path).st_size == 0:
             return None
         value, digests = load(self._path)
-        sources.known(digests)
+        sources.keep_digests(digests)
         return value
 
     def hand(self, value: Value) -> Value:

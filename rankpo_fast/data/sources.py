@@ -254,7 +254,7 @@ def digests() -> dict[str, str]:
     return dict(_read_whole or {})
 
 
-def known(found: dict[str, str]) -> None:
+def keep_digests(found: dict[str, str]) -> None:
     """Keep digests of what another process of this node has read."""
     if _read_whole is not None:
         _read_whole.update(found)
